@@ -1,0 +1,60 @@
+# Every chore of this project. Each sets itself up: the first one makes .venv and installs into it, the others start at once.
+#
+#   PYTHON=python3.12     the Python to make .venv with, 3.11 or newer
+#   ARGS="--epochs 1"     handed on to the program that the chore runs
+#   TORCH_INDEX=ADDRESS   a package index with CPU builds of torch. By default pip on Linux takes torch with CUDA, some
+#                         gigabytes; PyTorch's own "get started" page names its index for CPU.
+#
+# A mirror of the package index is set where pip always reads it: in pip's configuration, or as PIP_INDEX_URL.
+
+PYTHON ?= python3
+ARGS ?=
+TORCH_INDEX ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help run lab test lint notebooks bench clean
+
+help: ## list the chores (this)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+run: $(READY) ## a real training run on this machine, measured on 1 and 2 ranks
+	@$(BIN)/hpclab demo $(ARGS)
+
+lab: $(READY) ## JupyterLab, opened on your own copy of the course
+	@$(BIN)/hpclab lab $(ARGS)
+
+test: $(READY) ## all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m mypy
+
+notebooks: $(READY) ## the course's notebooks, from notebooks/source
+	@$(BIN)/python notebooks/build.py $(ARGS)
+
+bench: $(READY) ## what this machine can do: throughput, as ratios measured side by side
+	@$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+clean: ## remove .venv, builds and caches; results stay
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is removed before an install and written after it: without one, an install was interrupted, and we start afresh.
+$(READY): pyproject.toml constraints.txt $(BIN)/python
+	@[ -e $@ ] || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "PYTHON (=$(PYTHON)) must be Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@[ -e $@ ] || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "PYTHON (=$(PYTHON)) lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
+	@echo "Installing into .venv: some minutes, most of them for torch ..."
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --editable '.[dashboard,dev]'
+	@touch $@
+
+# Not made yet, or the Python behind it is gone.
+$(BIN)/python:
+	@rm -f $(READY)

@@ -1,0 +1,115 @@
+"""Shards on disk: pairs of `.npy` files with images and labels, described by a `dataset.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Splits = Mapping[str, tuple[np.ndarray, np.ndarray]]  # images and labels of each
+
+SHARD = 5_000  # samples in a shard: 4 MB of 28x28 images
+_KEYS = {"name": str, "classes": list, "splits": dict, "sha256": dict}
+_AGAIN = "copy or fetch the data set again."
+
+
+def write(folder: str | PathLike[str], splits: Splits, **facts: Any) -> Path:
+    """Write a data set: shards of at most 5,000 samples, in the order given, and `dataset.json`.
+
+    Parameters
+    ----------
+    folder : str or path
+        Made if need be.
+    splits : mapping of str to (images, labels)
+        Images uint8, shape (N, H, W) or (N, C, H, W); labels integer, shape (N,).
+    **facts
+        For `dataset.json`: `name` and `classes`, and what else should be known (`licence`, `source`).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stems: dict[str, list[str]] = {}
+    for split, arrays in splits.items():
+        starts = range(0, len(arrays[0]), SHARD)
+        stems[split] = [f"{split}-{s}" for s in range(len(starts))]
+        for stem, start in zip(stems[split], starts, strict=True):
+            for file, array in zip(_files(stem), arrays, strict=True):
+                np.save(folder / file, array[start : start + SHARD])
+    facts["samples"] = {split: len(images) for split, (images, _) in splits.items()}
+    facts["splits"] = stems
+    facts["sha256"] = {file: _sha256(folder / file) for file in _listed(stems)}
+    text = json.dumps(facts, indent=2) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8", newline="\n")
+    return folder
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What `dataset.json` says, with the keys that we rely on."""
+    path = folder / "dataset.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; {_AGAIN}") from None
+    for key, kind in _KEYS.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get(key), kind):
+            raise ValueError(f"{path} has no {key!r} of type {kind.__name__}; {_AGAIN}")
+    return facts
+
+
+def shard(folder: Path, stem: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a shard, mapped and checked."""
+    images, labels = (_map(folder / file) for file in _files(stem))
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        found, needed = f"{images.dtype} {images.shape}", "uint8 (N, H, W) or (N, C, H, W)"
+        raise ValueError(f"{stem}-images.npy in {folder} is {found}; needed: {needed}.")
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        found = f"{labels.dtype} {labels.shape}"
+        raise ValueError(f"{stem}-labels.npy in {folder} is {found}; needed: integers (N,).")
+    if len(images) != len(labels):
+        counts = f"{len(images):,} images and {len(labels):,} labels"
+        raise ValueError(f"shard {stem} in {folder} has {counts}; {_AGAIN}")
+    return images, labels
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with its recorded SHA-256; the error names the first that is missing or damaged."""
+    facts = describe(folder)
+    for file in _listed(facts["splits"]):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing; {_AGAIN}")
+        if _sha256(folder / file) != facts["sha256"].get(file):
+            raise ValueError(f"{folder / file} is damaged: not the SHA-256 in dataset.json; {_AGAIN}")
+
+
+def _files(stem: str) -> tuple[str, str]:
+    return f"{stem}-images.npy", f"{stem}-labels.npy"
+
+
+def _listed(splits: Mapping[str, list[str]]) -> list[str]:
+    return [file for stems in splits.values() for stem in stems for file in _files(stem)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _map(path: Path) -> np.ndarray:
+    """Memory map of a `.npy` file whose size fits its header: reading past a file's end kills the process."""
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size = file.tell() + math.prod(shape) * dtype.itemsize
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; {_AGAIN}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a .npy file: {error}; {_AGAIN}") from None
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its header says {size:,}; {_AGAIN}")
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,577 @@
+"""The data layer against plain numpy, the publisher's own files, a real HTTP server and real signals."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import require
+
+from hpclab import _fetch, data
+
+BUNDLED = data.share() / "data" / "fashion_mnist"
+FULL = "fashion_mnist_full"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HPCLAB_DATA_MIRROR", raising=False)
+
+
+def start(code, *args):
+    """Python code in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *args], env=env, **pipes)
+
+
+def plain(folder, split, kind):
+    """All of a split, put together without hpclab.data."""
+    stems = json.loads((folder / "dataset.json").read_text())["splits"][split]
+    return np.concatenate([np.load(folder / f"{stem}-{kind}.npy") for stem in stems])
+
+
+# --- the bundled images ---
+
+
+@pytest.mark.parametrize(("split", "per_class"), [("train", 1_000), ("test", 200)])
+def test_bundled_set_and_each_shard_are_balanced(split, per_class):
+    assert np.bincount(data.load("fashion_mnist", split).labels).tolist() == [per_class] * 10
+    for file in BUNDLED.glob(f"{split}-*-labels.npy"):
+        assert len(set(np.bincount(np.load(file)))) == 1
+        assert len(np.load(file)) <= 5_000
+
+
+def test_bundled_files_readme_and_dataset_json_agree():
+    recorded = json.loads((BUNDLED / "dataset.json").read_text())["sha256"]
+    actual = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in BUNDLED.glob("*.npy")}
+    assert recorded == actual
+    readme = (BUNDLED / "README.md").read_text(encoding="utf-8")
+    assert all(f"{digest}  {file}" in readme for file, digest in actual.items())
+    assert data.verify("fashion_mnist") == BUNDLED
+
+
+def test_bundled_set_is_remade_bit_for_bit(tmp_path):
+    require(_fetch.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
+    script = BUNDLED.parent / "make_fashion_mnist.py"
+    start(script.read_text(), str(tmp_path)).communicate(timeout=60)
+    assert (tmp_path / "dataset.json").read_bytes() == (BUNDLED / "dataset.json").read_bytes()
+    data.verify(tmp_path)
+
+
+# --- reading ---
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Three shards of 40, 40 and 23 random colour images."""
+    monkeypatch.setattr("hpclab._shards.SHARD", 40)
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (103, 3, 5, 4), dtype=np.uint8)
+    labels = draw.integers(0, 4, 103, dtype=np.uint8)
+    return data.write(tmp_path / "colours", {"train": (images, labels)}, name="colours", classes=[*"abcd"])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [0, -1, 40, np.int64(102), [102, 0, 41, 40, 39, 41], slice(30, 90, 7), np.arange(103) % 3 == 0, []],
+)
+def test_any_index_across_shards_equals_the_concatenated_arrays(folder, index):
+    images = data.load(folder)
+    x, y = images[index]
+    expected = plain(folder, "train", "images")[index].astype(np.float32) / np.float32(255)
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(x, expected)
+    assert y.dtype == np.int64
+    np.testing.assert_array_equal(y, plain(folder, "train", "labels")[index])
+
+
+def test_attributes(folder):
+    images = data.load(folder)
+    assert (len(images), images.shape, images.classes) == (103, (3, 5, 4), ["a", "b", "c", "d"])
+    np.testing.assert_array_equal(images.labels, plain(folder, "train", "labels"))
+    assert data.load("fashion_mnist").shape == (1, 28, 28)
+
+
+def test_iteration_ends_and_an_index_out_of_range_is_an_error(folder):
+    assert sum(1 for _ in data.load(folder)) == 103
+    with pytest.raises(IndexError, match="103"):
+        data.load(folder)[[5, 103]]
+
+
+def _sum(images):
+    return images[:][0].sum()
+
+
+def test_pickle_is_small_and_opens_in_another_process(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    images = data.load("colours")
+    assert len(pickle.dumps(images)) < 1_000
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_sum, (images,)) == _sum(images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dataloader_gives_the_same_batches(folder, workers):
+    torch = pytest.importorskip("torch")
+    images = data.load(folder)
+    order = np.random.default_rng(1).permutation(103)
+    sampler = torch.utils.data.BatchSampler(order.tolist(), 16, drop_last=False)
+    batches = torch.utils.data.DataLoader(images, batch_size=None, sampler=sampler, num_workers=workers)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+    np.testing.assert_array_equal(x.numpy(), plain(folder, "train", "images")[order] / np.float32(255))
+    np.testing.assert_array_equal(y.numpy(), plain(folder, "train", "labels")[order])
+    one_by_one = torch.utils.data.DataLoader(images, batch_size=16, sampler=order.tolist())
+    assert torch.equal(torch.cat([x for x, _ in one_by_one]), x)
+    assert torch.equal(torch.cat([y for _, y in one_by_one]), y)
+
+
+# --- finding, and bad input ---
+
+
+@pytest.mark.parametrize("source", ["fashion_mnist", "data/fashion_mnist", Path("data/fashion_mnist")])
+def test_bundled_name_from_any_working_directory(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data.find(source) == BUNDLED
+
+
+def test_existing_folder_wins_over_the_name(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename("fashion_mnist")
+    assert data.load("fashion_mnist").name == "colours"
+
+
+@pytest.mark.parametrize("source", ["nowhere", "data/nowhere", "elsewhere/fashion_mnist", "/no/data/fashion_mnist"])
+def test_missing_data_set_lists_what_there_is(source):
+    with pytest.raises(FileNotFoundError, match=rf"source \(='{source}'\).* fashion_mnist\..*hpclab data fetch"):
+        data.load(source)
+
+
+def test_source_of_a_wrong_type():
+    with pytest.raises(TypeError, match=r"source \(=3\)"):
+        data.load(3)
+
+
+def test_folder_without_dataset_json(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no dataset\.json"):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"name": "x", "classes": 3}', "\xff"])
+def test_malformed_dataset_json(folder, text):
+    (folder / "dataset.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"dataset\.json"):
+        data.load(folder)
+
+
+@pytest.mark.parametrize("key", ["name", "classes", "splits", "sha256"])
+def test_dataset_json_lacks_a_key(folder, key):
+    facts = json.loads((folder / "dataset.json").read_text())
+    del facts[key]
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=key):
+        data.load(folder)
+
+
+def test_unknown_split_lists_the_valid_ones():
+    with pytest.raises(ValueError, match=r"split \(='val'\).*'train', 'test'"):
+        data.load("fashion_mnist", "val")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def header_only(file):
+    file.write_bytes(file.read_bytes()[:128])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def other(file):
+    file.write_bytes(b"GIF89a" * 99)
+
+
+def pickled(file):
+    np.save(file, np.array([{}, 1], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize("damage", [cut, header_only, empty, other, pickled, Path.unlink])
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_damaged_file_is_named_at_load_and_by_verify(folder, damage, kind):
+    damage(folder / f"train-1-{kind}.npy")
+    for check in (data.load, data.verify):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"train-1-{kind}.npy"):
+            check(folder)
+
+
+def test_verify_finds_a_single_flipped_bit(folder):
+    file = folder / "train-2-images.npy"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    data.load(folder)
+    with pytest.raises(ValueError, match=r"train-2-images\.npy is damaged"):
+        data.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "message"),
+    [
+        ("images", np.zeros((40, 3, 5, 4), np.float32), "float32"),
+        ("images", np.zeros((40, 60), np.uint8), r"\(40, 60\)"),
+        ("images", np.zeros((0, 3, 5, 4), np.uint8), r"\(0, 3, 5, 4\)"),
+        ("images", np.zeros((40, 3, 5, 5), np.uint8), "different shapes"),
+        ("images", np.zeros((39, 3, 5, 4), np.uint8), "39 images and 40 labels"),
+        ("labels", np.zeros(40, np.float64), "float64"),
+        ("labels", np.zeros((40, 1), np.uint8), r"\(40, 1\)"),
+        ("labels", np.zeros(41, np.uint8), "40 images and 41 labels"),
+        (
+            "labels",
+            np.array([4] + [0] * 38 + [9], np.uint8),
+            "label 4 is outside the 4 classes.* 2 of 103 labels",
+        ),
+        ("labels", np.array([0] * 39 + [-1], np.int64), "label -1 is outside the 4 classes"),
+    ],
+)
+def test_wrong_array_in_a_shard(folder, kind, array, message):
+    np.save(folder / f"train-1-{kind}.npy", array)
+    with pytest.raises(ValueError, match=message):
+        data.load(folder)
+
+
+# --- fetching ---
+
+
+def test_debian_files_as_published_and_fetched(tmp_path):
+    """Against the publisher's MD5 sums (with the gzip headers that Debian stripped) and plain idx bytes."""
+    require(_fetch.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
+    published = {  # time in the gzip header, MD5 of images and of labels (README of fashion-mnist)
+        "train": (1504176606, "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe"),
+        "t10k": (1504176627, "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
+    }
+    folder = data.fetch(progress=False)
+    assert folder == tmp_path / "cache" / FULL == data.find(FULL)
+    for prefix, (packed_at, *sums) in published.items():
+        for kind, idx, header, md5 in zip(("images", "labels"), (3, 1), (16, 8), sums, strict=True):
+            stem = f"{prefix}-{kind}-idx{idx}-ubyte"
+            packed = (_fetch.DEBIAN / f"{stem}.gz").read_bytes()
+            gzip_header = b"\x1f\x8b\x08\x08" + struct.pack("<I", packed_at) + packed[8:10] + stem.encode() + b"\0"
+            assert hashlib.md5(gzip_header + packed[10:]).hexdigest() == md5
+            split = "train" if prefix == "train" else "test"
+            assert plain(folder, split, kind).tobytes() == gzip.decompress(packed)[header:]
+    assert max(len(np.load(file)) for file in folder.glob("*-labels.npy")) == 5_000
+
+
+def test_fetched_images_are_those_of_the_bundled_set():
+    require(_fetch.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
+    data.fetch(progress=False)
+    full = {(x.tobytes(), y) for x, y in zip(*data.load(FULL, "test")[:], strict=True)}
+    subset = {(x.tobytes(), y) for x, y in zip(*data.load("fashion_mnist", "test")[:], strict=True)}
+    assert subset < full
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A folder with four small files like the publisher's, which nothing but a server of the test offers."""
+    draw, folder = np.random.default_rng(0), tmp_path / "published"
+    folder.mkdir()
+    for prefix, n in (("train", 300), ("t10k", 100)):
+        for kind, shape in (("images-idx3", (n, 28, 28)), ("labels-idx1", (n,))):
+            raw = struct.pack(f">I{len(shape)}I", 0x800 + len(shape), *shape)
+            raw += draw.integers(0, 10, shape, dtype=np.uint8).tobytes()
+            (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(raw))
+            monkeypatch.setitem(_fetch.SHA256, f"{prefix}-{kind}-ubyte.gz", hashlib.sha256(raw).hexdigest())
+    monkeypatch.setattr(_fetch, "DEBIAN", tmp_path / "not-installed")
+    monkeypatch.setattr(_fetch, "PUBLISHED", [])
+    return folder
+
+
+IMAGES = "train-images-idx3-ubyte.gz"
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """A plain server: without Range, as Python's own is."""
+
+    def do_GET(self):
+        self.server.asked.append((Path(self.path).name, self.headers.get("Range")))
+        super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+class Ranges(Files):
+    """A server that answers Range."""
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        body = Path(self.directory, Path(self.path).name).read_bytes()
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self.server.asked.append((Path(self.path).name, wanted))
+        if start >= len(body):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.send(body[start:])
+
+    def send(self, body):
+        self.wfile.write(body)
+
+
+class Breaks(Ranges):
+    """Hangs up after 20,000 bytes of each answer."""
+
+    def send(self, body):
+        self.wfile.write(body[:20_000])
+
+
+class Stalls(Ranges):
+    """Sends 20,000 bytes and then nothing until the test ends."""
+
+    def send(self, body):
+        self.wfile.write(body[:20_000])
+        self.wfile.flush()
+        self.server.end.wait(60)
+
+
+@contextlib.contextmanager
+def serve(folder, handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: handler(*args, directory=str(folder)))
+    server.asked, server.end = [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        yield server
+    finally:
+        server.end.set()
+        server.shutdown()
+        server.server_close()
+
+
+def check_fetched(folder, published):
+    raw = gzip.decompress((published / IMAGES).read_bytes())
+    assert plain(folder, "train", "images").tobytes() == raw[16:]
+    assert data.load(folder, "test").shape == (1, 28, 28)
+    data.verify(folder)
+    assert [entry.name for entry in folder.parent.iterdir() if "fashion" in entry.name] == [folder.name]
+    assert not (data.cache() / "downloads").exists()
+
+
+@pytest.mark.parametrize("handler", [Files, Ranges, Breaks])
+def test_download(handler, published):
+    with serve(published, handler) as server:
+        check_fetched(data.fetch(mirror=server.url + "/", progress=False), published)
+    resumed = [wanted for file, wanted in server.asked if file == IMAGES and wanted]
+    assert bool(resumed) == (handler is Breaks)
+
+
+@pytest.mark.parametrize(("handler", "size"), [(Ranges, 5_000), (Files, 5_000), (Ranges, None), (Files, None)])
+def test_resume_of_a_planted_part(handler, size, published):
+    part = data.cache() / "downloads" / f"{IMAGES}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes((published / IMAGES).read_bytes()[:size])
+    start = part.stat().st_size
+    with serve(published, handler) as server:
+        check_fetched(data.fetch(mirror=server.url, progress=False), published)
+    assert [wanted for file, wanted in server.asked if file == IMAGES] == [f"bytes={start}-"]
+
+
+@pytest.mark.parametrize("planted", [b"x" * 5_000, b"x" * 10_000_000], ids=["short", "long"])
+@pytest.mark.parametrize("handler", [Ranges, Files])
+def test_a_part_of_something_else_is_thrown_away(planted, handler, published):
+    part = data.cache() / "downloads" / f"{IMAGES}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(planted)
+    with serve(published, handler) as server:
+        check_fetched(data.fetch(mirror=server.url, progress=False), published)
+
+
+def test_bad_sources_are_passed_over(published, tmp_path, monkeypatch):
+    corrupt = tmp_path / "corrupt"
+    shutil.copytree(published, corrupt)
+    raw = bytearray((published / IMAGES).read_bytes())
+    raw[len(raw) // 2] ^= 255
+    (corrupt / IMAGES).write_bytes(raw)
+    with serve(corrupt, Ranges) as bad, serve(published, Ranges) as good:
+        monkeypatch.setattr(_fetch, "PUBLISHED", [bad.url, good.url])
+        check_fetched(data.fetch(mirror="http://127.0.0.1:9", progress=False), published)
+    assert [file for file, _ in bad.asked].count(IMAGES) == 1
+    assert good.asked == [(IMAGES, None)]
+
+
+def test_mirror_from_the_environment_may_be_a_folder(published, monkeypatch):
+    monkeypatch.setenv("HPCLAB_DATA_MIRROR", str(published))
+    check_fetched(data.fetch(progress=False), published)
+
+
+def test_every_source_is_listed_with_its_reason(published, monkeypatch):
+    (published / IMAGES).write_bytes((published / IMAGES).read_bytes()[:-20])
+    with serve(published, Ranges) as short, serve(published / "nothing", Files) as absent:
+        monkeypatch.setattr(_fetch, "PUBLISHED", [short.url, absent.url])
+        with pytest.raises(ConnectionError) as caught:
+            data.fetch(mirror="http://127.0.0.1:9", progress=False)
+    lines = str(caught.value).splitlines()
+    for line, source, reason in zip(
+        lines[1:5],
+        ["http://127.0.0.1:9", str(_fetch.DEBIAN), short.url, absent.url],
+        ["refused", "No such file", "damaged gzip", "404"],
+        strict=True,
+    ):
+        assert source in line
+        assert reason in line
+    assert "mirror=" in lines[5]
+    assert not (data.cache() / FULL).exists()
+
+
+def test_broken_connection_without_range_gives_up(published):
+    class BreaksWithoutRange(Breaks):
+        def do_GET(self):
+            del self.headers["Range"]
+            super().do_GET()
+
+    with (
+        serve(published, BreaksWithoutRange) as server,
+        pytest.raises(ConnectionError, match="ended after 20,000"),
+    ):
+        data.fetch(mirror=server.url, progress=False)
+
+
+def test_a_valid_copy_is_returned_without_asking_anyone(published, tmp_path):
+    to = tmp_path / "here"
+    assert data.fetch(to=to, mirror=str(published), progress=False) == to
+    assert data.fetch(to=to, mirror="http://127.0.0.1:9", progress=False) == to
+
+
+def test_another_folder_under_the_name_is_left_alone(published, folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    damaged = data.fetch(to=tmp_path / "damaged", mirror=str(published), progress=False)
+    cut(damaged / "train-0-images.npy")
+    for to in (tmp_path, folder, tmp_path / "file", damaged):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(FileExistsError, match=r"to \(=.*give a folder that does not exist yet"):
+            data.fetch(to=to, mirror=str(published), progress=False)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"name \(='mnist'\).*'fashion-mnist'"):
+        data.fetch("mnist")
+
+
+def test_under_a_regular_file(published, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file.*can't be written.*to="):
+        data.fetch(to=tmp_path / "file" / "below", mirror=str(published), progress=False)
+
+
+PERMISSION = """
+import os, sys, urllib.request
+from hpclab import data, _fetch
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    data.fetch(to=sys.argv[1] + "/full", progress=False)
+except PermissionError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="needs POSIX users")
+def test_no_write_permission():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        said, _ = start(PERMISSION, folder).communicate(timeout=60)
+        assert "can't be written (Permission denied); give another folder" in said
+        assert not os.listdir(folder)
+
+
+FETCH = """
+import json, os, signal, sys
+import numpy as np
+from hpclab import data, _fetch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
+_fetch.DEBIAN, _fetch.SHA256, _fetch.PUBLISHED = _fetch.Path("/none"), json.loads(sys.argv[2]), []
+"""
+KILL_IN_SHARD = """
+save = np.save
+def kill(file, array):
+    save(file, array)
+    if "test-0-images" in str(file):
+        os.kill(os.getpid(), signal.SIGKILL)
+np.save = kill
+"""
+GO = "data.fetch(mirror=sys.argv[1], progress=False)"
+
+
+def test_killed_while_writing_shards_leaves_nothing_under_the_name(published):
+    child = start(FETCH + KILL_IN_SHARD + GO, str(published), json.dumps(_fetch.SHA256))
+    child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    assert not (data.cache() / FULL).exists()
+    with pytest.raises(FileNotFoundError):
+        data.load(FULL)
+    data.verify(data.fetch(mirror=str(published), progress=False))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_while_downloading_is_resumed(number, published):
+    part = data.cache() / "downloads" / f"{IMAGES}.part"
+    with serve(published, Stalls) as server:
+        child = start(FETCH + GO, server.url, json.dumps(_fetch.SHA256))
+        while not (part.exists() and part.stat().st_size):
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(number)
+        child.communicate(timeout=60)
+    assert child.returncode == -number
+    assert [entry.name for entry in data.cache().iterdir()] == ["downloads"]
+    size = part.stat().st_size
+    with serve(published, Ranges) as server:
+        check_fetched(data.fetch(mirror=server.url, progress=False), published)
+    assert server.asked[0] == (IMAGES, f"bytes={size}-")
+
+
+def test_interrupt_while_writing_shards_leaves_nothing(published, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpclab._shards.np.save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch(mirror=str(published), progress=False)
+    assert not list(data.cache().iterdir())
+
+
+def test_two_at_once_both_end_well(published):
+    with serve(published, Ranges) as server:
+        both = [start(FETCH + GO, server.url, json.dumps(_fetch.SHA256)) for _ in range(2)]
+        assert [child.communicate(timeout=60) for child in both] == [("", ""), ("", "")]
+    data.verify(FULL)
+
+
+def test_torch_is_not_imported():
+    code = "import sys, hpclab.data; hpclab.data.load('fashion_mnist')[0]; print('torch' in sys.modules)"
+    assert start(code).communicate(timeout=60) == ("False\n", "")

@@ -1,0 +1,44 @@
+"""Real clusters, real training and real measurements in a notebook cell.
+
+Importing this package loads neither torch nor dask: each name below loads what it needs when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hpclab._rank import report as report
+    from hpclab.cluster import connect as connect
+    from hpclab.exercises import check as check
+    from hpclab.launcher import RankError as RankError
+    from hpclab.launcher import Run as Run
+    from hpclab.launcher import launch as launch
+    from hpclab.racing import race as race
+    from hpclab.training import train as train
+
+_HOME = {
+    "RankError": "launcher",
+    "Run": "launcher",
+    "check": "exercises",
+    "connect": "cluster",
+    "launch": "launcher",
+    "race": "racing",
+    "report": "_rank",
+    "train": "training",
+}
+_MODULES = ("checkpoint", "data", "exercises", "language", "machine", "models", "plots", "scaling", "tables", "widgets")
+__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"hpclab.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"hpclab.{name}")
+    raise AttributeError(f"module 'hpclab' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,92 @@
+"""The `hpclab` command: thin words over the package."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "lab":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        options.run(options, rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        print(f"hpclab {options.command}: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from hpclab import __version__
+
+    parser = argparse.ArgumentParser("hpclab", description="Real clusters, real training, real measurements.")
+    parser.add_argument("--version", action="version", version=f"hpclab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    doctor = commands.add_parser("doctor", help="tell what this machine really has, and what fits on it")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser(
+        "demo", help="race 1 rank against 2 on real images, measure, and leave a page of results"
+    )
+    demo.add_argument("--epochs", type=int, default=5, help="epochs of each racer (default: 5)")
+    demo.add_argument("--repeats", type=int, default=3, help="rounds of the measurement (default: 3)")
+    demo.add_argument("--folder", help="where results go; new or empty (default: results/<time>-demo)")
+    demo.set_defaults(run=_demo)
+
+    lab = commands.add_parser(
+        "lab", help="open JupyterLab on a working copy of the course; other arguments go to Jupyter"
+    )
+    lab.add_argument("folder", nargs="?", default="hpclab-course", help="the copy (default: hpclab-course)")
+    lab.set_defaults(run=_lab)
+
+    data = commands.add_parser("data", help="get larger data sets, and check those that are here")
+    verbs = data.add_subparsers(dest="verb", required=True, metavar="verb")
+    fetch = verbs.add_parser("fetch", help="get the full Fashion-MNIST, 60,000 + 10,000 images")
+    fetch.add_argument("name", nargs="?", default="fashion-mnist")
+    fetch.add_argument("--to", help="folder of the data set (default: the user's cache)")
+    fetch.add_argument("--mirror", help="address to try first, for instance of a mirror in your country")
+    fetch.set_defaults(run=_fetch)
+    verify = verbs.add_parser("verify", help="check a data set against its checksums")
+    verify.add_argument("source", nargs="?", default="fashion_mnist")
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
+    from hpclab.doctor import examine
+
+    print(examine())
+
+
+def _demo(options: argparse.Namespace, rest: list[str]) -> None:
+    from hpclab.demo import demo
+
+    demo(options.folder, options.epochs, options.repeats)
+
+
+def _lab(options: argparse.Namespace, rest: list[str]) -> None:
+    from hpclab.course import open_lab
+
+    open_lab(options.folder, rest)
+
+
+def _fetch(options: argparse.Namespace, rest: list[str]) -> None:
+    from hpclab import data
+
+    print(data.fetch(options.name, options.to, options.mirror))
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> None:
+    from hpclab import data
+
+    data.verify(options.source)
+    print(f"{data.find(options.source)}: every file is as it was made")

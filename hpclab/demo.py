@@ -1,0 +1,119 @@
+"""The main job, in a minute: look at the machine, race 1 rank against 2, measure with repeats, and leave a page of it."""
+
+import base64
+import html
+import itertools
+import json
+import time
+from pathlib import Path
+
+from distributed import Client
+from matplotlib.figure import Figure
+
+from hpclab import doctor, machine, models, plots, racing, scaling
+from hpclab.cluster import connect
+from hpclab.language import language
+from hpclab.language import translate as _
+from hpclab.launcher import Run, occupy
+from hpclab.tables import Table, markup
+from hpclab.training import train
+
+STEPS = 50
+"""Steps of a run of the sweep."""
+
+
+def demo(folder: str | None = None, epochs: int = 5, repeats: int = 3) -> Path:
+    """Run the demo, tell its story in the terminal, and return the folder of results.
+
+    Parameters
+    ----------
+    folder : path, optional
+        Takes ``rows.jsonl``, ``figure.png``, ``index.html`` and the runs; new or empty. Default: ``results/<time>-demo``.
+    epochs : int, default 5
+        Epochs of each racer.
+    repeats : int, default 3
+        Rounds of the sweep.
+    """
+    place = occupy(folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-demo"))
+    found = doctor.examine()
+    print(f"{_('This machine')}\n\n{found}\n")
+    with connect(workers=max(2, machine.fits())) as client:
+        print(_("The race: {epochs} epochs of Fashion-MNIST, the same batches for all", epochs=epochs) + "\n")
+        race = racing.race(client, models.CNN, "fashion_mnist", epochs=epochs, folder=str(place / "race"))
+        print(f"\n{race.table()}\n\n{race.verdict()}\n")
+        print(_("The measurement: {repeats} repeats of {steps} steps, in turn", repeats=repeats, steps=STEPS) + "\n")
+        rows = _sweep(client, place, repeats)
+    measured = scaling.summary(rows)
+    table = _compare(measured, race)
+    print(f"\n{table}\n")
+    shown = _figure(race, measured)
+    shown.savefig(place / "figure.png", dpi=120)
+    with open(place / "rows.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*race.trials(), *rows])
+    _page(place, found, race, table, racing.png(shown))
+    print(_("Results: {folder}", folder=place / "index.html"))
+    print(_("Next: hpclab lab opens the course; its first notebook lets you predict, and then race."))
+    return place
+
+
+def _sweep(client: Client, place: Path, repeats: int) -> list[dict]:
+    number = itertools.count()
+
+    def job(client: Client, ranks: int, threads: int) -> Run:
+        settings = {"batch_size": 128 // ranks, "steps": STEPS, "folder": place / "sweep" / str(next(number))}
+        return train(client, models.CNN, "fashion_mnist", ranks=ranks, threads=threads, progress=False, **settings)
+
+    return scaling.sweep(client, job, cases=racing.racers(), repeats=repeats)
+
+
+def _compare(measured: list[dict], race: racing.Race) -> Table:
+    accuracy = {trial["label"]: trial["accuracy"] for trial in race.trials()}
+    return Table(
+        {
+            _("ranks"): row["ranks"],
+            _("threads a rank"): row["threads"],
+            _("samples a second"): f"{row['samples_per_s']:,.0f}",
+            _("speed-up"): f"{row['speedup']:.2f} ({row['speedup_low']:.2f}-{row['speedup_high']:.2f})",
+            _("efficiency"): f"{row['efficiency']:.2f}",
+            _("test accuracy"): f"{accuracy[row['label']]:.3f}",
+            _("source"): plots.source_word(row["source"]),
+        }
+        for row in measured
+    )
+
+
+def _figure(race: racing.Race, measured: list[dict]) -> Figure:
+    shown = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = shown.subplots(1, 2, width_ratios=(1.3, 1))
+    plots.loss(racing.lines(race.runs), left)
+    plots.speedup(measured, right)
+    return shown
+
+
+def _page(place: Path, found: Table, race: racing.Race, table: Table, image: bytes) -> None:
+    picture = base64.b64encode(image).decode()
+    parts = [
+        f'<img alt="{html.escape(racing.alt(race.runs))}" src="data:image/png;base64,{picture}">',
+        f"<h2>{_('The measurement')}</h2>{markup(table)}",
+        f"<h2>{_('The race')}</h2>{markup(race.table())}<p>{html.escape(race.verdict())}</p>",
+        f"<h2>{_('This machine')}</h2>{markup(found)}",
+        f"<p>{_('All rows:')} <a href='rows.jsonl'>rows.jsonl</a></p>",
+    ]
+    page = PAGE.format(language=language(), title="hpclab: " + _("1 rank against 2"), body="\n".join(parts))
+    (place / "index.html").write_text(page, encoding="utf-8")
+
+
+PAGE = """<!doctype html>
+<html lang="{language}">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+img {{ max-width: 100%; }}
+table {{ border-collapse: collapse; }}
+th, td {{ text-align: left; padding: .25rem .75rem; border-bottom: 1px solid #ddd; }}
+</style>
+<h1>{title}</h1>
+{body}
+"""

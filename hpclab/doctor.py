@@ -1,0 +1,69 @@
+"""What this machine really has, what fits on it, and what is missing, with the way to get it."""
+
+import shutil
+import socket
+
+from hpclab import machine
+from hpclab.language import translate as _
+from hpclab.tables import Table
+
+
+def examine() -> Table:
+    """Look at this machine; one row a finding, with ``what``, ``found`` and ``remark``."""
+    about = machine.describe()
+    findings = [
+        (_("CPUs"), f"{about['cpus']}", _limit(about["cpus"], about["cpus_host"])),
+        (_("memory"), f"{about['memory_gb']} GB", _limit(about["memory_gb"], about["memory_host_gb"])),
+        (_("ranks that fit"), f"{machine.fits()}", _("one thread each, at full speed")),
+        (_("system"), about["system"], f"{about['cpu']}, Python {about['python']}"),
+        ("torch", about["torch"] or _("missing"), _gpus() if about["torch"] else "pip install torch"),
+        ("Dask", about["distributed"] or _("missing"), "" if about["distributed"] else "pip install distributed"),
+        ("JupyterLab", machine.installed("jupyterlab") or _("missing"), "hpclab lab"),
+        (_("dashboard"), machine.installed("bokeh") or _("missing"), _("optional: pip install 'hpclab[dashboard]'")),
+        ("Slurm", *_slurm()),
+        (_("loopback"), *_loopback()),
+        (_("Chinese font"), *_font()),
+    ]
+    return Table({_("what"): what, _("found"): found, _("remark"): remark} for what, found, remark in findings)
+
+
+def _limit(usable: float, host: float) -> str:
+    if usable < host:
+        return _("the host has {host}; affinity, cgroup or ulimit allow less", host=host)
+    return _("all of the host's")
+
+
+def _gpus() -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    return _("{count} GPUs", count=count) if count else _("no GPU")
+
+
+def _slurm() -> tuple[str, str]:
+    there = [program for program in ("sbatch", "slurmctld") if shutil.which(program)]
+    match there:
+        case ["sbatch", "slurmctld"]:
+            return _("commands and daemons"), ""
+        case ["sbatch"]:
+            return _("commands"), _("of a site")
+    return _("missing"), _("optional; Debian and Ubuntu: apt install slurm-wlm munge")
+
+
+def _loopback() -> tuple[str, str]:
+    try:
+        with socket.socket() as listener, socket.socket() as caller:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            caller.connect(listener.getsockname())
+    except OSError as error:
+        return _("closed"), _("clusters can't start here: {error}", error=error)
+    return _("open"), _("ports are chosen free, each time anew")
+
+
+def _font() -> tuple[str, str]:
+    from hpclab.plots import cjk_font
+
+    return cjk_font() or _("missing"), "" if cjk_font() else _(
+        "figures take English; Debian: apt install fonts-wqy-microhei"
+    )

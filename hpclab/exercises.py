@@ -1,0 +1,250 @@
+"""Exercise checks: three answers, each naming a misconception and never the solution.
+
+A check never depends on time, and an answer that isn't there yet, or that breaks, is a verdict and no error.
+"""
+
+import html
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from hpclab import machine
+from hpclab.language import translate as _
+
+
+@dataclass(frozen=True)
+class Result:
+    """Verdict on an answer: `status` is "pass", "fail" or "inconclusive"; true only if it passed."""
+
+    status: str
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.status == "pass"
+
+    def __repr__(self) -> str:
+        symbol, label, _colour = self._look()
+        return f"{symbol} {label}: {self.message}"
+
+    def _repr_html_(self) -> str:
+        symbol, label, colour = self._look()
+        return (
+            f'<div class="hpclab-result" role="status" data-status="{self.status}" '
+            f'style="border-left: 5px solid {colour}; padding: 4px 10px">'
+            f'<span aria-hidden="true" style="color: {colour}">{symbol}</span> '
+            f"<strong>{label}</strong>: {html.escape(self.message)}</div>"
+        )
+
+    def _look(self) -> tuple[str, str, str]:
+        """Symbol, label and colour (Okabe and Ito's, told apart by colour-blind readers)."""
+        return {
+            "pass": ("✓", _("pass"), "#0072B2"),
+            "fail": ("✗", _("fail"), "#D55E00"),
+            "inconclusive": ("?", _("inconclusive"), "#CC79A7"),
+        }[self.status]
+
+
+class _Verdict(Exception):
+    """Ends a check early, from any depth, with its result."""
+
+    def __init__(self, result: Result):
+        self.result = result
+
+
+def passed(message: str) -> Result:
+    return Result("pass", message)
+
+
+def failed(message: str) -> Result:
+    return Result("fail", message)
+
+
+def inconclusive(message: str) -> Result:
+    return Result("inconclusive", message)
+
+
+_CHECKS: dict[str, Callable[[Any], Result]] = {}
+
+
+def exercise(exercise_id: str) -> Callable:
+    """Decorate the function `answer -> Result` that checks an exercise; ids are "slug.name"."""
+
+    def register(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+        _CHECKS[exercise_id] = function
+        return function
+
+    return register
+
+
+def check(exercise_id: str, answer: object) -> Result:
+    """Check the answer to an exercise.
+
+    Parameters
+    ----------
+    exercise_id : str
+        For example "start.gang": the notebook's slug and the exercise's name.
+    answer : object
+        What the exercise asks for: a value or a function.
+
+    Returns
+    -------
+    Result
+        Shows itself in a notebook; true only if the answer passed.
+
+    Raises
+    ------
+    ValueError
+        If there is no such exercise.
+    AssertionError
+        Under nbgrader (it sets `NBGRADER_EXECUTION` when it grades or validates), for anything but a pass.
+    """
+    if exercise_id not in _CHECKS:
+        raise ValueError(f"exercise_id (={exercise_id!r}) is no exercise; use one of {', '.join(sorted(_CHECKS))}.")
+    try:
+        result = _CHECKS[exercise_id](_answered(answer))
+    except _Verdict as verdict:
+        result = verdict.result
+    if "NBGRADER_EXECUTION" in os.environ and not result:
+        raise AssertionError(result.message)
+    return result
+
+
+def _answered(answer: object) -> object:
+    if answer is None or answer is ...:
+        raise _Verdict(failed(_("Not answered yet.")))
+    return answer
+
+
+def _call(answer: Any, *arguments: object) -> Any:
+    """What the reader's function returns; what it raises is a verdict."""
+    if not callable(answer):
+        raise _Verdict(failed(_("The answer is a function, not {answer!r}.", answer=answer)))
+    try:
+        returned = answer(*arguments)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        raise _Verdict(failed(_("Your function raised {error}", error=text))) from error
+    return _answered(returned)
+
+
+@exercise("start.gang")
+def _gang(answer: object) -> Result:
+    if isinstance(answer, bool) or not isinstance(answer, int | np.integer):
+        return failed(_("The answer is a whole number of ranks (an int), not {answer!r}.", answer=answer))
+    ranks, fits = int(answer), machine.fits()
+    if ranks == fits:
+        return passed(_("One rank more wouldn't fit, and one fewer would leave a part of this machine idle."))
+    if ranks < 1:
+        return failed(_("A gang has at least one rank."))
+    if ranks < fits:
+        return failed(_("It fits, but isn't the largest: a part of what you may use would stay idle."))
+    if ranks == machine.cpus():
+        return failed(_("The CPUs would do, but not the memory: each rank needs its own share of it."))
+    if ranks == os.cpu_count():
+        return failed(_("That is the host's CPU count. You share the host: how much of it is yours?"))
+    return failed(_("Too large: some of its ranks would wait for others, or run out of memory."))
+
+
+@exercise("cnn.order")
+def _order(epoch_order: object) -> Result:
+    for length, seed in _datasets():
+        orders = _orders(epoch_order, length, seed, epochs=[0, 1, 2])
+        if orders[0][0] == orders[1][0]:
+            return failed(_("Two epochs have the same order: when read, the sampler knew of no new epoch."))
+        if orders[2:] != _orders(epoch_order, length, seed, epochs=[2]):
+            return failed(_("One seed and epoch gave two orders: nobody could repeat or resume this run."))
+        for ranks in orders:
+            visited = sorted(ranks[0] + ranks[1])
+            if len(set(visited)) < len(visited):
+                return failed(_("An image is visited twice in an epoch: the ranks don't share out one order."))
+            if visited != list(range(length)):
+                return failed(_("In an epoch the ranks together don't visit every image."))
+        if sorted(orders[0][0]) == sorted(orders[1][0]):
+            return failed(_("The order changes, but each rank keeps its images: none are shared out anew."))
+    return passed(_("A new order in each epoch, every image once, shared out, and repeatable."))
+
+
+def _datasets() -> Iterator[tuple[int, int]]:
+    """Number of images (even, so that the sampler pads nothing) and the sampler's seed."""
+    hidden = random.Random("cnn.order")
+    for _variant in range(3):
+        yield 2 * hidden.randint(12, 40), hidden.randint(0, 999)
+
+
+def _orders(epoch_order: object, length: int, seed: int, epochs: list[int]) -> list[list[list[int]]]:
+    """Indices by epoch and by rank (2), from samplers that live through the epochs, as in training."""
+    from torch.utils.data import DistributedSampler
+
+    images: Any = range(length)  # of a data set, a sampler asks no more than its length
+    samplers: list = [DistributedSampler(images, num_replicas=2, rank=rank, seed=seed) for rank in range(2)]
+    return [[_indices(_call(epoch_order, sampler, epoch)) for sampler in samplers] for epoch in epochs]
+
+
+def _indices(returned: Any) -> list[int]:
+    try:
+        return [index(item) for item in returned]
+    except TypeError:
+        message = _("The function returns a list of indices (ints), not {returned!r}.", returned=returned)
+        raise _Verdict(failed(message)) from None
+
+
+@exercise("cnn.learning_rate")
+def _learning_rate(scaled_lr: object) -> Result:
+    variants = list(_recipes())
+    rates = np.array([_rate(_call(scaled_lr, *variant)) for variant in variants])
+    ratios = np.array([_moved(rate, *variant) for rate, variant in zip(rates, variants, strict=True)])
+    if np.allclose(ratios, 1):
+        return passed(_("One large step moves the weights as far as the small ones together."))
+    for message, misconceived in _misconceptions(variants).items():
+        if np.allclose(rates, misconceived):
+            return failed(message)
+    ratio = ratios[0]
+    return failed(_("One large step moves the weights {ratio:.3g} times as far as the small ones.", ratio=ratio))
+
+
+def _misconceptions(variants: list[tuple[float, int, int, int]]) -> dict[str, np.ndarray]:
+    """What each misconception is told, and the rates that it gives for the variants."""
+    base, base_batch, batch, ranks = np.array(variants).T
+    factor = batch * ranks / base_batch
+    return {
+        _("Unscaled: an epoch has fewer steps now, and each goes no further than before."): base,
+        _("Scaled by a square root: that keeps the noise of a step, not its length."): base * np.sqrt(factor),
+        _("Divided where it should grow: fewer steps, and each of them shorter."): base / factor,
+        _("Scaled by the ranks alone: one rank's batch isn't the base batch."): base * ranks,
+        _("Scaled by one rank's batch: the step has the others' images too."): base * batch / base_batch,
+        _("Scaled by the global batch: the base rate was made for a batch already."): base * batch * ranks,
+    }
+
+
+def _recipes() -> Iterator[tuple[float, int, int, int]]:
+    """Base rate, base batch, batch a rank, ranks; only the global batch is a multiple of the base batch."""
+    hidden = random.Random("cnn.learning_rate")
+    for ranks in (2, 4, 6):
+        base_batch = hidden.choice((4, 8, 16))
+        yield hidden.uniform(0.01, 0.2), base_batch, base_batch // 2 * hidden.choice((3, 5, 7)), ranks
+
+
+def _rate(returned: Any) -> float:
+    try:
+        return float(returned)
+    except (TypeError, ValueError):
+        message = _("The function returns a learning rate (a float), not {returned!r}.", returned=returned)
+        raise _Verdict(failed(message)) from None
+
+
+def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) -> float:
+    """One step on the global batch, as a multiple of all its base batches' steps from the same weights.
+
+    Plain SGD on least squares; with every gradient taken at the same weights the linear scaling rule is exact
+    (Goyal et al. 2017, arXiv:1706.02677, section 2.1).
+    """
+    draw = np.random.default_rng(batch)
+    x, y, weights = draw.normal(size=(batch * ranks, 3)), draw.normal(size=batch * ranks), draw.normal(size=3)
+    gradients = 2 * (x @ weights - y)[:, None] * x  # (global batch, 3)
+    small = sum(base * chunk.mean(axis=0) for chunk in np.split(gradients, len(x) // base_batch))
+    return float(rate * gradients.mean(axis=0) @ small / (small @ small))

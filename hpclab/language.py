@@ -1,0 +1,43 @@
+"""The reader's language: English messages are the keys, `zh.json` holds their Chinese.
+
+Use: `from hpclab.language import translate as _`, then `_("...")` with a literal, which a test collects.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+LANGUAGES = ("en", "zh")
+
+
+def language() -> str:
+    """Language of the reader: `HPCLAB_LANG`, else "zh" in a folder of that name (the notebooks'), else "en".
+
+    Raises
+    ------
+    ValueError
+        If `HPCLAB_LANG` names a language that isn't there.
+    """
+    chosen = os.environ.get("HPCLAB_LANG")
+    if chosen and chosen not in LANGUAGES:
+        raise ValueError(f"HPCLAB_LANG (={chosen}) is no language of hpclab; use one of {', '.join(LANGUAGES)}.")
+    return chosen or ("zh" if Path.cwd().name == "zh" else "en")
+
+
+def translate(message: str, **values: object) -> str:
+    """Message in the reader's language (English if it has no Chinese), with `values` as in `str.format`.
+
+    Examples
+    --------
+    >>> translate("{ranks} ranks", ranks=2)
+    '2 ranks'
+    """
+    if language() == "zh":
+        message = _chinese().get(message, message)
+    return message.format(**values)
+
+
+@cache
+def _chinese() -> dict[str, str]:
+    return json.loads(Path(__file__).with_name("zh.json").read_text(encoding="utf-8"))

@@ -1,0 +1,127 @@
+"""What this machine really gives: CPUs and memory after affinity, cgroups and ulimits, not what the host has."""
+
+import math
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+BASE_MEMORY = 500 * 2**20
+"""Bytes for what is there once: the notebook's kernel with torch, and the scheduler in it."""
+RANK_MEMORY = 400 * 2**20
+"""Bytes for each rank: its Dask worker, its process with torch, a small model."""
+
+
+def cpus() -> int:
+    """CPUs that this process may use: the smallest of its affinity and its cgroups' quota, at least 1."""
+    return max(1, min(_affinity(), math.floor(_cpu_quota())))
+
+
+def memory() -> int:
+    """Bytes of memory that this process may use: the smallest of the host's, the cgroups' limit and the ulimits."""
+    return int(min(psutil.virtual_memory().total, _memory_limit(), _ulimit()))
+
+
+def fits() -> int:
+    """Ranks of one thread that fit on this machine at full speed, at least 1.
+
+    The smaller of the CPUs and of what the memory allows, at `RANK_MEMORY` a rank beside `BASE_MEMORY`.
+    """
+    return max(1, min(cpus(), (memory() - BASE_MEMORY) // RANK_MEMORY))
+
+
+def describe() -> dict:
+    """Return this machine as a row: what every measurement made here depends on (memory in GB of 10**9 bytes)."""
+    return {
+        "host": platform.node(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_model(),
+        "cpus": cpus(),
+        "cpus_host": os.cpu_count() or 1,
+        "memory_gb": round(memory() / 1e9, 2),
+        "memory_host_gb": round(psutil.virtual_memory().total / 1e9, 2),
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "distributed": installed("distributed"),
+        "hpclab": installed("hpclab"),
+    }
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, without importing it; None if it isn't there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:
+    quotas = [math.inf]
+    for folder in _cgroups("cpu", proc, root):
+        match _words(folder / "cpu.max"):  # version 2: "200000 100000" or "max 100000"
+            case [quota, period] if quota != "max":
+                quotas.append(int(quota) / int(period))
+        match _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"):  # version 1
+            case [quota, period] if int(quota) > 0:
+                quotas.append(int(quota) / int(period))
+    return min(quotas[1:], default=float(os.cpu_count() or 1))
+
+
+def _memory_limit(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:
+    limits = [math.inf]
+    for folder in _cgroups("memory", proc, root):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            match _words(folder / name):
+                case [limit] if limit != "max":
+                    limits.append(int(limit))
+    return min(limits)
+
+
+def _ulimit() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return math.inf
+    soft = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return min([limit for limit in soft if limit != resource.RLIM_INFINITY], default=math.inf)
+
+
+def _cgroups(controller: str, proc: str, root: str) -> Iterator[Path]:
+    """Folders of the cgroups that bound this process: its own and all above it, as a limit may stand on any.
+
+    In a container the path in /proc can be the host's and lie outside what is mounted; the mount's root is then ours.
+    """
+    for line in _lines(Path(proc)):
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = Path(root, controllers)
+        own = mount / path.strip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(mount):
+                yield folder
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _words(file: Path) -> list[str]:
+    return " ".join(_lines(file)).split()
+
+
+def _cpu_model() -> str:
+    names = [line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

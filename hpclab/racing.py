@@ -1,0 +1,225 @@
+"""The race: the same training by one rank, by one process with all threads, and by two ranks, watched as it goes."""
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from distributed import Client
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from hpclab import machine, plots, scaling
+from hpclab.language import translate as _
+from hpclab.tables import Table
+from hpclab.training import Model, train
+
+Rows = list[dict]
+Show = Callable[[dict[str, Rows]], None]
+
+
+@dataclass
+class Race:
+    """How a race went."""
+
+    runs: dict[str, Rows] = field(default_factory=dict)
+    """Rows of each racer by its label, in the order of the start."""
+
+    def trials(self) -> Rows:
+        """One row a racer; see `scaling.trial`."""
+        return [scaling.trial(rows) for rows in self.runs.values()]
+
+    def table(self) -> Table:
+        """One row a racer, worded for showing."""
+        trials = self.trials()
+        return Table(
+            {
+                _("racer"): trial["label"],
+                _("training (s)"): f"{trial['train_s']:.1f}",
+                _("times as fast"): f"{trials[0]['train_s'] / trial['train_s']:.2f}",
+                _("samples a second"): f"{trial['samples_per_s']:,.0f}",
+                _("start-up (s)"): f"{trial['start_s']:.1f}",
+                _("last loss"): f"{trial['loss']:.3f}",
+                _("test accuracy"): "" if trial["accuracy"] is None else f"{trial['accuracy']:.3f}",
+                _("source"): plots.source_word(trial["source"]),
+            }
+            for trial in trials
+        )
+
+    def verdict(self) -> str:
+        """What this race shows, and what this machine can't show, in a few sentences."""
+        trials = self.trials()
+        first, last = trials[0], trials[-1]
+        told = _(
+            "{last} trained {ratio:.2f} times as fast as {first}; the last losses are {loss:.3f} and {other:.3f}.",
+            last=last["label"],
+            first=first["label"],
+            ratio=first["train_s"] / last["train_s"],
+            loss=last["loss"],
+            other=first["loss"],
+        )
+        if last["source"] == "emulated":
+            told += " " + _(
+                "This machine gives {cpus} CPU, so the ranks took turns on it, and no program could make them sooner. The"
+                " emulated line counts the CPU seconds of one rank alone: what a CPU for each rank would show if talking"
+                " cost nothing.",
+                cpus=first["cpus"],
+            )
+        return told + " " + _("One race is one measurement: repeat it before you believe the ratio.")
+
+
+def race(
+    client: Client,
+    model: Model,
+    data: str,
+    *,
+    epochs: int = 5,
+    batch_size: int = 128,
+    lr: float = 0.05,
+    folder: str | None = None,
+    show: Show | None = None,
+) -> Race:
+    """Race the same training: one rank with one thread, one with a thread for each CPU, and two ranks.
+
+    The racers start one after the other, since together they would take each other's CPUs. All take the same steps, on the
+    same batches, from the same weights. On one CPU nobody races with more threads, and the two ranks are emulated.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        With two workers or more: ``connect(workers=2)``.
+    model, data, lr
+        As for `train`.
+    epochs : int, default 5
+        Epochs of each racer.
+    batch_size : int, default 128
+        Samples a step, over all ranks; even.
+    folder : path, optional
+        Takes a folder a racer. Default: one in ``results/`` for each.
+    show : callable, optional
+        Called about once a second with the rows so far by label. Default: a `LiveFigure` in a notebook, else `LiveText`.
+
+    Returns
+    -------
+    Race
+
+    Raises
+    ------
+    ValueError
+        If the batch size is odd, or an argument can't be; see `train`.
+    """
+    if batch_size % 2:
+        raise ValueError(f"batch_size (={batch_size}) must be even, as 2 ranks share it.")
+    result = Race()
+    show = show or (LiveFigure() if _in_notebook() else LiveText(epochs))
+
+    def job(client: Client, ranks: int, threads: int):
+        place = None if folder is None else f"{folder}/{ranks}-ranks-{threads}-threads"
+        settings = {"ranks": ranks, "threads": threads, "batch_size": batch_size // ranks, "folder": place}
+        return train(client, model, data, epochs=epochs, lr=lr, name="race", progress=False, **settings)
+
+    def watch(label: str, rows: Rows) -> None:
+        result.runs[label] = rows
+        show(result.runs)
+
+    scaling.sweep(client, job, cases=racers(), repeats=1, seed=None, progress=False, watch=watch)
+    return result
+
+
+def racers() -> list[dict]:
+    """Who can race on this machine: one rank, one rank with a thread for each CPU if there are several, two ranks."""
+    cpus = machine.cpus()
+    threaded = [{"ranks": 1, "threads": cpus}] if cpus > 1 else []
+    return [{"ranks": 1, "threads": 1}, *threaded, {"ranks": 2, "threads": 1}]
+
+
+def own_cpu(rows: Rows) -> Rows:
+    """The rows of a run on a clock that counts only each rank's own CPU seconds: as if each had a CPU for itself."""
+    clock: dict[int, float] = {}
+    moved = []
+    for row in rows:
+        if row["kind"] == "step":
+            clock[row["rank"]] = clock.get(row["rank"], 0.0) + row["cpu_s"]
+            row = row | {"time_s": clock[row["rank"]], "step_s": row["cpu_s"]}
+        moved.append(row)
+    return moved
+
+
+class LiveFigure:
+    """Loss against seconds, in a notebook, drawn anew at each call in the place where it was first shown."""
+
+    def __init__(self) -> None:
+        self.handle = None
+
+    def __call__(self, runs: dict[str, Rows]) -> None:
+        from IPython.display import Image, display
+
+        image = Image(data=png(figure(runs)), alt=alt(runs))
+        if self.handle is None:
+            self.handle = display(image, display_id=True)
+        else:
+            self.handle.update(image)
+
+
+class LiveText:
+    """A progress bar a racer, with its loss, in the terminal."""
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+        self.bars: dict[str, tqdm] = {}
+
+    def __call__(self, runs: dict[str, Rows]) -> None:
+        label, rows = next(reversed(runs.items()))
+        if label not in self.bars:
+            self.bars[label] = tqdm(
+                total=self.epochs, desc=f"{label:18}", unit="epoch", bar_format="{desc} {bar:30} {postfix}"
+            )
+        bar = self.bars[label]
+        seconds, losses = plots.loss_curve(rows)
+        bar.n = len({row["epoch"] for row in rows if row["kind"] == "epoch"})
+        bar.set_postfix_str(
+            f"epoch {bar.n}/{self.epochs}, loss {losses[-1]:.3f} after {seconds[-1]:.1f} s" if losses else "starting"
+        )
+        if bar.n == self.epochs:
+            bar.close()
+
+
+def figure(runs: dict[str, Rows]) -> Figure:
+    """The race as a figure: loss against seconds of training, a line a racer."""
+    shown = Figure(figsize=(7, 4), layout="constrained")
+    plots.loss(lines(runs), shown.subplots())
+    return shown
+
+
+def lines(runs: dict[str, Rows]) -> dict[str, Rows]:
+    """The lines of the race's figure; where ranks took turns on a CPU, also what a CPU for each would show."""
+    shown = {}
+    for label, rows in runs.items():
+        shown[label] = rows
+        if scaling.source(rows) == "emulated":
+            shown[_("{label}, a CPU each", label=label)] = own_cpu(rows)
+    return shown
+
+
+def alt(runs: dict[str, Rows]) -> str:
+    """The figure in words, for those who can't see it."""
+    told = []
+    for label, rows in runs.items():
+        seconds, losses = plots.loss_curve(rows)
+        if losses:
+            told.append(
+                _("{label}: loss {loss:.3f} after {seconds:.1f} s", label=label, loss=losses[-1], seconds=seconds[-1])
+            )
+    return "; ".join(told)
+
+
+def png(shown: Figure) -> bytes:
+    """A figure as the bytes of a PNG image."""
+    buffer = io.BytesIO()
+    shown.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return hasattr(shell, "kernel")

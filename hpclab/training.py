@@ -1,0 +1,274 @@
+"""Data-parallel training: every rank holds the model, sees its share of each batch, and averages its gradients."""
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from distributed import Client
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from tqdm.auto import tqdm
+
+from hpclab import checkpoint
+from hpclab import data as datasets
+from hpclab._rank import report, run_folder
+from hpclab.launcher import Run, launch, whole_number, workers_for
+
+Model = nn.Module | Callable[[], nn.Module]
+
+
+@dataclass
+class Job:
+    """All that a rank needs to know to train."""
+
+    model: Model
+    data: str
+    """Folder of the data set."""
+    epochs: int
+    batch_size: int
+    """Samples a rank and step."""
+    lr: float
+    seed: int
+    steps: int | None
+    """Steps after which to end; None trains all epochs, and tests after each."""
+    optimizer: Callable[[Iterable], Optimizer] | None
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Fit:
+    """A trained model and the rows of its training."""
+
+    weights: dict[str, Tensor]
+    """The model's state_dict."""
+    rows: list[dict]
+    accuracy: float | None
+    """Share of the test images classified rightly after the last epoch; None if none was finished."""
+    folder: Path
+
+    def __repr__(self) -> str:
+        size = sum(weight.numel() for weight in self.weights.values())
+        accuracy = "untested" if self.accuracy is None else f"accuracy {self.accuracy:.3f}"
+        return f"<Fit {size:,} weights, {accuracy}, {self.folder}>"
+
+
+def train(
+    client: Client,
+    model: Model,
+    data: str | os.PathLike,
+    *,
+    ranks: int | None = None,
+    epochs: int = 1,
+    batch_size: int = 64,
+    lr: float = 0.05,
+    threads: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    optimizer: Callable[[Iterable], Optimizer] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    folder: str | os.PathLike | None = None,
+    name: str = "train",
+    progress: bool = True,
+) -> Run:
+    """Train a torch module on a gang of ranks with DistributedDataParallel, and return at once.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        From `connect`.
+    model : torch.nn.Module, or callable without arguments that returns one
+        A class such as `models.CNN` will do. All ranks start from rank 0's weights.
+    data : str or path
+        Name of a data set that comes with hpclab ("fashion_mnist"), or a folder of one; see `data.load`.
+    ranks : int, optional
+        Number of ranks. Default: all workers.
+    epochs : int, default 1
+        Passes over the training images. Each reshuffles them; images that fill no whole batch on every rank sit it out.
+    batch_size : int, default 64
+        Samples a *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
+    lr : float, default 0.05
+        Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), for SGD with momentum 0.9.
+    threads : int, default 1
+        Threads that torch may use in each rank.
+    seed : int, default 0
+        Of the weights and the shuffling; dropout and its like are seeded by ``seed + rank``.
+    steps : int, optional
+        End after so many steps, without tests and checkpoints: for measuring speed.
+    optimizer : callable, optional
+        Given the model's parameters, returns the optimiser to use in place of SGD and its schedule; `lr` is then unused.
+    loss : callable, default cross-entropy
+        Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape ().
+    folder : path, optional
+        Where ``rows.jsonl`` and ``checkpoints/`` go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
+    name : str, default "train"
+        Name of the run.
+    progress : bool, default True
+        Show a progress bar.
+
+    Returns
+    -------
+    Run
+        Its ``result()`` is a `Fit`. Its rows: of kind "step" one a rank and step, with ``step``, ``epoch``, ``loss`` (of
+        this rank's samples), ``samples``, ``step_s`` (duration), ``data_s`` (of it, waiting for data) and ``cpu_s`` (CPU
+        time of this rank's process in it); of kind "epoch" one an epoch, with ``test_loss``, ``test_accuracy`` and ``samples``.
+
+    Raises
+    ------
+    ValueError, TypeError, FileNotFoundError, PermissionError
+        If an argument can't be; the message names it. See also `launch` and `data.load`.
+    """
+    if not isinstance(model, nn.Module) and not _makes_module(model):
+        raise TypeError(_not_a_module(model))
+    if not lr > 0:
+        raise ValueError(f"lr (={lr!r}) must be above 0.")
+    ranks = len(workers_for(client, ranks))
+    whole_number("epochs", epochs)
+    whole_number("batch_size", batch_size)
+    found = datasets.find(data)
+    size = len(datasets.load(found, "train"))
+    datasets.load(found, "test")
+    shard = size // ranks
+    if batch_size > shard:
+        raise ValueError(
+            f"batch_size (={batch_size}) exceeds the {shard} samples of a rank's shard"
+            f" ({size} over ranks (={ranks})); use batch_size<={shard}."
+        )
+    total = epochs * (shard // batch_size) if steps is None else whole_number("steps", steps)
+    job = Job(model, str(found.absolute()), epochs, batch_size, lr, seed, steps, optimizer, loss)
+    run = launch(client, _train, job, ranks=ranks, threads=threads, folder=folder, name=name)
+    if progress:
+        run.watch(_Bar(total, f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
+    return run.then(lambda values: _fit(run, values[0]))
+
+
+class _Bar:
+    """A progress bar over a run's steps."""
+
+    def __init__(self, total: int, title: str):
+        self.bar = tqdm(total=total, desc=title, unit="step", mininterval=0.2)
+
+    def __call__(self, run: Run, rows: list[dict]) -> None:
+        for row in rows:
+            if row["kind"] == "epoch":
+                self.bar.set_postfix(accuracy=f"{row['test_accuracy']:.3f}", refresh=False)
+        self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
+        if run.status != "running":
+            self.bar.close()
+
+
+def _train(job: Job) -> tuple[bytes, float | None]:
+    """What every rank runs; returns the weights and the last test accuracy."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(job.seed)
+    module = job.model if isinstance(job.model, nn.Module) else job.model()
+    if not isinstance(module, nn.Module):
+        raise TypeError(_not_a_module(module))
+    torch.manual_seed(job.seed + rank)
+    model = DistributedDataParallel(module)
+    images = datasets.load(job.data, "train")
+    sampler: DistributedSampler = DistributedSampler(images, ranks, rank, seed=job.seed, drop_last=True)
+    batches = BatchSampler(sampler, job.batch_size, drop_last=True)
+    loader = DataLoader(images, sampler=batches, batch_size=None)  # type: ignore[var-annotated]
+    total = job.steps or job.epochs * len(batches)
+    optimizer, schedule = _optimizer(job, model, total)
+    step, epoch, accuracy = 0, 0, None
+    while step < total:
+        sampler.set_epoch(epoch)
+        step = _epoch(job, model, loader, optimizer, schedule, step, total, epoch)
+        epoch += 1
+        if job.steps is None:
+            accuracy = _test(job, module, epoch, step)
+            if rank == 0:
+                state = {
+                    "model": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "epoch": epoch,
+                    "step": step,
+                }
+                checkpoint.save(run_folder() / "checkpoints", epoch, state)
+    weights = io.BytesIO()
+    if rank == 0:
+        torch.save(module.state_dict(), weights)
+    return weights.getvalue(), accuracy
+
+
+def _epoch(job, model, loader, optimizer, schedule, step: int, total: int, epoch: int) -> int:
+    """Train one epoch, or up to step `total`, and return the step reached."""
+    model.train()
+    start, cpu = time.perf_counter(), time.process_time()
+    for inputs, labels in loader:  # (B, C, H, W), (B,)
+        loaded = time.perf_counter()
+        optimizer.zero_grad()
+        loss = job.loss(model(inputs), labels)
+        loss.backward()  # averages the gradients over the ranks as they become ready
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        end, cpu_end = time.perf_counter(), time.process_time()
+        report(
+            step=step,
+            epoch=epoch,
+            loss=loss,
+            samples=len(labels),
+            step_s=end - start,
+            data_s=loaded - start,
+            cpu_s=cpu_end - cpu,
+        )
+        step, start, cpu = step + 1, end, cpu_end
+        if step == total:
+            break
+    return step
+
+
+@torch.no_grad()
+def _test(job: Job, module: nn.Module, epoch: int, step: int) -> float:
+    """Test on all ranks, each on its share of the test images; return the accuracy on all of them."""
+    module.eval()
+    images = datasets.load(job.data, "test")
+    shares = torch.arange(len(images)).split(256)[dist.get_rank() :: dist.get_world_size()]
+    sums = torch.zeros(3)  # loss, right, samples
+    for share in shares:
+        inputs, labels = (torch.from_numpy(part) for part in images[share.numpy()])
+        scores = module(inputs)
+        right = (scores.argmax(1) == labels).sum()
+        sums += torch.stack([job.loss(scores, labels) * len(labels), right, torch.tensor(len(labels))])
+    dist.all_reduce(sums)
+    loss, right, samples = sums.tolist()
+    if dist.get_rank() == 0:
+        report(
+            kind="epoch",
+            epoch=epoch,
+            step=step,
+            test_loss=loss / samples,
+            test_accuracy=right / samples,
+            samples=samples,
+        )
+    return right / samples
+
+
+def _optimizer(job: Job, model: nn.Module, total: int):
+    if job.optimizer is not None:
+        return job.optimizer(model.parameters()), None
+    optimizer = SGD(model.parameters(), job.lr, momentum=0.9)
+    return optimizer, OneCycleLR(optimizer, job.lr, total_steps=total + 1, cycle_momentum=False)
+
+
+def _fit(run: Run, value: tuple[bytes, float | None]) -> Fit:
+    weights, accuracy = value
+    return Fit(torch.load(io.BytesIO(weights), weights_only=True), run.rows, accuracy, run.folder)
+
+
+def _makes_module(model: object) -> bool:
+    return issubclass(model, nn.Module) if isinstance(model, type) else callable(model)
+
+
+def _not_a_module(model: object) -> str:
+    return f"model (={model!r}) must be a torch.nn.Module, or a class or function that makes one, such as hpclab.models.CNN."

@@ -1,0 +1,116 @@
+"""One contract for every kind of cluster that `connect` gives; and its errors."""
+
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+from distributed import LocalCluster, Security
+
+import hpclab
+from hpclab import machine
+
+
+@pytest.fixture(params=["local", "local without TLS", "address"])
+def connected(request):
+    """Clients of two workers, however they came by them."""
+    if request.param == "local":
+        with hpclab.connect(workers=2) as client:
+            yield client
+    elif request.param == "local without TLS":
+        with hpclab.connect(workers=2, security=False) as client:
+            yield client
+    else:
+        security = Security.temporary()
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=1, security=security, dashboard_address=None) as cluster,
+            hpclab.connect(cluster.scheduler_address, security=security) as client,
+        ):
+            yield client
+            assert cluster.status.name == "running", "connect closed a cluster that it did not open"
+
+
+def total(numbers):
+    import torch
+    import torch.distributed as dist
+
+    mine = torch.tensor([float(numbers[dist.get_rank()])])
+    dist.all_reduce(mine)
+    return mine.item()
+
+
+def test_contract(connected):
+    assert connected.submit(lambda: 6 * 7).result() == 42
+    workers = connected.scheduler_info()["workers"].values()
+    assert [worker["nthreads"] for worker in workers] == [1, 1]
+    run = hpclab.launch(connected, total, [20, 22], ranks=2)
+    assert run.result(60) == [42, 42]
+    assert run.status == "finished"
+
+
+def test_default_fits_the_machine():
+    with hpclab.connect() as client:
+        assert len(client.scheduler_info()["workers"]) == machine.fits()
+        assert client.scheduler.address.startswith("tls://127.0.0.1:")
+
+
+def test_close_ends_everything():
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    client = hpclab.connect(workers=2)
+    started = {child.pid for child in psutil.Process().children(recursive=True)} - before
+    cluster = client.cluster
+    client.close()
+    client.close()  # closing twice is no error
+    assert len(started) >= 2
+    assert cluster.status.name == "closed"
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in started if psutil.pid_exists(pid)], timeout=10)
+    assert not [process for process in alive if "spawn_main" in " ".join(process.cmdline())]
+
+
+def test_a_stranger_without_certificate_gets_nothing(client):
+    host, port = client.scheduler.address.removeprefix("tls://").rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=5) as stranger:
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        try:
+            answer = stranger.recv(100)
+        except ConnectionError:
+            answer = b""
+    assert b"dask" not in answer.lower()
+    assert answer == b"" or answer[0] == 21  # nothing, or a TLS alert
+    with pytest.raises(OSError, match="Timed out|TLS|failed"):
+        hpclab.connect("tls://" + f"{host}:{port}", security=Security.temporary())
+
+
+def test_works_in_a_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import hpclab\n"
+        "def where(): return hpclab.machine.cpus()\n"
+        "if __name__ == '__main__':\n"
+        "    with hpclab.connect(workers=1) as client:\n"
+        "        print(client.submit(where).result(), hpclab.launch(client, where, ranks=1).result())\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(machine.cpus()), f"[{machine.cpus()}]"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"workers": 0}, r"workers \(=0\) must be a whole number >= 1"),
+        ({"workers": -1}, r"workers \(=-1\)"),
+        ({"workers": 2.5}, r"workers \(=2.5\)"),
+        ({"workers": True}, r"workers \(=True\)"),
+        ({"workers": 100_000}, r"workers \(=100000\) need .* more than the .* of this machine; use workers<=\d+"),
+        ({"memory": "many"}, r"memory \(='many'\) must be bytes or a size such as '2GB'"),
+        ({"memory": "1PB"}, r"memory \(='1PB'\) for each of \d+ workers"),
+        ({"memory": -1}, r"memory \(=-1\)"),
+        ({"where": "slrum"}, r"where \(='slrum'\) must be 'local' or the address"),
+        ({"where": "tcp://127.0.0.1:1", "workers": 2}, r"workers \(=2\) can't be chosen for a running cluster"),
+        ({"where": "tls://127.0.0.1:1"}, r"security \(=True\) must be the distributed.Security of the scheduler"),
+    ],
+)
+def test_bad_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        hpclab.connect(**arguments)

@@ -1,0 +1,76 @@
+"""The house's order: who may import whom, and that importing the package costs nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "hpclab"
+LAYERS = {
+    "__init__": set(),
+    "_fetch": {"_shards"},
+    "_rank": set(),
+    "_shards": set(),
+    "_supervisor": {"_rank", "machine"},
+    "checkpoint": set(),
+    "cli": {"course", "data", "demo", "doctor"},
+    "cluster": {"machine"},
+    "course": {"data", "language"},
+    "data": {"_fetch", "_shards"},
+    "demo": {
+        *("cluster", "doctor", "language", "launcher", "machine", "models"),
+        *("plots", "racing", "scaling", "tables", "training"),
+    },
+    "doctor": {"language", "machine", "plots", "tables"},
+    "exercises": {"language", "machine"},
+    "language": set(),
+    "launcher": {"_supervisor", "machine"},
+    "machine": set(),
+    "models": set(),
+    "plots": {"language", "scaling"},
+    "racing": {"language", "machine", "plots", "scaling", "tables", "training"},
+    "scaling": {"launcher"},
+    "tables": set(),
+    "training": {"_rank", "checkpoint", "data", "launcher"},
+    "widgets": {"language", "racing", "tables", "training"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of hpclab that a file imports, at its top or inside functions; what only type checkers read is left out."""
+    found = set()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    skipped = {id(n) for block in ast.walk(tree) if isinstance(block, ast.If) for n in ast.walk(block)}
+    for node in (node for node in ast.walk(tree) if id(node) not in skipped):
+        if isinstance(node, ast.ImportFrom) and node.module == "hpclab":
+            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").is_file()}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hpclab."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_every_module_imports_what_its_layer_allows():
+    there = {file.stem: imports(file) for file in PACKAGE.glob("*.py")}
+    assert there.keys() == LAYERS.keys()
+    for name, found in there.items():
+        assert found <= LAYERS[name], f"{name} imports {sorted(found - LAYERS[name])}"
+
+
+def test_the_layers_have_no_cycle():
+    left = {name: set(below) for name, below in LAYERS.items()}
+    while free := {name for name, below in left.items() if not below}:
+        left = {name: below - free for name, below in left.items() if name not in free}
+    assert not left
+
+
+def test_import_loads_neither_torch_nor_dask():
+    code = "import sys, hpclab, hpclab.machine, hpclab.exercises, hpclab.language; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "hpclab.machine" in loaded
+    assert not {"torch", "dask", "distributed", "matplotlib", "IPython"} & set(loaded)
+
+
+def test_every_public_name_resolves():
+    code = "import hpclab; print(all(getattr(hpclab, n) for n in hpclab.__all__), all(map(callable, map(hpclab.__getattr__, hpclab._HOME))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

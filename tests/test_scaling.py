@@ -1,0 +1,150 @@
+"""Sweeps: the order they keep, the sums they make, checked against rows written by hand."""
+
+import pytest
+
+import hpclab
+from hpclab import plots, racing, scaling
+
+
+def rows(ranks=1, threads=1, step_s=0.1, steps=15, source="measured", samples=64):
+    """Rows of a run whose every number is known."""
+    about = {
+        "kind": "run",
+        "run": "r",
+        "ranks": ranks,
+        "threads": threads,
+        "started": "2026-01-01T00:00:00",
+        "host": "h",
+    }
+    found = [about | {"cpu": "c", "cpus": 2, "torch": "2"}]
+    time_s = 3.0
+    for step in range(steps):
+        spent = step_s * 10 if step < scaling.WARM_UP else step_s  # what must not count
+        time_s += spent
+        times = {"time_s": time_s, "step_s": spent, "data_s": spent / 4, "cpu_s": spent / 2}
+        common = {"kind": "step", "step": step, "samples": samples, "loss": 1.0, "source": source}
+        found += [common | times | {"rank": rank} for rank in range(ranks)]
+    return found
+
+
+def test_throughput_and_trial():
+    assert scaling.throughput(rows(step_s=0.1)) == pytest.approx(640)
+    assert scaling.throughput(rows(ranks=2, step_s=0.1)) == pytest.approx(1280)
+    trial = scaling.trial(rows(ranks=2, step_s=0.1))
+    assert trial["label"] == "2 ranks"
+    assert trial["start_s"] == pytest.approx(3)
+    assert trial["train_s"] == pytest.approx(5 * 1.0 + 10 * 0.1)
+    assert trial["data_share"] == pytest.approx(0.25)
+    assert trial["accuracy"] is None
+    assert trial["source"] == "measured"
+    with pytest.raises(ValueError, match="no step after the first 5"):
+        scaling.throughput(rows(steps=5))
+
+
+def test_summary_pairs_the_rounds():
+    """The machine slows by half in the second round: absolute speeds change, speed-ups don't."""
+    trials = []
+    for repeat, drift in enumerate((1, 2, 1)):
+        for case, step_s in enumerate((0.1, 0.0625)):
+            trial = scaling.trial(rows(ranks=1, threads=case + 1, step_s=step_s * drift))
+            trials.append({"case": case, "repeat": repeat, "order": len(trials)} | trial)
+    base, other = scaling.summary(trials)
+    assert base["speedup"] == base["efficiency"] == 1
+    assert (other["speedup_low"], other["speedup_high"]) == pytest.approx((1.6, 1.6))
+    assert other["efficiency"] == pytest.approx(0.8)
+    assert (other["samples_per_s_low"], other["samples_per_s_high"]) == pytest.approx((512, 1024))
+    assert other["repeats"] == 3
+
+
+def test_sweep_interleaves(client):
+    def job(client, ranks):
+        share = 128 // ranks
+        model = hpclab.models.CNN
+        return hpclab.train(client, model, "fashion_mnist", ranks=ranks, batch_size=share, steps=8, progress=False)
+
+    seen = []
+    found = scaling.sweep(
+        client, job, ranks=[1, 2], repeats=2, progress=False, watch=lambda label, rows: seen.append(label)
+    )
+    assert [row["repeat"] for row in found] == [0, 0, 1, 1]
+    assert [sorted(row["ranks"] for row in found if row["repeat"] == repeat) for repeat in (0, 1)] == [[1, 2], [1, 2]]
+    assert len({row["run"] for row in found}) == 4
+    assert set(seen) == {"1 rank", "2 ranks"}
+    assert len(scaling.summary(found)) == 2
+
+
+def test_a_failed_case_raises_its_error(client):
+    with pytest.raises(ValueError, match=r"ranks \(=9\)"):
+        scaling.sweep(
+            client, lambda client, ranks: hpclab.launch(client, print, ranks=ranks), ranks=[9], progress=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "give either ranks"),
+        ({"ranks": [1], "cases": [{}]}, "give either ranks"),
+        ({"ranks": []}, "ranks or cases is empty"),
+        ({"ranks": [1], "repeats": 0}, r"repeats \(=0\)"),
+    ],
+)
+def test_bad_arguments(client, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        scaling.sweep(client, print, **arguments)
+
+
+def test_source_is_measured_only_if_all_is():
+    assert scaling.source(rows()) == "measured"
+    assert scaling.source(rows(source="emulated")) == "emulated"
+    assert scaling.source(rows() + rows(source="emulated")) == "emulated"
+    assert scaling.source(rows() + rows(source="recorded")) == "mixed"
+
+
+def test_race_tells_what_it_can(monkeypatch):
+    seconds = 5 * 10 + 10  # in units of step_s
+    race = racing.Race({"1 rank": rows(step_s=0.2), "2 ranks": rows(ranks=2, step_s=0.1)})
+    assert "2 ranks trained 2.00 times as fast as 1 rank" in race.verdict()
+    assert "took turns" not in race.verdict()
+    race.runs["2 ranks"] = rows(ranks=2, step_s=0.2, source="emulated")
+    assert "took turns" in race.verdict()
+    (name, own) = list(racing.lines(race.runs).items())[-1]
+    assert name == "2 ranks, a CPU each"
+    assert scaling.span(own) == pytest.approx((0, seconds * 0.1)), "on its own clock a rank spends half the seconds"
+    monkeypatch.setattr(racing.machine, "cpus", lambda: 1)
+    assert racing.racers() == [{"ranks": 1, "threads": 1}, {"ranks": 2, "threads": 1}]
+    monkeypatch.setattr(racing.machine, "cpus", lambda: 6)
+    assert racing.racers()[1] == {"ranks": 1, "threads": 6}
+    with pytest.raises(ValueError, match=r"batch_size \(=7\) must be even"):
+        racing.race(None, None, "", batch_size=7)
+
+
+def summary():
+    trials = []
+    for repeat in range(3):
+        for case, ranks in enumerate((1, 2)):
+            trial = scaling.trial(rows(ranks=ranks, step_s=0.1 + repeat / 1000, source=["measured", "emulated"][case]))
+            trials.append({"case": case, "repeat": repeat} | trial)
+    return scaling.summary(trials)
+
+
+@pytest.mark.parametrize("draw", [plots.throughput, plots.speedup, plots.efficiency])
+def test_bars_show_median_range_and_source(draw):
+    ax = draw(summary())
+    assert ax.get_title(loc="right").startswith("emulated: c, 2 CPU, torch 2, 2026-01-01")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1 rank", "2 ranks\n(emulated)"]
+    measure = {"throughput": "samples_per_s"}.get(draw.__name__, draw.__name__)
+    assert len(ax.containers) == 2
+    for row, bar in zip(summary(), ax.containers, strict=True):
+        ((_, low), (_, high)) = bar.lines[2][0].get_segments()[0]
+        assert (low, high) == pytest.approx((row[f"{measure}_low"], row[f"{measure}_high"]))
+    plots.plt.close(ax.figure)
+
+
+def test_loss_is_drawn_against_seconds_of_training():
+    ax = plots.loss({"one": rows(step_s=0.2), "two": rows(ranks=2, step_s=0.1)})
+    ends = [line.get_xdata()[-1] for line in ax.get_lines()]
+    assert ends == pytest.approx([60 * 0.2, 60 * 0.1])
+    assert len({line.get_marker() for line in ax.get_lines()}) == 2
+    assert ax.get_title(loc="right").startswith("measured: c")
+    plots.plt.close(ax.figure)

@@ -1,0 +1,205 @@
+"""Training against independent answers: a plain loop without DDP, one process against two, checksums of what is kept."""
+
+import functools
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import no_rank_left
+from torch import nn
+
+import hpclab
+from hpclab import checkpoint, data
+
+STEPS = 60
+
+
+class DoubleCNN(hpclab.models.CNN):
+    """In double precision, so that two ways to the same sum differ by 1e-16, and a wrong way by far more."""
+
+    def __init__(self):
+        super().__init__()
+        self.double()
+
+    def forward(self, images):
+        return super().forward(images.double())
+
+
+def fit(client, model=hpclab.models.CNN, **settings):
+    settings = {"ranks": 1, "batch_size": 128, "epochs": 1, "seed": 3, "progress": False} | settings
+    return hpclab.train(client, model, "fashion_mnist", **settings).result(120)
+
+
+def losses(rows):
+    """Mean loss over the ranks, by step."""
+    steps = {}
+    for row in rows:
+        if row["kind"] == "step":
+            steps.setdefault(row["step"], []).append(row["loss"])
+    return np.array([np.mean(steps[step]) for step in sorted(steps)])
+
+
+def plain_loop(seed, steps, batch):
+    """The same training without hpclab's loop, DDP, samplers or data set: written from the definitions."""
+    folder = data.find("fashion_mnist")
+    shards = sorted(folder.glob("train-*-images.npy"))
+    images = np.concatenate([np.load(shard) for shard in shards])
+    labels = np.concatenate([np.load(str(shard).replace("images", "labels")) for shard in shards])
+    torch.manual_seed(seed)
+    model = DoubleCNN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps + 1, cycle_momentum=False)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).numpy()
+    found = []
+    for step in range(steps):
+        chosen = order[step * batch : (step + 1) * batch]
+        inputs = torch.from_numpy(images[chosen].astype(np.float32) / 255)[:, None]
+        loss = nn.functional.cross_entropy(model(inputs), torch.from_numpy(labels[chosen].astype(np.int64)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        found.append(loss.item())
+    return np.array(found), model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def one(client):
+    return fit(client, DoubleCNN, steps=STEPS, lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def two(client):
+    return fit(client, DoubleCNN, ranks=2, batch_size=64, steps=STEPS, lr=0.1)
+
+
+def assert_same(fit, expected_losses, expected_weights, tolerance):
+    np.testing.assert_allclose(losses(fit.rows), expected_losses, rtol=0, atol=tolerance)
+    for name, value in expected_weights.items():
+        torch.testing.assert_close(fit.weights[name], value, rtol=0, atol=tolerance)
+
+
+def test_one_rank_is_a_plain_loop(one):
+    assert_same(one, *plain_loop(3, STEPS, 128), tolerance=1e-9)
+
+
+def test_two_ranks_are_one_rank_with_twice_the_batch(one, two):
+    """The mean of two half batches' gradients is the whole batch's gradient; only the order of the sums differs."""
+    assert_same(two, losses(one.rows), one.weights, tolerance=1e-9)
+
+
+def test_two_ranks_are_one_in_single_precision_too(client):
+    """Rounding differs by about 1e-7 a step; steps this small don't amplify it to 1e-5, large ones would."""
+    one = fit(client, steps=STEPS, lr=0.005)
+    two = fit(client, ranks=2, batch_size=64, steps=STEPS, lr=0.005)
+    assert losses(one.rows)[-1] < losses(one.rows)[0] / 1.2, "it learns"
+    assert_same(two, losses(one.rows), one.weights, tolerance=1e-5)
+
+
+def test_the_ranks_share_each_batch(two):
+    """Different samples on each rank: their losses differ, and their samples add up."""
+    steps = [row for row in two.rows if row["kind"] == "step"]
+    by_rank = [[row["loss"] for row in steps if row["rank"] == rank] for rank in (0, 1)]
+    assert all(a != b for a, b in zip(*by_rank, strict=True))
+    assert {row["samples"] for row in steps} == {64}
+    assert all(0 < row["data_s"] < row["step_s"] and row["cpu_s"] > 0 for row in steps)
+
+
+def test_epochs_test_checkpoints_and_weights(client, tmp_path):
+    result = fit(client, ranks=2, batch_size=64, epochs=2, folder=tmp_path / "run")
+    tests = [row for row in result.rows if row["kind"] == "epoch"]
+    assert [row["epoch"] for row in tests] == [1, 2]
+    assert {row["samples"] for row in tests} == {2000}
+    assert result.accuracy == tests[-1]["test_accuracy"] > 0.7
+    model = hpclab.models.CNN()
+    model.load_state_dict(result.weights)
+    with torch.no_grad():
+        inputs, labels = (torch.from_numpy(part) for part in data.load("fashion_mnist", "test")[np.arange(2000)])
+        right = (model(inputs).argmax(1) == labels).float().mean().item()
+    assert right == pytest.approx(result.accuracy, abs=1e-6)
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest.name == "epoch-0002.pt"
+    state = checkpoint.load(newest)
+    assert (state["epoch"], state["step"]) == (2, 2 * (10_000 // 128))
+    for name, value in result.weights.items():
+        assert torch.equal(state["model"][name], value)
+    written = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert written == result.rows
+    assert no_rank_left()
+
+
+def test_each_epoch_is_shuffled_anew(client):
+    first, second = (fit(client, seed=seed, steps=200, batch_size=100) for seed in (1, 1))
+    assert np.array_equal(losses(first.rows), losses(second.rows)), "the same seed gives the same run"
+    assert {row["epoch"] for row in first.rows if row["kind"] == "step"} == {0, 1}
+
+
+def test_own_optimizer_loss_and_model(client):
+    own = functools.partial(hpclab.models.CNN, channels=(4, 8))
+    run = hpclab.train(
+        client,
+        own,
+        "fashion_mnist",
+        ranks=2,
+        steps=8,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3),
+        loss=nn.CrossEntropyLoss(label_smoothing=0.1),
+        progress=False,
+    )
+    assert run.result(60).weights["features.0.weight"].shape == (4, 1, 3, 3)
+
+
+def test_progress_bar_reaches_its_end(client, capsys):
+    run = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=2, steps=6, name="bar")
+    run.result(60)
+    assert "bar, 2 ranks: 100%" in capsys.readouterr().err
+
+
+class NotAModel:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"model": 7}, TypeError, r"model \(=7\) must be a torch.nn.Module, or a class or function that makes one"),
+        ({"model": NotAModel}, TypeError, r"model \(=<class .*NotAModel.*must be a torch.nn.Module"),
+        ({"model": lambda: 3}, TypeError, r"model \(=3\) must be a torch.nn.Module"),
+        ({"ranks": 0}, ValueError, r"ranks \(=0\) must be a whole number >= 1"),
+        ({"ranks": -1}, ValueError, r"ranks \(=-1\)"),
+        ({"ranks": 2.5}, ValueError, r"ranks \(=2.5\)"),
+        (
+            {"ranks": 3},
+            ValueError,
+            r"ranks \(=3\) exceeds the 2 workers of this cluster; use connect\(workers=3\) or ranks<=2",
+        ),
+        ({"batch_size": 0}, ValueError, r"batch_size \(=0\) must be a whole number >= 1"),
+        (
+            {"batch_size": 5001},
+            ValueError,
+            r"batch_size \(=5001\) exceeds the 5000 samples of a rank's shard \(10000 over ranks \(=2\)\); use batch_size<=5000",
+        ),
+        ({"epochs": 0}, ValueError, r"epochs \(=0\)"),
+        ({"steps": 0}, ValueError, r"steps \(=0\)"),
+        ({"lr": 0}, ValueError, r"lr \(=0\) must be above 0"),
+        ({"data": "no_such_data"}, FileNotFoundError, r"source \(='no_such_data'\)"),
+        ({"optimizer": functools.partial(print, threading.Lock())}, TypeError, "can't be pickled"),
+    ],
+)
+def test_bad_arguments(client, arguments, error, says):
+    good = {"model": hpclab.models.CNN, "data": "fashion_mnist", "ranks": 2, "progress": False}
+    with pytest.raises(error, match=says):
+        hpclab.train(client, **(good | arguments)).result(60)
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    first = checkpoint.save(tmp_path, 9, {"model": {"w": torch.ones(3)}})
+    second = checkpoint.save(tmp_path, 10, {"model": {"w": torch.zeros(3)}})
+    assert checkpoint.newest(tmp_path) == second
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(tmp_path, 11, {"model": lambda: None})
+    assert sorted(tmp_path.iterdir()) == [first, second]
+    assert torch.equal(checkpoint.load(first)["model"]["w"], torch.ones(3))

@@ -1,0 +1,187 @@
+"""Exercise checks: solutions pass, stubs aren't answered yet, each misconception has its message."""
+
+import os
+import random
+
+import pytest
+
+import hpclab
+from hpclab import exercises, machine
+from hpclab.exercises import check
+
+EXERCISES = ["start.gang", "cnn.order", "cnn.learning_rate"]
+
+
+def test_every_exercise_is_known_here():
+    """A new exercise is added to this list, and so to the tests of stubs below."""
+    assert sorted(exercises._CHECKS) == sorted(EXERCISES)
+
+
+def test_an_unknown_exercise_is_answered_with_the_valid_ones():
+    with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, start.gang"):
+        check("start.gong", 1)
+
+
+@pytest.mark.parametrize("exercise_id", EXERCISES)
+@pytest.mark.parametrize("stub", [..., None])
+def test_a_stub_is_not_answered_yet(exercise_id, stub):
+    result = check(exercise_id, stub)
+    assert (result.status, result.message) == ("fail", "Not answered yet.")
+
+
+@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate"])
+def test_a_function_that_is_a_stub_is_not_answered_yet(exercise_id):
+    def stub(*arguments): ...
+
+    assert check(exercise_id, stub).message == "Not answered yet."
+    assert check(exercise_id, lambda *arguments: ...).message == "Not answered yet."
+
+
+@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate"])
+def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
+    assert (
+        check(exercise_id, lambda *arguments: 1 / 0).message
+        == "Your function raised ZeroDivisionError: division by zero"
+    )
+    assert "takes 0 positional arguments" in check(exercise_id, lambda: 1).message
+    assert check(exercise_id, 3).message == "The answer is a function, not 3."
+    assert "not 'a'" in check(exercise_id, lambda *arguments: "a").message
+
+
+def test_under_nbgrader_only_a_pass_returns(monkeypatch):
+    monkeypatch.setattr(machine, "fits", lambda: 2)
+    monkeypatch.setenv("NBGRADER_EXECUTION", "validate")
+    assert check("start.gang", 2)
+    with pytest.raises(AssertionError, match="isn't the largest"):
+        check("start.gang", 1)
+    with pytest.raises(AssertionError, match="Not answered yet"):
+        check("start.gang", ...)
+
+
+def test_a_result_shows_its_status_to_eyes_screen_readers_and_machines():
+    shown = exercises.failed("1 < 2")._repr_html_()
+    assert 'data-status="fail"' in shown and "1 &lt; 2" in shown
+    assert 'aria-hidden="true"' in shown and "<strong>fail</strong>" in shown
+    assert repr(exercises.passed("Yes.")) == "✓ pass: Yes."
+    assert [bool(make("")) for make in (exercises.passed, exercises.failed, exercises.inconclusive)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_messages_are_in_the_readers_language(monkeypatch):
+    monkeypatch.setenv("HPCLAB_LANG", "zh")
+    assert check("start.gang", ...).message == "尚未作答。"
+
+
+@pytest.fixture
+def shared_host(monkeypatch):
+    """16 CPUs in the host, 6 for us, memory for 4 ranks."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(machine, "cpus", lambda: 6)
+    monkeypatch.setattr(machine, "fits", lambda: 4)
+
+
+def test_gang_passes_with_the_number_that_fits_here():
+    assert check("start.gang", machine.fits())
+    assert hpclab.check("start.gang", machine.fits())
+
+
+def test_gang_names_each_misconception(shared_host):
+    messages = {answer: check("start.gang", answer).message for answer in (4, 16, 6, 5, 3, 0)}
+    assert len(set(messages.values())) == 6
+    assert "host's CPU count" in messages[16]
+    assert "memory" in messages[6]
+    assert "Too large" in messages[5]
+    assert "isn't the largest" in messages[3]
+    assert not any(str(number) in message for number, message in messages.items())  # no message gives a number away
+
+
+@pytest.mark.parametrize("answer", [True, 4.0, "4", [4], len])
+def test_gang_is_an_int(shared_host, answer):
+    assert "whole number of ranks" in check("start.gang", answer).message
+
+
+def order_solution(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def told_too_late(sampler, epoch):
+    indices = list(sampler)
+    sampler.set_epoch(epoch)
+    return indices
+
+
+def seed_by_rank(sampler, epoch):
+    sampler.seed = 100 * sampler.rank
+    return order_solution(sampler, epoch)
+
+
+def own_dice(sampler, epoch):
+    return random.sample(list(sampler), len(sampler))
+
+
+def counter(sampler, epoch):
+    return order_solution(sampler, sampler.epoch + 1)
+
+
+def own_shard(sampler, epoch):
+    return random.Random(epoch).sample(list(sampler), len(sampler))
+
+
+def half(sampler, epoch):
+    return order_solution(sampler, epoch)[::2]
+
+
+def test_order_passes_with_the_solution():
+    assert check("cnn.order", order_solution)
+    assert check("cnn.order", lambda sampler, epoch: order_solution(sampler, epoch + 7))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda sampler, epoch: list(sampler), "same order"),
+        (told_too_late, "same order"),
+        (seed_by_rank, "visited twice"),
+        (own_dice, "gave two orders"),
+        (counter, "gave two orders"),
+        (own_shard, "keeps its images"),
+        (half, "don't visit every image"),
+        (lambda sampler, epoch: [[1, 2]], "list of indices"),
+        (lambda sampler, epoch: len(sampler), "list of indices"),
+    ],
+)
+def test_order_names_each_misconception(answer, message):
+    result = check("cnn.order", answer)
+    assert result.status == "fail" and message in result.message
+
+
+def lr_solution(base_lr, base_batch, batch_size, ranks):
+    return base_lr * batch_size * ranks / base_batch
+
+
+def test_learning_rate_passes_with_the_solution():
+    assert check("cnn.learning_rate", lr_solution)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda lr, base, batch, ranks: lr, "Unscaled"),
+        (lambda lr, base, batch, ranks: lr * (batch * ranks / base) ** 0.5, "square root"),
+        (lambda lr, base, batch, ranks: lr * base / (batch * ranks), "Divided"),
+        (lambda lr, base, batch, ranks: lr * ranks, "ranks alone"),
+        (lambda lr, base, batch, ranks: lr * batch / base, "one rank's batch"),
+        (lambda lr, base, batch, ranks: lr * batch * ranks, "by the global batch"),
+        (lambda lr, base, batch, ranks: lr * (batch // base) * ranks, "times as far"),
+        (lambda lr, base, batch, ranks: -lr_solution(lr, base, batch, ranks), "-1 times as far"),
+        (lambda lr, base, batch, ranks: float("nan"), "nan times as far"),
+        (lambda lr, base, batch, ranks: [lr], "a learning rate (a float)"),
+    ],
+)
+def test_learning_rate_names_each_misconception(answer, message):
+    result = check("cnn.learning_rate", answer)
+    assert result.status == "fail" and message in result.message

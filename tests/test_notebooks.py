@@ -1,0 +1,329 @@
+"""The notebook pipeline on a small source, then the course's notebooks: their rules, both builds executed."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from string import Formatter
+
+import nbformat
+import psutil
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
+EDITIONS = [(path, "en") for path in SOURCES] + [
+    (path, "zh") for path in SOURCES if (path.parent / "zh" / f"{path.stem}.md").exists()
+]
+
+_spec = importlib.util.spec_from_file_location("build", ROOT / "notebooks" / "build.py")
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
+
+every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+every_edition = pytest.mark.parametrize(
+    ("path", "language"), EDITIONS, ids=[f"{p.stem}-{lang}" for p, lang in EDITIONS]
+)
+
+SOURCE = """\
+# %% [markdown] id="objectives"
+# # Gangs
+# - Find the largest gang.
+
+# %% id="parameters" tags=["parameters"]
+import hpclab
+
+SIZE = "small"
+
+# %% id="gang" exercise=true
+largest = ...
+### BEGIN SOLUTION
+largest = hpclab.machine.fits()
+### END SOLUTION
+
+# %% id="gang-check" points=2
+hpclab.check("start.gang", largest)
+
+# %% id="half" exercise=true
+def half(x):
+    ...
+    ### BEGIN SOLUTION
+    return x / 2
+    ### END SOLUTION
+
+
+print(half(4))
+"""
+CHINESE = """\
+<!-- cell: objectives  english: c7beee7c -->
+
+# 进程组
+- 找出最大的进程组。
+"""
+
+
+@pytest.fixture
+def course(tmp_path):
+    """A folder with one source and its translation, built."""
+    (tmp_path / "source" / "zh").mkdir(parents=True)
+    (tmp_path / "source" / "00_gang.py").write_text(SOURCE)
+    (tmp_path / "source" / "zh" / "00_gang.md").write_text(CHINESE, "utf-8")
+    assert build.main([], tmp_path) == 0
+    return tmp_path
+
+
+def cells(notebook) -> dict:
+    return {cell.id: cell for cell in notebook.cells}
+
+
+def test_ids_tags_and_kernel_reach_the_notebook(course):
+    notebook = nbformat.read(course / "00_gang.ipynb", 4)
+    nbformat.validate(notebook)
+    assert list(cells(notebook)) == ["objectives", "parameters", "gang", "gang-check", "half"]
+    assert cells(notebook)["parameters"].metadata == {"tags": ["parameters"]}
+    assert (notebook.metadata.kernelspec.name, notebook.nbformat_minor) == ("python3", 5)
+    assert "jupytext" not in (course / "00_gang.ipynb").read_text()
+
+
+def test_students_get_the_stub_and_tests_get_the_solution(course):
+    student = cells(nbformat.read(course / "00_gang.ipynb", 4))
+    assert student["gang"].source == "largest = ..."
+    assert student["half"].source == "def half(x):\n    ...\n\n\nprint(half(4))"
+    assert "largest = hpclab.machine.fits()" in cells(build.solution(course / "source" / "00_gang.py"))["gang"].source
+
+
+def test_exercises_and_checks_carry_nbgraders_metadata(course):
+    """As its schema, version 3, has it; nbgrader 0.9.6 itself released and graded this notebook."""
+    student = cells(nbformat.read(course / "00_gang.ipynb", 4))
+    flags = {"schema_version": 3, "task": False}
+    assert student["gang"].metadata["nbgrader"] == {
+        "grade_id": "gang", "grade": False, "solution": True, "locked": False, **flags
+    }  # fmt: skip
+    assert student["gang-check"].metadata["nbgrader"] == {
+        "grade_id": "gang-check", "grade": True, "solution": False, "locked": True, "points": 2, **flags
+    }  # fmt: skip
+    assert "nbgrader" not in student["objectives"].metadata
+
+
+def test_the_chinese_edition_has_chinese_prose_and_the_same_code(course):
+    english, chinese = (cells(nbformat.read(course / name, 4)) for name in ("00_gang.ipynb", "zh/00_gang.ipynb"))
+    assert chinese["objectives"].source == "# 进程组\n- 找出最大的进程组。"
+    assert {**chinese, "objectives": None} == {**english, "objectives": None}
+    assert "machine.fits()" in cells(build.solution(course / "source" / "00_gang.py", "zh"))["gang"].source
+
+
+def test_the_build_is_the_same_to_the_byte(course):
+    before = {path: path.read_bytes() for path in course.rglob("*.ipynb")}
+    assert len(before) == 2
+    build.main([], course)
+    assert before == {path: path.read_bytes() for path in course.rglob("*.ipynb")}
+
+
+def test_check_names_each_notebook_that_differs_and_writes_nothing(course, capsys):
+    assert build.main(["--check"], course) == 0
+    (course / "00_gang.ipynb").write_text("{}")
+    (course / "zh" / "00_gang.ipynb").unlink()
+    (course / "07_left.ipynb").write_text("{}")
+    capsys.readouterr()
+    assert build.main(["--check"], course) == 1
+    named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert named == ["00_gang.ipynb", "07_left.ipynb", str(Path("zh", "00_gang.ipynb"))]
+    assert (course / "00_gang.ipynb").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (' id="parameters"', "", r"cell 2 \('import hpclab'\): it has no id"),
+        ('id="half"', 'id="gang"', r"cell 5 .*'gang'\) is there twice"),
+        ('id="half"', 'id="the half"', "must be 1 to 64 of letters"),
+        ("points=2", "point=2", "unknown options .point.*use exercise, id, points, tags"),
+        ('"gang-check" points=2', '"gang-check"', "a cell with points=..., and no other"),
+        ('check("start.gang", largest)', "exercises", "a cell with points=..., and no other"),
+        ('id="gang" exercise=true', 'id="gang"', "a cell with exercise=true, and no other"),
+        ("### END SOLUTION\n\n# %%", "# %%", "BEGIN SOLUTION.*in turn"),
+        ("### END SOLUTION", "## END SOLUTION", "BEGIN SOLUTION.*in turn"),
+        ("# %% [markdown] id", "# %% [markdown] points=1 id", "exercises and checks are code"),
+    ],
+)
+def test_a_source_that_breaks_a_rule_is_refused(course, old, new, message):
+    assert old in SOURCE
+    (course / "source" / "00_gang.py").write_text(SOURCE.replace(old, new))
+    with pytest.raises(build.SourceError, match="00_gang.py, " + message if message.startswith("cell") else message):
+        build.build(course)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("c7beee7c", "00000000", "cells stale: objectives"),
+        ("cell: objectives", "cell: aims", "cells missing: objectives; unknown: aims"),
+        ("english:", "", "must read 'ID english: HASH'"),
+        ("<!-- cell", "Hello <!-- cell", "belongs to no cell"),
+        ("- 找", "<!-- cell: objectives  english: c7beee7c -->\n- 找", "with each id once"),
+    ],
+)
+def test_a_translation_that_does_not_fit_is_refused(course, old, new, message):
+    assert old in CHINESE
+    (course / "source" / "zh" / "00_gang.md").write_text(CHINESE.replace(old, new), "utf-8")
+    with pytest.raises(build.SourceError, match=f"00_gang.md.* {message}"):
+        build.build(course)
+
+
+def test_stale_lists_what_to_translate_ready_to_paste(course, capsys):
+    assert build.main(["--stale"], course) == 0
+    (course / "source" / "zh" / "00_gang.md").write_text("")
+    capsys.readouterr()
+    assert build.main(["--stale"], course) == 1
+    told = capsys.readouterr().out
+    assert "00_gang.md: missing: objectives" in told
+    assert "<!-- cell: objectives  english: c7beee7c -->\n\n# Gangs\n- Find the largest gang." in told
+
+
+def messages() -> set[str]:
+    """Every message that the package gives to `_(...)`."""
+    calls = [
+        (path, node)
+        for path in (ROOT / "hpclab").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_"
+    ]
+    for path, call in calls:
+        assert isinstance(call.args[0], ast.Constant), f"{path.name}:{call.lineno}: _(...) takes a literal"
+    return {call.args[0].value for _, call in calls}
+
+
+def test_the_chinese_catalogue_holds_every_message_and_no_other():
+    catalogue = json.loads((ROOT / "hpclab" / "zh.json").read_text("utf-8"))
+    missing, old = messages() - catalogue.keys(), catalogue.keys() - messages()
+    assert not missing, json.dumps(dict.fromkeys(sorted(missing), ""), indent=1)
+    assert not old
+    fields = {text: {tuple(field[1:]) for field in Formatter().parse(text) if field[1] is not None}
+              for text in [*catalogue, *catalogue.values()]}  # fmt: skip
+    assert [english for english, chinese in catalogue.items() if fields[english] != fields[chinese]] == []
+
+
+def test_language_follows_the_setting_then_the_folder(monkeypatch, tmp_path):
+    from hpclab.language import language, translate
+
+    monkeypatch.delenv("HPCLAB_LANG", raising=False)
+    (tmp_path / "zh").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert language() == "en"
+    monkeypatch.chdir(tmp_path / "zh")
+    assert language() == "zh"
+    assert translate("no such message, {name}", name="x") == "no such message, x"
+    monkeypatch.setenv("HPCLAB_LANG", "en")
+    assert language() == "en"
+    monkeypatch.setenv("HPCLAB_LANG", "fr")
+    with pytest.raises(ValueError, match=r"HPCLAB_LANG \(=fr\).*en, zh"):
+        language()
+
+
+def test_no_notebook_differs_from_its_source():
+    assert build.drift() == []
+
+
+@every_edition
+def test_a_notebook_is_small_portable_and_self_contained(path, language):
+    notebook = build.student(path, language)
+    text = nbformat.writes(notebook)
+    sources = "\n".join(cell.source for cell in notebook.cells)
+    assert len(text.encode()) < 200_000
+    assert not re.findall(r"[!%]\s*(?:pip|conda|mamba)\b.*", sources)
+    assert not re.findall(r"(?<![\w.~:/])/(?:home|root|tmp|usr|opt|mnt|work|scratch|Users)\b.*|\b[A-Z]:\\.*", sources)
+
+
+@every_source
+def test_a_notebook_keeps_its_logic_in_the_package(path):
+    code = [cell.source for cell in build.solution(path).cells if cell.cell_type == "code"]
+    lines = [line for line in "\n".join(code).splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= 120
+
+
+@every_source
+def test_the_first_cell_says_what_a_reader_needs_to_know(path):
+    first = build.student(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    for word in ("objectives", "minutes", "needs"):
+        assert re.search(rf"\b{word}\b", first.source, re.IGNORECASE), word
+
+
+@pytest.mark.parametrize("path", [path for path, language in EDITIONS if language == "zh"], ids=lambda path: path.stem)
+def test_the_editions_differ_in_prose_only(path):
+    english, chinese = build.student(path).cells, build.student(path, "zh").cells
+    assert [cell for cell in english if cell.cell_type == "code"] == [
+        cell for cell in chinese if cell.cell_type == "code"
+    ]
+    prose = [cell for cell in chinese if cell.cell_type == "markdown"]
+    assert [cell.id for cell in prose if not re.search("[\u4e00-\u9fff]", cell.source)] == []
+
+
+class Footprint(threading.Thread):
+    """Samples the memory of a running client's kernel and all its descendants: the peak, in bytes."""
+
+    def __init__(self, client):
+        super().__init__(daemon=True)
+        self.client, self.done, self.peak, self.seen = client, threading.Event(), 0, set()
+
+    def run(self):
+        while not self.done.wait(0.3):
+            if provisioner := getattr(self.client.km, "provisioner", None):
+                self.peak = max(self.peak, self.sample(provisioner.pid))
+
+    def sample(self, pid) -> int:
+        try:
+            processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        except (psutil.Error, TypeError):  # not started yet, or ended
+            return 0
+        self.seen.update(processes)
+        return sum(map(self.memory, processes))
+
+    @staticmethod
+    def memory(process) -> int:
+        """Proportional set size where there is one: forked ranks share most of their pages."""
+        try:
+            return getattr(process.memory_full_info(), "pss", 0) or process.memory_info().rss
+        except psutil.Error:
+            return 0
+
+
+def execute(notebook, folder, capsys, label) -> dict[str, str]:
+    """Run a notebook in a fresh kernel, print time and memory; what each check shows, by cell id."""
+    folder.mkdir(parents=True)
+    environment = {key: value for key, value in os.environ.items() if key not in ("HPCLAB_LANG", "NBGRADER_EXECUTION")}
+    environment["PYTHONPATH"] = str(ROOT)  # this tree, whatever is installed
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    footprint, start = Footprint(client), time.perf_counter()
+    footprint.start()
+    try:
+        client.execute(env=environment)
+    finally:
+        footprint.done.set()
+        footprint.join()
+    with capsys.disabled():
+        print(f"\n{label}: {time.perf_counter() - start:.0f} s, peak {footprint.peak / 1e6:.0f} MB")
+    _, left = psutil.wait_procs(footprint.seen, timeout=10)
+    assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
+    checks = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
+    return {cell.id: "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs) for cell in checks}
+
+
+@every_edition
+def test_the_solutions_pass(path, language, tmp_path, capsys):
+    folder = tmp_path / "notebooks" / ("zh" if language == "zh" else "")
+    shown = execute(build.solution(path, language), folder, capsys, f"{path.stem} [{language}], solutions")
+    assert {cell_id: html for cell_id, html in shown.items() if 'data-status="pass"' not in html} == {}
+    assert all(bool(re.search("[\u4e00-\u9fff]", html)) == (language == "zh") for html in shown.values())
+
+
+@every_source
+def test_the_students_notebook_runs_and_passes_nothing_yet(path, tmp_path, capsys):
+    shown = execute(build.student(path), tmp_path / "notebooks", capsys, f"{path.stem} [en], as students get it")
+    assert {cell_id: html for cell_id, html in shown.items() if 'data-status="fail"' not in html} == {}

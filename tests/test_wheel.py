@@ -1,0 +1,108 @@
+"""The built wheel, installed as a user would have it: in an environment and a folder that know nothing of the clone."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Folder with the sdist, and the wheel that was built from that sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    # Without isolation: hatchling is installed with the tests, and no network is needed.
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("hpclab-*-py3-none-any.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """A fresh environment with the wheel; all that it depends on comes from ours."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", folder, "install", "--quiet", "--no-deps", "--no-index", wheel],
+        check=True,
+    )
+    # A folder named in a .pth file comes after the environment's own, and the .pth files in it are not read: our editable
+    # hpclab stays out.
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return folder
+
+
+@pytest.fixture
+def user(environment, tmp_path):
+    """Runs a command of the environment in an empty folder, and returns what it prints."""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HPCLAB"))}
+
+    def run(program: str, *arguments: str) -> str:
+        command = [environment / "bin" / program, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=settings, stdout=subprocess.PIPE, text=True, check=True)
+        return done.stdout
+
+    return run
+
+
+def test_the_wheel_carries_the_data_and_the_course_and_no_sources_of_theirs(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    shared = {name.removeprefix("hpclab/_share/") for name in names if name.startswith("hpclab/_share/")}
+    notebooks = [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "zh").glob("*.ipynb")]
+    data = [path for path in (ROOT / "data" / "fashion_mnist").iterdir() if path.is_file()]
+    assert notebooks
+    assert {path.relative_to(ROOT).as_posix() for path in notebooks + data} <= shared
+    assert not [name for name in shared if name.startswith("notebooks/") and not name.endswith(".ipynb")]
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hpclab"}
+    assert wheel.stat().st_size < 12e6
+
+
+def test_the_sdist_is_the_tree_and_nothing_that_was_made_in_it(built):
+    (path,) = built.glob("hpclab-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {"Makefile", "LICENSE", "constraints.txt", "notebooks/build.py", "tests/test_wheel.py"} <= names
+    made = (".venv/", "results/", "dist/", ".git/", ".ruff_cache/")
+    assert not [name for name in names if name.startswith(made) or "__pycache__" in name]
+
+
+def test_everything_comes_from_the_wheel(user, environment, tmp_path):
+    code = """
+import hpclab
+from hpclab.course import copy_course
+images = hpclab.data.load("fashion_mnist")
+x, y = images[:2]
+print(hpclab.__file__, images.folder, x.shape, len(copy_course("mine").added), sep="\\n")
+"""
+    module, data, shape, copied = user("python", "-c", code).splitlines()
+    assert Path(module).is_relative_to(environment)
+    assert Path(data) == Path(module).parent / "_share" / "data" / "fashion_mnist"
+    assert shape == "(2, 1, 28, 28)"
+    assert int(copied) == len(list((tmp_path / "mine").rglob("*.ipynb"))) > 0
+
+
+def test_doctor(user):
+    assert "torch" in user("hpclab", "doctor")
+
+
+def test_demo_in_an_empty_folder(user, tmp_path):
+    user("hpclab", "demo", "--epochs", "1", "--repeats", "1")
+    (results,) = (tmp_path / "results").iterdir()
+    rows = [json.loads(line) for line in (results / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert {1, 2} <= {row["ranks"] for row in rows}
+    assert (results / "index.html").stat().st_size > 0
+    assert (results / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -32,7 +32,7 @@ _MODULES = ("checkpoint", "data", "exercises", "language", "machine", "models", 
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f"hpclab.{_HOME[name]}"), name)
     if name in _MODULES:

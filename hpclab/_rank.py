@@ -49,9 +49,9 @@ def report(**row: Any) -> None:
     Parameters
     ----------
     **row
-        Numbers, strings, booleans or None, with the unit in the name (``step_s=0.02``); a tensor or array of one element
-        counts as its number. ``kind`` (default "step") and ``time_s`` (default: seconds since the launch) can be given;
-        run, attempt, rank, ranks and source are added.
+        Numbers, strings, booleans or None, with the unit in the name (``step_s=0.02``); a tensor or array of one
+        element counts as its number. ``kind`` (default "step") and ``time_s`` (default: seconds since the launch) can
+        be given; run, attempt, rank, ranks and source are added.
 
     Raises
     ------
@@ -197,7 +197,7 @@ def _end_with(owner: BinaryIO) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, have the kernel kill this process when the supervising thread ends: that works while the GIL is held."""
+    """On Linux, have the kernel kill this process when the supervising thread ends, even while it holds the GIL."""
     if sys.platform == "linux":
         import ctypes
 

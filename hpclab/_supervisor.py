@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import psutil
-from distributed import Status, get_worker
+from dask.typing import Key
+from distributed import Status, Worker, get_worker
 
 from hpclab import machine
 from hpclab._rank import frame, read_frame
@@ -100,7 +101,7 @@ class _Relay:
 
     place: Place
     outcome: Outcome
-    worker: object
+    worker: Worker
     rows: list[dict] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     ended: bool = False
@@ -140,7 +141,7 @@ class _Relay:
         self.sent = time.monotonic()
         if self.rows or self.text:
             batch = {"rank": self.place.rank, "rows": self.rows, "text": "".join(self.text)}
-            self.worker.log_event(topic(self.place.run), batch)  # type: ignore[attr-defined]
+            self.worker.log_event(topic(self.place.run), batch)
             self.outcome.batches += 1
             self.rows, self.text = [], []
 
@@ -237,7 +238,7 @@ def _read_text(stream: BinaryIO, inbox: queue.SimpleQueue) -> None:
     inbox.put(("end", None))
 
 
-def _cancelled(worker, key: str) -> bool:
+def _cancelled(worker: Worker, key: Key) -> bool:
     """Whether the driver has gone or let go of this task, or the worker closes: Dask ends no running thread itself."""
     state = worker.state.tasks.get(key)
     return state is None or state.state == "cancelled" or worker.status in (Status.closing, Status.closed)

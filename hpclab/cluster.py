@@ -108,8 +108,9 @@ def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
         raise ValueError(f"workers (={workers!r}) must be a whole number >= 1; this machine has {machine.cpus()} CPUs.")
     elif workers > most:
         raise ValueError(
-            f"workers (={workers}) need {format_bytes(machine.RANK_MEMORY)} each beside {format_bytes(machine.BASE_MEMORY)}"
-            f" for the notebook, more than the {format_bytes(there)} of this machine; use workers<={most}."
+            f"workers (={workers}) need {format_bytes(machine.RANK_MEMORY)} each, and the notebook"
+            f" {format_bytes(machine.BASE_MEMORY)}: more than the {format_bytes(there)} of this machine;"
+            f" use workers<={most}."
         )
     if memory is None:
         return workers, there // workers

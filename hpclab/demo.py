@@ -1,4 +1,4 @@
-"""The main job, in a minute: look at the machine, race 1 rank against 2, measure with repeats, and leave a page of it."""
+"""The main job, in a minute: look at the machine, race 1 rank against 2, measure, and leave a page of it."""
 
 import base64
 import html
@@ -28,7 +28,8 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 3) -> Path:
     Parameters
     ----------
     folder : path, optional
-        Takes ``rows.jsonl``, ``figure.png``, ``index.html`` and the runs; new or empty. Default: ``results/<time>-demo``.
+        Takes ``rows.jsonl``, ``figure.png``, ``index.html`` and the runs; new or empty. Default:
+        ``results/<time>-demo``.
     epochs : int, default 5
         Epochs of each racer.
     repeats : int, default 3
@@ -39,7 +40,7 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 3) -> Path:
     print(f"{_('This machine')}\n\n{found}\n")
     with connect(workers=max(2, machine.fits())) as client:
         print(_("The race: {epochs} epochs of Fashion-MNIST, the same batches for all", epochs=epochs) + "\n")
-        race = racing.race(client, models.CNN, "fashion_mnist", epochs=epochs, folder=str(place / "race"))
+        race = racing.race(client, models.CNN, "fashion_mnist", epochs=epochs, folder=place / "race")
         print(f"\n{race.table()}\n\n{race.verdict()}\n")
         print(_("The measurement: {repeats} repeats of {steps} steps, in turn", repeats=repeats, steps=STEPS) + "\n")
         rows = _sweep(client, place, repeats)
@@ -60,8 +61,17 @@ def _sweep(client: Client, place: Path, repeats: int) -> list[dict]:
     number = itertools.count()
 
     def job(client: Client, ranks: int, threads: int) -> Run:
-        settings = {"batch_size": 128 // ranks, "steps": STEPS, "folder": place / "sweep" / str(next(number))}
-        return train(client, models.CNN, "fashion_mnist", ranks=ranks, threads=threads, progress=False, **settings)
+        return train(
+            client,
+            models.CNN,
+            "fashion_mnist",
+            ranks=ranks,
+            threads=threads,
+            batch_size=128 // ranks,
+            steps=STEPS,
+            folder=place / "sweep" / str(next(number)),
+            progress=False,
+        )
 
     return scaling.sweep(client, job, cases=racing.racers(), repeats=repeats)
 

@@ -75,8 +75,8 @@ def launch(
     workers = workers_for(client, ranks)
     whole_number("threads", threads)
     payload = _pickle(function, args)
-    name = name or getattr(function, "__name__", type(function).__name__)
-    run = f"{time.strftime('%Y%m%d-%H%M%S')}-{name.strip('<>')}-{uuid.uuid4().hex[:4]}"
+    title = name or getattr(function, "__name__", type(function).__name__).strip("<>")
+    run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     path = occupy(folder or Path("results", run))
     return Run(client, _plan(run, path, workers, threads), payload, path)
 
@@ -151,7 +151,7 @@ class Run:
         return self._finish([_value(self._outcomes[rank]) for rank in range(len(self._places))])
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait up to `timeout` seconds (default: no limit) for the end; return whether it has ended, in whatever way."""
+        """Wait up to `timeout` seconds (default: no limit) for the end; return whether it has ended, however."""
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         # Short waits, since Windows takes no Ctrl-C while a lock is waited for.
         while (left := deadline - time.monotonic()) > 0:
@@ -199,7 +199,8 @@ class Run:
                 payload,
                 key=f"{self.name}-rank-{place.rank}",
                 workers=[place.worker],
-                # Pinned strictly, the task of a worker that died would wait for it for ever; it checks its place itself.
+                # Pinned strictly, the task of a worker that died would wait for it for ever; it checks its place
+                # itself.
                 allow_other_workers=True,
                 pure=False,
                 retries=0,
@@ -374,7 +375,7 @@ def _pickle(function: Callable, args: tuple) -> bytes:
                 cloudpickle.dumps(value)
             except Exception as error:
                 raise TypeError(
-                    f"{name} (={value!r}) can't be pickled to be sent to the ranks: {error}; make it inside the function."
+                    f"{name} (={value!r}) can't be pickled and sent to the ranks: {error}; make it inside the function."
                 ) from error
         raise
 

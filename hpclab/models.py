@@ -6,8 +6,8 @@ from torch import Tensor, nn
 class CNN(nn.Module):
     """A convolutional network for 28x28 grey images: two convolutions with pooling, one linear layer.
 
-    With the default channels it has 20,490 parameters, so a gradient of 82 kB, and no layer whose result depends on how a
-    batch is dealt out to the ranks (no batch norm, no dropout).
+    With the default channels it has 20,490 parameters, so a gradient of 82 kB, and no layer whose result depends on how
+    a batch is dealt out to the ranks (no batch norm, no dropout).
 
     Parameters
     ----------

@@ -41,7 +41,8 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
     Returns
     -------
     matplotlib.axes.Axes
-        The loss is the mean over the ranks and over about a fortieth of the steps; zero seconds is the first step's start.
+        The loss is the mean over the ranks and over about a fortieth of the steps; zero seconds is the first step's
+        start.
     """
     ax = _axes(ax)
     for number, (name, rows) in enumerate(runs.items()):

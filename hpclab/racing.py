@@ -1,9 +1,12 @@
 """The race: the same training by one rank, by one process with all threads, and by two ranks, watched as it goes."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from distributed import Client
 from matplotlib.figure import Figure
@@ -11,6 +14,7 @@ from tqdm import tqdm
 
 from hpclab import machine, plots, scaling
 from hpclab.language import translate as _
+from hpclab.launcher import Run
 from hpclab.tables import Table
 from hpclab.training import Model, train
 
@@ -60,9 +64,9 @@ class Race:
         )
         if last["source"] == "emulated":
             told += " " + _(
-                "This machine gives {cpus} CPU, so the ranks took turns on it, and no program could make them sooner. The"
-                " emulated line counts the CPU seconds of one rank alone: what a CPU for each rank would show if talking"
-                " cost nothing.",
+                "This machine gives {cpus} CPU, so the ranks took turns on it, and no program could make them sooner."
+                " The line marked 'a CPU each' counts the CPU seconds of one rank alone: what a CPU for each rank would"
+                " show if talking cost nothing.",
                 cpus=first["cpus"],
             )
         return told + " " + _("One race is one measurement: repeat it before you believe the ratio.")
@@ -76,13 +80,13 @@ def race(
     epochs: int = 5,
     batch_size: int = 128,
     lr: float = 0.05,
-    folder: str | None = None,
+    folder: str | os.PathLike | None = None,
     show: Show | None = None,
 ) -> Race:
     """Race the same training: one rank with one thread, one with a thread for each CPU, and two ranks.
 
-    The racers start one after the other, since together they would take each other's CPUs. All take the same steps, on the
-    same batches, from the same weights. On one CPU nobody races with more threads, and the two ranks are emulated.
+    The racers start one after the other, since together they would take each other's CPUs. All take the same steps, on
+    the same batches, from the same weights. On one CPU nobody races with more threads, and the two ranks are emulated.
 
     Parameters
     ----------
@@ -97,7 +101,8 @@ def race(
     folder : path, optional
         Takes a folder a racer. Default: one in ``results/`` for each.
     show : callable, optional
-        Called about once a second with the rows so far by label. Default: a `LiveFigure` in a notebook, else `LiveText`.
+        Called about once a second with the rows so far by label. Default: a `LiveFigure` in a notebook, else
+        `LiveText`.
 
     Returns
     -------
@@ -113,10 +118,20 @@ def race(
     result = Race()
     show = show or (LiveFigure() if _in_notebook() else LiveText(epochs))
 
-    def job(client: Client, ranks: int, threads: int):
-        place = None if folder is None else f"{folder}/{ranks}-ranks-{threads}-threads"
-        settings = {"ranks": ranks, "threads": threads, "batch_size": batch_size // ranks, "folder": place}
-        return train(client, model, data, epochs=epochs, lr=lr, name="race", progress=False, **settings)
+    def job(client: Client, ranks: int, threads: int) -> Run:
+        return train(
+            client,
+            model,
+            data,
+            ranks=ranks,
+            threads=threads,
+            batch_size=batch_size // ranks,
+            epochs=epochs,
+            lr=lr,
+            folder=None if folder is None else Path(folder, f"{ranks}-ranks-{threads}-threads"),
+            name="race",
+            progress=False,
+        )
 
     def watch(label: str, rows: Rows) -> None:
         result.runs[label] = rows
@@ -149,7 +164,7 @@ class LiveFigure:
     """Loss against seconds, in a notebook, drawn anew at each call in the place where it was first shown."""
 
     def __init__(self) -> None:
-        self.handle = None
+        self.handle: Any = None
 
     def __call__(self, runs: dict[str, Rows]) -> None:
         from IPython.display import Image, display

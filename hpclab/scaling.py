@@ -44,7 +44,8 @@ def sweep(
     progress : bool, default True
         Show a progress bar.
     watch : callable, optional
-        ``watch(label, rows)`` is called about once a second, and at the end, with the case and all rows of the run in hand.
+        ``watch(label, rows)`` is called about once a second, and at the end, with the case and all rows of the run in
+        hand.
 
     Returns
     -------
@@ -65,7 +66,7 @@ def sweep(
         raise ValueError("ranks or cases is empty; give at least one, such as ranks=[1, 2].")
     whole_number("repeats", repeats)
     dice = random.Random(seed)
-    rows = []
+    rows: list[dict] = []
     with tqdm(total=repeats * len(chosen), desc="sweep", unit="run", disable=not progress) as bar:
         for repeat in range(repeats):
             order = range(len(chosen)) if seed is None else dice.sample(range(len(chosen)), len(chosen))
@@ -87,9 +88,9 @@ def trial(rows: list[dict]) -> dict:
     Returns
     -------
     dict
-        ``kind`` "trial", ``run``, ``label``, ``ranks``, ``threads``, ``samples_per_s`` (see `throughput`), ``step_s`` (mean),
-        ``data_share`` (of the step's time), ``start_s`` (launch to first step), ``train_s`` (first step to last),
-        ``loss`` (mean of the last steps), ``accuracy`` (None if untested), ``source``, and the machine.
+        ``kind`` "trial", ``run``, ``label``, ``ranks``, ``threads``, ``samples_per_s`` (see `throughput`), ``step_s``
+        (mean), ``data_share`` (of the step's time), ``start_s`` (launch to first step), ``train_s`` (first step to
+        last), ``loss`` (mean of the last steps), ``accuracy`` (None if untested), ``source``, and the machine.
     """
     about = next(row for row in rows if row["kind"] == "run")
     steps = _warm(rows)
@@ -137,10 +138,10 @@ def summary(rows: list[dict]) -> list[dict]:
     Returns
     -------
     list of dict
-        One row of kind "summary" a case: ``label``, ``ranks``, ``threads``, ``repeats``; ``samples_per_s``, ``speedup`` and
-        ``efficiency``, each the median, with ``..._low`` and ``..._high``, the smallest and the largest. A speed-up divides
-        two throughputs of the same round, so that what slowed both falls out; the efficiency divides it by the number of
-        CPUs that the case uses (ranks times threads) over the baseline's.
+        One row of kind "summary" a case: ``label``, ``ranks``, ``threads``, ``repeats``; ``samples_per_s``, ``speedup``
+        and ``efficiency``, each the median, with ``..._low`` and ``..._high``, the smallest and the largest. A speed-up
+        divides two throughputs of the same round, so that what slowed both falls out; the efficiency divides it by the
+        number of CPUs that the case uses (ranks times threads) over the baseline's.
     """
     trials: dict[int, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["repeat"]):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 from tqdm.auto import tqdm
 
 from hpclab import checkpoint
@@ -95,7 +96,8 @@ def train(
     batch_size : int, default 64
         Samples a *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
     lr : float, default 0.05
-        Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), for SGD with momentum 0.9.
+        Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), for SGD with momentum
+        0.9.
     threads : int, default 1
         Threads that torch may use in each rank.
     seed : int, default 0
@@ -103,7 +105,8 @@ def train(
     steps : int, optional
         End after so many steps, without tests and checkpoints: for measuring speed.
     optimizer : callable, optional
-        Given the model's parameters, returns the optimiser to use in place of SGD and its schedule; `lr` is then unused.
+        Given the model's parameters, returns the optimiser to use in place of SGD and its schedule; `lr` is then
+        unused.
     loss : callable, default cross-entropy
         Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape ().
     folder : path, optional
@@ -116,9 +119,10 @@ def train(
     Returns
     -------
     Run
-        Its ``result()`` is a `Fit`. Its rows: of kind "step" one a rank and step, with ``step``, ``epoch``, ``loss`` (of
-        this rank's samples), ``samples``, ``step_s`` (duration), ``data_s`` (of it, waiting for data) and ``cpu_s`` (CPU
-        time of this rank's process in it); of kind "epoch" one an epoch, with ``test_loss``, ``test_accuracy`` and ``samples``.
+        Its ``result()`` is a `Fit`. Its rows: of kind "step" one a rank and step, with ``step``, ``epoch``, ``loss``
+        (of this rank's samples), ``samples``, ``step_s`` (duration), ``data_s`` (of it, waiting for data) and ``cpu_s``
+        (CPU time of this rank's process in it); of kind "epoch" one an epoch, with ``test_loss``, ``test_accuracy`` and
+        ``samples``.
 
     Raises
     ------
@@ -165,100 +169,90 @@ class _Bar:
 
 
 def _train(job: Job) -> tuple[bytes, float | None]:
-    """What every rank runs; returns the weights and the last test accuracy."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(job.seed)
-    module = job.model if isinstance(job.model, nn.Module) else job.model()
-    if not isinstance(module, nn.Module):
-        raise TypeError(_not_a_module(module))
-    torch.manual_seed(job.seed + rank)
-    model = DistributedDataParallel(module)
-    images = datasets.load(job.data, "train")
-    sampler: DistributedSampler = DistributedSampler(images, ranks, rank, seed=job.seed, drop_last=True)
-    batches = BatchSampler(sampler, job.batch_size, drop_last=True)
-    loader = DataLoader(images, sampler=batches, batch_size=None)  # type: ignore[var-annotated]
-    total = job.steps or job.epochs * len(batches)
-    optimizer, schedule = _optimizer(job, model, total)
-    step, epoch, accuracy = 0, 0, None
-    while step < total:
-        sampler.set_epoch(epoch)
-        step = _epoch(job, model, loader, optimizer, schedule, step, total, epoch)
+    """What every rank runs; returns the weights, from rank 0, and the last test accuracy."""
+    training = _Training(job)
+    epoch, accuracy = 0, None
+    while training.step < training.steps:
+        training.train(epoch)
         epoch += 1
         if job.steps is None:
-            accuracy = _test(job, module, epoch, step)
-            if rank == 0:
-                state = {
-                    "model": module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epoch": epoch,
-                    "step": step,
-                }
-                checkpoint.save(run_folder() / "checkpoints", epoch, state)
+            accuracy = training.test(epoch)
+            training.save(epoch)
     weights = io.BytesIO()
-    if rank == 0:
-        torch.save(module.state_dict(), weights)
+    if training.rank == 0:
+        torch.save(training.module.state_dict(), weights)
     return weights.getvalue(), accuracy
 
 
-def _epoch(job, model, loader, optimizer, schedule, step: int, total: int, epoch: int) -> int:
-    """Train one epoch, or up to step `total`, and return the step reached."""
-    model.train()
-    start, cpu = time.perf_counter(), time.process_time()
-    for inputs, labels in loader:  # (B, C, H, W), (B,)
-        loaded = time.perf_counter()
-        optimizer.zero_grad()
-        loss = job.loss(model(inputs), labels)
-        loss.backward()  # averages the gradients over the ranks as they become ready
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
-        end, cpu_end = time.perf_counter(), time.process_time()
-        report(
-            step=step,
-            epoch=epoch,
-            loss=loss,
-            samples=len(labels),
-            step_s=end - start,
-            data_s=loaded - start,
-            cpu_s=cpu_end - cpu,
+class _Training:
+    """One rank's part: its replica of the model, its share of the data, the optimiser, the step reached."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(job.seed)
+        self.module = job.model if isinstance(job.model, nn.Module) else job.model()
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(_not_a_module(self.module))
+        torch.manual_seed(job.seed + self.rank)
+        self.model = DistributedDataParallel(self.module)
+        images = cast(Dataset, datasets.load(job.data, "train"))
+        self.sampler: DistributedSampler = DistributedSampler(
+            images, self.ranks, self.rank, seed=job.seed, drop_last=True
         )
-        step, start, cpu = step + 1, end, cpu_end
-        if step == total:
-            break
-    return step
+        batches = BatchSampler(self.sampler, job.batch_size, drop_last=True)
+        self.loader = DataLoader(images, sampler=batches, batch_size=None)
+        self.step, self.steps = 0, job.steps or job.epochs * len(batches)
+        self.schedule: OneCycleLR | None = None
+        if job.optimizer is not None:
+            self.optimizer = job.optimizer(self.model.parameters())
+        else:
+            self.optimizer = SGD(self.model.parameters(), job.lr, momentum=0.9)
+            self.schedule = OneCycleLR(self.optimizer, job.lr, self.steps + 1, cycle_momentum=False)
 
+    def train(self, epoch: int) -> None:
+        """Train one epoch, or what is left of the steps."""
+        self.sampler.set_epoch(epoch)
+        self.model.train()
+        start, cpu = time.perf_counter(), time.process_time()
+        for inputs, labels in self.loader:  # (B, C, H, W), (B,)
+            loaded = time.perf_counter()
+            self.optimizer.zero_grad()
+            loss = self.job.loss(self.model(inputs), labels)
+            loss.backward()  # averages the gradients over the ranks as they become ready
+            self.optimizer.step()
+            if self.schedule is not None:
+                self.schedule.step()
+            end, cpu_end = time.perf_counter(), time.process_time()
+            times = {"step_s": end - start, "data_s": loaded - start, "cpu_s": cpu_end - cpu}
+            report(step=self.step, epoch=epoch, loss=loss, samples=len(labels), **times)
+            self.step, start, cpu = self.step + 1, end, cpu_end
+            if self.step == self.steps:
+                break
 
-@torch.no_grad()
-def _test(job: Job, module: nn.Module, epoch: int, step: int) -> float:
-    """Test on all ranks, each on its share of the test images; return the accuracy on all of them."""
-    module.eval()
-    images = datasets.load(job.data, "test")
-    shares = torch.arange(len(images)).split(256)[dist.get_rank() :: dist.get_world_size()]
-    sums = torch.zeros(3)  # loss, right, samples
-    for share in shares:
-        inputs, labels = (torch.from_numpy(part) for part in images[share.numpy()])
-        scores = module(inputs)
-        right = (scores.argmax(1) == labels).sum()
-        sums += torch.stack([job.loss(scores, labels) * len(labels), right, torch.tensor(len(labels))])
-    dist.all_reduce(sums)
-    loss, right, samples = sums.tolist()
-    if dist.get_rank() == 0:
-        report(
-            kind="epoch",
-            epoch=epoch,
-            step=step,
-            test_loss=loss / samples,
-            test_accuracy=right / samples,
-            samples=samples,
-        )
-    return right / samples
+    @torch.no_grad()
+    def test(self, epoch: int) -> float:
+        """Test on all ranks, each on its share of the test images; return the accuracy on all of them."""
+        self.module.eval()
+        images = datasets.load(self.job.data, "test")
+        sums = torch.zeros(3)  # loss, right, samples
+        for share in torch.arange(len(images)).split(256)[self.rank :: self.ranks]:
+            inputs, labels = (torch.from_numpy(part) for part in images[share.numpy()])
+            scores = self.module(inputs)
+            right = (scores.argmax(1) == labels).sum()
+            sums += torch.stack([self.job.loss(scores, labels) * len(labels), right, torch.tensor(len(labels))])
+        dist.all_reduce(sums)
+        loss, right, samples = sums.tolist()
+        if self.rank == 0:
+            found = {"test_loss": loss / samples, "test_accuracy": right / samples, "samples": int(samples)}
+            report(kind="epoch", epoch=epoch, step=self.step, **found)
+        return right / samples
 
-
-def _optimizer(job: Job, model: nn.Module, total: int):
-    if job.optimizer is not None:
-        return job.optimizer(model.parameters()), None
-    optimizer = SGD(model.parameters(), job.lr, momentum=0.9)
-    return optimizer, OneCycleLR(optimizer, job.lr, total_steps=total + 1, cycle_momentum=False)
+    def save(self, epoch: int) -> None:
+        """Write a checkpoint, from rank 0."""
+        if self.rank == 0:
+            state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            checkpoint.save(run_folder() / "checkpoints", epoch, state | {"epoch": epoch, "step": self.step})
 
 
 def _fit(run: Run, value: tuple[bytes, float | None]) -> Fit:
@@ -271,4 +265,4 @@ def _makes_module(model: object) -> bool:
 
 
 def _not_a_module(model: object) -> str:
-    return f"model (={model!r}) must be a torch.nn.Module, or a class or function that makes one, such as hpclab.models.CNN."
+    return f"model (={model!r}) must be a torch.nn.Module, or a class or function that makes one."

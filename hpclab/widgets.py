@@ -1,5 +1,7 @@
 """Controls of the notebooks. The kernel's state is the truth: with nobody clicking, Run All works and makes sense."""
 
+from typing import Any
+
 import ipywidgets
 from distributed import Client
 from IPython.display import HTML, DisplayHandle, display
@@ -13,8 +15,8 @@ from hpclab.training import Model
 class RaceStage:
     """A prediction to make, and a race to start by `run` or by the button, as often as one likes.
 
-    Shows a slider for the predicted speed-up and a button. What a race showed is an ordinary output of the cell that called
-    `run`; a later press of the button replaces it there.
+    Shows a slider for the predicted speed-up and a button. What a race showed is an ordinary output of the cell that
+    called `run`; a later press of the button replaces it there.
 
     Parameters
     ----------
@@ -22,7 +24,7 @@ class RaceStage:
         As for `racing.race`.
     """
 
-    def __init__(self, client: Client, model: Model, data: str, **settings):
+    def __init__(self, client: Client, model: Model, data: str, **settings: Any) -> None:
         self.arguments = (client, model, data)
         self.settings = settings
         self.result: racing.Race | None = None

@@ -185,7 +185,7 @@ def test_a_killed_worker_ends_its_gang():
         started(run)
         victim = run._places[1].worker
         os.kill(client.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
-        with pytest.raises(hpclab.RankError, match="rank 1 of 2 .* (was lost with its worker|its worker .* has gone)"):
+        with pytest.raises(hpclab.RankError, match=r"rank 1 of 2 .* (was lost with its worker|its worker .* has gone)"):
             run.result(60)
         assert no_rank_left()
         client.wait_for_workers(2, timeout=60)
@@ -235,7 +235,7 @@ def test_nothing_outlives_a_script(tmp_path, ending):
     assert script.returncode != 0
     if ending == signal.SIGINT:
         assert said.rstrip().endswith("KeyboardInterrupt")
-    gone, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     assert no_rank_left()
 

@@ -39,7 +39,8 @@ def environment(wheel, tmp_path_factory) -> Path:
         [sys.executable, "-m", "pip", "--python", folder, "install", "--quiet", "--no-deps", "--no-index", wheel],
         check=True,
     )
-    # A folder named in a .pth file comes after the environment's own, and the .pth files in it are not read: our editable
+    # A folder named in a .pth file comes after the environment's own, and the .pth files in it are not read: our
+    # editable
     # hpclab stays out.
     (own,) = folder.glob("lib/python*/site-packages")
     (own / "borrowed.pth").write_text(sysconfig.get_path("purelib"))

@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
-    from hpclab.doctor import examine
+    from hpclab import doctor
 
-    print(examine())
+    print(f"{doctor.examine()}\n\n{doctor.advice()}")
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> None:

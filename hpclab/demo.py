@@ -37,7 +37,7 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 3) -> Path:
     """
     place = occupy(folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-demo"))
     found = doctor.examine()
-    print(f"{_('This machine')}\n\n{found}\n")
+    print(f"{_('This machine')}\n\n{found}\n\n{doctor.advice()}\n")
     with connect(workers=max(2, machine.fits())) as client:
         print(_("The race: {epochs} epochs of Fashion-MNIST, the same batches for all", epochs=epochs) + "\n")
         race = racing.race(client, models.CNN, "fashion_mnist", epochs=epochs, folder=place / "race")

@@ -14,7 +14,6 @@ def examine() -> Table:
     findings = [
         (_("CPUs"), f"{about['cpus']}", _limit(about["cpus"], about["cpus_host"])),
         (_("memory"), f"{about['memory_gb']} GB", _limit(about["memory_gb"], about["memory_host_gb"])),
-        (_("ranks that fit"), f"{machine.fits()}", _("one thread each, at full speed")),
         (_("system"), about["system"], f"{about['cpu']}, Python {about['python']}"),
         ("torch", about["torch"] or _("missing"), _gpus() if about["torch"] else "pip install torch"),
         ("Dask", about["distributed"] or _("missing"), "" if about["distributed"] else "pip install distributed"),
@@ -25,6 +24,11 @@ def examine() -> Table:
         (_("Chinese font"), *_font()),
     ]
     return Table({_("what"): what, _("found"): found, _("remark"): remark} for what, found, remark in findings)
+
+
+def advice() -> str:
+    """How many ranks fit here, in a sentence."""
+    return _("{ranks} ranks of one thread fit here at full speed.", ranks=machine.fits())
 
 
 def _limit(usable: float, host: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hpclab"
 LAYERS = {
     "__init__": set(),
+    "__main__": {"cli"},
     "_fetch": {"_shards"},
     "_rank": set(),
     "_shards": set(),

@@ -123,14 +123,13 @@ def test_post_build_stops_at_the_first_error_and_installs_only_the_package():
 
 def test_start_hands_over_with_the_environment_set():
     """Run as Binder does, with a command that shows what Jupyter would get."""
-    command = ["python3", "-c", "import os, sys; print(os.environ['HPCLAB_SIZE'], sys.argv[1])\n"
-               "print(os.environ['DASK_DISTRIBUTED__DASHBOARD__LINK'].format(port=8787), os.getppid())", "a b"]  # fmt: skip
+    names = ("HPCLAB_SIZE", "DASK_DISTRIBUTED__DASHBOARD__LINK")
+    code = f"import os, sys; print(os.getppid(), sys.argv[1], *map(os.environ.get, {names}), sep='\\n')"
     environment = os.environ | {"JUPYTERHUB_SERVICE_PREFIX": "/user/ann/"}
-    done = subprocess.run(
-        [ROOT / "binder/start", *command], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [ROOT / "binder/start", sys.executable, "-c", code, "a b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     # The parent is this very process: bash was replaced (exec), so that signals reach Jupyter.
-    assert done.stdout.splitlines() == ["small a b", f"/user/ann/proxy/8787/status {os.getpid()}"]
+    assert done.stdout.splitlines() == [str(os.getpid()), "a b", "small", "/user/ann/proxy/{port}/status"]
 
 
 def test_every_chore_of_make_parses_and_is_listed():

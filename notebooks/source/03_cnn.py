@@ -1,0 +1,271 @@
+# %% [markdown] id="title"
+# # CNN: the same loss, sooner
+#
+# **You will** train a convolutional network with a plain loop, then with two ranks; show that both take the *same*
+# steps; measure how much sooner, with repeats; and mend two bugs that almost everybody writes once.
+#
+# | | |
+# |---|---|
+# | objectives | write a serial training loop; explain why data parallelism changes nothing but the time; measure a speed-up with its spread; mend the order of the data and the learning rate |
+# | prerequisites | the notebook *start*; what a gradient is |
+# | minutes | 40 to read and do, 20 of them for the exercises; under 3 to run |
+# | needs | 1 CPU (2 to see a speed-up), 1.5 GB of memory, 2 ranks, no network |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import matplotlib.pyplot as plt
+import torch
+from torch.nn.functional import cross_entropy
+
+import hpclab
+
+EPOCHS, REPEATS, STEPS = {"small": (3, 2, 30), "class": (4, 3, 60), "cluster": (10, 5, 200)}[SIZE]
+
+# %% [markdown] id="data"
+# ## The pictures
+#
+# Fashion-MNIST: grey pictures of clothes, 28 by 28 pixels, in ten classes. A part of it, 10,000 to learn from and 2,000
+# to be tested on, comes with hpclab. It lies on disk as a few plain arrays that are *mapped* into memory: a batch is
+# read when it is asked for, and not before.
+
+# %% id="data-look"
+images = hpclab.data.load("fashion_mnist", "train")
+batch, labels = images[list(range(8))]
+
+figure, axes = plt.subplots(1, 8, figsize=(10, 1.7), layout="constrained")
+for ax, picture, label in zip(axes, batch, labels, strict=True):
+    ax.imshow(picture[0], cmap="gray_r")
+    ax.set_title(images.classes[label], fontsize="small")
+    ax.axis("off")
+
+# %% [markdown] id="serial"
+# ## Correct and serial first
+#
+# A convolution looks at each pixel's neighbourhood with the same few weights, wherever in the picture it is. Two of
+# them, each followed by pooling to half the size, and one linear layer make our network. This is all that training is:
+# take a batch, compute the loss, compute the gradient, take a step.
+
+# %% id="serial-do"
+torch.manual_seed(0)
+model = hpclab.models.CNN()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+order = torch.randperm(len(images))
+
+for step, chosen in enumerate(order[: 20 * 128].split(128)):
+    inputs, targets = (torch.from_numpy(part) for part in images[chosen.numpy()])
+    loss = cross_entropy(model(inputs), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if step % 5 == 4:
+        print(step + 1, round(loss.item(), 3))
+
+# %% [markdown] id="idea"
+# ## The idea of data parallelism
+#
+# The loss of a batch is the *mean* over its pictures, and so is its gradient. Cut the batch in two halves, let two
+# ranks compute the gradients of one half each, and average the two: that is the gradient of the whole batch. If both
+# ranks start with the same weights, and take the same step with the same averaged gradient, then they *keep* the same
+# weights, without ever sending them.
+#
+# torch's `DistributedDataParallel` does the averaging while the backward pass still runs. `hpclab.train` puts it
+# around your model, deals out the pictures, and sends the rows of measurements here.
+
+# %% id="connect"
+client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
+
+
+def train(client, ranks, threads=1, **settings):
+    return hpclab.train(
+        client,
+        hpclab.models.CNN,
+        "fashion_mnist",
+        ranks=ranks,
+        threads=threads,
+        batch_size=128 // ranks,
+        progress=False,
+        **settings,
+    )
+
+
+# %% [markdown] id="same"
+# ## The same loss
+#
+# **Predict**: one rank with batches of 128 against two ranks with 64 each, the same seed, a small learning rate. By how
+# much will their losses differ after 30 steps: a tenth, a thousandth, a millionth?
+
+# %% id="same-do"
+def losses(rows):
+    steps = {}
+    for row in rows:
+        if row["kind"] == "step":
+            steps.setdefault(row["step"], []).append(row["loss"])
+    return torch.tensor([sum(at) / len(at) for _, at in sorted(steps.items())])
+
+
+one = train(client, ranks=1, steps=30, lr=0.005).result()
+two = train(client, ranks=2, steps=30, lr=0.005).result()
+difference = (losses(one.rows) - losses(two.rows)).abs()
+hpclab.tables.Table(
+    {"step": step + 1, "1 rank": f"{a:.6f}", "2 ranks": f"{b:.6f}", "difference": f"{d:.1e}"}
+    for step, (a, b, d) in enumerate(zip(losses(one.rows), losses(two.rows), difference, strict=True))
+    if step % 5 in (0, 4)
+)
+
+# %% [markdown] id="same-explain"
+# **Explain.** Single precision keeps about seven digits, and a sum taken in another order is rounded otherwise. That is
+# all the difference there is. It isn't a fault of data parallelism: on one process with another number of threads you
+# would see the same. (With a large learning rate the early steps *amplify* such differences, as weather does. Then two
+# honest runs part visibly, and end equally good.)
+
+# %% [markdown] id="sooner"
+# ## Sooner
+#
+# Now the race, with a learning rate that learns: one rank; one process with all threads; two ranks.
+
+# %% id="sooner-do"
+race = hpclab.race(client, hpclab.models.CNN, "fashion_mnist", epochs=EPOCHS)
+race.table()
+
+# %% id="sooner-verdict"
+print(race.verdict())
+
+# %% [markdown] id="measure"
+# ## How sure?
+#
+# A race is one measurement on a machine that others use too. A **sweep** runs each case several times, in turn and in
+# shuffled order, so that a slow minute meets all cases alike. Each speed-up divides two runs of the *same* round. The
+# first steps aren't counted: they allocate memory and build the buckets of gradients.
+
+# %% id="measure-do"
+rows = hpclab.scaling.sweep(
+    client,
+    lambda client, ranks, threads: train(client, ranks, threads, steps=STEPS),
+    cases=hpclab.racing.racers(),
+    repeats=REPEATS,
+    progress=False,
+)
+summary = hpclab.scaling.summary(rows)
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+hpclab.plots.throughput(summary, left)
+hpclab.plots.speedup(summary, right)
+hpclab.tables.Table(
+    {name: row[name] for name in ("label", "samples_per_s", "speedup", "speedup_low", "speedup_high", "efficiency")}
+    for row in summary
+)
+
+# %% [markdown] id="measure-explain"
+# **Why wasn't it twice as fast?** Go through the suspects in order:
+#
+# - *Waiting for data*: the share of the step's time is in the rows (`data_share`).
+# - *Talking*: 82 kB of gradients a step, partly hidden behind the backward pass.
+# - *Sharing*: two busy CPUs share memory, caches, and this notebook's kernel, which draws.
+# - *Smaller batches*: half a batch doesn't always take half the time.
+#
+# If the bars of two cases overlap, you haven't shown that they differ. With one CPU, nothing here can be sooner: the
+# rows say *emulated*.
+
+# %% id="data-share"
+{row["label"]: round(row["data_share"], 3) for row in rows}
+
+# %% [markdown] id="order"
+# ## Exercise: the order of the data
+#
+# This rank's sampler deals out the pictures: each rank gets its share of one shuffled order. Below is how it is often
+# called, and it has a **bug** that never raises an error: something that should differ between epochs doesn't. The
+# model then sees the same batches in the same order again and again, and learns a little worse.
+#
+# `epoch_order(sampler, epoch)` shall return the list of pictures that this rank visits in that epoch. `sampler` is a
+# `torch.utils.data.DistributedSampler` that lives through all epochs. Mend it.
+#
+# <details><summary>Hint</summary>
+#
+# Read the note in the documentation of `DistributedSampler` about what to call at the beginning of each epoch.
+#
+# </details>
+
+# %% id="order-answer" exercise=true
+def epoch_order(sampler, epoch):
+    ### BEGIN SOLUTION
+    sampler.set_epoch(epoch)
+    ### END SOLUTION
+    return list(sampler)
+
+
+# %% id="order-check" points=1
+hpclab.check("cnn.order", epoch_order)
+
+# %% [markdown] id="rate"
+# ## Exercise: the learning rate
+#
+# You found a good learning rate for a batch of `base_batch` pictures on one process. Now `ranks` ranks take
+# `batch_size` pictures *each*, so a step sees more pictures, and an epoch has fewer steps. If the rate stays as it
+# was, the weights move less far in an epoch: training looks slower, although each second does more.
+#
+# Write `scaled_lr(base_lr, base_batch, batch_size, ranks)`, so that one large step moves the weights as far as the
+# small steps that it replaces.
+#
+# <details><summary>Hint</summary>
+#
+# How many of the small batches does one large step replace? Assume that their gradients are about equal.
+#
+# </details>
+
+# %% id="rate-answer" exercise=true
+def scaled_lr(base_lr, base_batch, batch_size, ranks):
+    ...
+    ### BEGIN SOLUTION
+    return base_lr * batch_size * ranks / base_batch
+    ### END SOLUTION
+
+
+# %% id="rate-check" points=1
+hpclab.check("cnn.learning_rate", scaled_lr)
+
+# %% [markdown] id="look"
+# ## What it learned
+#
+# The weights came back. Give them to a model here, and look at what it says of pictures that it never saw.
+
+# %% id="look-do"
+fit = train(client, ranks=2, epochs=EPOCHS).result()
+model.load_state_dict(fit.weights)
+test = hpclab.data.load("fashion_mnist", "test")
+batch, labels = test[list(range(8))]
+with torch.no_grad():
+    guesses = model(torch.from_numpy(batch)).argmax(1)
+
+figure, axes = plt.subplots(1, 8, figsize=(10, 1.7), layout="constrained")
+for ax, picture, label, guess in zip(axes, batch, labels, guesses, strict=True):
+    ax.imshow(picture[0], cmap="gray_r")
+    ax.set_title(f"{'=' if guess == label else '≠'} {test.classes[guess]}", fontsize="small")
+    ax.axis("off")
+fit
+
+# %% id="close"
+client.close()
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - Data parallelism computes the *same* gradient in parts. What differs is rounding, and the time.
+# - A speed-up needs a baseline that nobody can call weak: one process with all threads belongs in the figure.
+# - Two bugs that raise no error: the order of the data doesn't change between epochs; the learning rate isn't scaled
+#   to the global batch.
+#
+# ### What breaks at scale
+#
+# With many ranks the global batch becomes so large that a scaled learning rate diverges in the first steps. Goyal and
+# others warm it up over some epochs; beyond some thousand pictures a step even that fails, and other optimisers
+# (LARS, LAMB) take over.
+#
+# ### References
+#
+# - P. Goyal and others, *Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour*, 2017, arXiv:1706.02677.
+# - S. Li and others, *PyTorch Distributed: Experiences on Accelerating Data Parallel Training*, 2020, arXiv:2006.15704.
+# - L. Smith, N. Topin, *Super-Convergence*, 2018, arXiv:1708.07120 (the one-cycle schedule).
+# - H. Xiao, K. Rasul, R. Vollgraf, *Fashion-MNIST*, 2017, arXiv:1708.07747.

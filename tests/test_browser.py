@@ -1,0 +1,120 @@
+"""The notebooks in JupyterLab in a real browser, from top to bottom, as a reader runs them; screenshots are kept."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import no_rank_left, require
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},  # a cell out of sight is in the page too
+}
+SHOTS = Path(__file__).parents[1] / "results" / "browser"
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Address, up to the notebook's name, and token of a JupyterLab that `hpclab lab` opened on a fresh course."""
+    require(CHROMIUM is not None, "chromium")
+    home = tmp_path_factory.mktemp("lab")
+    for name, settings in SETTINGS.items():
+        file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings))
+    places = {"JUPYTERLAB_SETTINGS_DIR": home / "settings", "JUPYTER_CONFIG_DIR": home, "JUPYTER_RUNTIME_DIR": home}
+    env = os.environ | {name: str(path) for name, path in places.items()} | {"HPCLAB_SIZE": "small"}
+    command = [sys.executable, "-m", "hpclab", "lab", "course", "--no-browser", "--allow-root", "--port=0"]
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=home, stdout=log, stderr=log, env=env)
+    try:
+        yield opened(server, home / "log")
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert no_rank_left()
+
+
+def opened(server, log):
+    for _ in range(600):
+        if found := re.search(r"(http://127\.0\.0\.1:\d+/lab/tree/)00_start.ipynb\?(token=\w+)", log.read_text()):
+            return found.groups()
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def browser(lab):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    yield page
+    page.close()
+
+
+def open_notebook(page, lab, name):
+    page.goto("{0}{2}?{1}".format(*lab, name))
+    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+
+
+def run_all(page):
+    page.get_by_text("Run", exact=True).first.click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    wait_until_idle(page)
+
+
+def wait_until_idle(page):
+    """Until every code cell has a number."""
+    done = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(p => /\\[\\d+\\]/.test(p.innerText))"
+    page.wait_for_function(done, timeout=240_000)
+
+
+def shoot(page, name):
+    """Keep a screenshot of the whole notebook."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    height = page.locator(".jp-WindowedPanel-inner, .jp-Notebook").first.evaluate("e => e.scrollHeight")
+    page.set_viewport_size({"width": 1100, "height": min(height + 150, 12_000)})
+    page.wait_for_timeout(500)
+    page.screenshot(path=SHOTS / f"{name.replace('/', '-')}.png")
+
+
+@pytest.mark.parametrize("name", ["00_start.ipynb", "zh/00_start.ipynb", "03_cnn.ipynb"])
+def test_notebook_runs_from_top_to_bottom(page, lab, name):
+    open_notebook(page, lab, name)
+    run_all(page)
+    shoot(page, name)
+    outputs = page.locator(".jp-OutputArea-output")
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    assert outputs.get_by_text("Error displaying widget").count() == 0
+    assert outputs.locator("img").count() >= 1
+    assert page.locator(".hpclab-result[data-status=fail]").count() >= 1, "an unsolved exercise reports"
+    if "start" in name:
+        assert page.locator(".widget-slider").count() == 1
+        assert outputs.locator("table").count() >= 2
+
+
+def test_the_race_button_replaces_the_race(page, lab):
+    """After Run All, the reader predicts, presses, and finds the new race where the old one was."""
+    open_notebook(page, lab, "00_start.ipynb")
+    page.get_by_text("Kernel", exact=True).first.click()
+    page.get_by_text("Restart Kernel", exact=False).first.click()
+    page.get_by_role("button", name="Confirm").click() if page.get_by_role("button", name="Confirm").count() else None

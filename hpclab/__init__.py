@@ -28,7 +28,20 @@ _HOME = {
     "report": "_rank",
     "train": "training",
 }
-_MODULES = ("checkpoint", "data", "doctor", "exercises", "language", "machine", "models", "plots", "racing", "scaling", "tables", "widgets")
+_MODULES = (
+    "checkpoint",
+    "data",
+    "doctor",
+    "exercises",
+    "language",
+    "machine",
+    "models",
+    "plots",
+    "racing",
+    "scaling",
+    "tables",
+    "widgets",
+)
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -216,14 +217,15 @@ class Run:
         try:
             with open(self.folder / "rows.jsonl", "w", encoding="utf-8") as file:
                 self._take_rows([self._about()], file)
-                while not self._complete():
+                while not self._complete() and self._client.status != "closed":
                     try:
                         kind, content = self._inbox.get(timeout=0.1)
                     except queue.Empty:
                         kind, content = "quiet", None
                     self._take(kind, content, file)
+            with suppress(Exception):  # the client may close at any moment
+                self._client.unsubscribe_topic(topic(self.name))
         finally:
-            self._client.unsubscribe_topic(topic(self.name))
             self._close()
 
     def _about(self) -> dict:
@@ -278,10 +280,10 @@ class Run:
     def _end_all(self) -> None:
         """Have the workers end the ranks that are left; asked again after a while, let go of those who didn't."""
         left = [place for place in self._places if place.rank not in self._outcomes]
-        if left and self._client.status == "running":
-            if self._ending:
+        with suppress(Exception):  # with a client that closes, its futures end, and the workers end their ranks
+            if left and self._ending:
                 self._client.cancel([self._futures[place.rank] for place in left], force=True)
-            else:
+            elif left:
                 self._client.run(kill, self.name, workers=[place.worker for place in left], on_error="ignore")
         self._ending = True
         self._deadline = time.monotonic() + KILL_SECONDS

@@ -1,10 +1,13 @@
 import os
 import time
+import uuid
 
 import psutil
 import pytest
 
 import hpclab
+
+os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it
 
 
 def require(present: bool, what: str) -> None:
@@ -17,12 +20,13 @@ def require(present: bool, what: str) -> None:
 
 
 def ranks_alive() -> list[int]:
-    """Process ids of all ranks on this machine that were started by this test process's own Python."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        if any("hpclab._rank" in word for word in process.info["cmdline"] or ()):
-            found.append(process.pid)
-    return found
+    """Process ids of all ranks on this machine that descend from these tests, orphans too."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if any("hpclab._rank" in word for word in process.info["cmdline"] or ())
+        and (process.info["environ"] or {}).get("HPCLAB_TESTS") == os.environ["HPCLAB_TESTS"]
+    ]
 
 
 def no_rank_left(seconds: float = 10) -> bool:

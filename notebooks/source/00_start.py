@@ -85,6 +85,7 @@ client
 #
 # **Predict** before you run it: rank 0 holds 1, rank 1 holds 2. What will each of them return?
 
+
 # %% id="rank-do"
 def hello():
     import torch

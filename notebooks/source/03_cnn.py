@@ -98,6 +98,7 @@ def train(client, ranks, threads=1, **settings):
 # **Predict**: one rank with batches of 128 against two ranks with 64 each, the same seed, a small learning rate. By how
 # much will their losses differ after 30 steps: a tenth, a thousandth, a millionth?
 
+
 # %% id="same-do"
 def losses(rows):
     steps = {}
@@ -188,6 +189,7 @@ hpclab.tables.Table(
 #
 # </details>
 
+
 # %% id="order-answer" exercise=true
 def epoch_order(sampler, epoch):
     ### BEGIN SOLUTION
@@ -214,6 +216,7 @@ hpclab.check("cnn.order", epoch_order)
 # How many of the small batches does one large step replace? Assume that their gradients are about equal.
 #
 # </details>
+
 
 # %% id="rate-answer" exercise=true
 def scaled_lr(base_lr, base_batch, batch_size, ranks):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,14 +82,32 @@ def frame(record: dict, body: bytes = b"") -> bytes:
     return json.dumps(record | {"nbytes": len(body)}).encode() + b"\n" + body
 
 
-def read_frame(stream: BinaryIO) -> tuple[dict, bytes] | None:
-    """Read what `frame` wrote; None at the end of the stream, also in the middle of a record."""
-    line = stream.readline()
-    if not line.endswith(b"\n"):
+def take_frame(buffer: bytearray) -> tuple[dict, bytes] | None:
+    """Take one record off the front of what came in; None if it isn't whole yet."""
+    end = buffer.find(b"\n") + 1
+    if end == 0:
         return None
-    record = json.loads(line)
-    body = stream.read(record["nbytes"])
-    return (record, body) if len(body) == record["nbytes"] else None
+    record = json.loads(buffer[:end])
+    stop = end + record["nbytes"]
+    if len(buffer) < stop:
+        return None
+    body = bytes(buffer[end:stop])
+    del buffer[:stop]
+    return record, body
+
+
+def read_frames(stream: BinaryIO, pause: float = 0.0) -> Iterator[tuple[dict, bytes]]:
+    """Records of a stream, until it ends; what ends in the middle of one is dropped.
+
+    A `pause` after each small read lets the records gather in the pipe, where they are safe even if their writer dies.
+    """
+    buffer = bytearray()
+    while chunk := os.read(stream.fileno(), 1 << 20):
+        buffer += chunk
+        while (found := take_frame(buffer)) is not None:
+            yield found
+        if len(chunk) < 1 << 15:
+            time.sleep(pause)
 
 
 def main() -> None:
@@ -101,7 +120,7 @@ def main() -> None:
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    first = read_frame(owner)
+    first = next(read_frames(owner), None)
     if first is None:
         return
     header, payload = first

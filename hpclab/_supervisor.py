@@ -21,10 +21,12 @@ from dask.typing import Key
 from distributed import Status, Worker, get_worker
 
 from hpclab import machine
-from hpclab._rank import frame, read_frame
+from hpclab._rank import frame, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
+GATHER_SECONDS = 0.03
+"""How long rows gather in the pipe before this process wakes to read them: its CPU is one that ranks compute on."""
 _inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
 
 
@@ -226,7 +228,7 @@ def _feed(process: subprocess.Popen, place: Place, payload: bytes, inbox: queue.
 
 
 def _read_records(stream: BinaryIO, inbox: queue.SimpleQueue) -> None:
-    while (record := read_frame(stream)) is not None:
+    for record in read_frames(stream, pause=GATHER_SECONDS):
         inbox.put(("record", record))
     inbox.put(("end", None))
 

@@ -2,10 +2,15 @@
 
 import signal
 
+import dask
 from dask.utils import format_bytes, parse_bytes
 from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
 
 from hpclab import machine
+
+# Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
+# wake-up makes a rank late, and the others wait for it.
+QUIET = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "200ms"}
 
 
 class ClusterClient(Client):
@@ -62,14 +67,15 @@ def connect(
     if where != "local":
         raise ValueError(f"where (={where!r}) must be 'local' or the address of a Dask scheduler, 'tls://host:port'.")
     workers, limit = _fit(workers, memory)
-    cluster = LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        memory_limit=limit,
-        security=security or None,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-    )
+    with dask.config.set(QUIET):
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=limit,
+            security=security or None,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        )
     try:
         client = ClusterClient(cluster)
         client.register_plugin(IgnoreInterrupt())

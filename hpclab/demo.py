@@ -18,11 +18,11 @@ from hpclab.launcher import Run, occupy
 from hpclab.tables import Table, markup
 from hpclab.training import train
 
-STEPS = 50
+STEPS = 30
 """Steps of a run of the sweep."""
 
 
-def demo(folder: str | None = None, epochs: int = 5, repeats: int = 3) -> Path:
+def demo(folder: str | None = None, epochs: int = 5, repeats: int = 2) -> Path:
     """Run the demo, tell its story in the terminal, and return the folder of results.
 
     Parameters
@@ -32,7 +32,7 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 3) -> Path:
         ``results/<time>-demo``.
     epochs : int, default 5
         Epochs of each racer.
-    repeats : int, default 3
+    repeats : int, default 2
         Rounds of the sweep.
     """
     place = occupy(folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-demo"))
@@ -67,7 +67,7 @@ def _sweep(client: Client, place: Path, repeats: int) -> list[dict]:
             "fashion_mnist",
             ranks=ranks,
             threads=threads,
-            batch_size=128 // ranks,
+            batch_size=256 // ranks,
             steps=STEPS,
             folder=place / "sweep" / str(next(number)),
             progress=False,

@@ -8,6 +8,7 @@ from functools import cache
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from hpclab.language import language, translate
 from hpclab.scaling import source, span
@@ -136,7 +137,7 @@ def _ideal(ax: Axes, values: list[float]) -> Axes:
     ax.plot(range(len(values)), values, color="0.5", linestyle=":", marker="_", markersize=18, label=_("ideal"))
     ax.set_ylim(0, max(ax.get_ylim()[1], max(values) * 1.1))
     ax.legend(frameon=False, loc="upper left")
-    return ax
+    return _set_font(ax)
 
 
 def _name(name: str, rows: list[dict]) -> str:
@@ -166,20 +167,19 @@ def _finish(ax: Axes, rows: list[dict], xlabel: str, ylabel: str) -> Axes:
     ax.set_title(provenance(rows), fontsize="x-small", color="0.35", loc="right")
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False)
+    return _set_font(ax)
+
+
+def _set_font(ax: Axes) -> Axes:
+    if language() == "zh" and (font := cjk_font()):
+        for text in ax.findobj(Text):
+            text.set_fontfamily([plt.rcParams["font.sans-serif"][0], font])
     return ax
 
 
 def _(message: str, **values: object) -> str:
     """Translate, if this machine has a font for it: figures take English rather than empty boxes."""
-    if language() == "en":
-        return message.format(**values)
-    font = cjk_font()
-    if font is None:
-        return message.format(**values)
-    if font not in plt.rcParams["font.sans-serif"]:
-        plt.rcParams["font.sans-serif"] = [*plt.rcParams["font.sans-serif"][:1], font]
-        plt.rcParams["font.family"] = plt.rcParams["font.sans-serif"]
-    return translate(message, **values)
+    return translate(message, **values) if cjk_font() else message.format(**values)
 
 
 @cache

@@ -78,8 +78,8 @@ def race(
     data: str,
     *,
     epochs: int = 5,
-    batch_size: int = 128,
-    lr: float = 0.05,
+    batch_size: int = 256,
+    lr: float = 0.1,
     folder: str | os.PathLike | None = None,
     show: Show | None = None,
 ) -> Race:
@@ -92,12 +92,14 @@ def race(
     ----------
     client : distributed.Client
         With two workers or more: ``connect(workers=2)``.
-    model, data, lr
+    model, data
         As for `train`.
     epochs : int, default 5
         Epochs of each racer.
-    batch_size : int, default 128
-        Samples a step, over all ranks; even.
+    batch_size : int, default 256
+        Samples a step, over all ranks; even. Smaller ones spend a larger part of each step on talking.
+    lr : float, default 0.1
+        As for `train`, for this larger batch.
     folder : path, optional
         Takes a folder a racer. Default: one in ``results/`` for each.
     show : callable, optional

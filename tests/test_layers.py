@@ -11,6 +11,7 @@ LAYERS = {
     "__main__": {"cli"},
     "_fetch": {"_shards"},
     "_rank": set(),
+    "_replica": {"_rank", "checkpoint", "data"},
     "_shards": set(),
     "_supervisor": {"_rank", "machine"},
     "checkpoint": set(),
@@ -32,7 +33,7 @@ LAYERS = {
     "racing": {"language", "launcher", "machine", "plots", "scaling", "tables", "training"},
     "scaling": {"launcher"},
     "tables": set(),
-    "training": {"_rank", "checkpoint", "data", "launcher"},
+    "training": {"_replica", "data", "launcher"},
     "widgets": {"language", "racing", "tables", "training"},
 }
 

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import hpclab
 
-EPOCHS, REPEATS, STEPS = {"small": (3, 2, 30), "class": (4, 3, 60), "cluster": (10, 5, 200)}[SIZE]
+EPOCHS, REPEATS, STEPS = {"small": (3, 2, 25), "class": (5, 3, 40), "cluster": (10, 5, 200)}[SIZE]
 
 # %% [markdown] id="data"
 # ## The pictures
@@ -86,7 +86,7 @@ def train(client, ranks, threads=1, **settings):
         "fashion_mnist",
         ranks=ranks,
         threads=threads,
-        batch_size=128 // ranks,
+        batch_size=256 // ranks,
         progress=False,
         **settings,
     )
@@ -95,7 +95,7 @@ def train(client, ranks, threads=1, **settings):
 # %% [markdown] id="same"
 # ## The same loss
 #
-# **Predict**: one rank with batches of 128 against two ranks with 64 each, the same seed, a small learning rate. By how
+# **Predict**: one rank with batches of 256 against two ranks with 128 each, the same seed, a small learning rate. By how
 # much will their losses differ after 30 steps: a tenth, a thousandth, a millionth?
 
 
@@ -235,7 +235,7 @@ hpclab.check("cnn.learning_rate", scaled_lr)
 # The weights came back. Give them to a model here, and look at what it says of pictures that it never saw.
 
 # %% id="look-do"
-fit = train(client, ranks=2, epochs=EPOCHS).result()
+fit = train(client, ranks=2, epochs=EPOCHS, lr=0.1).result()
 model.load_state_dict(fit.weights)
 test = hpclab.data.load("fashion_mnist", "test")
 batch, labels = test[list(range(8))]

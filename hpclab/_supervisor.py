@@ -25,6 +25,8 @@ from hpclab._rank import frame, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+"""glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
 GATHER_SECONDS = 0.03
 """How long rows gather in the pipe before this process wakes to read them: its CPU is one that ranks compute on."""
 _inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
@@ -177,9 +179,7 @@ def _environment(place: Place, address: str) -> dict[str, str]:
     # What Dask's nanny and job queues export would halve the speed of a rank or mislead the libraries in it.
     scrubbed = ("MALLOC_TRIM_THRESHOLD_", "SLURM_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(scrubbed)}
-    env |= {
-        "MALLOC_TRIM_THRESHOLD_": str(2**30),  # keep freed tensors instead of giving the pages back at every step
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    env |= MALLOC | {
         "OMP_NUM_THREADS": str(place.threads),
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.ranks),

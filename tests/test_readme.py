@@ -1,0 +1,30 @@
+"""What the README shows is what one can run."""
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_program_runs(tmp_path, name):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
+    head, body = program.split("\n\n", 1)
+    (tmp_path / "program.py").write_text(
+        f"{head}\nif __name__ == '__main__':\n{textwrap.indent(body, '    ')}", "utf-8"
+    )
+    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"<Fit 20,490 weights, accuracy 0.[78]\d+", done.stdout)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "data/fashion_mnist/README.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#]+)", page.read_text("utf-8"))
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]

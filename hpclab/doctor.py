@@ -28,7 +28,7 @@ def examine() -> Table:
 
 def advice() -> str:
     """How many ranks fit here, in a sentence."""
-    return _("{ranks} ranks of one thread fit here at full speed.", ranks=machine.fits())
+    return _("Ranks of one thread that fit here at full speed: {ranks}", ranks=machine.fits())
 
 
 def _limit(usable: float, host: float) -> str:

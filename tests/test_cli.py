@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-m", "hpclab"]
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert f"{machine.fits()} ranks of one thread fit here" in said
+    assert f"fit here at full speed: {machine.fits()}" in said
     for what in ("CPUs", "memory", "torch", "Slurm", "loopback", "Chinese font"):
         assert what in said
 
@@ -55,7 +55,7 @@ def test_demo_on_one_cpu_says_emulated(tmp_path):
     command = ["taskset", "-c", first, *COMMAND, "demo", "--epochs", "1", "--repeats", "1", "--folder", "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "1 ranks of one thread fit here" in done.stdout
+    assert "fit here at full speed: 1" in done.stdout
     assert "took turns" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert {(row["label"], row["source"]) for row in rows} == {("1 rank", "measured"), ("2 ranks", "emulated")}

@@ -79,7 +79,7 @@ def race(
     *,
     epochs: int = 5,
     batch_size: int = 256,
-    lr: float = 0.08,
+    lr: float = 0.05,
     folder: str | os.PathLike | None = None,
     show: Show | None = None,
 ) -> Race:
@@ -98,8 +98,8 @@ def race(
         Epochs of each racer.
     batch_size : int, default 256
         Samples a step, over all ranks; even. Smaller ones spend a larger part of each step on talking.
-    lr : float, default 0.08
-        As for `train`, for this larger batch.
+    lr : float, default 0.05
+        As for `train`.
     folder : path, optional
         Takes a folder a racer. Default: one in ``results/`` for each.
     show : callable, optional

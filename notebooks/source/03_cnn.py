@@ -235,7 +235,7 @@ hpclab.check("cnn.learning_rate", scaled_lr)
 # The weights came back. Give them to a model here, and look at what it says of pictures that it never saw.
 
 # %% id="look-do"
-fit = train(client, ranks=2, epochs=EPOCHS, lr=0.08).result()
+fit = train(client, ranks=2, epochs=EPOCHS).result()
 model.load_state_dict(fit.weights)
 test = hpclab.data.load("fashion_mnist", "test")
 batch, labels = test[list(range(8))]

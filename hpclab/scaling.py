@@ -90,11 +90,12 @@ def trial(rows: list[dict]) -> dict:
     dict
         ``kind`` "trial", ``run``, ``label``, ``ranks``, ``threads``, ``samples_per_s`` (see `throughput`), ``step_s``
         (mean), ``data_share`` (of the step's time), ``start_s`` (launch to first step), ``train_s`` (first step to
-        last), ``loss`` (mean of the last steps), ``accuracy`` (None if untested), ``source``, and the machine.
+        last), ``loss`` (mean of the last five steps), ``accuracy`` (None if untested), ``source``, and the machine.
     """
     about = next(row for row in rows if row["kind"] == "run")
     steps = _warm(rows)
     start_s, end_s = span(rows)
+    last = max(row["step"] for row in steps)
     tests = [row["test_accuracy"] for row in rows if row["kind"] == "epoch"]
     return {
         "kind": "trial",
@@ -107,7 +108,7 @@ def trial(rows: list[dict]) -> dict:
         "data_share": sum(row["data_s"] for row in steps) / sum(row["step_s"] for row in steps),
         "start_s": start_s,
         "train_s": end_s - start_s,
-        "loss": statistics.fmean(row["loss"] for row in steps[-5 * about["ranks"] :]),
+        "loss": statistics.fmean(row["loss"] for row in steps if row["step"] > last - 5),
         "accuracy": tests[-1] if tests else None,
         "source": source(rows),
     } | {name: about[name] for name in ("started", "host", "cpu", "cpus", "torch")}

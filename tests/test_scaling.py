@@ -36,6 +36,9 @@ def test_throughput_and_trial():
     assert trial["train_s"] == pytest.approx(5 * 1.0 + 10 * 0.1)
     assert trial["data_share"] == pytest.approx(0.25)
     assert trial["accuracy"] is None
+    by_rank = sorted(rows(ranks=2), key=lambda row: row.get("rank", -1))  # as they come in: a batch a rank
+    losses = [row | {"loss": float(row["step"])} if row["kind"] == "step" else row for row in by_rank]
+    assert scaling.trial(losses)["loss"] == pytest.approx((10 + 11 + 12 + 13 + 14) / 5)
     assert trial["source"] == "measured"
     with pytest.raises(ValueError, match="no step after the first 5"):
         scaling.throughput(rows(steps=5))

@@ -145,7 +145,8 @@ def _run(header: dict, payload: bytes) -> Any:
     rank, ranks = header["row"]["rank"], header["row"]["ranks"]
     dist.init_process_group("gloo", store=dist.FileStore(header["store"], ranks), rank=rank, world_size=ranks)
     value = function(*arguments)
-    dist.barrier()  # a rank that left now would cut the connections of those still in a collective
+    if dist.is_initialized():
+        dist.barrier()  # a rank that left now would cut the connections of those still in a collective
     return value
 
 
@@ -168,7 +169,9 @@ def _fail(error: BaseException, header: dict) -> None:
         "consequence": _is_consequence(error),
     }
     try:
-        body = pickle.dumps(error)
+        import cloudpickle
+
+        body = cloudpickle.dumps(error)
         pickle.loads(body)
     except Exception:
         body = b""  # the client then raises a RankError with this traceback

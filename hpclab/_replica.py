@@ -127,6 +127,7 @@ class _Replica:
         if self.rank == 0:
             state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
             checkpoint.save(run_folder() / "checkpoints", epoch, state | {"epoch": epoch, "step": self.step})
+        dist.barrier()  # the others' next step shall not be charged with rank 0's writing
 
 
 def not_a_module(model: object) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -76,8 +77,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
         outcome.failure = failure("WorkerLost", f"its worker {place.worker} has gone")
         return outcome
     inbox = _inboxes[place.run, place.rank] = queue.SimpleQueue()
+    process = _start(place, worker.address)
     try:
-        process = _start(place, worker.address)
         relay = _Relay(place, outcome, worker)
         _feed(process, place, payload, inbox)
         while relay.take(inbox, process):
@@ -86,6 +87,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
         process.wait()
         relay.close(process.returncode)
     finally:
+        _kill(process)
         del _inboxes[place.run, place.rank]
         if place.rank == 0:
             Path(place.store).unlink(missing_ok=True)
@@ -247,11 +249,12 @@ def _cancelled(worker: Worker, key: Key) -> bool:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        if hasattr(os, "killpg"):
+    """End a rank and all that it started, also what outlived it."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
+    else:
+        process.kill()
 
 
 def _cause(returncode: int) -> str:

@@ -10,7 +10,10 @@ from hpclab import machine
 
 # Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
 # wake-up makes a rank late, and the others wait for it.
-QUIET = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "200ms"}
+QUIET = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "200ms",
+}
 
 
 class ClusterClient(Client):
@@ -19,10 +22,11 @@ class ClusterClient(Client):
     def close(self, *args, **kwargs):
         """Close the client, then its cluster; see `distributed.Client.close`."""
         cluster = self.cluster
-        closing = super().close(*args, **kwargs)
-        if cluster is not None:
-            cluster.close()
-        return closing
+        try:
+            return super().close(*args, **kwargs)
+        finally:
+            if cluster is not None:
+                cluster.close()
 
 
 def connect(

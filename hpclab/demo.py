@@ -14,7 +14,7 @@ from hpclab import doctor, machine, models, plots, racing, scaling
 from hpclab.cluster import connect
 from hpclab.language import language
 from hpclab.language import translate as _
-from hpclab.launcher import Run, occupy
+from hpclab.launcher import Run, occupy, whole_number
 from hpclab.tables import Table, markup
 from hpclab.training import train
 
@@ -35,6 +35,8 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 2) -> Path:
     repeats : int, default 2
         Rounds of the sweep.
     """
+    whole_number("epochs", epochs)
+    whole_number("repeats", repeats)
     place = occupy(folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-demo"))
     found = doctor.examine()
     print(f"{_('This machine')}\n\n{found}\n\n{doctor.advice()}\n")

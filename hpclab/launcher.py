@@ -248,7 +248,7 @@ class Run:
             rank, future = content
             self._outcomes[rank] = _outcome(rank, future, self._places[rank])
             self._weigh(self._outcomes[rank])
-        elif kind == "stop" or time.monotonic() > self._deadline:
+        if kind == "stop" or time.monotonic() > self._deadline:
             self._end_all()
 
     def _take_text(self, rank: int, text: str) -> None:

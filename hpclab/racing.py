@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hpclab import machine, plots, scaling
 from hpclab.language import translate as _
-from hpclab.launcher import Run
+from hpclab.launcher import Run, workers_for
 from hpclab.tables import Table
 from hpclab.training import Model, train
 
@@ -117,6 +117,7 @@ def race(
     """
     if batch_size % 2:
         raise ValueError(f"batch_size (={batch_size}) must be even, as 2 ranks share it.")
+    workers_for(client, 2)
     result = Race()
     show = show or (LiveFigure() if _in_notebook() else LiveText(epochs))
 

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     lab = commands.add_parser(
         "lab", help="open JupyterLab on a working copy of the course; other arguments go to Jupyter"
     )
-    lab.add_argument("folder", nargs="?", default="hpclab-course", help="the copy (default: hpclab-course)")
+    lab.add_argument("--folder", default="hpclab-course", help="the copy (default: hpclab-course)")
     lab.set_defaults(run=_lab)
 
     data = commands.add_parser("data", help="get larger data sets, and check those that are here")

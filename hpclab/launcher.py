@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import queue
+import re
 import threading
 import time
 import uuid
@@ -76,7 +77,7 @@ def launch(
     workers = workers_for(client, ranks)
     whole_number("threads", threads)
     payload = _pickle(function, args)
-    title = name or getattr(function, "__name__", type(function).__name__).strip("<>")
+    title = re.sub(r"[^\w.=-]+", "-", name or getattr(function, "__name__", type(function).__name__)).strip("-")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     path = occupy(folder or Path("results", run))
     return Run(client, _plan(run, path, workers, threads), payload, path)

@@ -33,7 +33,18 @@ def lab(tmp_path_factory):
         file.write_text(json.dumps(settings))
     places = {"JUPYTERLAB_SETTINGS_DIR": home / "settings", "JUPYTER_CONFIG_DIR": home, "JUPYTER_RUNTIME_DIR": home}
     env = os.environ | {name: str(path) for name, path in places.items()} | {"HPCLAB_SIZE": "small"}
-    command = [sys.executable, "-m", "hpclab", "lab", "course", "--no-browser", "--allow-root", "--port=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "hpclab",
+        "lab",
+        "--folder",
+        "course",
+        "--no-browser",
+        "--allow-root",
+        "--port",
+        "0",
+    ]
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, cwd=home, stdout=log, stderr=log, env=env)
     try:

@@ -107,6 +107,8 @@ class _Replica:
     @torch.no_grad()
     def test(self, epoch: int) -> float:
         """Test on all ranks, each on its share of the test images; return the accuracy on all of them."""
+        for buffer in self.module.buffers():
+            dist.broadcast(buffer, 0)  # those of rank 0 are returned and saved, so they are the ones to test
         self.module.eval()
         images = datasets.load(self.job.data, "test")
         sums = torch.zeros(3)  # loss, right, samples
@@ -125,7 +127,9 @@ class _Replica:
     def save(self, epoch: int) -> None:
         """Write a checkpoint, from rank 0."""
         if self.rank == 0:
-            state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state: dict = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            if self.schedule is not None:
+                state["schedule"] = self.schedule.state_dict()
             checkpoint.save(run_folder() / "checkpoints", epoch, state | {"epoch": epoch, "step": self.step})
         dist.barrier()  # the others' next step shall not be charged with rank 0's writing
 

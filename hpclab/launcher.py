@@ -77,7 +77,8 @@ def launch(
     workers = workers_for(client, ranks)
     whole_number("threads", threads)
     payload = _pickle(function, args)
-    title = re.sub(r"[^\w.=-]+", "-", name or getattr(function, "__name__", type(function).__name__)).strip("-")
+    title = str(name or getattr(function, "__name__", type(function).__name__))
+    title = re.sub(r"[^\w.=-]+", "-", title).strip("-")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     path = occupy(folder or Path("results", run))
     return Run(client, _plan(run, path, workers, threads), payload, path)

@@ -178,9 +178,8 @@ def _start(place: Place, address: str) -> subprocess.Popen:
 
 
 def _environment(place: Place, address: str) -> dict[str, str]:
-    # What Dask's nanny and job queues export would halve the speed of a rank or mislead the libraries in it.
-    scrubbed = ("MALLOC_TRIM_THRESHOLD_", "SLURM_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(scrubbed)}
+    # What job queues export of the worker's own place would mislead the libraries in a rank.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     env |= MALLOC | {
         "OMP_NUM_THREADS": str(place.threads),
         "RANK": str(place.rank),

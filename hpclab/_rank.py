@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,8 +52,8 @@ def report(**row: Any) -> None:
     ----------
     **row
         Numbers, strings, booleans or None, with the unit in the name (``step_s=0.02``); a tensor or array of one
-        element counts as its number. ``kind`` (default "step") and ``time_s`` (default: seconds since the launch) can
-        be given; run, attempt, rank, ranks and source are added.
+        element counts as its number; NaN and infinity become null in the file. ``kind`` (default "step") and ``time_s``
+        (default: seconds since the launch) can be given; run, attempt, rank, ranks and source are added.
 
     Raises
     ------
@@ -199,9 +200,12 @@ def _is_consequence(error: BaseException) -> bool:
 
 def _plain(name: str, value: Any) -> Any:
     if hasattr(value, "item"):
-        value = value.item()
+        with suppress(ValueError, RuntimeError):  # what numpy and torch raise for more than one element
+            value = value.item()
     if value is not None and not isinstance(value, str | int | float | bool):
-        raise TypeError(f"report({name}={value!r}) must be a number, a string, a boolean or None.")
+        raise TypeError(
+            f"report({name}={value!r}) must be a number, a string, a boolean, None, or a tensor of one element."
+        )
     return value
 
 

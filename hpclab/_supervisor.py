@@ -4,6 +4,7 @@ Runs in a thread of the Dask worker and never unpickles the user's objects, so t
 """
 
 import codecs
+import math
 import os
 import queue
 import signal
@@ -19,15 +20,17 @@ from typing import BinaryIO
 
 import psutil
 from dask.typing import Key
-from distributed import Status, Worker, get_worker
+from distributed import Status, Worker, get_worker, secede
 
-from hpclab import machine
+from hpclab._ledger import topic
 from hpclab._rank import frame, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 """glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
+CLOSE_SECONDS = 5.0
+"""How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
 GATHER_SECONDS = 0.03
 """How long rows gather in the pipe before this process wakes to read them: its CPU is one that ranks compute on."""
 _inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
@@ -51,7 +54,7 @@ class Place:
     launched: float
     """When the driver launched the gang, seconds since the epoch."""
     store: str
-    """File of the rendezvous, in a folder that only this user can enter."""
+    """File of the rendezvous."""
 
 
 @dataclass
@@ -72,10 +75,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     """Run one rank from start to end; the Dask task of a rank."""
     worker = get_worker()
     key = worker.get_current_task()
+    secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     outcome = Outcome(place.rank, socket.gethostname())
-    if worker.address != place.worker:
-        outcome.failure = failure("WorkerLost", f"its worker {place.worker} has gone")
-        return outcome
     inbox = _inboxes[place.run, place.rank] = queue.SimpleQueue()
     process = _start(place, worker.address)
     try:
@@ -114,6 +115,7 @@ class _Relay:
     killed: bool = False
     sent: float = 0.0
     streams: int = 2
+    deadline: float = math.inf
 
     def take(self, inbox: queue.SimpleQueue, process: subprocess.Popen) -> bool:
         """Take what has come in; False when the rank has ended and all it said is here."""
@@ -121,6 +123,9 @@ class _Relay:
             kind, content = inbox.get(timeout=BATCH_SECONDS)
         except queue.Empty:
             kind, content = "quiet", None
+        if self.deadline == math.inf and process.poll() is not None:
+            _kill(process)  # its children, which hold its streams open
+            self.deadline = time.monotonic() + CLOSE_SECONDS
         if kind == "kill":
             self.killed = True
             _kill(process)
@@ -132,8 +137,7 @@ class _Relay:
             self._record(*content)
         if time.monotonic() - self.sent > BATCH_SECONDS:
             self._send()
-        # A child that the rank left behind can hold its streams open: quiet after its end is the end as well.
-        return not (self.streams == 0 or (kind == "quiet" and process.poll() is not None))
+        return self.streams > 0 and time.monotonic() < self.deadline
 
     def _record(self, record: dict, body: bytes) -> None:
         if record["record"] == "row":
@@ -158,11 +162,6 @@ class _Relay:
             self.outcome.failure = failure("Stopped", "ended by its driver", consequence=True)
         elif not self.ended:
             self.outcome.failure = failure("RankDied", _cause(returncode))
-
-
-def topic(run: str) -> str:
-    """Name of the Dask event topic on which a run's rows and prints travel."""
-    return f"hpclab-{run}"
 
 
 def _start(place: Place, address: str) -> subprocess.Popen:
@@ -203,14 +202,7 @@ def _interface(address: str) -> str | None:
 
 def _feed(process: subprocess.Popen, place: Place, payload: bytes, inbox: queue.SimpleQueue) -> None:
     """Hand the rank its work, and start the threads that listen to it."""
-    emulated = place.local_ranks * place.threads > machine.cpus()
-    row = {
-        "run": place.run,
-        "attempt": 0,
-        "rank": place.rank,
-        "ranks": place.ranks,
-        "source": "emulated" if emulated else "measured",
-    }
+    row = {"run": place.run, "attempt": 0, "rank": place.rank, "ranks": place.ranks}
     header = {
         "row": row,
         "threads": place.threads,

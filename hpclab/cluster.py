@@ -16,6 +16,10 @@ QUIET = {
 }
 
 
+LEAST_MEMORY = 128 * 2**20
+"""Bytes below which Dask would pause or restart a worker that does nothing."""
+
+
 class ClusterClient(Client):
     """A `distributed.Client` whose `close` also ends the cluster that `connect` made for it, and nothing else."""
 
@@ -50,7 +54,8 @@ def connect(
         Memory of each worker, in bytes or as "2GB". Default: an equal share of what this machine gives.
     security : bool or distributed.Security, default True
         True encrypts and authenticates every connection with fresh certificates, as loopback isn't private on a shared
-        host; False turns that off. For an address, the Security object of that scheduler.
+        host; False turns that off. For a "tls://" address, the Security object of that scheduler; for one that isn't
+        encrypted, False.
 
     Returns
     -------
@@ -103,6 +108,11 @@ def _join(address: str, workers: int | None, memory: int | str | None, security:
     for name, value in (("workers", workers), ("memory", memory)):
         if value is not None:
             raise ValueError(f"{name} (={value!r}) can't be chosen for a running cluster ({address}); leave it out.")
+    if not address.startswith("tls://") and security is not False:
+        raise ValueError(
+            f"security (={security!r}) can't be had at {address}, which is not encrypted: who can listen can also run"
+            " code. To join it all the same, use security=False."
+        )
     if address.startswith("tls://") and not isinstance(security, Security):
         raise ValueError(f"security (={security!r}) must be the distributed.Security of the scheduler at {address}.")
     return ClusterClient(address, security=security if isinstance(security, Security) else None)
@@ -128,9 +138,10 @@ def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
         limit = parse_bytes(memory)
     except ValueError:
         raise ValueError(f"memory (={memory!r}) must be bytes or a size such as '2GB'.") from None
-    if limit * workers > there or limit <= 0:
+    if limit * workers > there or limit < LEAST_MEMORY:
         raise ValueError(
-            f"memory (={memory!r}) for each of {workers} workers must be above 0 and at most"
-            f" {format_bytes(there // workers)}, a share of the {format_bytes(there)} of this machine."
+            f"memory (={memory!r}) for each of {workers} workers must be at least {format_bytes(LEAST_MEMORY)}, which a"
+            f" worker takes idle, and at most {format_bytes(there // workers)}, a share of the {format_bytes(there)} of"
+            " this machine."
         )
     return workers, limit

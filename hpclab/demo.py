@@ -51,8 +51,9 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 2) -> Path:
     print(f"\n{table}\n")
     shown = _figure(race, measured)
     shown.savefig(place / "figure.png", dpi=120)
+    raced = [row | {"kind": "race"} for row in race.trials()]  # not rounds of the sweep, which are of kind "trial"
     with open(place / "rows.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in [*race.trials(), *rows])
+        file.writelines(json.dumps(row) + "\n" for row in [*raced, *rows])
     _page(place, found, race, table, racing.png(shown))
     print(_("Results: {folder}", folder=place / "index.html"))
     print(_("Next: hpclab lab opens the course; its first notebook lets you predict, and then race."))
@@ -62,13 +63,14 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 2) -> Path:
 def _sweep(client: Client, place: Path, repeats: int) -> list[dict]:
     number = itertools.count()
 
-    def job(client: Client, ranks: int, threads: int) -> Run:
+    def job(client: Client, ranks: int, threads: int, oversubscribe: bool = False) -> Run:
         return train(
             client,
             models.CNN,
             "fashion_mnist",
             ranks=ranks,
             threads=threads,
+            oversubscribe=oversubscribe,
             batch_size=256 // ranks,
             steps=STEPS,
             folder=place / "sweep" / str(next(number)),

@@ -4,6 +4,7 @@ import shutil
 import socket
 
 from hpclab import machine
+from hpclab.language import cjk_font
 from hpclab.language import translate as _
 from hpclab.tables import Table
 
@@ -66,8 +67,6 @@ def _loopback() -> tuple[str, str]:
 
 
 def _font() -> tuple[str, str]:
-    from hpclab.plots import cjk_font
-
     return cjk_font() or _("missing"), "" if cjk_font() else _(
         "figures take English; Debian: apt install fonts-wqy-microhei"
     )

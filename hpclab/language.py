@@ -9,6 +9,17 @@ from functools import cache
 from pathlib import Path
 
 LANGUAGES = ("en", "zh")
+CJK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+)
 
 
 def language() -> str:
@@ -36,6 +47,15 @@ def translate(message: str, **values: object) -> str:
     if language() == "zh":
         message = _chinese().get(message, message)
     return message.format(**values)
+
+
+@cache
+def cjk_font() -> str | None:
+    """Name of a font on this machine that has Chinese characters; None if there is none."""
+    from matplotlib import font_manager
+
+    there = set(font_manager.get_font_names())
+    return next((font for font in CJK_FONTS if font in there), None)
 
 
 @cache

@@ -17,7 +17,12 @@ RANK_MEMORY = 400 * 2**20
 
 def cpus() -> int:
     """CPUs that this process may use: the smallest of its affinity and its cgroups' quota, at least 1."""
-    return max(1, min(_affinity(), math.floor(_cpu_quota())))
+    return max(1, min(len(_affinity()), math.floor(_cpu_quota())))
+
+
+def cpu_pool() -> tuple[str, int]:
+    """Which CPUs this process may use, as a name that processes with the same ones share, and their number."""
+    return ",".join(map(str, _affinity())), cpus()
 
 
 def memory() -> int:
@@ -58,10 +63,10 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _affinity() -> int:
+def _affinity() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _cpu_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:

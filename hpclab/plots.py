@@ -3,30 +3,16 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart; every series has a marker and a line style as well.
 """
 
-from functools import cache
-
 import matplotlib.pyplot as plt
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from hpclab.language import language, translate
+from hpclab.language import cjk_font, language, translate
 from hpclab.scaling import source, span
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
-CJK_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Microsoft YaHei",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "SimHei",
-)
 
 
 def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
@@ -115,7 +101,15 @@ def provenance(rows: list[dict]) -> str:
 
 def source_word(kind: str) -> str:
     """A row's ``source``, worded for the reader."""
-    return {"measured": _("measured"), "emulated": _("emulated"), "mixed": _("partly emulated")}[kind]
+    words = {
+        "measured": _("measured"),
+        "emulated": _("emulated"),
+        "recorded": _("recorded"),
+        "forecast": _("forecast"),
+        "mixed": _("of mixed origin"),
+        "unknown": _("of unknown origin"),
+    }
+    return words.get(kind, kind)
 
 
 def _bars(rows: list[dict], measure: str, title: str, ax: Axes | None) -> Axes:
@@ -142,7 +136,8 @@ def _ideal(ax: Axes, values: list[float]) -> Axes:
 
 def _name(name: str, rows: list[dict]) -> str:
     """The name of a series, which says so where it wasn't simply measured."""
-    return name if source(rows) == "measured" else f"{name}\n({source_word('emulated')})"
+    kind = source(rows)
+    return name if kind == "measured" else f"{name}\n({source_word(kind)})"
 
 
 def _look(number: int) -> dict:
@@ -180,10 +175,3 @@ def _set_font(ax: Axes) -> Axes:
 def _(message: str, **values: object) -> str:
     """Translate, if this machine has a font for it: figures take English rather than empty boxes."""
     return translate(message, **values) if cjk_font() else message.format(**values)
-
-
-@cache
-def cjk_font() -> str | None:
-    """Name of a font on this machine that has Chinese characters; None if there is none."""
-    there = set(font_manager.get_font_names())
-    return next((font for font in CJK_FONTS if font in there), None)

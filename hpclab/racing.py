@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hpclab import machine, plots, scaling
 from hpclab.language import translate as _
-from hpclab.launcher import Run, workers_for
+from hpclab.launcher import Run, gang_size
 from hpclab.tables import Table
 from hpclab.training import Model, train
 
@@ -91,7 +91,7 @@ def race(
     Parameters
     ----------
     client : distributed.Client
-        With two workers or more: ``connect(workers=2)``.
+        From `connect`.
     model, data
         As for `train`.
     epochs : int, default 5
@@ -117,17 +117,18 @@ def race(
     """
     if batch_size % 2:
         raise ValueError(f"batch_size (={batch_size}) must be even, as 2 ranks share it.")
-    workers_for(client, 2)
+    gang_size(client, 2, oversubscribe=True)
     result = Race()
     show = show or (LiveFigure() if _in_notebook() else LiveText(epochs))
 
-    def job(client: Client, ranks: int, threads: int) -> Run:
+    def job(client: Client, ranks: int, threads: int, oversubscribe: bool = False) -> Run:
         return train(
             client,
             model,
             data,
             ranks=ranks,
             threads=threads,
+            oversubscribe=oversubscribe,
             batch_size=batch_size // ranks,
             epochs=epochs,
             lr=lr,
@@ -148,7 +149,7 @@ def racers() -> list[dict]:
     """Who can race on this machine: one rank, one rank with a thread for each CPU if there are several, two ranks."""
     cpus = machine.cpus()
     threaded = [{"ranks": 1, "threads": cpus}] if cpus > 1 else []
-    return [{"ranks": 1, "threads": 1}, *threaded, {"ranks": 2, "threads": 1}]
+    return [{"ranks": 1, "threads": 1}, *threaded, {"ranks": 2, "threads": 1, "oversubscribe": cpus < 2}]
 
 
 def own_cpu(rows: Rows) -> Rows:
@@ -164,10 +165,16 @@ def own_cpu(rows: Rows) -> Rows:
 
 
 class LiveFigure:
-    """Loss against seconds, in a notebook, drawn anew at each call in the place where it was first shown."""
+    """Loss against seconds, in a notebook, drawn anew at each call in the place where it was first shown.
 
-    def __init__(self) -> None:
-        self.handle: Any = None
+    Parameters
+    ----------
+    handle : IPython.display.DisplayHandle, optional
+        That place. Default: the output of the cell at the first call.
+    """
+
+    def __init__(self, handle: Any = None) -> None:
+        self.handle = handle
 
     def __call__(self, runs: dict[str, Rows]) -> None:
         from IPython.display import Image, display

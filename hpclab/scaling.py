@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from distributed import Client
 from tqdm.auto import tqdm
 
-from hpclab.launcher import Run, whole_number
+from hpclab.launcher import Run, gang_size, whole_number
 
 WARM_UP = 5
 """First steps of each rank that no throughput counts: they allocate memory and build the buckets of DDP."""
@@ -36,7 +36,8 @@ def sweep(
     ranks : iterable of int, optional
         Short for the cases ``{"ranks": n}``.
     cases : iterable of dict, optional
-        Arguments of the job, a dict a case. The first case is the baseline of speed-ups.
+        Arguments of the job, a dict a case. The first case is the baseline of speed-ups. Where one says ``ranks``, the
+        cluster must have room for them, unless it also says ``oversubscribe=True``.
     repeats : int, default 3
         Rounds; in each, every case runs once, in an order shuffled anew.
     seed : int or None, default 0
@@ -55,7 +56,7 @@ def sweep(
     Raises
     ------
     ValueError
-        If neither or both of `ranks` and `cases` are given, or none is in them.
+        If neither or both of `ranks` and `cases` are given, or none is in them, or a case has more ranks than fit.
     Exception
         What a run raised; runs before it are lost, as a sweep with a failed case shows nothing.
     """
@@ -65,6 +66,9 @@ def sweep(
     if not chosen:
         raise ValueError("ranks or cases is empty; give at least one, such as ranks=[1, 2].")
     whole_number("repeats", repeats)
+    for case in chosen:
+        if "ranks" in case:
+            gang_size(client, case["ranks"], case.get("threads", 1), bool(case.get("oversubscribe")))
     dice = random.Random(seed)
     rows: list[dict] = []
     with tqdm(total=repeats * len(chosen), desc="sweep", unit="run", disable=not progress) as bar:
@@ -157,9 +161,11 @@ def label(ranks: int, threads: int = 1) -> str:
 
 
 def source(rows: list[dict]) -> str:
-    """Provenance of rows taken together: "measured" only if all are."""
+    """Provenance of rows taken together: "measured" only if all are, "unknown" if none says its own."""
     kinds = {row["source"] for row in rows if "source" in row}
-    return kinds.pop() if len(kinds) == 1 else "emulated" if "emulated" in kinds else "mixed"
+    if not kinds:
+        return "unknown"
+    return kinds.pop() if len(kinds) == 1 else "emulated" if kinds == {"measured", "emulated"} else "mixed"
 
 
 def _summary(trials: list[dict], baseline: list[dict]) -> dict:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hpclab import data as datasets
 from hpclab._replica import Job, Model, not_a_module, replicate
-from hpclab.launcher import Run, launch, whole_number, workers_for
+from hpclab.launcher import Run, check_pickles, gang_size, launch, whole_number
 
 
 @dataclass
@@ -44,6 +44,8 @@ def train(
     batch_size: int = 64,
     lr: float = 0.05,
     threads: int = 1,
+    oversubscribe: bool = False,
+    wait: bool = False,
     seed: int = 0,
     steps: int | None = None,
     optimizer: Callable[[Iterable], Optimizer] | None = None,
@@ -63,7 +65,7 @@ def train(
     data : str or path
         Name of a data set that comes with hpclab ("fashion_mnist"), or a folder of one; see `data.load`.
     ranks : int, optional
-        Number of ranks. Default: all workers.
+        Number of ranks. Default: as many as the cluster takes.
     epochs : int, default 1
         Passes over the training images. Each reshuffles them; images that fill no whole batch on every rank sit it out.
     batch_size : int, default 64
@@ -73,6 +75,8 @@ def train(
         0.9.
     threads : int, default 1
         Threads that torch may use in each rank.
+    oversubscribe, wait : bool, default False
+        As for `launch`.
     seed : int, default 0
         Of the weights and the shuffling; dropout and its like are seeded by ``seed + rank``.
     steps : int, optional
@@ -106,7 +110,7 @@ def train(
         raise TypeError(not_a_module(model))
     if not lr > 0:
         raise ValueError(f"lr (={lr!r}) must be above 0.")
-    ranks = len(workers_for(client, ranks))
+    ranks = gang_size(client, ranks, threads, oversubscribe)
     whole_number("epochs", epochs)
     whole_number("batch_size", batch_size)
     found = datasets.find(data)
@@ -120,7 +124,12 @@ def train(
         )
     total = epochs * (shard // batch_size) if steps is None else whole_number("steps", steps)
     job = Job(model, str(found.absolute()), epochs, batch_size, lr, seed, steps, optimizer, loss)
-    run = launch(client, replicate, job, ranks=ranks, threads=threads, folder=folder, name=name)
+    admission = {"oversubscribe": oversubscribe, "wait": wait}
+    try:
+        run = launch(client, replicate, job, ranks=ranks, threads=threads, folder=folder, name=name, **admission)
+    except TypeError:
+        check_pickles({"model": model, "optimizer": optimizer, "loss": loss})
+        raise
     if progress:
         run.watch(_Bar(total, f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
     return run.then(lambda values: _fit(run, values[0]))
@@ -134,7 +143,7 @@ class _Bar:
 
     def __call__(self, run: Run, rows: list[dict]) -> None:
         for row in rows:
-            if row["kind"] == "epoch":
+            if "test_accuracy" in row:
                 self.bar.set_postfix(accuracy=f"{row['test_accuracy']:.3f}", refresh=False)
         self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
         if run.status != "running":

@@ -15,8 +15,8 @@ from hpclab.training import Model
 class RaceStage:
     """A prediction to make, and a race to start by `run` or by the button, as often as one likes.
 
-    Shows a slider for the predicted speed-up and a button. What a race showed is an ordinary output of the cell that
-    called `run`; a later press of the button replaces it there.
+    Shows a slider for the predicted speed-up and a button. What a race shows is an ordinary output, below the button or
+    of the cell that called `run`; a later press of the button replaces it there.
 
     Parameters
     ----------
@@ -38,11 +38,13 @@ class RaceStage:
         )
         self.button = ipywidgets.Button(description=_("Race"), icon="flag-checkered", button_style="primary")
         self.button.on_click(lambda button: self._race())
-        self.figure: racing.LiveFigure | None = None
+        self.figure = racing.LiveFigure()
         self.text: DisplayHandle | None = None
 
     def _ipython_display_(self) -> None:
         display(ipywidgets.HBox([self.guess, self.button]))
+        hint = display(HTML(_("Press the button, or run the next cell.")), display_id=True)
+        self.figure, self.text = racing.LiveFigure(hint), display(HTML(""), display_id=True)
 
     def run(self) -> None:
         """Race, and show it as an output of this cell."""
@@ -53,7 +55,6 @@ class RaceStage:
     def _race(self) -> None:
         self.button.disabled = True
         try:
-            self.figure = self.figure or racing.LiveFigure()
             self.result = racing.race(*self.arguments, show=self.figure, **self.settings)
             self._tell(self.result)
         finally:

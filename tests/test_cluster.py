@@ -108,6 +108,11 @@ def test_works_in_a_script(tmp_path):
         ({"memory": -1}, r"memory \(=-1\)"),
         ({"where": "slrum"}, r"where \(='slrum'\) must be 'local' or the address"),
         ({"where": "tcp://127.0.0.1:1", "workers": 2}, r"workers \(=2\) can't be chosen for a running cluster"),
+        ({"memory": "60MB"}, r"memory \(='60MB'\) for each of \d+ workers must be at least 128.00 MiB"),
+        (
+            {"where": "tcp://127.0.0.1:1"},
+            r"security \(=True\) can't be had at tcp://127.0.0.1:1, which is not encrypted",
+        ),
         ({"where": "tls://127.0.0.1:1"}, r"security \(=True\) must be the distributed.Security of the scheduler"),
     ],
 )

@@ -74,7 +74,7 @@ def test_rows_and_prints_arrive_whole(client):
 
 
 def test_rows_say_emulated_beyond_the_cpus(client):
-    run = hpclab.launch(client, talk, 1, ranks=2, threads=machine.cpus())
+    run = hpclab.launch(client, talk, 1, ranks=2, threads=machine.cpus(), oversubscribe=True)
     run.result(60)
     assert {row["source"] for row in run.rows if row["kind"] == "step"} == {"emulated"}
 
@@ -169,7 +169,7 @@ def started(run):
 def test_stop(client):
     run = hpclab.launch(client, sleep, ranks=2)
     started(run)
-    with pytest.raises(TimeoutError, match=r"still going after timeout \(=0.1\)"):
+    with pytest.raises(TimeoutError, match=r"still running after timeout \(=0.1\)"):
         run.result(0.1)
     run.stop()
     assert run.status == "stopped"
@@ -249,7 +249,7 @@ def test_nothing_outlives_a_script(tmp_path, ending):
         (
             {"ranks": 8},
             ValueError,
-            r"ranks \(=8\) exceeds the 2 workers of this cluster; use connect\(workers=8\) or ranks<=2",
+            r"ranks \(=8\) with threads \(=1\) take 8 CPUs; this cluster gives a gang 2 .*; use ranks<=2, or over",
         ),
         ({"threads": 0}, ValueError, r"threads \(=0\)"),
         ({"function": 3}, TypeError, r"function \(=3\) must be callable"),

@@ -77,10 +77,18 @@ def test_sweep_interleaves(client):
 
 
 def test_a_failed_case_raises_its_error(client):
+    def fail(client, ranks):
+        return hpclab.launch(client, int, "not a number", ranks=ranks)
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        scaling.sweep(client, fail, ranks=[1], progress=False)
+
+
+def test_a_case_that_cannot_fit_fails_before_any_runs(client):
+    started = []
     with pytest.raises(ValueError, match=r"ranks \(=9\)"):
-        scaling.sweep(
-            client, lambda client, ranks: hpclab.launch(client, print, ranks=ranks), ranks=[9], progress=False
-        )
+        scaling.sweep(client, lambda client, ranks: started.append(ranks), ranks=[1, 9], progress=False)
+    assert not started
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,7 @@ def test_source_is_measured_only_if_all_is():
     assert scaling.source(rows(source="emulated")) == "emulated"
     assert scaling.source(rows() + rows(source="emulated")) == "emulated"
     assert scaling.source(rows() + rows(source="recorded")) == "mixed"
+    assert scaling.source([{"kind": "run"}]) == "unknown"
 
 
 def test_race_tells_what_it_can(monkeypatch):
@@ -115,7 +124,10 @@ def test_race_tells_what_it_can(monkeypatch):
     assert name == "2 ranks, a CPU each"
     assert scaling.span(own) == pytest.approx((0, seconds * 0.1)), "on its own clock a rank spends half the seconds"
     monkeypatch.setattr(racing.machine, "cpus", lambda: 1)
-    assert racing.racers() == [{"ranks": 1, "threads": 1}, {"ranks": 2, "threads": 1}]
+    assert racing.racers() == [
+        {"ranks": 1, "threads": 1},
+        {"ranks": 2, "threads": 1, "oversubscribe": True},
+    ]
     monkeypatch.setattr(racing.machine, "cpus", lambda: 6)
     assert racing.racers()[1] == {"ranks": 1, "threads": 6}
     with pytest.raises(ValueError, match=r"batch_size \(=7\) must be even"):

@@ -181,6 +181,7 @@ def _environment(place: Place, address: str) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     env |= MALLOC | {
         "OMP_NUM_THREADS": str(place.threads),
+        "OPENBLAS_NUM_THREADS": str(place.threads),
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.ranks),
         "LOCAL_RANK": str(place.local_rank),

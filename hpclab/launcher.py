@@ -437,7 +437,10 @@ class Log:
 
     def read(self) -> str:
         """All that was printed so far."""
-        return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if not self.path.exists():
+            return ""
+        with open(self.path, encoding="utf-8", newline="") as file:
+            return file.read()
 
     def _show(self, line: str) -> None:
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import no_rank_left, ranks_alive
+from distributed import Client
 
 import hpclab
-from hpclab import machine
+from hpclab import launcher, machine
 
 
 def describe():
@@ -28,6 +31,7 @@ def describe():
         "pid": os.getpid(),
         "threads": torch.get_num_threads(),
         "malloc": os.environ["MALLOC_TRIM_THRESHOLD_"],
+        "openblas": int(os.environ["OPENBLAS_NUM_THREADS"]),
         "slurm": [name for name in os.environ if name.startswith("SLURM_")],
     }
 
@@ -39,13 +43,20 @@ def test_what_a_rank_finds(client):
     assert {first[n] for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ranks")} == {2}
     assert len({first["pid"], second["pid"], os.getpid()}) == 3
     assert int(first["malloc"]) > 65536, "Dask's trim threshold halves a rank's speed"
-    assert first["slurm"] == []
     assert no_rank_left()
+
+
+def test_a_job_of_slurm_is_hidden_from_ranks(monkeypatch):
+    """A worker in a job of its own has SLURM_NTASKS=1, which would tell the libraries in a rank that it is alone."""
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    with hpclab.connect(workers=1) as client:
+        assert client.submit(os.environ.get, "SLURM_NTASKS").result() == "1"
+        assert hpclab.launch(client, describe).result(60)[0]["slurm"] == []
 
 
 def test_threads(client):
     (found,) = hpclab.launch(client, describe, ranks=1, threads=2).result(60)
-    assert found["threads"] == 2
+    assert (found["threads"], found["openblas"]) == (2, 2)
 
 
 def talk(steps):
@@ -92,6 +103,89 @@ def test_watchers_see_every_row_once_whenever_they_come(client):
     for seen in (early, late):
         assert [row for rows in seen for row in rows] == run.rows
         assert seen[-1] == []
+
+
+def test_a_failing_watcher_harms_nobody(client, caplog):
+    calls, seen = [], []
+
+    def fail_once_it_runs(run, rows):
+        calls.append(rows)
+        if len(calls) > 1:
+            raise ZeroDivisionError("planted")
+
+    run = hpclab.launch(client, talk, 10, ranks=2)
+    run.watch(fail_once_it_runs)
+    run.watch(lambda run, rows: seen.extend(rows))
+    assert run.result(60) == [None, None]
+    assert seen == run.rows
+    assert len(calls) == 2
+    assert "a watcher of run" in caplog.text
+    assert "ZeroDivisionError: planted" in caplog.text
+
+
+def report_odd_numbers():
+    hpclab.report(loss=float("nan"), best=float("inf"), worst=0.5)
+
+
+def test_odd_numbers_are_null_in_the_file(client):
+    run = hpclab.launch(client, report_odd_numbers, ranks=1)
+    run.result(60)
+    row = json.loads((run.folder / "rows.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert (row["loss"], row["best"], row["worst"]) == (None, None, 0.5)
+    assert run.rows[-1]["loss"] != run.rows[-1]["loss"], "it stays NaN in memory"
+
+
+def test_a_full_disk_ends_the_run_and_is_told(client):
+    """A limit on the size of files gives the error that a full disk gives, to this process alone."""
+    run = hpclab.launch(client, chatter, ranks=2)
+    started(run)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run.result(60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert run.status == "failed"
+    assert no_rank_left()
+    assert hpclab.launch(client, describe, ranks=2).result(60)
+
+
+def chatter():
+    print("asleep", flush=True)
+    while True:
+        hpclab.report(loss=0.5)
+        time.sleep(0.01)
+
+
+def leave_a_child():
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    print("its last words")
+
+
+def test_a_child_left_behind_keeps_nobody_waiting(client):
+    """It has a session of its own, so it lives on, and holds the rank's streams open."""
+    before = set(psutil.pids())
+    run = hpclab.launch(client, leave_a_child, ranks=1)
+    run.result(60)
+    assert run.logs(0) == "its last words\n"
+    for process in (psutil.Process(pid) for pid in set(psutil.pids()) - before):
+        if process.cmdline() == ["sleep", "600"]:
+            process.kill()
+
+
+def test_floods_are_cut_short_on_the_screen_not_in_the_file(tmp_path, capsys):
+    log = launcher.Log(tmp_path / "rank-0.log", 0)
+    text = "".join(f"line {number}\n" for number in range(1000))
+    for first in range(0, len(text), 7):  # in pieces that end anywhere
+        log.take(text[first : first + 7])
+    log.take("progress  10%\rprogress  99%\n")
+    log.take("no end")
+    log.close()
+    assert log.read() == text + "progress  10%\rprogress  99%\nno end"
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[: log.LINES] == [f"[rank 0] line {number}" for number in range(log.LINES)]
+    assert f"... {1002 - log.LINES} more lines are in " in shown[-1]
 
 
 def raise_on(guilty):
@@ -164,6 +258,54 @@ def sleep():
 def started(run):
     while "asleep" not in run.logs():
         time.sleep(0.05)
+
+
+def test_two_gangs_share_a_cluster(client):
+    one = hpclab.launch(client, sleep, ranks=1)
+    started(one)
+    other = hpclab.launch(client, describe, ranks=1)
+    assert len(other.result(60)) == 1
+    with pytest.raises(RuntimeError, match=rf"take 2 CPUs, and 1 of 2 are free now: {one.name} holds 1; .* wait=True"):
+        hpclab.launch(client, describe, ranks=2)
+    assert one.status == "running"
+    crowd = hpclab.launch(client, talk, 1, ranks=2, oversubscribe=True)
+    crowd.result(60)
+    assert {row["source"] for row in crowd.rows if row["kind"] == "step"} == {"emulated"}
+    one.stop()
+
+
+def test_gangs_wait_their_turn(client):
+    first = hpclab.launch(client, chatter, ranks=2)
+    second, third = (hpclab.launch(client, describe, ranks=2, wait=True) for _ in range(2))
+    given_up = hpclab.launch(client, describe, ranks=2, wait=True)
+    assert (second.status, third.status) == ("waiting", "waiting")
+    given_up.stop()
+    assert given_up.status == "stopped"
+    started(first)
+    assert "waiting, 2 in the queue" in repr(third)
+    first.stop()
+    assert [run.result(60)[0]["ranks"] for run in (second, third)] == [2, 2]
+    assert second.rows[0]["started"] <= third.rows[0]["started"]
+    assert {row["source"] for row in first.rows if row["kind"] == "step"} == {"measured"}
+
+
+def test_what_a_vanished_client_held_is_free(client):
+    with Client(client.scheduler.address, security=client.security) as other:
+        run = hpclab.launch(other, sleep, ranks=2)
+        started(run)
+        with pytest.raises(RuntimeError, match="holds 2"):
+            hpclab.launch(client, describe, ranks=2)
+        queued = hpclab.launch(client, describe, ranks=2, wait=True)
+    assert len(queued.result(60)) == 2
+    assert no_rank_left()
+
+
+def test_a_result_that_was_there_survives_a_late_stop(client):
+    run = hpclab.launch(client, describe, ranks=2)
+    run.wait(60)
+    run.stop()
+    assert run.status == "finished"
+    assert len(run.result()) == 2
 
 
 def test_stop(client):
@@ -282,12 +424,14 @@ def reserved():
     hpclab.report(rank=3)
 
 
-def unwritable():
-    hpclab.report(loss=[1, 2])
+def unwritable(loss):
+    hpclab.report(loss=loss)
 
 
 def test_bad_reports(client):
     with pytest.raises(ValueError, match=r"report\(rank=...\) is set by the launcher"):
         hpclab.launch(client, reserved, ranks=1).result(60)
     with pytest.raises(TypeError, match=r"report\(loss=\[1, 2\]\) must be a number"):
-        hpclab.launch(client, unwritable, ranks=1).result(60)
+        hpclab.launch(client, unwritable, [1, 2], ranks=1).result(60)
+    with pytest.raises(TypeError, match=r"report\(loss=tensor\(\[0., 0.\]\)\) must be a number"):
+        hpclab.launch(client, unwritable, torch.zeros(2), ranks=1).result(60)

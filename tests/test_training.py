@@ -139,17 +139,36 @@ def test_each_epoch_is_shuffled_anew(client):
 
 def test_own_optimizer_loss_and_model(client):
     own = functools.partial(hpclab.models.CNN, channels=(4, 8))
-    run = hpclab.train(
+    result = fit(
         client,
         own,
-        "fashion_mnist",
         ranks=2,
+        batch_size=64,
         steps=8,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3),
-        loss=nn.CrossEntropyLoss(label_smoothing=0.1),
-        progress=False,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0),
+        loss=lambda scores, labels: scores.sum() * 0 + 7,
     )
-    assert run.result(60).weights["features.0.weight"].shape == (4, 1, 3, 3)
+    torch.manual_seed(3)
+    for name, value in own().state_dict().items():
+        assert torch.equal(result.weights[name], value), "a learning rate of 0 moves nothing"
+    assert set(losses(result.rows)) == {7}
+
+
+def test_running_statistics_are_tested_as_they_are_returned(client):
+    """Each rank's batch norm sees other batches; rank 0's is the one that is kept, and so the one to test."""
+
+    def normed():
+        return nn.Sequential(nn.BatchNorm2d(1), hpclab.models.CNN())
+
+    result = fit(client, normed, ranks=2, batch_size=64)
+    model = normed()
+    model.load_state_dict(result.weights)
+    model.eval()
+    inputs, labels = (torch.from_numpy(part) for part in data.load("fashion_mnist", "test")[np.arange(2000)])
+    with torch.no_grad():
+        right = (model(inputs).argmax(1) == labels).float().mean().item()
+    assert right == pytest.approx(result.accuracy, abs=1e-6)
+    assert result.weights["0.num_batches_tracked"] == 10_000 // 128
 
 
 def test_progress_bar_reaches_its_end(client, capsys):

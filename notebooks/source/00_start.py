@@ -69,8 +69,8 @@ hpclab.check("start.gang", largest)
 # work. All that they say to each other is encrypted, because on a shared host the loopback network is not private.
 # The very same line, with another argument, will later start workers in the queue of a supercomputer.
 #
-# The race needs two workers. On a machine with one CPU they will have to take turns; hpclab then marks what it
-# measures as *emulated*.
+# The race needs two ranks. On a machine with one CPU they will have to take turns: only `oversubscribe=True` allows that,
+# and hpclab then marks what it measures as *emulated*.
 
 # %% id="connect-do"
 client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
@@ -97,7 +97,7 @@ def hello():
     return mine.item()
 
 
-hpclab.launch(client, hello, ranks=2).result()
+hpclab.launch(client, hello, ranks=2, oversubscribe=True).result()
 
 # %% [markdown] id="predict"
 # ## Predict

@@ -86,6 +86,7 @@ def train(client, ranks, threads=1, **settings):
         "fashion_mnist",
         ranks=ranks,
         threads=threads,
+        oversubscribe=True,
         batch_size=256 // ranks,
         progress=False,
         **settings,
@@ -145,7 +146,7 @@ print(race.verdict())
 # %% id="measure-do"
 rows = hpclab.scaling.sweep(
     client,
-    lambda client, ranks, threads: train(client, ranks, threads, steps=STEPS),
+    lambda client, ranks, threads, **_: train(client, ranks, threads, steps=STEPS),
     cases=hpclab.racing.racers(),
     repeats=REPEATS,
     progress=False,

@@ -11,6 +11,7 @@ from typing import Any
 from distributed import Client, Scheduler, SchedulerPlugin, Status
 
 from hpclab import machine
+from hpclab._agent import Warmth
 
 TOPIC_SECONDS = 5.0
 """How long the events of an ended run stay with the scheduler: what is still under way would bring its topic back."""
@@ -38,14 +39,20 @@ def topic(run: str) -> str:
 
 
 def consult(client: Client, question: Callable[..., dict], *args: Any) -> dict:
-    """Ask the ledger of a client's cluster: one of `admit`, `release` and `room`; it is made at the first question."""
+    """Ask the ledger of a client's cluster: one of `prepare`, `admit`, `release` and `room`. It is made at the first question."""
     pools: dict[str, tuple[str, int] | None] = {}
     while True:
         answer = client.run_on_scheduler(_answer, question, args, pools)
         unknown = answer.get("unknown")
         if not unknown:
             return answer
+        client.register_plugin(Warmth())  # does nothing on workers that have it
         pools = dict.fromkeys(unknown) | client.run(machine.cpu_pool, workers=unknown, on_error="ignore")
+
+
+def prepare(ledger: "Ledger") -> dict:
+    """Ask for nothing: what ranks start from is made ready in the background."""
+    return {}
 
 
 def admit(ledger: "Ledger", gang: Gang, wait: bool) -> dict:

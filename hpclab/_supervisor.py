@@ -9,7 +9,6 @@ import os
 import queue
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,13 +21,12 @@ import psutil
 from dask.typing import Key
 from distributed import Status, Worker, get_worker, secede
 
+from hpclab._agent import MALLOC, Process, start
 from hpclab._ledger import topic
 from hpclab._rank import frame, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-"""glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
 CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
 GATHER_SECONDS = 0.03
@@ -78,17 +76,21 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     outcome = Outcome(place.rank, socket.gethostname())
     inbox = _inboxes[place.run, place.rank] = queue.SimpleQueue()
-    process = _start(place, worker.address)
+    try:
+        process = start(_environment(place, worker.address), worker.scheduler.address)
+    except Exception as error:
+        del _inboxes[place.run, place.rank]
+        outcome.failure = failure("RankDied", f"could not start: {error}")
+        return outcome
     try:
         relay = _Relay(place, outcome, worker)
         _feed(process, place, payload, inbox)
         while relay.take(inbox, process):
             if _cancelled(worker, key):
-                _kill(process)
-        process.wait()
-        relay.close(process.returncode)
+                process.kill()
+        relay.close(process.wait())
     finally:
-        _kill(process)
+        process.kill()
         del _inboxes[place.run, place.rank]
         if place.rank == 0:
             Path(place.store).unlink(missing_ok=True)
@@ -117,18 +119,18 @@ class _Relay:
     streams: int = 2
     deadline: float = math.inf
 
-    def take(self, inbox: queue.SimpleQueue, process: subprocess.Popen) -> bool:
+    def take(self, inbox: queue.SimpleQueue, process: Process) -> bool:
         """Take what has come in; False when the rank has ended and all it said is here."""
         try:
             kind, content = inbox.get(timeout=BATCH_SECONDS)
         except queue.Empty:
             kind, content = "quiet", None
         if self.deadline == math.inf and process.poll() is not None:
-            _kill(process)  # its children, which hold its streams open
+            process.kill()  # its children, which hold its streams open
             self.deadline = time.monotonic() + CLOSE_SECONDS
         if kind == "kill":
             self.killed = True
-            _kill(process)
+            process.kill()
         elif kind == "text":
             self.text.append(content)
         elif kind == "end":
@@ -164,18 +166,6 @@ class _Relay:
             self.outcome.failure = failure("RankDied", _cause(returncode))
 
 
-def _start(place: Place, address: str) -> subprocess.Popen:
-    """Start the process of a rank, in a session of its own so that it and all its children can be ended together."""
-    return subprocess.Popen(
-        [sys.executable, "-c", "from hpclab._rank import main; main()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=_environment(place, address),
-        start_new_session=True,
-    )
-
-
 def _environment(place: Place, address: str) -> dict[str, str]:
     # What job queues export of the worker's own place would mislead the libraries in a rank.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -201,7 +191,7 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def _feed(process: subprocess.Popen, place: Place, payload: bytes, inbox: queue.SimpleQueue) -> None:
+def _feed(process: Process, place: Place, payload: bytes, inbox: queue.SimpleQueue) -> None:
     """Hand the rank its work, and start the threads that listen to it."""
     row = {"run": place.run, "attempt": 0, "rank": place.rank, "ranks": place.ranks}
     header = {
@@ -215,8 +205,8 @@ def _feed(process: subprocess.Popen, place: Place, payload: bytes, inbox: queue.
     for target, stream in ((_read_records, process.stdout), (_read_text, process.stderr)):
         threading.Thread(target=target, args=(stream, inbox), daemon=True).start()
     try:
-        process.stdin.write(frame(header, payload))  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
+        process.stdin.write(frame(header, payload))
+        process.stdin.flush()
     except BrokenPipeError:
         inbox.put(("text", "the rank ended before it could read its work\n"))
 
@@ -238,15 +228,6 @@ def _cancelled(worker: Worker, key: Key) -> bool:
     """Whether the driver has gone or let go of this task, or the worker closes: Dask ends no running thread itself."""
     state = worker.state.tasks.get(key)
     return state is None or state.state == "cancelled" or worker.status in (Status.closing, Status.closed)
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End a rank and all that it started, also what outlived it."""
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
 
 
 def _cause(returncode: int) -> str:

@@ -7,6 +7,7 @@ from dask.utils import format_bytes, parse_bytes
 from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
 
 from hpclab import machine
+from hpclab._ledger import consult, prepare
 
 # Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
 # wake-up makes a rank late, and the others wait for it.
@@ -88,6 +89,7 @@ def connect(
     try:
         client = ClusterClient(cluster)
         client.register_plugin(IgnoreInterrupt())
+        consult(client, prepare)
         return client
     except BaseException:
         cluster.close()

@@ -1,0 +1,241 @@
+"""How a worker comes by the process of a rank: forked by the host's zygote, or, without fork, from a standby process."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from distributed import Worker, WorkerPlugin
+
+from hpclab._zygote import MESSAGE_BYTES
+
+FORK = sys.platform == "linux"
+"""Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+"""glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
+BACKOFF_SECONDS = (0.5, 60.0)
+"""How long to wait before a zygote that has died is replaced: at first, and at most."""
+
+
+class Warmth(WorkerPlugin):
+    """Keeps what ranks start from ready on each worker: a lease on the host's zygote, or a standby process."""
+
+    name = "hpclab-warmth"
+
+    def setup(self, worker: Worker) -> None:
+        """Begin, in the background; called by Dask on each worker, also on one that comes later."""
+        self.closed = threading.Event()
+        self.lease: socket.socket | None = None
+        if FORK:
+            threading.Thread(target=self._keep, args=(worker.scheduler.address,), daemon=True).start()
+        else:
+            _Standby.prepare()
+
+    def teardown(self, worker: Worker) -> None:
+        """Give the lease back."""
+        self.closed.set()
+        with suppress(OSError, AttributeError):
+            self.lease.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+
+    def _keep(self, cluster: str) -> None:
+        pause, most = BACKOFF_SECONDS
+        while not self.closed.is_set():
+            started = time.monotonic()
+            with suppress(OSError), _call_zygote(cluster) as self.lease:
+                self.lease.send(b"lease")
+                self.lease.recv(1)  # it says nothing; this ends when the zygote does, or the lease
+            pause = BACKOFF_SECONDS[0] if time.monotonic() - started > most else min(2 * pause, most)
+            self.closed.wait(pause)
+
+
+class Process:
+    """A rank's process: its streams, and how it ends.
+
+    Attributes
+    ----------
+    pid : int
+    stdin, stdout, stderr : binary file
+        This side of its pipes.
+    """
+
+    pid: int
+    stdin: BinaryIO
+    stdout: BinaryIO
+    stderr: BinaryIO
+
+    def poll(self) -> int | None:
+        """Exit code, or None while it runs; below 0 it is the number of the signal that ended it."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it, and all that it started."""
+        raise NotImplementedError
+
+    def wait(self) -> int:
+        """Exit code, once it has ended."""
+        while (code := self.poll()) is None:
+            time.sleep(0.002)
+        return code
+
+
+def start(env: dict[str, str], cluster: str) -> Process:
+    """Start the process of a rank, in a session of its own so that it and all its children can be ended together.
+
+    Parameters
+    ----------
+    env : dict
+        Its whole environment.
+    cluster : str
+        Address of the scheduler; the clusters of a host have zygotes of their own.
+
+    Raises
+    ------
+    RuntimeError
+        If the host's zygote can't import what a rank needs, with its traceback.
+    """
+    return _Forked(env, cluster) if FORK else _Standby.take(env)
+
+
+class _Forked(Process):
+    def __init__(self, env: dict[str, str], cluster: str):
+        pipes = [os.pipe() for _ in range(3)]  # (read end, write end) of the rank's standard streams
+        theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
+        self.stdin, self.stdout, self.stderr = (
+            os.fdopen(pipes[0][1], "wb"),
+            os.fdopen(pipes[1][0], "rb"),
+            os.fdopen(pipes[2][0], "rb"),
+        )
+        self.returncode: int | None = None
+        order = json.dumps({"env": env, "cwd": os.getcwd()}).encode()
+        self.zygote = _call_zygote(cluster)
+        try:
+            socket.send_fds(self.zygote, [order], theirs)
+            answer = json.loads(self.zygote.recv(MESSAGE_BYTES) or '{"error": "it was killed"}')
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        if "error" in answer:
+            self.zygote.close()
+            raise RuntimeError(f"the zygote of host {socket.gethostname()} can't fork ranks: {answer['error']}")
+        self.pid = answer["pid"]
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            with suppress(BlockingIOError):
+                said = self.zygote.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
+                self.returncode = json.loads(said)["returncode"] if said else -signal.SIGKILL  # its ranks die with it
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+class _Standby(Process):
+    """A process that has imported torch and waits for its work; another takes its place when it gets some."""
+
+    ready: "list[_Standby]" = []
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", "from hpclab._zygote import stand_by; stand_by()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | MALLOC,
+            start_new_session=True,
+        )
+        self.pid = self.popen.pid
+        self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr  # type: ignore
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Have one ready."""
+        with cls.lock:
+            cls.ready = [standby for standby in cls.ready if standby.poll() is None] or [cls()]
+
+    @classmethod
+    def take(cls, env: dict[str, str]) -> "_Standby":
+        """Give the one that is ready an environment, and start the next."""
+        cls.prepare()
+        with cls.lock:
+            standby = cls.ready.pop()
+        standby.stdin.write(json.dumps(env).encode() + b"\n")
+        standby.stdin.flush()
+        threading.Thread(target=cls.prepare, daemon=True).start()
+        return standby
+
+    def poll(self) -> int | None:
+        return self.popen.poll()
+
+    def kill(self) -> None:
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        else:
+            self.popen.kill()
+
+
+def _call_zygote(cluster: str) -> socket.socket:
+    """Connect to this host's zygote of a cluster, which is started if it isn't there."""
+    folder = _private_folder()
+    path = folder / hashlib.sha256(cluster.encode()).hexdigest()[:16]
+    caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with _locked(folder):
+        try:
+            caller.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            path.unlink(missing_ok=True)
+            _start_zygote(path)
+            caller.connect(str(path))
+    return caller
+
+
+def _start_zygote(path: Path) -> None:
+    """It inherits the listening socket, so that callers can queue while it imports torch."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen(1024)
+        subprocess.Popen(
+            [sys.executable, "-c", f"from hpclab._zygote import main; main({str(path)!r}, {listener.fileno()})"],
+            stdin=subprocess.DEVNULL,
+            # numpy's and torch's libraries would start threads, which a fork can't keep
+            env=os.environ | MALLOC | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+
+
+def _private_folder() -> Path:
+    """A folder for sockets that only this user can enter."""
+    folder = Path(tempfile.gettempdir(), f"hpclab-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise PermissionError(f"folder {folder} must belong to this user alone; remove it.")
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder; the kernel frees it, however its holder ends."""
+    import fcntl  # Windows has none, and needs none
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

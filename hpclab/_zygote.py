@@ -1,0 +1,191 @@
+"""The zygote: one process a host and cluster that has imported torch, and forks a rank in about 15 ms.
+
+It has one thread and runs no torch operation, since a fork keeps only the thread that forks, whatever locks others hold.
+It lives for as long as a worker holds a lease: a connection to its socket, which the kernel closes however a worker ends.
+A rank has a connection too, from the worker that supervises it; when that closes, the rank is killed.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+PRELOAD = (
+    *("cloudpickle", "numpy", "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "torch.optim"),
+    *("hpclab._rank", "hpclab._replica"),
+)
+"""What a rank would else import, or what its first step would (torch._dynamo: 1 to 2.5 s)."""
+PATIENCE_SECONDS = 10.0
+"""How long it waits for a first lease."""
+MESSAGE_BYTES = 1 << 18
+
+
+def main(path: str, listener: int) -> None:
+    """Serve forks on a listening socket until the last lease has ended."""
+    zygote = Zygote(socket.socket(fileno=listener))
+    try:
+        zygote.serve()
+    finally:
+        zygote.kill_all()
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+class Zygote:
+    """A single-threaded server: leases and forks in, process ids and exit codes out."""
+
+    def __init__(self, listener: socket.socket):
+        self.selector = selectors.DefaultSelector()
+        self.leases: set[socket.socket] | None = None
+        self.ranks: dict[int, socket.socket] = {}
+        self.error = _preload()
+        wake, waker = socket.socketpair()
+        wake.setblocking(False)
+        waker.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        self.waker = waker
+        self._listen(wake, self._reap)
+        self._listen(listener, self._accept)
+
+    def serve(self) -> None:
+        """Answer until the last lease ends."""
+        while self.leases is None or self.leases:
+            ready = self.selector.select(PATIENCE_SECONDS if self.leases is None else None)
+            if not ready and self.leases is None:
+                return
+            for key, _ in ready:
+                key.data(key.fileobj)
+
+    def kill_all(self) -> None:
+        """Kill every rank."""
+        for pid in self.ranks:
+            _kill_group(pid)
+
+    def _listen(self, source: socket.socket, answer: Callable[[socket.socket], None]) -> None:
+        self.selector.register(source, selectors.EVENT_READ, answer)
+
+    def _accept(self, listener: socket.socket) -> None:
+        self._listen(listener.accept()[0], self._hear)
+
+    def _hear(self, caller: socket.socket) -> None:
+        try:
+            message, fds, _, _ = socket.recv_fds(caller, MESSAGE_BYTES, 3)
+        except ConnectionError:
+            message, fds = b"", []
+        if not message:
+            self._hang_up(caller)
+        elif message == b"lease":
+            self.leases = (self.leases or set()) | {caller}
+        elif self.error is not None:
+            _tell(caller, {"error": self.error})
+        else:
+            self._fork(caller, json.loads(message), fds)
+        for fd in fds:
+            os.close(fd)
+
+    def _hang_up(self, caller: socket.socket) -> None:
+        self.selector.unregister(caller)
+        caller.close()
+        if self.leases is not None:
+            self.leases.discard(caller)
+        for pid, supervisor in self.ranks.items():
+            if supervisor is caller:
+                _kill_group(pid)
+
+    def _fork(self, caller: socket.socket, order: dict, fds: list[int]) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _become_rank(order, fds, parent)
+        self.ranks[pid] = caller
+        _tell(caller, {"pid": pid})
+
+    def _reap(self, wake: socket.socket) -> None:
+        with suppress(BlockingIOError):
+            while wake.recv(4096):
+                pass
+        while self.ranks:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                return
+            _kill_group(ended.si_pid)  # what the rank left behind; before it is reaped, no other group has its number
+            _, status = os.waitpid(ended.si_pid, 0)
+            _tell(self.ranks.pop(ended.si_pid), {"returncode": os.waitstatus_to_exitcode(status)})
+
+
+def stand_by() -> None:
+    """Without fork: be the next rank, with all imported, and wait for its environment and its work."""
+    error = _preload()
+    line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined]  # unbuffered: the rest is for the rank
+    if not line:
+        return
+    if error is not None:
+        raise ImportError(error)
+    os.environ.clear()
+    os.environ.update(json.loads(line))
+    from hpclab import _rank
+
+    _rank.main()
+
+
+def _preload() -> str | None:
+    """Import what ranks need; the traceback if that fails, for those who ask for a rank."""
+    try:
+        for module in PRELOAD:
+            importlib.import_module(module)
+    except Exception:
+        return traceback.format_exc()
+    gc.collect()
+    gc.freeze()  # else the collector in a rank would write to every page that it shares with this process
+    if sys.platform == "linux" and (threads := len(os.listdir("/proc/self/task"))) > 1:
+        print(f"hpclab: the zygote has {threads} threads, so a forked rank may hang", file=sys.stderr)
+    return None
+
+
+def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
+    """Turn a fork into a rank: its own session, streams, environment and folder, and nothing else of the zygote's."""
+    try:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for target, fd in enumerate(fds):
+            os.dup2(fd, target)
+        os.closerange(len(fds), os.sysconf("SC_OPEN_MAX"))
+        os.environ.clear()
+        os.environ.update(order["env"])
+        os.chdir(order["cwd"])
+        libc = ctypes.CDLL(None)
+        libc.prctl(15, f"hpclab-rank-{order['env']['RANK']}".encode(), 0, 0, 0)  # PR_SET_NAME: how ps shows it
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, <sys/prctl.h>: also ends one that holds the GIL
+        if os.getppid() == parent:
+            import numpy
+
+            from hpclab import _rank
+
+            numpy.random.seed()
+            _rank.main()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _tell(caller: socket.socket, answer: dict) -> None:
+    with suppress(OSError):  # it has gone
+        caller.send(json.dumps(answer).encode())

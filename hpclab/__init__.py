@@ -10,22 +10,26 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hpclab._rank import report as report
+    from hpclab._rank import should_stop as should_stop
     from hpclab.cluster import connect as connect
     from hpclab.exercises import check as check
-    from hpclab.launcher import RankError as RankError
-    from hpclab.launcher import Run as Run
     from hpclab.launcher import launch as launch
     from hpclab.racing import race as race
+    from hpclab.runs import HangError as HangError
+    from hpclab.runs import RankError as RankError
+    from hpclab.runs import Run as Run
     from hpclab.training import train as train
 
 _HOME = {
-    "RankError": "launcher",
-    "Run": "launcher",
+    "HangError": "runs",
+    "RankError": "runs",
+    "Run": "runs",
     "check": "exercises",
     "connect": "cluster",
     "launch": "launcher",
     "race": "racing",
     "report": "_rank",
+    "should_stop": "_rank",
     "train": "training",
 }
 _MODULES = (

@@ -1,4 +1,4 @@
-"""How a worker comes by the process of a rank: forked by the host's zygote, or, without fork, from a standby process."""
+"""How a worker comes by the process of a rank: a fork of the host's zygote, or without fork a standby process."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from distributed import Worker, WorkerPlugin
 
@@ -81,6 +81,21 @@ class Process:
         """End it, and all that it started."""
         raise NotImplementedError
 
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in it, where the system can."""
+        self._signal("SIGINT")
+
+    def dump(self) -> bool:
+        """Have it write its stack; False where the system can't."""
+        return self._signal("SIGUSR1")
+
+    def _signal(self, name: str) -> bool:
+        if sys.platform == "win32" or self.poll() is not None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, getattr(signal, name))
+        return True
+
     def wait(self) -> int:
         """Exit code, once it has ended."""
         while (code := self.poll()) is None:
@@ -145,7 +160,7 @@ class _Forked(Process):
 class _Standby(Process):
     """A process that has imported torch and waits for its work; another takes its place when it gets some."""
 
-    ready: "list[_Standby]" = []
+    ready: ClassVar["list[_Standby]"] = []
     lock = threading.Lock()
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ It lives in the scheduler's event loop and never waits, so no two admissions can
 gang's driver goes out on the run's topic, as what the workers say does.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,7 @@ def topic(run: str) -> str:
 
 
 def consult(client: Client, question: Callable[..., dict], *args: Any) -> dict:
-    """Ask the ledger of a client's cluster: one of `prepare`, `admit`, `release` and `room`. It is made at the first question."""
+    """Ask the ledger of a client's cluster to `prepare`, `admit`, `release` or tell its `room`; the first makes it."""
     pools: dict[str, tuple[str, int] | None] = {}
     while True:
         answer = client.run_on_scheduler(_answer, question, args, pools)
@@ -61,12 +62,9 @@ def admit(ledger: "Ledger", gang: Gang, wait: bool) -> dict:
         return {"wrong": wrong}
     ledger.queue.append(gang)
     ledger.advance()
-    if gang.run in ledger.gangs:
-        ledger.scheduler.subscribe_topic(topic(gang.run), gang.client)
-        return ledger.seats(gang)
-    if wait:
-        ledger.scheduler.subscribe_topic(topic(gang.run), gang.client)
-        return {"place": len(ledger.queue)}
+    if gang.run in ledger.gangs or wait:
+        ledger.subscribe(gang)
+        return ledger.seats(gang) if gang.run in ledger.gangs else {"place": len(ledger.queue)}
     ledger.queue.remove(gang)
     return {"busy": ledger.busy(gang)}
 
@@ -103,6 +101,12 @@ class Ledger(SchedulerPlugin):
         self.queue: list[Gang] = []
         self.pools: dict[str, tuple[str, int] | None] = {}
         """By worker: the name of the CPUs it may use, and their number; None if it didn't answer."""
+
+    def subscribe(self, gang: Gang) -> None:
+        """Send the gang's driver what is said on its topic, and keep no more than the last of it."""
+        self.scheduler.subscribe_topic(topic(gang.run), gang.client)
+        # Dask keeps the last thousand events of a topic, of up to a megabyte here, and has no public way to keep fewer.
+        self.scheduler._broker._topics[topic(gang.run)].events = deque(maxlen=1)
 
     def cpus(self) -> dict[str, int]:
         """CPUs of each host; workers that may use the same ones share them."""
@@ -146,13 +150,15 @@ class Ledger(SchedulerPlugin):
         """What an admitted gang is told."""
         first = self.scheduler.workers[gang.workers[0]]
         store = f"{first.local_directory}/{gang.run}"  # in a folder that only this user can enter
-        return {"workers": gang.workers, "emulated": self._crowded(gang.host), "store": store}
+        memory = [
+            self.scheduler.workers[worker].memory_limit // gang.workers.count(worker) or None for worker in gang.workers
+        ]
+        return {"workers": gang.workers, "emulated": self._crowded(gang.host), "store": store, "memory": memory}
 
     def release(self, run: str) -> None:
         """Free what a run holds."""
         self.gangs.pop(run, None)
         self.queue = [gang for gang in self.queue if gang.run != run]
-        # No public call makes the scheduler forget a topic; it would keep the last thousand events of each run.
         self.scheduler.loop.call_later(TOPIC_SECONDS, self.scheduler._broker._topics.pop, topic(run), None)
         self.advance()
 

@@ -4,25 +4,30 @@ Standard input brings a header, the pickled function, and stays open for as long
 carries records (see `frame`). Standard error carries all that is printed, by Python or C.
 """
 
+import faulthandler
 import json
 import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 RESERVED = ("run", "attempt", "rank", "ranks", "source")
+BEAT_SECONDS = 1.0
+"""How often a rank shows that its Python still runs; one that holds the GIL can't."""
 # What a rank says when a peer has gone: gloo's words, and torch's own classes for it.
 _CONSEQUENCE = re.compile(
     r"[Cc]onnection (closed|reset|refused)|Timed out|[Tt]imeout|Broken pipe|Socket (closed|is closed)"
 )
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory")
 
 
 class Context:
@@ -32,12 +37,49 @@ class Context:
         self.header = header
         self.records = records
         self.lock = threading.Lock()
+        self.calls = 0
+        """Of `should_stop`."""
+        self.stop = threading.Condition()
+        self.stopping = False
+        self.stop_at: int | None = None
+        """The call of `should_stop` at which all ranks end."""
 
     def send(self, record: dict, body: bytes = b"") -> None:
         """Write one record, whole, from any thread."""
         with self.lock:
             self.records.write(frame(record, body))
             self.records.flush()
+
+    def obey(self, orders: Iterator[tuple[dict, bytes]]) -> None:
+        """Take orders until the owner has gone; then end this process, and all that it started."""
+        for order, _ in orders:
+            with self.stop:
+                if order["order"] == "stop":
+                    # From here on no call goes through before all ranks have told how far they were, and have agreed.
+                    self.stopping = True
+                    self.send({"record": "calls", "calls": self.calls})
+                elif order["order"] == "stop_at":
+                    self.stop_at = order["calls"]
+                    self.stop.notify_all()
+        if hasattr(os, "killpg"):
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os._exit(1)
+
+    def beat(self) -> None:
+        """Show for ever that Python runs here."""
+        while True:
+            self.send({"record": "beat"})
+            time.sleep(BEAT_SECONDS)
+
+    def should_stop(self) -> bool:
+        """See the function of this name."""
+        with self.stop:
+            self.calls += 1
+            if self.calls == 1:
+                self.send({"record": "cooperates"})
+            while self.stopping and self.stop_at is None:
+                self.stop.wait()
+            return self.stop_at is not None and self.calls >= self.stop_at
 
 
 _context: Context | None = None
@@ -70,6 +112,16 @@ def report(**row: Any) -> None:
     row = {name: _plain(name, value) for name, value in row.items()}
     common = {"kind": "step", "time_s": time.time() - header["launched"]}
     _context.send({"record": "row", "row": common | row | header["row"]})
+
+
+def should_stop() -> bool:
+    """Whether the run shall end here; to be called once a step, by every rank.
+
+    After a stop (Ctrl-C, the Stop button, ``run.stop()``) it is True at the *same* call on every rank, so that none
+    waits in a collective for one that has left. The function can then save what it has and return; its values are kept.
+    One that never asks is interrupted instead, as by Ctrl-C. Outside a gang this is False.
+    """
+    return _context is not None and _context.should_stop()
 
 
 def run_folder() -> Path:
@@ -114,27 +166,35 @@ def read_frames(stream: BinaryIO, pause: float = 0.0) -> Iterator[tuple[dict, by
 def main() -> None:
     """Run this process as a rank."""
     global _context
-    _die_with_parent()
     owner = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     records = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    first = next(read_frames(owner), None)
+    orders = read_frames(owner)
+    first = next(orders, None)
     if first is None:
         return
     header, payload = first
-    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
-    _context = Context(header, records)
+    _context = context = Context(header, records)
+    for work in (lambda: context.obey(orders), context.beat):
+        threading.Thread(target=work, daemon=True).start()
     sys.path[:] = header["sys_path"]
     try:
+        _show_stacks_to(header["stacks"])
         value = _dumps(_run(header, payload))
     except BaseException as error:
         _fail(error, header)
-    _context.send({"record": "value"}, value)
+    context.send({"record": "value"}, value)
     _flush()
     os._exit(0)
+
+
+def _show_stacks_to(path: str) -> None:
+    """Have SIGUSR1 write the main thread's stack to a file, from C: also while some call holds the GIL."""
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, open(path, "w"), all_threads=False)  # noqa: SIM115  # open until the end
 
 
 def _run(header: dict, payload: bytes) -> Any:
@@ -142,13 +202,65 @@ def _run(header: dict, payload: bytes) -> Any:
     import torch.distributed as dist
 
     torch.set_num_threads(header["threads"])
+    _limit_memory(header["memory"])
     function, arguments = pickle.loads(payload)
     rank, ranks = header["row"]["rank"], header["row"]["ranks"]
-    dist.init_process_group("gloo", store=dist.FileStore(header["store"], ranks), rank=rank, world_size=ranks)
+    store = dist.FileStore(header["store"], ranks)
+    if not header["init"]:
+        with _environment_of_torchrun(store, rank, ranks):
+            return function(*arguments)
+    dist.init_process_group(_backend(), store=store, rank=rank, world_size=ranks)
     value = function(*arguments)
     if dist.is_initialized():
         dist.barrier()  # a rank that left now would cut the connections of those still in a collective
     return value
+
+
+def _backend() -> str:
+    """Gloo; for tensors on GPUs NCCL, where each rank of the host has one (conventional, and not run by our tests)."""
+    import torch
+
+    if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        return "gloo"
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return "cpu:gloo,cuda:nccl"
+
+
+@contextmanager
+def _environment_of_torchrun(store: Any, rank: int, ranks: int) -> Iterator[None]:
+    """Let a function start its own process group by env://, as one written for torchrun does.
+
+    Rank 0 serves the TCPStore that it looks for, on a port that the system chose, and stays until all have ended.
+    """
+    import torch.distributed as dist
+
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            server = dist.TCPStore(
+                *("127.0.0.1", port, ranks, True), wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        store.set("port", str(port))
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.get("port").decode(),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # else rank 0's process group would bind the port again
+    }
+    yield
+    store.set(f"ended-{rank}", "")
+    if rank == 0:
+        store.wait([f"ended-{other}" for other in range(ranks)])
+        del server
+
+
+def _limit_memory(limit: int | None) -> None:
+    """Let this rank allocate so many bytes more than it has now; beyond, an allocation raises an error in it."""
+    if limit is None or sys.platform != "linux":
+        return
+    import resource
+
+    held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()  # what RLIMIT_DATA counts
+    resource.setrlimit(resource.RLIMIT_DATA, (held + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _dumps(value: Any) -> bytes:
@@ -162,6 +274,8 @@ def _dumps(value: Any) -> bytes:
 
 def _fail(error: BaseException, header: dict) -> None:
     """Tell who failed and how, then leave at once: peers must not wait for a rank that will never answer."""
+    if header["memory"] and (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+        error.add_note(f"This rank's limit is {header['memory']:,} bytes of memory; launch(memory=...) sets it.")
     failure = {
         "type": type(error).__name__,
         "message": str(error),
@@ -212,19 +326,3 @@ def _plain(name: str, value: Any) -> Any:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-
-
-def _end_with(owner: BinaryIO) -> None:
-    """End this process, and all that it started, when the other end of its standard input closes."""
-    owner.read()
-    if hasattr(os, "killpg"):
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-    os._exit(1)
-
-
-def _die_with_parent() -> None:
-    """On Linux, have the kernel kill this process when the supervising thread ends, even while it holds the GIL."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, <sys/prctl.h>

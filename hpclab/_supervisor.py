@@ -7,13 +7,14 @@ import codecs
 import math
 import os
 import queue
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,14 +24,25 @@ from distributed import Status, Worker, get_worker, secede
 
 from hpclab._agent import MALLOC, Process, start
 from hpclab._ledger import topic
-from hpclab._rank import frame, read_frames
+from hpclab._rank import BEAT_SECONDS, frame, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
-CLOSE_SECONDS = 5.0
-"""How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
 GATHER_SECONDS = 0.03
 """How long rows gather in the pipe before this process wakes to read them: its CPU is one that ranks compute on."""
+CHUNK_BYTES = 1 << 16
+CHUNKS = 16
+"""Prints of a rank in one batch; one that prints faster waits, as it would for a slow terminal."""
+CLOSE_SECONDS = 5.0
+"""How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
+GRACE_SECONDS = 1.0
+"""How long a rank that never asks `should_stop` may take to end after it was interrupted."""
+LOOK_SECONDS = 1.0
+"""How often to look whether a rank gets on."""
+IDLE = 0.02
+"""Share of a CPU below which a rank is idle; its heartbeat takes less."""
+OURS = re.compile(r'hpclab/_(rank|zygote)\.py"|"<string>"')
+"""Frames of a stack below the user's function."""
 _inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
 
 
@@ -53,6 +65,10 @@ class Place:
     """When the driver launched the gang, seconds since the epoch."""
     store: str
     """File of the rendezvous."""
+    init: bool
+    """Whether torch.distributed is initialised for the function; else the environment is torchrun's."""
+    memory: int | None
+    """Bytes that the rank may allocate; None sets no limit."""
 
 
 @dataclass
@@ -74,96 +90,222 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     worker = get_worker()
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
-    outcome = Outcome(place.rank, socket.gethostname())
     inbox = _inboxes[place.run, place.rank] = queue.SimpleQueue()
+    outcome = Outcome(place.rank, socket.gethostname())
     try:
         process = start(_environment(place, worker.address), worker.scheduler.address)
-    except Exception as error:
-        del _inboxes[place.run, place.rank]
+        try:
+            supervisor = _Supervisor(place, outcome, worker, process, inbox)
+            supervisor.feed(payload)
+            while supervisor.take():
+                if _cancelled(worker, key):
+                    process.kill()
+            process.kill()
+            supervisor.close(process.wait())
+        finally:
+            process.kill()
+    except RuntimeError as error:
         outcome.failure = failure("RankDied", f"could not start: {error}")
-        return outcome
-    try:
-        relay = _Relay(place, outcome, worker)
-        _feed(process, place, payload, inbox)
-        while relay.take(inbox, process):
-            if _cancelled(worker, key):
-                process.kill()
-        relay.close(process.wait())
     finally:
-        process.kill()
         del _inboxes[place.run, place.rank]
-        if place.rank == 0:
-            Path(place.store).unlink(missing_ok=True)
+        for file in [place.store] * (place.rank == 0) + [_stacks(place)]:
+            Path(file).unlink(missing_ok=True)
     return outcome
 
 
-def kill(run: str) -> None:
-    """Have this worker end its ranks of a run; called on the worker by the driver."""
-    for (name, _), inbox in list(_inboxes.items()):
-        if name == run:
-            inbox.put(("kill", None))
+def give(run: str, order: dict, rank: int | None = None) -> None:
+    """Give the ranks of a run that this worker supervises an order; called on the worker by the driver.
+
+    Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason) and "kill" (a failure).
+    """
+    for (name, number), inbox in list(_inboxes.items()):
+        if name == run and rank in (None, number):
+            inbox.put(("order", order))
 
 
-@dataclass
-class _Relay:
-    """Carries what a rank says to the driver, in batches, and keeps how it ended."""
+class _Supervisor:
+    """Carries what a rank says to the driver, in batches, and the driver's orders to it; keeps how it ended."""
 
-    place: Place
-    outcome: Outcome
-    worker: Worker
-    rows: list[dict] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    ended: bool = False
-    killed: bool = False
-    sent: float = 0.0
-    streams: int = 2
-    deadline: float = math.inf
+    def __init__(
+        self, place: Place, outcome: Outcome, worker: Worker, process: Process, inbox: queue.SimpleQueue
+    ) -> None:
+        self.place = place
+        self.outcome = outcome
+        self.worker = worker
+        self.process = process
+        self.inbox = inbox
+        self.rows: list[dict] = []
+        self.text: list[str] = []
+        self.news: dict = {}
+        """What else the next batch tells."""
+        self.room = threading.Semaphore(CHUNKS)
+        self.sent = 0.0
+        self.streams = 2
+        self.cooperates = False
+        self.told = False
+        """Whether the rank told how it ended."""
+        self.ended_by_driver = False
+        self.deadline = math.inf
+        """When the streams are given up, or a rank that was interrupted."""
+        self.progress = _Progress(process.pid)
+        self.seen = 0
+        """Characters of the file of stacks."""
 
-    def take(self, inbox: queue.SimpleQueue, process: Process) -> bool:
+    def feed(self, payload: bytes) -> None:
+        """Hand the rank its work, and start the threads that listen to it."""
+        place = self.place
+        header = {
+            "row": {"run": place.run, "attempt": 0, "rank": place.rank, "ranks": place.ranks},
+            "stacks": _stacks(place),
+            "sys_path": sys.path,
+        } | {name: getattr(place, name) for name in ("threads", "store", "folder", "launched", "init", "memory")}
+        for target, stream in ((self._read_records, self.process.stdout), (self._read_text, self.process.stderr)):
+            threading.Thread(target=target, args=(stream,), daemon=True).start()
+        if not self._write(header, payload):
+            self.inbox.put(("text", "the rank ended before it could read its work\n"))
+
+    def take(self) -> bool:
         """Take what has come in; False when the rank has ended and all it said is here."""
         try:
-            kind, content = inbox.get(timeout=BATCH_SECONDS)
+            kind, content = self.inbox.get(timeout=BATCH_SECONDS)
         except queue.Empty:
             kind, content = "quiet", None
-        if self.deadline == math.inf and process.poll() is not None:
-            process.kill()  # its children, which hold its streams open
-            self.deadline = time.monotonic() + CLOSE_SECONDS
-        if kind == "kill":
-            self.killed = True
-            process.kill()
-        elif kind == "text":
+        if kind == "text":
             self.text.append(content)
+            self.progress.renew()
         elif kind == "end":
             self.streams -= 1
         elif kind == "record":
             self._record(*content)
+        elif kind == "order":
+            self._obey(content)
+        self._look()
         if time.monotonic() - self.sent > BATCH_SECONDS:
             self._send()
         return self.streams > 0 and time.monotonic() < self.deadline
 
-    def _record(self, record: dict, body: bytes) -> None:
-        if record["record"] == "row":
-            self.rows.append(record["row"])
-        elif record["record"] == "value":
-            self.outcome.value, self.ended = body, True
-        else:
-            self.outcome.failure, self.outcome.error, self.ended = record["failure"], body, True
-
-    def _send(self) -> None:
-        self.sent = time.monotonic()
-        if self.rows or self.text:
-            batch = {"rank": self.place.rank, "rows": self.rows, "text": "".join(self.text)}
-            self.worker.log_event(topic(self.place.run), batch)
-            self.outcome.batches += 1
-            self.rows, self.text = [], []
-
     def close(self, returncode: int) -> None:
         """Send the rest, and name an end that the rank could not tell of itself."""
         self._send()
-        if self.killed and not self.ended:
+        if self.ended_by_driver and not self.outcome.value:
             self.outcome.failure = failure("Stopped", "ended by its driver", consequence=True)
-        elif not self.ended:
+        elif not self.told:
             self.outcome.failure = failure("RankDied", _cause(returncode))
+
+    def _record(self, record: dict, body: bytes) -> None:
+        match record["record"]:
+            case "row":
+                self.rows.append(record["row"])
+                self.progress.renew()
+            case "beat":
+                self.progress.beat()
+            case "cooperates":
+                self.cooperates = True
+            case "calls":
+                self.news["calls"] = record["calls"]
+            case "value":
+                self.outcome.value, self.told = body, True
+            case "failure":
+                self.outcome.failure, self.outcome.error, self.told = record["failure"], body, True
+
+    def _obey(self, order: dict) -> None:
+        match order["order"]:
+            case "kill":
+                self.process.kill()
+            case "end":
+                self.ended_by_driver = True
+                self.process.kill()
+            case "stacks":
+                self.news["stack"] = self._stack()
+            case "stop" if not self.cooperates:
+                self.ended_by_driver = True
+                self.process.interrupt()
+                self.deadline = time.monotonic() + GRACE_SECONDS
+            case _:
+                self._write(order, b"")
+
+    def _look(self) -> None:
+        if self.process.poll() is not None:
+            self.process.kill()  # its children, which hold its streams open
+            self.deadline = min(self.deadline, time.monotonic() + CLOSE_SECONDS)
+        elif self.progress.due():
+            self.news["stuck_s"] = self.progress.stuck_s()
+
+    def _send(self) -> None:
+        self.sent = time.monotonic()
+        if self.rows or self.text or self.news:
+            batch = {"rank": self.place.rank, "rows": self.rows, "text": "".join(self.text)}
+            self.worker.log_event(topic(self.place.run), batch | self.news)
+            self.outcome.batches += 1
+            for _ in self.text:
+                self.room.release()
+            self.rows, self.text, self.news = [], [], {}
+
+    def _write(self, record: dict, body: bytes) -> bool:
+        try:
+            self.process.stdin.write(frame(record, body))
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _stack(self) -> str:
+        """The main thread's Python stack; asked for by a signal, since a rank that hangs answers nothing else."""
+        file = Path(_stacks(self.place))
+        if not file.exists() or not self.process.dump():
+            return "(this system can't show it)"
+        time.sleep(0.1)
+        text = file.read_text()[self.seen :]
+        self.seen += len(text)
+        lines = [line for line in text.splitlines() if not OURS.search(line)]
+        return "\n".join(lines[1:]) or "(none: it is stopped, or was not up yet)"
+
+    def _read_records(self, stream: BinaryIO) -> None:
+        for record in read_frames(stream, pause=GATHER_SECONDS):
+            self.inbox.put(("record", record))
+        self.inbox.put(("end", None))
+
+    def _read_text(self, stream: BinaryIO) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        while chunk := os.read(stream.fileno(), CHUNK_BYTES):
+            self.room.acquire()
+            self.inbox.put(("text", decoder.decode(chunk)))
+        self.inbox.put(("end", None))
+
+
+class _Progress:
+    """Whether a rank gets on: it prints or reports, or its Python is alive and uses a CPU."""
+
+    def __init__(self, pid: int):
+        self.process = psutil.Process(pid)
+        self.cpu = 0.0
+        self.looked = self.alive = self.renewed = time.monotonic()
+
+    def beat(self) -> None:
+        """Its Python runs."""
+        self.alive = time.monotonic()
+
+    def renew(self) -> None:
+        """It has printed or reported something."""
+        self.alive = self.renewed = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to look again; looks at the CPU time, which also counts as getting on."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return False
+        with suppress(psutil.Error):
+            times = self.process.cpu_times()
+            spent = times.user + times.system
+            if spent - self.cpu > IDLE * (now - self.looked) and now - self.alive < 3 * BEAT_SECONDS:
+                self.renewed = now
+            self.cpu = spent
+        self.looked = now
+        return True
+
+    def stuck_s(self) -> float:
+        """Seconds for which it has not got on."""
+        return time.monotonic() - self.renewed
 
 
 def _environment(place: Place, address: str) -> dict[str, str]:
@@ -177,9 +319,25 @@ def _environment(place: Place, address: str) -> dict[str, str]:
         "LOCAL_RANK": str(place.local_rank),
         "LOCAL_WORLD_SIZE": str(place.local_ranks),
     }
+    if not place.init:
+        env |= {
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "ROLE_NAME": "default",
+            "ROLE_RANK": str(place.rank),
+            "ROLE_WORLD_SIZE": str(place.ranks),
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_RUN_ID": place.run,
+        }
     if interface := _interface(address):
         env["GLOO_SOCKET_IFNAME"] = interface
     return env
+
+
+def _stacks(place: Place) -> str:
+    """File that a rank's stack is written to on demand."""
+    return f"{place.store}-{place.rank}.stacks"
 
 
 def _interface(address: str) -> str | None:
@@ -189,39 +347,6 @@ def _interface(address: str) -> str | None:
         if any(a.address == host for a in owned if a.family in (socket.AF_INET, socket.AF_INET6)):
             return name
     return None
-
-
-def _feed(process: Process, place: Place, payload: bytes, inbox: queue.SimpleQueue) -> None:
-    """Hand the rank its work, and start the threads that listen to it."""
-    row = {"run": place.run, "attempt": 0, "rank": place.rank, "ranks": place.ranks}
-    header = {
-        "row": row,
-        "threads": place.threads,
-        "store": place.store,
-        "folder": place.folder,
-        "launched": place.launched,
-        "sys_path": sys.path,
-    }
-    for target, stream in ((_read_records, process.stdout), (_read_text, process.stderr)):
-        threading.Thread(target=target, args=(stream, inbox), daemon=True).start()
-    try:
-        process.stdin.write(frame(header, payload))
-        process.stdin.flush()
-    except BrokenPipeError:
-        inbox.put(("text", "the rank ended before it could read its work\n"))
-
-
-def _read_records(stream: BinaryIO, inbox: queue.SimpleQueue) -> None:
-    for record in read_frames(stream, pause=GATHER_SECONDS):
-        inbox.put(("record", record))
-    inbox.put(("end", None))
-
-
-def _read_text(stream: BinaryIO, inbox: queue.SimpleQueue) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    while chunk := os.read(stream.fileno(), 1 << 16):
-        inbox.put(("text", decoder.decode(chunk)))
-    inbox.put(("end", None))
 
 
 def _cancelled(worker: Worker, key: Key) -> bool:

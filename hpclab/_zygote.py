@@ -1,8 +1,8 @@
 """The zygote: one process a host and cluster that has imported torch, and forks a rank in about 15 ms.
 
-It has one thread and runs no torch operation, since a fork keeps only the thread that forks, whatever locks others hold.
-It lives for as long as a worker holds a lease: a connection to its socket, which the kernel closes however a worker ends.
-A rank has a connection too, from the worker that supervises it; when that closes, the rank is killed.
+It has one thread and runs no torch operation, since a fork keeps only the thread that forks, whatever locks the others
+hold. It lives for as long as a worker holds a lease: a connection to its socket, which the kernel closes however the
+worker ends. A rank has a connection too, from the worker that supervises it; when that closes, the rank is killed.
 """
 
 import ctypes
@@ -126,7 +126,7 @@ class Zygote:
 def stand_by() -> None:
     """Without fork: be the next rank, with all imported, and wait for its environment and its work."""
     error = _preload()
-    line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined]  # unbuffered: the rest is for the rank
+    line = sys.stdin.buffer.raw.readline()  # type: ignore[union-attr]  # unbuffered: the rest is for the rank
     if not line:
         return
     if error is not None:
@@ -173,8 +173,10 @@ def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
 
             from hpclab import _rank
 
-            numpy.random.seed()
+            numpy.random.seed()  # noqa: NPY002  # else all ranks would draw what the zygote would have drawn
             _rank.main()
+    except KeyboardInterrupt:
+        pass  # stopped before it had any work
     except BaseException:
         traceback.print_exc()
     finally:

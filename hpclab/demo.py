@@ -14,7 +14,8 @@ from hpclab import doctor, machine, models, plots, racing, scaling
 from hpclab.cluster import connect
 from hpclab.language import language
 from hpclab.language import translate as _
-from hpclab.launcher import Run, occupy, whole_number
+from hpclab.launcher import whole_number
+from hpclab.runs import Run, occupy
 from hpclab.tables import Table, markup
 from hpclab.training import train
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from hpclab import machine, plots, scaling
 from hpclab.language import translate as _
-from hpclab.launcher import Run, gang_size
+from hpclab.launcher import gang_size
+from hpclab.runs import Run
 from hpclab.tables import Table
 from hpclab.training import Model, train
 

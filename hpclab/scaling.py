@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from distributed import Client
 from tqdm.auto import tqdm
 
-from hpclab.launcher import Run, gang_size, whole_number
+from hpclab.launcher import gang_size, whole_number
+from hpclab.runs import Run
 
 WARM_UP = 5
 """First steps of each rank that no throughput counts: they allocate memory and build the buckets of DDP."""

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from hpclab import data as datasets
 from hpclab._replica import Job, Model, not_a_module, replicate
-from hpclab.launcher import Run, check_pickles, gang_size, launch, whole_number
+from hpclab.launcher import check_pickles, gang_size, launch, whole_number
+from hpclab.runs import Run
 
 
 @dataclass

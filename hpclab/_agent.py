@@ -23,6 +23,8 @@ FORK = sys.platform == "linux"
 """Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 """glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""What the libraries of numpy and torch start when they are imported, a fork can't keep."""
 BACKOFF_SECONDS = (0.5, 60.0)
 """How long to wait before a zygote that has died is replaced: at first, and at most."""
 
@@ -131,24 +133,32 @@ class _Forked(Process):
             os.fdopen(pipes[2][0], "rb"),
         )
         self.returncode: int | None = None
-        order = json.dumps({"env": env, "cwd": os.getcwd()}).encode()
         self.zygote = _call_zygote(cluster)
-        try:
-            socket.send_fds(self.zygote, [order], theirs)
-            answer = json.loads(self.zygote.recv(MESSAGE_BYTES) or '{"error": "it was killed"}')
-        finally:
-            for fd in theirs:
-                os.close(fd)
+        answer = self._ask({"env": env, "cwd": os.getcwd()}, theirs)
         if "error" in answer:
             self.zygote.close()
             raise RuntimeError(f"the zygote of host {socket.gethostname()} can't fork ranks: {answer['error']}")
         self.pid = answer["pid"]
 
+    def _ask(self, order: dict, fds: list[int]) -> dict:
+        try:
+            socket.send_fds(self.zygote, [json.dumps(order).encode()], fds)
+            return json.loads(self.zygote.recv(MESSAGE_BYTES) or '{"error": "it was killed"}')
+        except ConnectionError:
+            return {"error": "it ended before it was ready; the worker's log has its last words"}
+        finally:
+            for fd in fds:
+                os.close(fd)
+
     def poll(self) -> int | None:
         if self.returncode is None:
-            with suppress(BlockingIOError):
+            try:
                 said = self.zygote.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
-                self.returncode = json.loads(said)["returncode"] if said else -signal.SIGKILL  # its ranks die with it
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                said = b""
+            self.returncode = json.loads(said)["returncode"] if said else -signal.SIGKILL  # its ranks die with a zygote
         return self.returncode
 
     def kill(self) -> None:
@@ -226,8 +236,7 @@ def _start_zygote(path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-c", f"from hpclab._zygote import main; main({str(path)!r}, {listener.fileno()})"],
             stdin=subprocess.DEVNULL,
-            # numpy's and torch's libraries would start threads, which a fork can't keep
-            env=os.environ | MALLOC | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env=os.environ | MALLOC | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )

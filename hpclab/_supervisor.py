@@ -28,7 +28,7 @@ from hpclab._rank import BEAT_SECONDS, frame, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
-GATHER_SECONDS = 0.03
+GATHER_SECONDS = 0.1
 """How long rows gather in the pipe before this process wakes to read them: its CPU is one that ranks compute on."""
 CHUNK_BYTES = 1 << 16
 CHUNKS = 16

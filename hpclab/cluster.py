@@ -1,6 +1,7 @@
 """Start a cluster, or join one: `connect` gives a Dask client that closes what it opened."""
 
 import signal
+import sys
 
 import dask
 from dask.utils import format_bytes, parse_bytes
@@ -8,6 +9,7 @@ from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
 
 from hpclab import machine
 from hpclab._ledger import consult, prepare
+from hpclab.runs import stop_all
 
 # Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
 # wake-up makes a rank late, and the others wait for it.
@@ -22,12 +24,15 @@ LEAST_MEMORY = 128 * 2**20
 
 
 class ClusterClient(Client):
-    """A `distributed.Client` whose `close` also ends the cluster that `connect` made for it, and nothing else."""
+    """A `distributed.Client` whose `close` stops its runs, and ends the cluster that `connect` made for it, if any."""
 
     def close(self, *args, **kwargs):
-        """Close the client, then its cluster; see `distributed.Client.close`."""
+        """Stop the runs, close the client, then its cluster; see `distributed.Client.close`."""
         cluster = self.cluster
+        if sys.is_finalizing():  # no thread is left that could close anything; the workers see this process go
+            return None
         try:
+            stop_all(self)
             return super().close(*args, **kwargs)
         finally:
             if cluster is not None:

@@ -9,6 +9,7 @@ import queue
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,6 +56,18 @@ class HangError(RuntimeError):
 
 class RankError(RuntimeError):
     """A rank that ended without a Python exception of its own, or with one that can't be brought here."""
+
+
+_alive: "weakref.WeakSet[Run]" = weakref.WeakSet()
+
+
+def stop_all(client: Client) -> None:
+    """Stop every run of a client that is still going, and wait for them."""
+    mine = [run for run in _alive if run._client is client and not run._ended.is_set()]
+    for run in mine:
+        run._inbox.put(("stop", False))
+    for run in mine:
+        run.wait()
 
 
 class Run:
@@ -109,6 +122,7 @@ class Run:
             raise
         self._logs = [Log(self.folder / f"rank-{rank}.log", rank) for rank in range(gang.ranks)]
         self._inbox.put(("news", answer))
+        _alive.add(self)
         threading.Thread(target=self._drive, name=self.name, daemon=True).start()
 
     def __repr__(self) -> str:
@@ -171,8 +185,7 @@ class Run:
             Ctrl-C. Those that take longer than some seconds are killed.
         """
         self._inbox.put(("stop", now))
-        while not self._ended.wait(0.2):
-            pass
+        self.wait()
 
     def kill(self, rank: int) -> None:
         """Kill one rank, as a failing machine would; what follows is seen in the run."""
@@ -415,6 +428,7 @@ class Run:
         with self._lock:
             self._ended.set()
             self._tell([])
+        _alive.discard(self)
 
     def _failed(self) -> bool:
         failures = any(outcome.failure for outcome in self._outcomes.values())

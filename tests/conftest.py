@@ -19,14 +19,24 @@ def require(present: bool, what: str) -> None:
     pytest.skip(f"needs {what}")
 
 
-def ranks_alive() -> list[int]:
-    """Process ids of all ranks on this machine that descend from these tests, orphans too."""
+def ours(part: str) -> list[int]:
+    """Process ids on this machine that descend from these tests, orphans too, with a name or command of this part."""
     return [
         process.pid
-        for process in psutil.process_iter(["cmdline", "environ"])
-        if any("hpclab._rank" in word for word in process.info["cmdline"] or ())
+        for process in psutil.process_iter(["name", "cmdline", "environ"])
+        if part in f"{process.info['name']} {process.info['cmdline']}"
         and (process.info["environ"] or {}).get("HPCLAB_TESTS") == os.environ["HPCLAB_TESTS"]
     ]
+
+
+def ranks_alive() -> list[int]:
+    """Process ids of all ranks; a fork has the zygote's command, and a name of its own."""
+    return ours("hpclab-rank")
+
+
+def zygotes_alive() -> list[int]:
+    """Process ids of all zygotes, and of no rank."""
+    return sorted(set(ours("hpclab._zygote")) - set(ranks_alive()))
 
 
 def no_rank_left(seconds: float = 10) -> bool:

@@ -17,7 +17,7 @@ from conftest import no_rank_left, ranks_alive
 from distributed import Client
 
 import hpclab
-from hpclab import launcher, machine
+from hpclab import machine, runs
 
 
 def describe():
@@ -175,7 +175,7 @@ def test_a_child_left_behind_keeps_nobody_waiting(client):
 
 
 def test_floods_are_cut_short_on_the_screen_not_in_the_file(tmp_path, capsys):
-    log = launcher.Log(tmp_path / "rank-0.log", 0)
+    log = runs.Log(tmp_path / "rank-0.log", 0)
     text = "".join(f"line {number}\n" for number in range(1000))
     for first in range(0, len(text), 7):  # in pieces that end anywhere
         log.take(text[first : first + 7])

@@ -19,7 +19,7 @@ LAYERS = {
     "_zygote": {"_rank"},
     "checkpoint": set(),
     "cli": {"course", "data", "demo", "doctor"},
-    "cluster": {"_ledger", "machine"},
+    "cluster": {"_ledger", "machine", "runs"},
     "course": {"data", "language"},
     "data": {"_fetch", "_shards"},
     "demo": {

@@ -152,14 +152,16 @@ def take_frame(buffer: bytearray) -> tuple[dict, bytes] | None:
 def read_frames(stream: BinaryIO, pause: float = 0.0) -> Iterator[tuple[dict, bytes]]:
     """Records of a stream, until it ends; what ends in the middle of one is dropped.
 
-    A `pause` after each small read lets the records gather in the pipe, where they are safe even if their writer dies.
+    A `pause` after a few rows lets the next gather in the pipe, where they are safe even if their writer dies.
     """
     buffer = bytearray()
     while chunk := os.read(stream.fileno(), 1 << 20):
         buffer += chunk
-        while (found := take_frame(buffer)) is not None:
+        found = None
+        while (taken := take_frame(buffer)) is not None:
+            found = taken
             yield found
-        if len(chunk) < 1 << 15:
+        if found is not None and found[0].get("record") == "row" and len(chunk) < 1 << 15:
             time.sleep(pause)
 
 

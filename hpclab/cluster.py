@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 
 import dask
 from dask.utils import format_bytes, parse_bytes
@@ -36,7 +37,18 @@ class ClusterClient(Client):
             return super().close(*args, **kwargs)
         finally:
             if cluster is not None:
-                cluster.close()
+                _close(cluster)
+
+
+def _close(cluster: LocalCluster) -> None:
+    """Close a cluster, whole, also under Ctrl-C: what Dask's `close` left halfway could never be closed."""
+    closing = threading.Thread(target=cluster.close, name="hpclab-close")
+    closing.start()
+    try:
+        closing.join()
+    except KeyboardInterrupt:
+        closing.join()
+        raise
 
 
 def connect(
@@ -97,7 +109,7 @@ def connect(
         consult(client, prepare)
         return client
     except BaseException:
-        cluster.close()
+        _close(cluster)
         raise
 
 

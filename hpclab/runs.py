@@ -35,8 +35,8 @@ DRAIN_SECONDS = 5.0
 
 GRACE_SECONDS = 5.0
 """How long ranks that ask `should_stop` may take to end after a stop."""
-STACK_SECONDS = 1.0
-"""How long the ranks of a gang that seems to hang may take to show their stacks."""
+LOST_SECONDS = 2.0
+"""How long the scheduler may be out of reach; one that comes back knows nothing of the gang."""
 WAITS = re.compile(r"torch/distributed/|torch/autograd/graph.py|torch/nn/parallel/distributed.py")
 """Where a stack's top stands if its rank waits for others."""
 
@@ -108,6 +108,7 @@ class Run:
         self._emulated = False
         self._queued = 0
         self._deadline = math.inf
+        self._connected = time.monotonic()
         self._broken: Exception | None = None
         self._watchers: list[Callable[[Run, list[dict]], None]] = []
         self._finish: Callable[[list], Any] = list
@@ -238,7 +239,9 @@ class Run:
 
     def _complete(self) -> bool:
         """Whether every rank has ended and all batches that it sent are here, or nothing more can come."""
-        if self._client.status == "closed" or (self._stopping and not self._places):
+        if self._client.status == "running":
+            self._connected = time.monotonic()
+        if time.monotonic() - self._connected > LOST_SECONDS or (self._stopping and not self._places):
             return True
         if not self._places or len(self._outcomes) < len(self._places):
             return False
@@ -436,6 +439,8 @@ class Run:
 
     def _leave(self) -> None:
         """Give the seats back."""
+        if self._client.status != "running":
+            return  # the ledger sees it go
         with suppress(Exception):  # a client that has closed: the ledger saw it go
             self._client.unsubscribe_topic(topic(self.name))
             consult(self._client, release, self.name)
@@ -447,8 +452,8 @@ class Run:
         if self.status == "stopped":
             return RankError(f"run {self.name} was stopped.")
         failures = [(o.failure["consequence"], o.failure["time"], o.rank) for o in self._outcomes.values() if o.failure]
-        if not failures or self._client.status == "closed":
-            return RankError(f"run {self.name} broke off: its client was closed.")
+        if not failures or self._client.status != "running":
+            return RankError(f"run {self.name} broke off: its client is {self._client.status}, not connected.")
         _, _, first = min(failures)
         error = _error(self._outcomes[first], self._gang.ranks)
         for consequence, _, rank in sorted(failures):

@@ -429,8 +429,8 @@ class Run:
         else:
             self.status = "failed" if self._failed() else "finished"
         with self._lock:
-            self._ended.set()
             self._tell([])
+            self._ended.set()
         _alive.discard(self)
 
     def _failed(self) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hpclab.runs import HangError as HangError
     from hpclab.runs import RankError as RankError
     from hpclab.runs import Run as Run
+    from hpclab.runs import open_run as open_run
     from hpclab.training import train as train
 
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "connect": "cluster",
     "launch": "launcher",
     "race": "racing",
+    "open_run": "runs",
     "report": "_rank",
     "should_stop": "_rank",
     "train": "training",
@@ -42,6 +44,7 @@ _MODULES = (
     "models",
     "plots",
     "racing",
+    "rows",
     "scaling",
     "tables",
     "widgets",

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from hpclab import checkpoint
 from hpclab import data as datasets
-from hpclab._rank import report, run_folder
+from hpclab._rank import report, run_folder, should_stop
 
 Model = nn.Module | Callable[[], nn.Module]
 
@@ -46,10 +46,10 @@ def replicate(job: Job) -> tuple[bytes, float | None]:
     """What every rank runs; returns the weights, from rank 0, and the last test accuracy."""
     replica = _Replica(job)
     epoch, accuracy = 0, None
-    while replica.step < replica.steps:
+    while replica.step < replica.steps and not replica.stopped:
         replica.train(epoch)
         epoch += 1
-        if job.steps is None:
+        if job.steps is None and not replica.stopped:
             accuracy = replica.test(epoch)
             replica.save(epoch)
     weights = io.BytesIO()
@@ -76,6 +76,7 @@ class _Replica:
         )
         batches = BatchSampler(self.sampler, job.batch_size, drop_last=True)
         self.loader = DataLoader(images, sampler=batches, batch_size=None)
+        self.stopped = False
         self.step, self.steps = 0, job.steps or job.epochs * len(batches)
         self.schedule: OneCycleLR | None = None
         if job.optimizer is not None:
@@ -90,7 +91,7 @@ class _Replica:
         self.model.train()
         start, cpu = time.perf_counter(), time.process_time()
         for inputs, labels in self.loader:  # (B, C, H, W), (B,)
-            loaded = time.perf_counter()
+            loaded, busy = time.perf_counter(), time.thread_time()
             self.optimizer.zero_grad()
             loss = self.job.loss(self.model(inputs), labels)
             loss.backward()  # averages the gradients over the ranks as they become ready
@@ -98,10 +99,12 @@ class _Replica:
             if self.schedule is not None:
                 self.schedule.step()
             end, cpu_end = time.perf_counter(), time.process_time()
-            times = {"step_s": end - start, "data_s": loaded - start, "cpu_s": cpu_end - cpu}
+            times = {"step_s": end - start, "data_s": loaded - start, "compute_s": time.thread_time() - busy}
+            times |= {"wait_s": max(0.0, end - loaded - times["compute_s"]), "cpu_s": cpu_end - cpu}
             report(step=self.step, epoch=epoch, loss=loss, samples=len(labels), **times)
             self.step, start, cpu = self.step + 1, end, cpu_end
-            if self.step == self.steps:
+            self.stopped = should_stop()
+            if self.stopped or self.step == self.steps:
                 break
 
     @torch.no_grad()

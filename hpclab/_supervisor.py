@@ -145,6 +145,8 @@ class _Supervisor:
         self.told = False
         """Whether the rank told how it ended."""
         self.ended_by_driver = False
+        self.on_demand = False
+        """Whether it was killed to see what follows."""
         self.deadline = math.inf
         """When the streams are given up, or a rank that was interrupted."""
         self.progress = _Progress(process.pid)
@@ -190,7 +192,7 @@ class _Supervisor:
         if self.ended_by_driver and not self.outcome.value:
             self.outcome.failure = failure("Stopped", "ended by its driver", consequence=True)
         elif not self.told:
-            self.outcome.failure = failure("RankDied", _cause(returncode))
+            self.outcome.failure = failure("RankDied", _cause(returncode, self.on_demand))
 
     def _record(self, record: dict, body: bytes) -> None:
         match record["record"]:
@@ -211,6 +213,7 @@ class _Supervisor:
     def _obey(self, order: dict) -> None:
         match order["order"]:
             case "kill":
+                self.on_demand = True
                 self.process.kill()
             case "end":
                 self.ended_by_driver = True
@@ -355,11 +358,11 @@ def _cancelled(worker: Worker, key: Key) -> bool:
     return state is None or state.state == "cancelled" or worker.status in (Status.closing, Status.closed)
 
 
-def _cause(returncode: int) -> str:
+def _cause(returncode: int, on_demand: bool) -> str:
     if returncode >= 0:
         return f"exited with code {returncode} before its function returned"
     name = signal.Signals(-returncode).name
-    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    hint = ", on demand" if on_demand else " (out of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 
 from hpclab.language import cjk_font, language, translate
-from hpclab.scaling import source, span
+from hpclab.rows import source, span
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -34,7 +34,7 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     for number, (name, rows) in enumerate(runs.items()):
         seconds, losses = loss_curve(rows)
-        ax.plot(seconds, losses, label=_name(name, rows), markevery=max(1, len(losses) // 8), **_look(number))
+        ax.plot(seconds, losses, label=_name(name, rows) or None, markevery=max(1, len(losses) // 8), **_look(number))
     return _finish(ax, [row for rows in runs.values() for row in rows], _("seconds of training"), _("training loss"))
 
 
@@ -77,7 +77,7 @@ def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[fl
     """Seconds of training and mean loss of a run's rows, in about so many points."""
     steps: dict[int, list[dict]] = {}
     for row in rows:
-        if row["kind"] == "step":
+        if row["kind"] == "step" and row.get("loss") is not None:
             steps.setdefault(row["step"], []).append(row)
     if not steps:
         return [], []
@@ -88,6 +88,24 @@ def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[fl
     size = max(1, len(means) // points)
     parts = [means[first : first + size] for first in range(0, len(means), size)]
     return [part[-1][0] for part in parts], [sum(value for _seconds, value in part) / len(part) for part in parts]
+
+
+def rate(rows: list[dict], ax: Axes, points: int = 40) -> tuple[list[float], list[float]]:
+    """Draw what all ranks do a second: samples, or steps where the rows tell none; return seconds and rates."""
+    steps = sorted((row for row in rows if row["kind"] == "step"), key=lambda row: row["time_s"])
+    counted = "samples" if steps and "samples" in steps[0] else None
+    if not steps or steps[-1]["time_s"] <= (first := span(steps)[0]):
+        return [], []
+    width = (steps[-1]["time_s"] - first) / max(1, min(points, len(steps) // 16))
+    sums: dict[int, float] = {}
+    for row in steps:
+        place = int((row["time_s"] - first - 1e-9) / width)
+        sums[place] = sums.get(place, 0.0) + (row[counted] if counted else 1)
+    seconds, rates = [(place + 1) * width for place in sums], [total / width for total in sums.values()]
+    ax.plot(seconds, rates, **_look(0))
+    ax.set_ylim(0)
+    _finish(ax, rows, _("seconds of training"), _("samples a second") if counted else _("steps a second, of all ranks"))
+    return seconds, rates
 
 
 def provenance(rows: list[dict]) -> str:

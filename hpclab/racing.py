@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hpclab import machine, plots, scaling
 from hpclab.language import translate as _
 from hpclab.launcher import gang_size
+from hpclab.rows import source
 from hpclab.runs import Run
 from hpclab.tables import Table
 from hpclab.training import Model, train
@@ -222,7 +223,7 @@ def lines(runs: dict[str, Rows]) -> dict[str, Rows]:
     shown = {}
     for label, rows in runs.items():
         shown[label] = rows
-        if scaling.source(rows) == "emulated":
+        if source(rows) == "emulated":
             shown[_("{label}, a CPU each", label=label)] = own_cpu(rows)
     return shown
 

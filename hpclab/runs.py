@@ -1,6 +1,5 @@
 """A run: a gang of ranks at work, seen from the notebook, and what it leaves on disk."""
 
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from hpclab import machine
 from hpclab._ledger import Gang, admit, consult, release, topic
 from hpclab._supervisor import Outcome, Place, failure, give, supervise
+from hpclab.rows import line, read
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def stop_all(client: Client) -> None:
         run.wait()
 
 
-class Run:
-    """A gang at work, or what it left.
+class Record:
+    """A run as its folder tells it: what is there also when the kernel has gone.
 
     Attributes
     ----------
@@ -80,15 +80,85 @@ class Run:
     folder : Path
         Holds ``rows.jsonl``, all rows, one a line, written as they come; and ``rank-<n>.log``, what each rank printed.
     rows : list of dict
-        What the ranks reported so far; the first, of kind "run", tells the machine.
+        What the ranks reported so far, as `hpclab.rows` tells it; the first, of kind "run", tells the machine.
+    ranks : int
+        Number of ranks.
     status : str
-        "waiting" (for room), "running", "finished", "failed" or "stopped".
+        "waiting" (for room; ``place`` is its number in the queue), "running", "finished", "failed" or "stopped";
+        "interrupted" if its kernel went before it.
     """
 
+    def __init__(self, name: str, folder: Path, ranks: int, rows: list[dict], status: str):
+        self.name = name
+        self.folder = folder
+        self.ranks = ranks
+        self.rows = rows
+        self.status = status
+        self.place = 0
+        self.quiet = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.state()}, {self.ranks} ranks, {len(self.rows)} rows>"
+
+    def state(self) -> str:
+        """The status, with the place in the queue of a run that waits."""
+        return f"waiting, {self.place} in the queue" if self.status == "waiting" else self.status
+
+    def _ipython_display_(self) -> None:
+        from hpclab.views import show
+
+        self.quiet = True  # the view shows what is printed
+        show(self)
+
+    def logs(self, rank: int | None = None) -> str:
+        """Return what a rank printed so far; of all ranks, one after the other, if none is named."""
+        if rank is None:
+            return "".join(f"[rank {number}]\n{self.logs(number)}" for number in range(self.ranks))
+        self._check_rank(rank)
+        file = self.folder / f"rank-{rank}.log"
+        if not file.exists():
+            return ""
+        with open(file, encoding="utf-8", newline="") as text:
+            return text.read()
+
+    def tail(self, rank: int, lines: int, size: int = 4096) -> list[str]:
+        """Newest lines that a rank printed, of the last `size` bytes; of a progress bar its last state."""
+        file = self.folder / f"rank-{rank}.log"
+        if not file.exists():
+            return []
+        with open(file, "rb") as text:
+            text.seek(max(0, file.stat().st_size - size))
+            found = text.read().decode("utf-8", "replace").rstrip("\r\n").split("\n")
+        return [one.rstrip("\r").rsplit("\r", 1)[-1] for one in found[-lines:]]
+
+    def _check_rank(self, rank: int) -> None:
+        if rank not in range(self.ranks):
+            raise ValueError(f"rank (={rank!r}) must be from 0 to {self.ranks - 1}.")
+
+
+def open_run(folder: str | os.PathLike) -> Record:
+    """Show a run again from its folder: a finished one, or one whose kernel has gone.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no rows of a run.
+    """
+    path = Path(folder).absolute()
+    found = read(path / "rows.jsonl") if (path / "rows.jsonl").is_file() else []
+    if not found or found[0].get("kind") != "run":
+        raise FileNotFoundError(
+            f"folder (={str(folder)!r}) holds no rows.jsonl of a run; name one such as results/<run>."
+        )
+    status = found[-1]["status"] if found[-1]["kind"] == "end" else "interrupted"
+    return Record(found[0]["run"], path, found[0]["ranks"], found, status)
+
+
+class Run(Record):
+    """A gang at work, or what it left; see `Record` for its attributes."""
+
     def __init__(self, client: Client, gang: Gang, settings: Settings, payload: bytes, folder: Path, wait: bool):
-        self.name = gang.run
-        self.status = "waiting"
-        self.rows: list[dict] = []
+        super().__init__(gang.run, folder.absolute(), gang.ranks, [], "waiting")
         self._client = client
         self._gang = gang
         self._settings = settings
@@ -106,7 +176,6 @@ class Run:
         self._stacks: dict[int, str] | None = None
         self._ending = False
         self._emulated = False
-        self._queued = 0
         self._deadline = math.inf
         self._connected = time.monotonic()
         self._broken: Exception | None = None
@@ -117,7 +186,7 @@ class Run:
             answer = consult(client, admit, gang, wait)
             if refusal := answer.get("wrong") or answer.get("busy"):
                 raise ValueError(refusal) if "wrong" in answer else RuntimeError(refusal)
-            self.folder = occupy(folder)
+            occupy(self.folder)
         except BaseException:
             self._leave()
             raise
@@ -125,10 +194,6 @@ class Run:
         self._inbox.put(("news", answer))
         _alive.add(self)
         threading.Thread(target=self._drive, name=self.name, daemon=True).start()
-
-    def __repr__(self) -> str:
-        status = f"waiting, {self._queued} in the queue" if self.status == "waiting" else self.status
-        return f"<Run {self.name}: {status}, {self._gang.ranks} ranks, {len(self.rows)} rows>"
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end, and return what the ranks returned: a list by rank.
@@ -165,7 +230,7 @@ class Run:
             raise
         if self._failed():
             raise self._blame()
-        return self._finish([_value(self._outcomes[rank]) for rank in range(self._gang.ranks)])
+        return self._finish([_value(self._outcomes[rank]) for rank in range(self.ranks)])
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (default: no limit) for the end; return whether it has ended, however."""
@@ -193,13 +258,6 @@ class Run:
         self._check_rank(rank)
         self._inbox.put(("kill", rank))
 
-    def logs(self, rank: int | None = None) -> str:
-        """Return what a rank printed so far; of all ranks, one after the other, if none is named."""
-        if rank is None:
-            return "".join(f"[rank {number}]\n{self.logs(number)}" for number in range(self._gang.ranks))
-        self._check_rank(rank)
-        return self._logs[rank].read()
-
     def then(self, finish: Callable[[list], Any]) -> "Run":
         """Have ``result()`` return ``finish(values)`` in place of the list of values; returns this run."""
         self._finish = finish
@@ -217,10 +275,6 @@ class Run:
             if self._ended.is_set():
                 watcher(self, [])
 
-    def _check_rank(self, rank: int) -> None:
-        if rank not in range(self._gang.ranks):
-            raise ValueError(f"rank (={rank!r}) must be from 0 to {self._gang.ranks - 1}.")
-
     def _drive(self) -> None:
         """Take in what happens until every rank has ended; the thread of this run."""
         try:
@@ -231,6 +285,8 @@ class Run:
                     except queue.Empty:
                         kind, content = "quiet", None
                     self._take(kind, content, file)
+                self._conclude()
+                self._take_rows([self._end()], file)
         except Exception as error:  # such as a full disk
             log.exception("run %s breaks off", self.name)
             self._broken = error
@@ -303,7 +359,7 @@ class Run:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
         if "rank" in news:
             self._batches[news["rank"]] += 1
-            self._logs[news["rank"]].take(news["text"])
+            self._logs[news["rank"]].take(news["text"], shown=not self.quiet)
             source = "emulated" if self._emulated else "measured"
             self._take_rows([row | {"source": source} for row in news["rows"]], file)
             self._take_state(news)
@@ -313,7 +369,7 @@ class Run:
         elif "crowded" in news:
             self._emulated = True
         elif "place" in news:
-            self._queued = news["place"]
+            self.place = news["place"]
         elif "lost" in news:
             for place in self._places:
                 if place.worker == news["lost"]:
@@ -363,7 +419,7 @@ class Run:
 
     def _take_rows(self, rows: list[dict], file: TextIO) -> None:
         if rows:
-            file.writelines(_line(row) for row in rows)
+            file.writelines(line(row) for row in rows)
             file.flush()
             with self._lock:
                 self.rows.extend(rows)
@@ -424,14 +480,26 @@ class Run:
         self._futures.clear()
         for rank_log in self._logs:
             rank_log.close()
-        if self._stopping and not self._broken and (self._failed() or self._calls):
-            self.status = "stopped"
-        else:
-            self.status = "failed" if self._failed() else "finished"
+        self._conclude()
         with self._lock:
             self._tell([])
             self._ended.set()
         _alive.discard(self)
+
+    def _conclude(self) -> None:
+        if self._stopping and not self._broken and (self._failed() or self._calls):
+            self.status = "stopped"
+        else:
+            self.status = "failed" if self._failed() else "finished"
+
+    def _end(self) -> dict:
+        """The last row of a run."""
+        launched = self._places[0].launched if self._places else time.time()
+        row = {"kind": "end", "run": self.name, "status": self.status, "time_s": time.time() - launched}
+        if self.status == "failed":
+            error = self._blame()
+            row["error"] = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        return row
 
     def _failed(self) -> bool:
         failures = any(outcome.failure for outcome in self._outcomes.values())
@@ -455,7 +523,7 @@ class Run:
         if not failures or self._client.status != "running":
             return RankError(f"run {self.name} broke off: its client is {self._client.status}, not connected.")
         _, _, first = min(failures)
-        error = _error(self._outcomes[first], self._gang.ranks)
+        error = _error(self._outcomes[first], self.ranks)
         for consequence, _, rank in sorted(failures):
             told = self._outcomes[rank].failure
             if told is not None and consequence and rank != first and told["type"] != "Stopped":
@@ -475,27 +543,20 @@ class Log:
         self.tail = ""
         self.second, self.shown, self.hidden = 0.0, 0, 0
 
-    def take(self, text: str) -> None:
+    def take(self, text: str, shown: bool = True) -> None:
         """Keep what came, and show its whole lines."""
         if text:
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(text)
         *lines, self.tail = (self.tail + text).split("\n")
-        for line in lines:
-            self._show(line)
+        for whole in lines if shown else ():
+            self._show(whole)
 
     def close(self) -> None:
         """Show a last line that has no end, and how many were not shown."""
         if self.tail:
             self._show(self.tail)
         self._own_up()
-
-    def read(self) -> str:
-        """All that was printed so far."""
-        if not self.path.exists():
-            return ""
-        with open(self.path, encoding="utf-8", newline="") as file:
-            return file.read()
 
     def _show(self, line: str) -> None:
         now = time.monotonic()
@@ -540,15 +601,6 @@ def _about(gang: Gang, launched: float) -> dict:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(launched))
     about = {"kind": "run", "run": gang.run, "started": started, "ranks": gang.ranks, "threads": gang.threads}
     return about | machine.describe()
-
-
-def _line(row: dict) -> str:
-    """A row as a line of JSON, which knows neither NaN nor infinity: they become null."""
-    try:
-        return json.dumps(row, allow_nan=False) + "\n"
-    except ValueError:
-        odd = {name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-        return json.dumps(row | dict.fromkeys(odd)) + "\n"
 
 
 def _outcome(future: Future, place: Place) -> Outcome:

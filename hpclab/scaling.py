@@ -8,6 +8,7 @@ from distributed import Client
 from tqdm.auto import tqdm
 
 from hpclab.launcher import gang_size, whole_number
+from hpclab.rows import label, source, span
 from hpclab.runs import Run
 
 WARM_UP = 5
@@ -127,12 +128,6 @@ def throughput(rows: list[dict]) -> float:
     return sum(row["samples"] for row in steps) / max(spent.values())
 
 
-def span(rows: list[dict]) -> tuple[float, float]:
-    """Seconds from the launch to the start of the first training step, and to the end of the last."""
-    steps = [row for row in rows if row["kind"] == "step"]
-    return min(row["time_s"] - row["step_s"] for row in steps), max(row["time_s"] for row in steps)
-
-
 def summary(rows: list[dict]) -> list[dict]:
     """Compare the cases of a sweep with its first case.
 
@@ -154,19 +149,6 @@ def summary(rows: list[dict]) -> list[dict]:
         trials.setdefault(row["case"], []).append(row)
     baseline = trials[min(trials)]
     return [_summary(trials[case], baseline) for case in sorted(trials)]
-
-
-def label(ranks: int, threads: int = 1) -> str:
-    """Name of a case: "2 ranks", "1 rank x 2 threads"."""
-    return f"{ranks} rank{'s' * (ranks > 1)}" + f" x {threads} threads" * (threads > 1)
-
-
-def source(rows: list[dict]) -> str:
-    """Provenance of rows taken together: "measured" only if all are, "unknown" if none says its own."""
-    kinds = {row["source"] for row in rows if "source" in row}
-    if not kinds:
-        return "unknown"
-    return kinds.pop() if len(kinds) == 1 else "emulated" if kinds == {"measured", "emulated"} else "mixed"
 
 
 def _summary(trials: list[dict], baseline: list[dict]) -> dict:

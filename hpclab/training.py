@@ -97,10 +97,8 @@ def train(
     Returns
     -------
     Run
-        Its ``result()`` is a `Fit`. Its rows: of kind "step" one a rank and step, with ``step``, ``epoch``, ``loss``
-        (of this rank's samples), ``samples``, ``step_s`` (duration), ``data_s`` (of it, waiting for data) and ``cpu_s``
-        (CPU time of this rank's process in it); of kind "epoch" one an epoch, with ``test_loss``, ``test_accuracy`` and
-        ``samples``.
+        Its ``result()`` is a `Fit`; stopped, it ends after the same step on every rank, and the weights of then are in
+        it. Its rows are of the kinds "step" (the loss is that of a rank's own samples) and "epoch"; see `hpclab.rows`.
 
     Raises
     ------

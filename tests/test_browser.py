@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import no_rank_left, require
 
@@ -23,10 +24,15 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def home(tmp_path_factory):
+    """Folder in which JupyterLab is started; the course is in ``course``."""
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(home):
     """Address, up to the notebook's name, and token of a JupyterLab that `hpclab lab` opened on a fresh course."""
     require(CHROMIUM is not None, "chromium")
-    home = tmp_path_factory.mktemp("lab")
     for name, settings in SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +103,7 @@ def choose(page, menu, item):
 def wait_for(page, condition, name):
     """Wait for a condition, a JavaScript expression; what the page showed instead is kept."""
     try:
-        page.wait_for_function(f"() => {condition}", timeout=180_000)
+        page.wait_for_function(f"() => {condition}", timeout=120_000)
     except Exception:
         shoot(page, f"failed-{name}")
         raise
@@ -122,7 +128,7 @@ def test_notebook_runs_from_top_to_bottom(page, lab, name):
     wait_for(page, f"{prompts}.every(prompt => /\\[\\d+\\]/.test(prompt.innerText))", name)
     shoot(page, name)
     outputs = page.locator(".jp-OutputArea-output")
-    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    assert outputs.get_by_text("Traceback (most recent call last)").count() == 0
     assert outputs.get_by_text("Error displaying widget").count() == 0
     assert outputs.locator("img").count() >= 1
     assert page.locator(".hpclab-result[data-status=fail]").count() >= 1, "an unsolved exercise reports"
@@ -150,3 +156,59 @@ def test_the_race_button_replaces_the_race(page, lab):
 
 def race_outputs(page):
     return page.locator(".jp-RenderedHTMLCommon p", has_text="You predicted").all_inner_texts()
+
+
+GANG = [
+    """
+import time, hpclab
+def work(slow=0.02):
+    import torch, torch.distributed as dist
+    for step in range(100_000):
+        dist.all_reduce(torch.ones(1))
+        time.sleep(slow)
+        hpclab.report(step=step, loss=1 / (1 + step), samples=64, step_s=slow, compute_s=slow / 4, wait_s=slow * 3 / 4)
+        if step % 20 == 0:
+            print("step", step)
+        if hpclab.should_stop():
+            return step
+client = hpclab.connect(workers=2)
+""",
+    "run = hpclab.launch(client, work, ranks=2)\nrun",
+    "run.result()",
+]
+
+
+@pytest.fixture
+def gang(page, lab, home, request):
+    """A notebook whose last cell waits for a gang that is shown live in the cell before."""
+    name = f"{request.node.name}.ipynb"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in GANG])
+    notebook.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nbformat.write(notebook, home / "course" / name)
+    open_notebook(page, lab, name)
+    choose(page, "Run", "Run All Cells")
+    wait_for(page, "/talking and waiting/.test(document.body.innerText)", "gang")
+    wait_for(page, "/step [1-9]/.test(document.body.innerText)", "gang")
+    assert page.locator(".jp-CodeCell .jp-InputPrompt").last.inner_text().strip() == "[*]:", "the cell waits"
+    return page
+
+
+def test_stop_while_a_cell_waits(gang):
+    shoot(gang, "gang-live")
+    gang.locator(".widget-button", has_text="Stop").click()
+    wait_for(gang, "/: stopped/.test(document.body.innerText)", "gang-stopped")
+    shoot(gang, "gang-stopped")
+    assert no_rank_left()
+    assert gang.locator(".widget-button").count() == 0, "an ordinary output takes the controls' place"
+    first, second = re.fullmatch(r"\[(\d+), (\d+)\]", gang.locator(".jp-OutputArea-output").last.inner_text()).groups()
+    assert first == second
+
+
+def test_kill_a_rank_while_a_cell_waits(gang):
+    gang.locator(".widget-dropdown select").select_option("1")
+    gang.locator(".widget-button", has_text="Kill this rank").click()
+    wait_for(gang, "/: failed/.test(document.body.innerText)", "gang-killed")
+    shoot(gang, "gang-killed")
+    assert no_rank_left()
+    error = gang.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)").inner_text()
+    assert re.search("rank 1 of 2 on .* was killed by SIGKILL, on demand", error)

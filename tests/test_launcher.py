@@ -17,7 +17,7 @@ from conftest import no_rank_left, ranks_alive
 from distributed import Client
 
 import hpclab
-from hpclab import machine, runs
+from hpclab import machine, runs, views
 
 
 def describe():
@@ -123,6 +123,45 @@ def test_a_failing_watcher_harms_nobody(client, caplog):
     assert "ZeroDivisionError: planted" in caplog.text
 
 
+def test_a_run_is_shown_again_from_its_folder(client):
+    run = hpclab.launch(client, talk, 30, ranks=2)
+    run.result(60)
+    again = hpclab.open_run(run.folder)
+    assert (again.name, again.status, again.ranks, again.rows) == (run.name, "finished", 2, run.rows)
+    assert again.logs() == run.logs()
+    failed = hpclab.launch(client, raise_on, 1, ranks=2)
+    failed.wait(60)
+    again = hpclab.open_run(failed.folder)
+    assert again.status == "failed"
+    assert "rank 1 of 2" in again.rows[-1]["error"]
+    assert "planted on 1" in views.page(again)
+
+
+def test_a_run_whose_kernel_went_is_interrupted(client):
+    run = hpclab.launch(client, chatter, ranks=2)
+    started(run)
+    lines = (run.folder / "rows.jsonl").read_text()
+    run.stop()
+    assert hpclab.open_run(run.folder).status == "stopped"
+    (run.folder / "rows.jsonl").write_text(lines + '{"kind": "st')  # what a killed kernel leaves
+    assert hpclab.open_run(run.folder).status == "interrupted"
+    with pytest.raises(FileNotFoundError, match=r"folder \(=.*holds no rows.jsonl of a run"):
+        hpclab.open_run(run.folder / "nowhere")
+
+
+def test_the_view_tells_what_each_rank_does(client):
+    run = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=2, steps=20, progress=False)
+    run.result(60)
+    table = views.ranks(run.rows)
+    assert [row["rank"] for row in table] == [0, 1]
+    for row in table:
+        shares = [int(row[name].rstrip("%")) for name in ("computing", "data", "talking and waiting")]
+        assert 97 <= sum(shares) <= 103
+    page = views.page(run)
+    assert ": finished" in page
+    assert 'alt="loss ' in page
+
+
 def report_odd_numbers():
     hpclab.report(loss=float("nan"), best=float("inf"), worst=0.5)
 
@@ -130,9 +169,9 @@ def report_odd_numbers():
 def test_odd_numbers_are_null_in_the_file(client):
     run = hpclab.launch(client, report_odd_numbers, ranks=1)
     run.result(60)
-    row = json.loads((run.folder / "rows.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    row = json.loads((run.folder / "rows.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
     assert (row["loss"], row["best"], row["worst"]) == (None, None, 0.5)
-    assert run.rows[-1]["loss"] != run.rows[-1]["loss"], "it stays NaN in memory"
+    assert run.rows[1]["loss"] != run.rows[1]["loss"], "it stays NaN in memory"
 
 
 def test_a_full_disk_ends_the_run_and_is_told(client):
@@ -182,7 +221,7 @@ def test_floods_are_cut_short_on_the_screen_not_in_the_file(tmp_path, capsys):
     log.take("progress  10%\rprogress  99%\n")
     log.take("no end")
     log.close()
-    assert log.read() == text + "progress  10%\rprogress  99%\nno end"
+    assert log.path.read_bytes().decode() == text + "progress  10%\rprogress  99%\nno end"
     shown = capsys.readouterr().out.splitlines()
     assert shown[: log.LINES] == [f"[rank 0] line {number}" for number in range(log.LINES)]
     assert f"... {1002 - log.LINES} more lines are in " in shown[-1]

@@ -32,12 +32,14 @@ LAYERS = {
     "launcher": {"_ledger", "runs"},
     "machine": set(),
     "models": set(),
-    "plots": {"language", "scaling"},
-    "racing": {"language", "launcher", "machine", "plots", "runs", "scaling", "tables", "training"},
-    "runs": {"_ledger", "_supervisor", "machine"},
-    "scaling": {"launcher", "runs"},
+    "plots": {"language", "rows"},
+    "racing": {"language", "launcher", "machine", "plots", "rows", "runs", "scaling", "tables", "training"},
+    "rows": set(),
+    "runs": {"_ledger", "_supervisor", "machine", "rows", "views"},
+    "scaling": {"launcher", "rows", "runs"},
     "tables": set(),
     "training": {"_replica", "data", "launcher", "runs"},
+    "views": {"language", "plots", "rows", "tables"},
     "widgets": {"language", "racing", "tables", "training"},
 }
 

@@ -4,6 +4,7 @@ import pytest
 
 import hpclab
 from hpclab import plots, racing, scaling
+from hpclab import rows as from_rows
 
 
 def rows(ranks=1, threads=1, step_s=0.1, steps=15, source="measured", samples=64):
@@ -106,11 +107,11 @@ def test_bad_arguments(client, arguments, says):
 
 
 def test_source_is_measured_only_if_all_is():
-    assert scaling.source(rows()) == "measured"
-    assert scaling.source(rows(source="emulated")) == "emulated"
-    assert scaling.source(rows() + rows(source="emulated")) == "emulated"
-    assert scaling.source(rows() + rows(source="recorded")) == "mixed"
-    assert scaling.source([{"kind": "run"}]) == "unknown"
+    assert from_rows.source(rows()) == "measured"
+    assert from_rows.source(rows(source="emulated")) == "emulated"
+    assert from_rows.source(rows() + rows(source="emulated")) == "emulated"
+    assert from_rows.source(rows() + rows(source="recorded")) == "mixed"
+    assert from_rows.source([{"kind": "run"}]) == "unknown"
 
 
 def test_race_tells_what_it_can(monkeypatch):
@@ -122,7 +123,7 @@ def test_race_tells_what_it_can(monkeypatch):
     assert "took turns" in race.verdict()
     (name, own) = list(racing.lines(race.runs).items())[-1]
     assert name == "2 ranks, a CPU each"
-    assert scaling.span(own) == pytest.approx((0, seconds * 0.1)), "on its own clock a rank spends half the seconds"
+    assert from_rows.span(own) == pytest.approx((0, seconds * 0.1)), "on its own clock a rank spends half the seconds"
     monkeypatch.setattr(racing.machine, "cpus", lambda: 1)
     assert racing.racers() == [
         {"ranks": 1, "threads": 1},

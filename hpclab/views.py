@@ -1,0 +1,156 @@
+"""A run in a notebook: live while it goes, with buttons; an ordinary output when it has ended."""
+
+import base64
+import html
+import io
+import threading
+import time
+from typing import Any
+
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+
+from hpclab import plots
+from hpclab.language import translate as _
+from hpclab.rows import source
+from hpclab.tables import Table, markup
+
+SHARE = 0.1
+"""Share of the time that drawing may take: the CPU is the ranks'."""
+LEAST_SECONDS = 0.5
+LINES = 12
+"""Newest lines of the logs that are shown."""
+
+
+def show(run: Any) -> None:
+    """Show a run as the output of a cell, and keep it up to date until it has ended.
+
+    Parameters
+    ----------
+    run : Run or Record
+    """
+    if run.status in ("waiting", "running"):
+        LiveView(run).show()
+    else:
+        display(HTML(page(run)))
+
+
+class LiveView:
+    """What `page` shows, drawn anew as rows come, with a Stop button and one that kills a rank.
+
+    The buttons work while a cell waits in ``run.result()``, as the kernel has subshells (ipykernel 7, JupyterLab 4.4).
+    When the run has ended, an ordinary output takes the place of the controls, so that a saved notebook shows it too.
+    """
+
+    def __init__(self, run: Any):
+        import ipywidgets
+
+        self.run = run
+        self.content = ipywidgets.HTML()
+        self.stop = ipywidgets.Button(description=_("Stop"), icon="stop", button_style="warning")
+        self.rank = ipywidgets.Dropdown(options=list(range(run.ranks)), description=_("rank"))
+        self.kill = ipywidgets.Button(description=_("Kill this rank"), icon="bolt", button_style="danger")
+        self.stop.on_click(lambda button: self._stop())
+        self.kill.on_click(lambda button: run.kill(self.rank.value))
+        for control in (self.stop, self.rank, self.kill):
+            # ipykernel 7.4 brings what a control says to the shell that made it, which waits in ``run.result()``; this
+            # leaves it with the subshell that JupyterLab has chosen for it.
+            control.comm._reply_subshell_for = lambda data, chosen: chosen
+        self.controls = ipywidgets.VBox([ipywidgets.HBox([self.stop, self.rank, self.kill]), self.content])
+        self.handle: Any = None
+        self.news = threading.Event()
+
+    def show(self) -> None:
+        """Display it here, and begin to follow the run."""
+        self.content.value = page(self.run)
+        self.handle = display(self.controls, display_id=True)
+        self.run.watch(lambda run, rows: self.news.set())
+        threading.Thread(target=self._follow, name="hpclab-view", daemon=True).start()
+
+    def _stop(self) -> None:
+        self.stop.disabled = True
+        threading.Thread(target=self.run.stop, name="hpclab-stop", daemon=True).start()
+
+    def _follow(self) -> None:
+        while self.run.status in ("waiting", "running"):
+            self.news.wait()
+            self.news.clear()
+            started = time.monotonic()
+            self.content.value = page(self.run)
+            time.sleep(max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
+        self.handle.update(HTML(page(self.run)))
+        self.controls.close()
+
+
+def page(run: Any) -> str:
+    """A run as HTML: its state, its figure, a row a rank, the newest lines of its logs, and its error if it failed."""
+    rows = run.rows.copy()
+    parts = [f"<p><strong>{html.escape(run.name)}</strong>: {_word(run)}</p>"]
+    if any(row["kind"] == "step" for row in rows):
+        told, image = _figure(rows)
+        parts += [
+            f'<img style="max-width: 100%" alt="{html.escape(told)}" src="data:image/png;base64,{image}">',
+            markup(ranks(rows)),
+        ]
+    if lines := _newest(run):
+        parts.append(f"<pre>{html.escape(lines)}</pre>")
+    if rows and "error" in rows[-1]:
+        parts.append(f"<pre>{html.escape(rows[-1]['error'])}</pre>")
+    return "\n".join(parts)
+
+
+def ranks(rows: list[dict]) -> Table:
+    """One row a rank: how far it is, its loss, and what its time went into, as shares of its steps so far."""
+    steps: dict[int, list[dict]] = {}
+    for row in rows:
+        if row["kind"] == "step":
+            steps.setdefault(row["rank"], []).append(row)
+    return Table(_rank(rank, steps[rank]) for rank in sorted(steps))
+
+
+def _rank(rank: int, steps: list[dict]) -> dict:
+    last = steps[-1]
+    shown = {_("rank"): rank, _("step"): last.get("step"), _("loss"): last.get("loss")}
+    spent = sum(row.get("step_s") or 0.0 for row in steps)
+    for name, title in (("compute_s", _("computing")), ("data_s", _("data")), ("wait_s", _("talking and waiting"))):
+        if spent and name in last:
+            shown[title] = f"{sum(row.get(name) or 0.0 for row in steps) / spent:.0%}"
+    return shown | {_("seconds"): round(last["time_s"], 1), _("source"): plots.source_word(source(steps))}
+
+
+def _word(run: Any) -> str:
+    words = {
+        "waiting": _("waiting, {place} in the queue", place=run.place),
+        "running": _("running"),
+        "finished": _("finished"),
+        "failed": _("failed"),
+        "stopped": _("stopped"),
+        "interrupted": _("interrupted: its kernel went before it"),
+    }
+    return words[run.status]
+
+
+def _figure(rows: list[dict]) -> tuple[str, str]:
+    """Loss and throughput against seconds: in words, and as PNG in base64."""
+    shown = Figure(figsize=(8.5, 2.8))
+    left, right = shown.subplots(1, 2)
+    shown.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.9, wspace=0.25)  # a layout engine takes far longer
+    seconds, losses = plots.loss_curve(rows)
+    if losses:
+        plots.loss({"": rows}, left)
+    else:
+        left.set_axis_off()
+    times, rates = plots.rate(rows, right)
+    told = [_("loss {loss:.3f} after {seconds:.1f} s", loss=losses[-1], seconds=seconds[-1])] * bool(losses)
+    told += [_("{rate:,.0f} a second after {seconds:.1f} s", rate=rates[-1], seconds=times[-1])] * bool(rates)
+    buffer = io.BytesIO()
+    shown.savefig(buffer, format="png", dpi=90)
+    return "; ".join(told), base64.b64encode(buffer.getvalue()).decode()
+
+
+def _newest(run: Any) -> str:
+    """The newest lines of the logs, each with its rank."""
+    lines = []
+    for rank in range(run.ranks):
+        lines += [f"[rank {rank}] {line}" for line in run.tail(rank, max(2, LINES // run.ranks))]
+    return "\n".join(lines[:200])

@@ -35,11 +35,12 @@ lint: $(READY) ## style and types
 notebooks: $(READY) ## the course's notebooks, from notebooks/source
 	@$(BIN)/python notebooks/build.py $(ARGS)
 
-bench: $(READY) ## what this machine can do: throughput, as ratios measured side by side
+bench: $(READY) .venv-peers/.ready ## throughput and launches, as ratios measured side by side, also with other launchers
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)
+	@$(BIN)/python benchmarks/launch.py $(ARGS)
 
 clean: ## remove .venv, builds and caches; results stay
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is removed before an install and written after it: without one, an install was interrupted, and we start afresh.
@@ -53,6 +54,14 @@ $(READY): pyproject.toml constraints.txt $(BIN)/python
 	@echo "Installing into .venv: some minutes, most of them for torch ..."
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --editable '.[dashboard,dev]'
+	@touch $@
+
+# The launchers that hpclab is measured against; some gigabytes.
+.venv-peers/.ready: benchmarks/peers.txt
+	@$(PYTHON) -m venv --clear .venv-peers
+	@echo "Installing into .venv-peers ..."
+	@.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --requirement $< \
+	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
 	@touch $@
 
 # Not made yet, or the Python behind it is gone.

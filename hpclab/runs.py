@@ -527,7 +527,7 @@ class Run(Record):
         for consequence, _, rank in sorted(failures):
             told = self._outcomes[rank].failure
             if told is not None and consequence and rank != first and told["type"] != "Stopped":
-                error.add_note(f"In consequence, rank {rank}: {told['type']}: {told['message']}")
+                error.add_note(f"In consequence, rank {rank}: {told['type']}: {told['message'][:150]}")
         return error
 
 

@@ -145,7 +145,7 @@ class _Bar:
             if "test_accuracy" in row:
                 self.bar.set_postfix(accuracy=f"{row['test_accuracy']:.3f}", refresh=False)
         self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
-        if run.status != "running":
+        if run.status not in ("waiting", "running"):
             self.bar.close()
 
 

@@ -38,6 +38,7 @@ notebooks: $(READY) ## the course's notebooks, from notebooks/source
 bench: $(READY) .venv-peers/.ready ## throughput and launches, as ratios measured side by side, also with other launchers
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)
 	@$(BIN)/python benchmarks/launch.py $(ARGS)
+	@.venv-peers/bin/python benchmarks/frameworks.py
 
 clean: ## remove .venv, builds and caches; results stay
 	rm -rf .venv .venv-peers dist .mypy_cache .pytest_cache .ruff_cache
@@ -57,10 +58,10 @@ $(READY): pyproject.toml constraints.txt $(BIN)/python
 	@touch $@
 
 # The launchers that hpclab is measured against; some gigabytes.
-.venv-peers/.ready: benchmarks/peers.txt
+.venv-peers/.ready: benchmarks/peers.txt pyproject.toml
 	@$(PYTHON) -m venv --clear .venv-peers
 	@echo "Installing into .venv-peers ..."
-	@.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --requirement $< \
+	@.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --requirement $< --editable . \
 	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
 	@touch $@
 

@@ -295,6 +295,38 @@ def test_killed_zygote(own):
     assert {psutil.Process(pid).status() for pid in zygotes_alive()} <= {"sleeping", "running"}
 
 
+def test_without_fork(own):
+    """As on macOS and Windows: a standby process that has imported torch becomes the rank."""
+
+    def forbid():
+        from hpclab import _agent
+
+        _agent.FORK = False
+
+    own.run(forbid)
+    assert hpclab.launch(own, all_reduce, ranks=2).result(60) == [2, 2]
+    with pytest.raises(LookupError, match="planted"):
+        hpclab.launch(own, on_rank_1, fail, ranks=2).result(60)
+    assert hpclab.launch(own, os.getpid, ranks=2).result(60) != hpclab.launch(own, os.getpid, ranks=2).result(60)
+
+
+def all_reduce_by_env():
+    """As a function that was written for torchrun."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    total = all_reduce()
+    dist.destroy_process_group()
+    return total
+
+
+def test_what_was_written_for_torchrun(client):
+    assert hpclab.launch(client, all_reduce_by_env, ranks=2, init=False).result(60) == [2, 2]
+    with pytest.raises(LookupError, match="planted"):
+        hpclab.launch(client, fail, ranks=2, init=False).result(60)
+    usable(client)
+
+
 def test_restarted_cluster(own):
     run = running(own)
     own.restart()

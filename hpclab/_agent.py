@@ -33,6 +33,7 @@ class Warmth(WorkerPlugin):
     """Keeps what ranks start from ready on each worker: a lease on the host's zygote, or a standby process."""
 
     name = "hpclab-warmth"
+    idempotent = True  # registered again, Dask would take the running one down, and with its lease the zygote
 
     def setup(self, worker: Worker) -> None:
         """Begin, in the background; called by Dask on each worker, also on one that comes later."""
@@ -125,6 +126,8 @@ def start(env: dict[str, str], cluster: str) -> Process:
 
 class _Forked(Process):
     def __init__(self, env: dict[str, str], cluster: str):
+        self.zygote = _call_zygote(cluster)
+        cwd = os.getcwd()
         pipes = [os.pipe() for _ in range(3)]  # (read end, write end) of the rank's standard streams
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
         self.stdin, self.stdout, self.stderr = (
@@ -133,8 +136,7 @@ class _Forked(Process):
             os.fdopen(pipes[2][0], "rb"),
         )
         self.returncode: int | None = None
-        self.zygote = _call_zygote(cluster)
-        answer = self._ask({"env": env, "cwd": os.getcwd()}, theirs)
+        answer = self._ask({"env": env, "cwd": cwd}, theirs)
         if "error" in answer:
             self.zygote.close()
             raise RuntimeError(f"the zygote of host {socket.gethostname()} can't fork ranks: {answer['error']}")
@@ -146,6 +148,8 @@ class _Forked(Process):
             return json.loads(self.zygote.recv(MESSAGE_BYTES) or '{"error": "it was killed"}')
         except ConnectionError:
             return {"error": "it ended before it was ready; the worker's log has its last words"}
+        except OSError as error:  # such as an environment too large to send
+            return {"error": str(error)}
         finally:
             for fd in fds:
                 os.close(fd)
@@ -194,9 +198,8 @@ class _Standby(Process):
     @classmethod
     def take(cls, env: dict[str, str]) -> "_Standby":
         """Give the one that is ready an environment, and start the next."""
-        cls.prepare()
         with cls.lock:
-            standby = cls.ready.pop()
+            standby = cls.ready.pop() if cls.ready else cls()
         standby.stdin.write(json.dumps(env).encode() + b"\n")
         standby.stdin.flush()
         threading.Thread(target=cls.prepare, daemon=True).start()
@@ -216,7 +219,7 @@ class _Standby(Process):
 def _call_zygote(cluster: str) -> socket.socket:
     """Connect to this host's zygote of a cluster, which is started if it isn't there."""
     folder = _private_folder()
-    path = folder / hashlib.sha256(cluster.encode()).hexdigest()[:16]
+    path = folder / hashlib.sha256(f"{cluster} {socket.gethostname()}".encode()).hexdigest()[:16]
     caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with _locked(folder):
         try:

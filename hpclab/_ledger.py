@@ -40,7 +40,7 @@ def topic(run: str) -> str:
 
 
 def consult(client: Client, question: Callable[..., dict], *args: Any) -> dict:
-    """Ask the ledger of a client's cluster to `prepare`, `admit`, `release` or tell its `room`; the first makes it."""
+    """Put a question to the ledger of a client's cluster, one of the functions below; the first question makes it."""
     pools: dict[str, tuple[str, int] | None] = {}
     while True:
         answer = client.run_on_scheduler(_answer, question, args, pools)
@@ -60,7 +60,10 @@ def admit(ledger: "Ledger", gang: Gang, wait: bool) -> dict:
     """Seat a gang and tell its `seats`, or else its ``place`` in the queue, what is ``wrong`` with it, or ``busy``."""
     if wrong := ledger.wrong(gang):
         return {"wrong": wrong}
-    ledger.queue.append(gang)
+    if gang.oversubscribe:
+        ledger.queue.insert(0, gang)  # it takes no CPU that others wait for
+    else:
+        ledger.queue.append(gang)
     ledger.advance()
     if gang.run in ledger.gangs or wait:
         ledger.subscribe(gang)
@@ -71,7 +74,14 @@ def admit(ledger: "Ledger", gang: Gang, wait: bool) -> dict:
 
 def room(ledger: "Ledger", gang: Gang) -> dict:
     """Whether a gang would fit if no other were there: ``ranks``, the most that do, and ``wrong``, or None."""
-    return {"ranks": max(ledger.slots().values(), default=0) // gang.threads, "wrong": ledger.wrong(gang)}
+    most = max(1, max(ledger.slots().values(), default=0) // gang.threads)
+    return {"ranks": most, "wrong": ledger.wrong(gang)}
+
+
+def remind(ledger: "Ledger", gang: Gang) -> dict:
+    """Look whether there is room for those who wait, as workers may have come; tell what is ``wrong`` with the gang."""
+    ledger.advance()
+    return {"wrong": ledger.wrong(gang)}
 
 
 def release(ledger: "Ledger", run: str) -> dict:
@@ -198,6 +208,7 @@ class Ledger(SchedulerPlugin):
         slots = self.slots()
         free = max(slots[host] - self.load(host) for host in slots)
         held = ", ".join(f"{run} holds {len(other.workers) * other.threads}" for run, other in self.gangs.items())
+        held += f", and {len(self.queue) - 1} wait before it" * (len(self.queue) > 1)
         return (
             f"ranks (={gang.ranks}) with threads (={gang.threads}) take {gang.ranks * gang.threads} CPUs, and {free} of"
             f" {max(slots.values())} are free now: {held}; stop or await that run, or launch with wait=True."

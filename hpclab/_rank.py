@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -210,6 +211,7 @@ def _run(header: dict, payload: bytes) -> Any:
     function, arguments = pickle.loads(payload)
     rank, ranks = header["row"]["rank"], header["row"]["ranks"]
     store = dist.FileStore(header["store"], ranks)
+    store.set_timeout(timedelta(days=1))  # a gang that hangs is found by its progress
     if not header["init"]:
         with _environment_of_torchrun(store, rank, ranks):
             return function(*arguments)
@@ -271,7 +273,7 @@ def _environment_of_torchrun(store: Any, rank: int, ranks: int) -> Iterator[None
     yield
     store.set(f"ended-{rank}", "")
     if rank == 0:
-        store.wait([f"ended-{other}" for other in range(ranks)])
+        store.wait([f"ended-{other}" for other in range(ranks)], timedelta(days=365))
         del server
 
 

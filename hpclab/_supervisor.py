@@ -104,7 +104,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
             supervisor.close(process.wait())
         finally:
             process.kill()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         outcome.failure = failure("RankDied", f"could not start: {error}")
     finally:
         del _inboxes[place.run, place.rank]
@@ -216,7 +216,7 @@ class _Supervisor:
                 self.on_demand = True
                 self.process.kill()
             case "end":
-                self.ended_by_driver = True
+                self.ended_by_driver = not self.told
                 self.process.kill()
             case "stacks":
                 self.news["stack"] = self._stack()
@@ -280,7 +280,7 @@ class _Progress:
     """Whether a rank gets on: it prints or reports, or its Python is alive and uses a CPU."""
 
     def __init__(self, pid: int):
-        self.process = psutil.Process(pid)
+        self.pid = pid
         self.cpu = 0.0
         self.looked = self.alive = self.renewed = time.monotonic()
 
@@ -298,8 +298,8 @@ class _Progress:
         if now - self.looked < LOOK_SECONDS:
             return False
         with suppress(psutil.Error):
-            times = self.process.cpu_times()
-            spent = times.user + times.system
+            times = psutil.Process(self.pid).cpu_times()
+            spent = times.user + times.system + times.children_user + times.children_system
             if spent - self.cpu > IDLE * (now - self.looked) and now - self.alive < 3 * BEAT_SECONDS:
                 self.renewed = now
             self.cpu = spent

@@ -61,7 +61,7 @@ class Zygote:
         """Answer until the last lease ends."""
         while self.leases is None or self.leases:
             ready = self.selector.select(PATIENCE_SECONDS if self.leases is None else None)
-            if not ready and self.leases is None:
+            if not ready and self.leases is None and not self.ranks:
                 return
             for key, _ in ready:
                 key.data(key.fileobj)
@@ -133,6 +133,7 @@ def stand_by() -> None:
         raise ImportError(error)
     os.environ.clear()
     os.environ.update(json.loads(line))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the worker ignores it, and so would this process
     from hpclab import _rank
 
     _rank.main()

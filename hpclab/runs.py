@@ -8,7 +8,6 @@ import queue
 import re
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from distributed import Client, Future
 from tqdm import tqdm
 
 from hpclab import machine
-from hpclab._ledger import Gang, admit, consult, release, topic
+from hpclab._ledger import Gang, admit, consult, release, remind, topic
 from hpclab._supervisor import Outcome, Place, failure, give, supervise
 from hpclab.rows import line, read
 
@@ -34,7 +33,11 @@ DRAIN_SECONDS = 5.0
 
 
 GRACE_SECONDS = 5.0
-"""How long ranks that ask `should_stop` may take to end after a stop."""
+"""How long ranks may take to agree on a step after a stop."""
+SAVE_SECONDS = 60.0
+"""How long ranks that have agreed may take to reach that step, save what they have, and return."""
+REMIND_SECONDS = 2.0
+"""How often a gang that waits has the ledger look whether workers have come."""
 LOST_SECONDS = 2.0
 """How long the scheduler may be out of reach; one that comes back knows nothing of the gang."""
 WAITS = re.compile(r"torch/distributed/|torch/autograd/graph.py|torch/nn/parallel/distributed.py")
@@ -58,12 +61,13 @@ class RankError(RuntimeError):
     """A rank that ended without a Python exception of its own, or with one that can't be brought here."""
 
 
-_alive: "weakref.WeakSet[Run]" = weakref.WeakSet()
+_alive: "dict[str, Run]" = {}
+"""Runs that have not ended, by name."""
 
 
 def stop_all(client: Client) -> None:
     """Stop every run of a client that is still going, and wait for them."""
-    mine = [run for run in _alive if run._client is client and not run._ended.is_set()]
+    mine = [run for run in list(_alive.values()) if run._client is client]
     for run in mine:
         run._inbox.put(("stop", False))
     for run in mine:
@@ -178,6 +182,9 @@ class Run(Record):
         self._emulated = False
         self._deadline = math.inf
         self._connected = time.monotonic()
+        self._cut_off = False
+        self._reminded = time.monotonic()
+        self._gone: set[str] = set()
         self._broken: Exception | None = None
         self._watchers: list[Callable[[Run, list[dict]], None]] = []
         self._finish: Callable[[list], Any] = list
@@ -192,7 +199,7 @@ class Run(Record):
             raise
         self._logs = [Log(self.folder / f"rank-{rank}.log", rank) for rank in range(gang.ranks)]
         self._inbox.put(("news", answer))
-        _alive.add(self)
+        _alive[self.name] = self
         threading.Thread(target=self._drive, name=self.name, daemon=True).start()
 
     def result(self, timeout: float | None = None) -> Any:
@@ -297,7 +304,8 @@ class Run(Record):
         """Whether every rank has ended and all batches that it sent are here, or nothing more can come."""
         if self._client.status == "running":
             self._connected = time.monotonic()
-        if time.monotonic() - self._connected > LOST_SECONDS or (self._stopping and not self._places):
+        self._cut_off = time.monotonic() - self._connected > LOST_SECONDS
+        if self._cut_off or (self._stopping and not self._places):
             return True
         if not self._places or len(self._outcomes) < len(self._places):
             return False
@@ -311,12 +319,17 @@ class Run(Record):
         elif kind == "done" and content.rank not in self._outcomes:
             self._outcomes[content.rank] = content
             self._weigh(content)
+            self._agree()
         elif kind == "stop":
             self._stop(now=content)
         elif kind == "kill":
             self._order({"order": "kill"}, content)
         if time.monotonic() > self._deadline:
             self._end_all()
+        if self.status == "waiting" and time.monotonic() - self._reminded > REMIND_SECONDS:
+            self._reminded = time.monotonic()
+            with suppress(Exception):  # tried again soon, and given up when the client is cut off
+                consult(self._client, remind, self._gang)
 
     def _stop(self, now: bool) -> None:
         if now:
@@ -332,8 +345,9 @@ class Run(Record):
         None has got further than that meanwhile, and none waits for one that has ended.
         """
         left = {place.rank for place in self._places} - self._outcomes.keys()
-        if left and left <= self._calls.keys():
+        if self._stopping and left and left <= self._calls.keys():
             self._order({"order": "stop_at", "calls": max(self._calls.values()) + 1})
+            self._deadline = time.monotonic() + SAVE_SECONDS
 
     def _unknot(self) -> None:
         """If no rank gets on, and one waits for others, end the gang and show where each stands."""
@@ -371,10 +385,8 @@ class Run(Record):
         elif "place" in news:
             self.place = news["place"]
         elif "lost" in news:
-            for place in self._places:
-                if place.worker == news["lost"]:
-                    why = f"was lost with its worker {place.worker}"
-                    self._inbox.put(("done", Outcome(place.rank, place.worker, failure=failure("WorkerLost", why))))
+            self._gone.add(news["lost"])
+            self._lose()
 
     def _take_state(self, news: dict) -> None:
         """Take in what a supervisor says of its rank beside rows and prints."""
@@ -408,6 +420,14 @@ class Run(Record):
         ]
         for place, future in zip(self._places, self._futures, strict=True):
             future.add_done_callback(lambda future, place=place: self._fetch(future, place))
+        self._lose()
+
+    def _lose(self) -> None:
+        """Give up the ranks whose workers have gone."""
+        for place in self._places:
+            if place.worker in self._gone:
+                why = f"was lost with its worker {place.worker}"
+                self._inbox.put(("done", Outcome(place.rank, place.worker, failure=failure("WorkerLost", why))))
 
     def _fetch(self, future: Future, place: Place) -> None:
         """Bring an outcome here, in a thread of its own: its worker may die meanwhile, and then it never comes."""
@@ -445,6 +465,8 @@ class Run(Record):
     def _end_all(self) -> None:
         """Have the workers end the ranks that are left; asked again after a while, let go of those who didn't."""
         left = [place for place in self._places if place.rank not in self._outcomes]
+        if self._places and not left:
+            return
         if left and self._ending:
             self._let_go()
         elif left:
@@ -474,20 +496,25 @@ class Run(Record):
             self._outcomes.setdefault(place.rank, lost)
 
     def _close(self) -> None:
-        if len(self._outcomes) < len(self._places):
-            self._let_go()
-        self._leave()
-        self._futures.clear()
-        for rank_log in self._logs:
-            rank_log.close()
-        self._conclude()
-        with self._lock:
-            self._tell([])
-            self._ended.set()
-        _alive.discard(self)
+        try:
+            if len(self._outcomes) < len(self._places):
+                self._let_go()
+            with suppress(Exception):  # of a rank that was lost the task would stay with the scheduler
+                self._client.cancel([future for future in self._futures if not future.done()], force=True)
+            self._futures.clear()
+            self._leave()
+            for rank_log in self._logs:
+                rank_log.close()
+        finally:
+            self._conclude()
+            with self._lock:
+                self._tell([])
+                self._ended.set()
+            _alive.pop(self.name, None)
 
     def _conclude(self) -> None:
-        if self._stopping and not self._broken and (self._failed() or self._calls):
+        causes = any(o.failure and not o.failure["consequence"] for o in self._outcomes.values())
+        if self._stopping and not self._broken and not causes and (self._failed() or self._calls):
             self.status = "stopped"
         else:
             self.status = "failed" if self._failed() else "finished"
@@ -520,7 +547,7 @@ class Run(Record):
         if self.status == "stopped":
             return RankError(f"run {self.name} was stopped.")
         failures = [(o.failure["consequence"], o.failure["time"], o.rank) for o in self._outcomes.values() if o.failure]
-        if not failures or self._client.status != "running":
+        if not failures or self._cut_off:
             return RankError(f"run {self.name} broke off: its client is {self._client.status}, not connected.")
         _, _, first = min(failures)
         error = _error(self._outcomes[first], self.ranks)
@@ -548,7 +575,8 @@ class Log:
         if text:
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(text)
-        *lines, self.tail = (self.tail + text).split("\n")
+        *lines, tail = (self.tail + text).split("\n")
+        self.tail = tail.rpartition("\r")[2] or tail  # a progress bar overwrites itself, and may never end its line
         for whole in lines if shown else ():
             self._show(whole)
 
@@ -565,14 +593,18 @@ class Log:
             self.second, self.shown = now, 0
         if self.shown < self.LINES:
             self.shown += 1
-            tqdm.write(f"[rank {self.rank}] {line.rstrip(chr(13)).rsplit(chr(13), 1)[-1]}")  # a bar overwrites itself
+            self._write(line.rstrip("\r").rpartition("\r")[2])
         else:
             self.hidden += 1
 
     def _own_up(self) -> None:
         if self.hidden:
-            tqdm.write(f"[rank {self.rank}] ... {self.hidden:,} more lines are in {self.path}")
+            self._write(f"... {self.hidden:,} more lines are in {self.path}")
             self.hidden = 0
+
+    def _write(self, line: str) -> None:
+        with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
+            tqdm.write(f"[rank {self.rank}] {line}")
 
 
 def _plan(gang: Gang, folder: Path, settings: Settings, seats: dict) -> list[Place]:

@@ -345,6 +345,54 @@ def test_what_was_written_for_torchrun(client):
     usable(client)
 
 
+def test_a_worker_that_joins_harms_no_gang():
+    with hpclab.connect(workers=1) as client:
+        run = hpclab.launch(client, train_until_told, 100_000, True, ranks=1)
+        reports(run, 20)
+        client.cluster.scale(2)
+        client.wait_for_workers(2, timeout=60)
+        assert hpclab.launch(client, all_reduce, ranks=1).result(60) == [1]
+        assert run.status == "running"
+        run.stop()
+        assert len(run.result()) == 1
+
+
+def test_who_waits_is_seated_when_a_lost_worker_is_back(own):
+    run = running(own)
+    waiting = hpclab.launch(own, all_reduce, ranks=2, wait=True)
+    third = hpclab.launch(own, all_reduce, ranks=2, oversubscribe=True)
+    assert third.result(60) == [2, 2], "it takes turns, and nobody's place"
+    victim = run._places[0].worker
+    os.kill(own.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
+    with pytest.raises(hpclab.RankError, match="was lost with its worker"):
+        run.result(60)
+    assert waiting.result(60) == [2, 2]
+
+
+def test_an_error_outlives_its_client():
+    with hpclab.connect(workers=1) as client:
+        run = hpclab.launch(client, fail)
+        run.wait(60)
+    with pytest.raises(LookupError, match="planted"):
+        run.result()
+
+
+def save_on_a_full_disk():
+    while not hpclab.should_stop():
+        all_reduce()
+        hpclab.report(step=1)
+    raise OSError("No space left on device")
+
+
+def test_a_failure_after_a_stop_is_told(client):
+    run = hpclab.launch(client, save_on_a_full_disk, ranks=2)
+    reports(run, 20)
+    run.stop()
+    assert run.status == "failed"
+    with pytest.raises(OSError, match="No space left"):
+        run.result()
+
+
 def test_restarted_cluster(own):
     run = running(own)
     own.restart()

@@ -241,9 +241,10 @@ def test_a_failed_rank_raises_its_own_error_here(client, guilty):
     run = hpclab.launch(client, raise_on, guilty, ranks=2)
     with pytest.raises(LookupError, match=f"planted on {guilty}") as caught:
         run.result(60)
-    (note,) = caught.value.__notes__
+    note, *others = caught.value.__notes__
     assert f"rank {guilty} of 2 on " in note
     assert 'raise LookupError(f"planted on' in note
+    assert all(other.startswith(f"In consequence, rank {1 - guilty}: ") for other in others)
     assert run.status == "failed"
     assert no_rank_left()
 

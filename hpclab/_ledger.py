@@ -78,10 +78,10 @@ def room(ledger: "Ledger", gang: Gang) -> dict:
     return {"ranks": most, "wrong": ledger.wrong(gang)}
 
 
-def remind(ledger: "Ledger", gang: Gang) -> dict:
-    """Look whether there is room for those who wait, as workers may have come; tell what is ``wrong`` with the gang."""
+def remind(ledger: "Ledger") -> dict:
+    """Look whether there is room for those who wait, as workers may have come."""
     ledger.advance()
-    return {"wrong": ledger.wrong(gang)}
+    return {}
 
 
 def release(ledger: "Ledger", run: str) -> dict:

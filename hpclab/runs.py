@@ -254,8 +254,8 @@ class Run(Record):
         Parameters
         ----------
         now : bool, default False
-            Kill them. Else ranks that ask `should_stop` end at one agreed step; the others are interrupted, as by
-            Ctrl-C. Those that take longer than some seconds are killed.
+            Kill them. Else ranks that ask `should_stop` end at one agreed step, and have a minute to get there and
+            return; the others are interrupted, as by Ctrl-C, and have a second. What is left then is killed.
         """
         self._inbox.put(("stop", now))
         self.wait()
@@ -329,7 +329,7 @@ class Run(Record):
         if self.status == "waiting" and time.monotonic() - self._reminded > REMIND_SECONDS:
             self._reminded = time.monotonic()
             with suppress(Exception):  # tried again soon, and given up when the client is cut off
-                consult(self._client, remind, self._gang)
+                consult(self._client, remind)
 
     def _stop(self, now: bool) -> None:
         if now:

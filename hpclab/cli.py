@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="race 1 rank against 2 on real images, measure, and leave a page of results"
     )
-    demo.add_argument("--epochs", type=int, default=5, help="epochs of each racer (default: 5)")
+    demo.add_argument("--epochs", type=int, default=3, help="epochs of each racer (default: 3)")
     demo.add_argument("--repeats", type=int, default=2, help="rounds of the measurement (default: 2)")
     demo.add_argument("--folder", help="where results go; new or empty (default: results/<time>-demo)")
     demo.set_defaults(run=_demo)

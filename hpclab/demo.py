@@ -19,11 +19,11 @@ from hpclab.runs import Run, occupy
 from hpclab.tables import Table, markup
 from hpclab.training import train
 
-STEPS = 30
+STEPS = 15
 """Steps of a run of the sweep."""
 
 
-def demo(folder: str | None = None, epochs: int = 5, repeats: int = 2) -> Path:
+def demo(folder: str | None = None, epochs: int = 3, repeats: int = 2) -> Path:
     """Run the demo, tell its story in the terminal, and return the folder of results.
 
     Parameters
@@ -31,7 +31,7 @@ def demo(folder: str | None = None, epochs: int = 5, repeats: int = 2) -> Path:
     folder : path, optional
         Takes ``rows.jsonl``, ``figure.png``, ``index.html`` and the runs; new or empty. Default:
         ``results/<time>-demo``.
-    epochs : int, default 5
+    epochs : int, default 3
         Epochs of each racer.
     repeats : int, default 2
         Rounds of the sweep.
@@ -72,7 +72,7 @@ def _sweep(client: Client, place: Path, repeats: int) -> list[dict]:
             ranks=ranks,
             threads=threads,
             oversubscribe=oversubscribe,
-            batch_size=256 // ranks,
+            batch_size=racing.BATCH // ranks,
             steps=STEPS,
             folder=place / "sweep" / str(next(number)),
             progress=False,

@@ -23,6 +23,10 @@ from hpclab.training import Model, train
 Rows = list[dict]
 Show = Callable[[dict[str, Rows]], None]
 
+BATCH = 192
+"""Samples a step, over all ranks. Smaller ones spend a larger part of each step on talking, larger ones learn less
+from an epoch."""
+
 
 @dataclass
 class Race:
@@ -79,9 +83,9 @@ def race(
     model: Model,
     data: str,
     *,
-    epochs: int = 5,
-    batch_size: int = 256,
-    lr: float = 0.05,
+    epochs: int = 3,
+    batch_size: int = BATCH,
+    lr: float = 0.1,
     folder: str | os.PathLike | None = None,
     show: Show | None = None,
 ) -> Race:
@@ -96,11 +100,11 @@ def race(
         From `connect`.
     model, data
         As for `train`.
-    epochs : int, default 5
+    epochs : int, default 3
         Epochs of each racer.
-    batch_size : int, default 256
+    batch_size : int, default 192
         Samples a step, over all ranks; even. Smaller ones spend a larger part of each step on talking.
-    lr : float, default 0.05
+    lr : float, default 0.1
         As for `train`.
     folder : path, optional
         Takes a folder a racer. Default: one in ``results/`` for each.

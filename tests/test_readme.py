@@ -20,7 +20,7 @@ def test_the_program_runs(tmp_path, name):
     )
     done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"<Fit 20,490 weights, accuracy 0.[78]\d+", done.stdout)
+    assert re.search(r"<Fit 50,186 weights, accuracy 0.[78]\d+", done.stdout)
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "data/fashion_mnist/README.md"])

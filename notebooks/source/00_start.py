@@ -22,7 +22,7 @@ SIZE = os.environ.get("HPCLAB_SIZE", "class")
 # %% id="imports"
 import hpclab
 
-EPOCHS = {"small": 3, "class": 5, "cluster": 10}[SIZE]
+EPOCHS = {"small": 2, "class": 3, "cluster": 10}[SIZE]
 
 # %% [markdown] id="machine"
 # ## What this machine really has
@@ -102,7 +102,7 @@ hpclab.launch(client, hello, ranks=2, oversubscribe=True).result()
 # %% [markdown] id="predict"
 # ## Predict
 #
-# Three racers train the same small network (a CNN with 20,490 weights) on 10,000 pictures of clothes:
+# Three racers train the same small network (a CNN with 50,186 weights) on 10,000 pictures of clothes:
 #
 # 1. **1 rank**: one process with one thread;
 # 2. **1 rank x all threads**: one process, in which torch may use every CPU of yours;
@@ -136,7 +136,7 @@ stage.run()
 #
 # **Sooner, but not twice.** If you have two CPUs, look at *times as fast*. What is missing to 2?
 #
-# - In each step the ranks wait for each other, and exchange 82 kB of gradients.
+# - In each step the ranks wait for each other, and exchange 201 kB of gradients.
 # - Two busy CPUs share caches and memory, and also feed this notebook, the scheduler and your browser.
 # - *Start-up* isn't counted in *training*. Look at its column: for a training this short it matters more than anything
 #   else. That is Amdahl's law at work.

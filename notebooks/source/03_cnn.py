@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import hpclab
 
-EPOCHS, REPEATS, STEPS = {"small": (3, 2, 25), "class": (5, 3, 40), "cluster": (10, 5, 200)}[SIZE]
+EPOCHS, REPEATS, STEPS = {"small": (2, 2, 25), "class": (3, 3, 40), "cluster": (10, 5, 200)}[SIZE]
 
 # %% [markdown] id="data"
 # ## The pictures
@@ -164,7 +164,7 @@ hpclab.tables.Table(
 # **Why wasn't it twice as fast?** Go through the suspects in order:
 #
 # - *Waiting for data*: the share of the step's time is in the rows (`data_share`).
-# - *Talking*: 82 kB of gradients a step, partly hidden behind the backward pass.
+# - *Talking*: 201 kB of gradients a step, partly hidden behind the backward pass.
 # - *Sharing*: two busy CPUs share memory, caches, and this notebook's kernel, which draws.
 # - *Smaller batches*: half a batch doesn't always take half the time.
 #

@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 import hpclab
-from hpclab import machine, scaling
+from hpclab import machine, racing, scaling
 from hpclab._supervisor import MALLOC
 from hpclab.tables import Table
 
@@ -36,7 +36,7 @@ for chosen in order[: steps * batch].split(batch):
     spent.append(time.perf_counter() - start)
 print(json.dumps(spent))
 """
-BATCH = 256
+BATCH = racing.BATCH
 
 
 def plain(threads: int, steps: int, malloc: dict[str, str]) -> float:

@@ -251,7 +251,9 @@ def _private_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     about = folder.lstat()
     if about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise PermissionError(f"folder {folder} must belong to this user alone; remove it.")
+        raise PermissionError(
+            f"folder {folder} must belong to this user alone; remove it, or set TMPDIR to a folder of yours."
+        )
     return folder
 
 

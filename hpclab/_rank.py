@@ -126,6 +126,12 @@ def should_stop() -> bool:
     return _context is not None and _context.should_stop()
 
 
+def emulate() -> None:
+    """Have the rows of this run say that they are emulated: something other than this machine sets their times."""
+    if _context is not None:
+        _context.send({"record": "emulated"})
+
+
 def run_folder() -> Path:
     """Folder of this run's results, from inside a rank."""
     assert _context is not None

@@ -16,7 +16,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 from dask.typing import Key
@@ -24,7 +23,8 @@ from distributed import Status, Worker, get_worker, secede
 
 from hpclab._agent import MALLOC, Process, start
 from hpclab._ledger import topic
-from hpclab._rank import BEAT_SECONDS, frame, read_frames
+from hpclab._progress import RankProgress
+from hpclab._rank import frame, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
@@ -33,14 +33,12 @@ GATHER_SECONDS = 0.1
 CHUNK_BYTES = 1 << 16
 CHUNKS = 16
 """Prints of a rank in one batch; one that prints faster waits, as it would for a slow terminal."""
+ROWS = 10_000
+"""Rows of a rank in one batch; one that reports faster waits."""
 CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
-LOOK_SECONDS = 1.0
-"""How often to look whether a rank gets on."""
-IDLE = 0.02
-"""Share of a CPU below which a rank is idle; its heartbeat takes less."""
 OURS = re.compile(r'hpclab/_(rank|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
 _inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
@@ -139,6 +137,8 @@ class _Supervisor:
         self.news: dict = {}
         """What else the next batch tells."""
         self.room = threading.Semaphore(CHUNKS)
+        self.row_room = threading.Semaphore(ROWS)
+        self.orders: queue.SimpleQueue = queue.SimpleQueue()
         self.sent = 0.0
         self.streams = 2
         self.cooperates = False
@@ -149,7 +149,7 @@ class _Supervisor:
         """Whether it was killed to see what follows."""
         self.deadline = math.inf
         """When the streams are given up, or a rank that was interrupted."""
-        self.progress = _Progress(process.pid)
+        self.progress = RankProgress(process.pid)
         self.seen = 0
         """Characters of the file of stacks."""
 
@@ -161,10 +161,9 @@ class _Supervisor:
             "stacks": _stacks(place),
             "sys_path": sys.path,
         } | {name: getattr(place, name) for name in ("threads", "store", "folder", "launched", "init", "memory")}
-        for target, stream in ((self._read_records, self.process.stdout), (self._read_text, self.process.stderr)):
-            threading.Thread(target=target, args=(stream,), daemon=True).start()
-        if not self._write(header, payload):
-            self.inbox.put(("text", "the rank ended before it could read its work\n"))
+        self.orders.put(frame(header, payload))
+        for work in (self._read_records, self._read_text, self._write):
+            threading.Thread(target=work, daemon=True).start()
 
     def take(self) -> bool:
         """Take what has come in; False when the rank has ended and all it said is here."""
@@ -188,6 +187,7 @@ class _Supervisor:
 
     def close(self, returncode: int) -> None:
         """Send the rest, and name an end that the rank could not tell of itself."""
+        self.orders.put(None)
         self._send()
         if self.ended_by_driver and not self.outcome.value:
             self.outcome.failure = failure("Stopped", "ended by its driver", consequence=True)
@@ -203,6 +203,8 @@ class _Supervisor:
                 self.progress.beat()
             case "cooperates":
                 self.cooperates = True
+            case "emulated":
+                self.news["emulated"] = True
             case "calls":
                 self.news["calls"] = record["calls"]
             case "value":
@@ -225,7 +227,7 @@ class _Supervisor:
                 self.process.interrupt()
                 self.deadline = time.monotonic() + GRACE_SECONDS
             case _:
-                self._write(order, b"")
+                self.orders.put(frame(order))
 
     def _look(self) -> None:
         if self.process.poll() is not None:
@@ -240,17 +242,10 @@ class _Supervisor:
             batch = {"rank": self.place.rank, "rows": self.rows, "text": "".join(self.text)}
             self.worker.log_event(topic(self.place.run), batch | self.news)
             self.outcome.batches += 1
-            for _ in self.text:
-                self.room.release()
+            for room, content in ((self.room, self.text), (self.row_room, self.rows)):
+                if content:
+                    room.release(len(content))
             self.rows, self.text, self.news = [], [], {}
-
-    def _write(self, record: dict, body: bytes) -> bool:
-        try:
-            self.process.stdin.write(frame(record, body))
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return False
-        return True
 
     def _stack(self) -> str:
         """The main thread's Python stack; asked for by a signal, since a rank that hangs answers nothing else."""
@@ -263,52 +258,26 @@ class _Supervisor:
         lines = [line for line in text.splitlines() if not OURS.search(line)]
         return "\n".join(lines[1:]) or "(none: it is stopped, or was not up yet)"
 
-    def _read_records(self, stream: BinaryIO) -> None:
-        for record in read_frames(stream, pause=GATHER_SECONDS):
+    def _read_records(self) -> None:
+        for record in read_frames(self.process.stdout, pause=GATHER_SECONDS):
+            if record[0]["record"] == "row":
+                self.row_room.acquire()
             self.inbox.put(("record", record))
         self.inbox.put(("end", None))
 
-    def _read_text(self, stream: BinaryIO) -> None:
+    def _read_text(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while chunk := os.read(stream.fileno(), CHUNK_BYTES):
+        while chunk := os.read(self.process.stderr.fileno(), CHUNK_BYTES):
             self.room.acquire()
             self.inbox.put(("text", decoder.decode(chunk)))
         self.inbox.put(("end", None))
 
-
-class _Progress:
-    """Whether a rank gets on: it prints or reports, or its Python is alive and uses a CPU."""
-
-    def __init__(self, pid: int):
-        self.pid = pid
-        self.cpu = 0.0
-        self.looked = self.alive = self.renewed = time.monotonic()
-
-    def beat(self) -> None:
-        """Its Python runs."""
-        self.alive = time.monotonic()
-
-    def renew(self) -> None:
-        """It has printed or reported something."""
-        self.alive = self.renewed = time.monotonic()
-
-    def due(self) -> bool:
-        """Whether it is time to look again; looks at the CPU time, which also counts as getting on."""
-        now = time.monotonic()
-        if now - self.looked < LOOK_SECONDS:
-            return False
-        with suppress(psutil.Error):
-            times = psutil.Process(self.pid).cpu_times()
-            spent = times.user + times.system + times.children_user + times.children_system
-            if spent - self.cpu > IDLE * (now - self.looked) and now - self.alive < 3 * BEAT_SECONDS:
-                self.renewed = now
-            self.cpu = spent
-        self.looked = now
-        return True
-
-    def stuck_s(self) -> float:
-        """Seconds for which it has not got on."""
-        return time.monotonic() - self.renewed
+    def _write(self) -> None:
+        """Hand the rank its work, then orders: in a thread of its own, since one that was stopped reads nothing."""
+        with suppress(BrokenPipeError):  # it has ended, and how is seen elsewhere
+            while (order := self.orders.get()) is not None:
+                self.process.stdin.write(order)
+                self.process.stdin.flush()
 
 
 def _environment(place: Place, address: str) -> dict[str, str]:

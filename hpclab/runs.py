@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from hpclab import machine
 from hpclab._ledger import Gang, admit, consult, release, remind, topic
+from hpclab._progress import GangProgress, HangError
 from hpclab._supervisor import Outcome, Place, failure, give, supervise
 from hpclab.rows import line, read
 
@@ -40,8 +40,6 @@ REMIND_SECONDS = 2.0
 """How often a gang that waits has the ledger look whether workers have come."""
 LOST_SECONDS = 2.0
 """How long the scheduler may be out of reach; one that comes back knows nothing of the gang."""
-WAITS = re.compile(r"torch/distributed/|torch/autograd/graph.py|torch/nn/parallel/distributed.py")
-"""Where a stack's top stands if its rank waits for others."""
 
 
 @dataclass
@@ -51,10 +49,6 @@ class Settings:
     init: bool = True
     memory: int | None = None
     hang_after: float | None = 60.0
-
-
-class HangError(RuntimeError):
-    """Ranks waited for each other for ever."""
 
 
 class RankError(RuntimeError):
@@ -176,8 +170,7 @@ class Run(Record):
         self._lock = threading.RLock()
         self._stopping = False
         self._calls: dict[int, int] = {}
-        self._stuck: dict[int, float] = {}
-        self._stacks: dict[int, str] | None = None
+        self._progress = GangProgress(settings.hang_after, lambda: self._order({"order": "stacks"}))
         self._ending = False
         self._emulated = False
         self._deadline = math.inf
@@ -194,6 +187,7 @@ class Run(Record):
             if refusal := answer.get("wrong") or answer.get("busy"):
                 raise ValueError(refusal) if "wrong" in answer else RuntimeError(refusal)
             occupy(self.folder)
+            open(self.folder / "rows.jsonl", "x").close()  # from here on the folder is taken
         except BaseException:
             self._leave()
             raise
@@ -324,6 +318,7 @@ class Run(Record):
             self._stop(now=content)
         elif kind == "kill":
             self._order({"order": "kill"}, content)
+        self._unknot()
         if time.monotonic() > self._deadline:
             self._end_all()
         if self.status == "waiting" and time.monotonic() - self._reminded > REMIND_SECONDS:
@@ -350,30 +345,18 @@ class Run(Record):
             self._deadline = time.monotonic() + SAVE_SECONDS
 
     def _unknot(self) -> None:
-        """If no rank gets on, and one waits for others, end the gang and show where each stands."""
+        """End a gang that hangs, and keep where each rank stands."""
         left = {place.rank for place in self._places} - self._outcomes.keys()
-        limit = self._settings.hang_after
-        if limit is None or self._ending or not left or min(self._stuck.get(rank, 0.0) for rank in left) < limit:
-            self._stacks = None
-        elif self._stacks is None:
-            self._stacks = {}
-            self._order({"order": "stacks"})
-        elif left <= self._stacks.keys():
-            stuck, stacks = min(self._stuck[rank] for rank in left), self._stacks
-            self._stacks = None
-            if any(WAITS.search(stack) for stack in stacks.values()):
-                shown = "\n".join(f"rank {rank}:\n{stack.strip()}" for rank, stack in sorted(stacks.items()))
-                self._broken = HangError(
-                    f"no rank of run {self.name} got on for {stuck:.0f} s, longer than hang_after (={limit}), and some"
-                    f" wait for others. Where each stands, innermost call first:\n{shown}"
-                )
-                self._end_all()
+        if not self._ending and (found := self._progress.hang(left)):
+            self._broken = HangError(f"no rank of run {self.name} {found}")
+            self._end_all()
 
     def _take_news(self, news: dict, file: TextIO) -> None:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
         if "rank" in news:
             self._batches[news["rank"]] += 1
             self._logs[news["rank"]].take(news["text"], shown=not self.quiet)
+            self._emulated |= news.get("emulated", False)
             source = "emulated" if self._emulated else "measured"
             self._take_rows([row | {"source": source} for row in news["rows"]], file)
             self._take_state(news)
@@ -394,11 +377,7 @@ class Run(Record):
         if "calls" in news:
             self._calls[rank] = news["calls"]
             self._agree()
-        if "stack" in news and self._stacks is not None:
-            self._stacks[rank] = news["stack"]
-        if "stuck_s" in news:
-            self._stuck[rank] = news["stuck_s"]
-        self._unknot()
+        self._progress.hear(news)
 
     def _start(self, seats: dict, file: TextIO) -> None:
         """Have the workers start the ranks, now that the gang is admitted."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hpclab.cluster import connect as connect
     from hpclab.exercises import check as check
     from hpclab.launcher import launch as launch
+    from hpclab.network import Network as Network
     from hpclab.racing import race as race
     from hpclab.runs import HangError as HangError
     from hpclab.runs import RankError as RankError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "HangError": "runs",
+    "Network": "network",
     "RankError": "runs",
     "Run": "runs",
     "check": "exercises",
@@ -40,8 +42,10 @@ _MODULES = (
     "doctor",
     "exercises",
     "language",
+    "laws",
     "machine",
     "models",
+    "network",
     "plots",
     "racing",
     "rows",

@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from hpclab import checkpoint
 from hpclab import data as datasets
 from hpclab._rank import report, run_folder, should_stop
+from hpclab.network import Network
 
 Model = nn.Module | Callable[[], nn.Module]
 
@@ -40,6 +41,7 @@ class Job:
     """Steps after which to end; None trains all epochs, and tests after each."""
     optimizer: Callable[[Iterable], Optimizer] | None
     loss: Callable[[Tensor, Tensor], Tensor]
+    network: Network | None = None
 
 
 def replicate(job: Job) -> tuple[bytes, float | None]:
@@ -70,6 +72,8 @@ class _Replica:
             raise TypeError(not_a_module(self.module))
         torch.manual_seed(job.seed + self.rank)
         self.model = DistributedDataParallel(self.module)
+        if job.network is not None:
+            job.network.attach(self.model)
         images = cast(Dataset, datasets.load(job.data, "train"))
         self.sampler: DistributedSampler = DistributedSampler(
             images, self.ranks, self.rank, seed=job.seed, drop_last=True

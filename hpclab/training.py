@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hpclab import data as datasets
 from hpclab._replica import Job, Model, not_a_module, replicate
 from hpclab.launcher import check_pickles, gang_size, launch, whole_number
+from hpclab.network import Network
 from hpclab.runs import Run
 
 
@@ -51,6 +52,7 @@ def train(
     steps: int | None = None,
     optimizer: Callable[[Iterable], Optimizer] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    network: Network | None = None,
     folder: str | os.PathLike | None = None,
     name: str = "train",
     progress: bool = True,
@@ -87,6 +89,8 @@ def train(
         unused.
     loss : callable, default cross-entropy
         Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape ().
+    network : Network, optional
+        Emulate this network between the ranks, see `Network.attach`. Default: the machine's own.
     folder : path, optional
         Where ``rows.jsonl`` and ``checkpoints/`` go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
     name : str, default "train"
@@ -122,7 +126,7 @@ def train(
             f" ({size} over ranks (={ranks})); use batch_size<={shard}."
         )
     total = epochs * (shard // batch_size) if steps is None else whole_number("steps", steps)
-    job = Job(model, str(found.absolute()), epochs, batch_size, lr, seed, steps, optimizer, loss)
+    job = Job(model, str(found.absolute()), epochs, batch_size, lr, seed, steps, optimizer, loss, network)
     admission = {"oversubscribe": oversubscribe, "wait": wait}
     try:
         run = launch(client, replicate, job, ranks=ranks, threads=threads, folder=folder, name=name, **admission)

@@ -12,10 +12,11 @@ LAYERS = {
     "_fetch": {"_shards"},
     "_agent": {"_zygote"},
     "_ledger": {"_agent", "machine"},
+    "_progress": {"_rank"},
     "_rank": set(),
-    "_replica": {"_rank", "checkpoint", "data"},
+    "_replica": {"_rank", "checkpoint", "data", "network"},
     "_shards": set(),
-    "_supervisor": {"_agent", "_ledger", "_rank"},
+    "_supervisor": {"_agent", "_ledger", "_progress", "_rank"},
     "_zygote": {"_rank"},
     "checkpoint": set(),
     "cli": {"course", "data", "demo", "doctor"},
@@ -29,16 +30,18 @@ LAYERS = {
     "doctor": {"language", "machine", "tables"},
     "exercises": {"language", "machine"},
     "language": set(),
+    "laws": set(),
     "launcher": {"_ledger", "runs"},
     "machine": set(),
     "models": set(),
+    "network": {"_rank"},
     "plots": {"language", "rows"},
     "racing": {"language", "launcher", "machine", "plots", "rows", "runs", "scaling", "tables", "training"},
     "rows": set(),
-    "runs": {"_ledger", "_supervisor", "machine", "rows", "views"},
+    "runs": {"_ledger", "_progress", "_supervisor", "machine", "rows", "views"},
     "scaling": {"launcher", "rows", "runs"},
     "tables": set(),
-    "training": {"_replica", "data", "launcher", "runs"},
+    "training": {"_replica", "data", "launcher", "network", "runs"},
     "views": {"language", "plots", "rows", "tables"},
     "widgets": {"language", "racing", "tables", "training"},
 }
@@ -72,7 +75,8 @@ def test_the_layers_have_no_cycle():
 
 
 def test_import_loads_neither_torch_nor_dask():
-    code = "import sys, hpclab, hpclab.machine, hpclab.exercises, hpclab.language; print(*sys.modules)"
+    light = "machine, hpclab.exercises, hpclab.language, hpclab.laws, hpclab.network"
+    code = f"import sys, hpclab, hpclab.{light}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "hpclab.machine" in loaded
     assert not {"torch", "dask", "distributed", "matplotlib", "IPython"} & set(loaded)

@@ -1,0 +1,572 @@
+"""Scaling laws: formula, fit, intervals, choice between them, and what the data can't tell.
+
+Needs numpy and scipy alone. Throughputs (X, work a second) are fitted, not speed-ups: a speed-up divides by one noisy
+measurement, which then counts as certain. The scale g (X of one worker) is a parameter of each law.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+LEVEL = 0.95
+"""Confidence of intervals and bands, unless another is asked for."""
+COUNTS = 5
+"""Different worker counts that a choice between laws needs: the three parameters of the largest, and two to object."""
+REACH = 2.0
+"""How far beyond the largest measured count the laws must agree before one is named."""
+TOLERANCE = 0.25
+"""Half-width there, relative, of the band of the largest law, up to which the data is said to tell."""
+MARGIN = 2.0
+"""By how much the AICc of a larger law must be lower before it is preferred (Burnham and Anderson 2002, 2.6)."""
+
+Array = NDArray[np.float64]
+
+
+def amdahl(n: ArrayLike, sigma: float) -> Array:
+    """Speed-up on n workers of a job of fixed size, of which the share sigma can't be shared.
+
+    Parameters
+    ----------
+    n : array_like, shape (k,)
+        Number of workers, each >= 1.
+    sigma : float
+        Serial share, 0 to 1.
+
+    Returns
+    -------
+    ndarray, shape (k,)
+        Speed-up over one worker (no unit); its limit is 1 / sigma.
+
+    Raises
+    ------
+    ValueError
+        If an n is below 1.
+
+    Notes
+    -----
+    Amdahl, Validity of the single processor approach to achieving large scale computing capabilities (1967).
+
+    Examples
+    --------
+    >>> amdahl([1, 4], sigma=0.1)
+    array([1.        , 3.07692308])
+    """
+    return usl(n, sigma, 0.0)
+
+
+def usl(n: ArrayLike, sigma: float, kappa: float) -> Array:
+    """Speed-up on n workers by the universal scalability law.
+
+    Parameters
+    ----------
+    n : array_like, shape (k,)
+        Number of workers, each >= 1.
+    sigma, kappa : float
+        Contention and coherency, >= 0. With kappa 0 this is Amdahl's law.
+
+    Returns
+    -------
+    ndarray, shape (k,)
+        Speed-up over one worker (no unit).
+
+    Raises
+    ------
+    ValueError
+        If an n is below 1.
+
+    Notes
+    -----
+    Gunther, Guerrilla Capacity Planning (2007).
+
+    Examples
+    --------
+    >>> usl([1, 4], sigma=0.1, kappa=0.0)
+    array([1.        , 3.07692308])
+    """
+    n = _counts(n)
+    return n / (1 + sigma * (n - 1) + kappa * n * (n - 1))
+
+
+def gustafson(n: ArrayLike, sigma: float) -> Array:
+    """Scaled speed-up on n workers of a job that grows with them, of which the share sigma of the time can't be shared.
+
+    Parameters
+    ----------
+    n : array_like, shape (k,)
+        Number of workers, each >= 1.
+    sigma : float
+        Serial share of the time on n workers, 0 to 1.
+
+    Returns
+    -------
+    ndarray, shape (k,)
+        Speed-up over one worker (no unit).
+
+    Raises
+    ------
+    ValueError
+        If an n is below 1.
+
+    Notes
+    -----
+    Gustafson, Reevaluating Amdahl's law (1988). Only for weak scaling.
+
+    Examples
+    --------
+    >>> gustafson([1, 4], sigma=0.1)
+    array([1. , 3.7])
+    """
+    n = _counts(n)
+    return n - sigma * (n - 1)
+
+
+def alpha_beta(size: ArrayLike, alpha: float, beta: float) -> Array:
+    """Seconds that a message of `size` bytes takes: the latency alpha, and beta seconds a byte.
+
+    Notes
+    -----
+    Hockney, The communication challenge for MPP (1994).
+
+    Examples
+    --------
+    >>> alpha_beta([0, 1e6], alpha=1e-5, beta=1e-9)
+    array([1.00e-05, 1.01e-03])
+    """
+    return alpha + beta * np.asarray(size, dtype=float)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law fitted to measurements.
+
+    Attributes
+    ----------
+    law : str
+    values : dict of str to float
+        The parameters: ``g`` (of the unit of x: the throughput of one worker) and those of the law's formula.
+    errors : dict of str to float
+        Standard error of each, from the Jacobian.
+    intervals : dict of str to (float, float)
+        Values plus and minus Student's t times the errors, cut at the bounds.
+    residual : float
+        Standard error of the residuals: in units of x, or of ln x if the noise is relative.
+    freedom : int
+        Degrees of freedom: points less parameters.
+    aicc : float
+        Akaike's criterion, corrected for few points; comparable between fits to the same points.
+    """
+
+    law: str
+    values: dict[str, float]
+    errors: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    residual: float
+    freedom: int
+    aicc: float
+    n: Array = field(repr=False)
+    x: Array = field(repr=False)
+    noise: str = "absolute"
+    level: float = LEVEL
+    covariance: Array = field(repr=False, default_factory=lambda: np.empty((0, 0)))
+
+    def __call__(self, n: ArrayLike) -> Array:
+        """The law's value on n workers, in units of x, shape (k,)."""
+        return _LAWS[self.law].value(_counts(n, self.law), *self.values.values())
+
+    def band(self, n: ArrayLike, level: float | None = None, new: bool = False) -> tuple[Array, Array]:
+        """Lower and upper end of the law's confidence band, each of shape (k,).
+
+        Parameters
+        ----------
+        n : array_like, shape (k,)
+        level : float, optional
+            Default: that of the fit.
+        new : bool, default False
+            The band in which one new measurement falls, instead of the law's own.
+
+        Notes
+        -----
+        By the delta method. Beyond the measured counts it holds only if the law does.
+        """
+        n = _counts(n, self.law)
+        value = self(n)
+        slopes = np.stack(_LAWS[self.law].slopes(n, *self.values.values()), axis=1)  # (k, parameters)
+        if self.noise == "relative":
+            slopes = slopes / value[:, None]
+        variance = np.einsum("ki,ij,kj->k", slopes, self.covariance, slopes) + new * self.residual**2
+        half = stats.t.ppf((1 + (level or self.level)) / 2, self.freedom) * np.sqrt(variance)
+        if self.noise == "relative":
+            return value * np.exp(-half), value * np.exp(half)
+        return np.maximum(value - half, 0.0), value + half
+
+    def bootstrap(self, draws: int = 1000, seed: int = 0, level: float | None = None) -> dict[str, tuple[float, float]]:
+        """Intervals of the parameters from refits to resampled residuals (Efron and Tibshirani 1993, chapter 9).
+
+        They need no normal noise, and show skew that the t intervals can't; with few points they are too narrow.
+        """
+        dice = np.random.default_rng(seed)
+        law, at = _LAWS[self.law], self(self.n)
+        relative = self.noise == "relative"
+        left = np.log(self.x / at) if relative else self.x - at
+        left *= math.sqrt(len(left) / self.freedom)
+        found = []
+        for _ in range(draws):
+            shift = dice.choice(left, len(left))
+            drawn = at * np.exp(shift) if relative else np.maximum(at + shift, 1e-9 * at)
+            found.append(_solve(law, self.n, drawn, relative))
+        tail = 50 * (1 - (level or self.level))
+        ends = np.percentile(found, [tail, 100 - tail], axis=0)
+        return {name: (float(low), float(high)) for name, low, high in zip(law.names, *ends, strict=True)}
+
+    @property
+    def peak(self) -> float:
+        """Number of workers beyond which more make it slower; infinite for all laws but the USL."""
+        kappa, sigma = self.values.get("kappa", 0.0), self.values.get("sigma", 0.0)
+        return math.sqrt(max(0.0, 1 - sigma) / kappa) if kappa > 0 else math.inf
+
+    @property
+    def limit(self) -> float:
+        """Throughput that contention alone would never let it exceed, g / sigma, in units of x."""
+        if self.law not in ("amdahl", "usl") or self.values["sigma"] == 0:
+            return math.inf
+        return self.values["g"] / self.values["sigma"]
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} = {value:.4g} ({self.intervals[name][0]:.4g} to {self.intervals[name][1]:.4g})"
+            for name, value in self.values.items()
+        ]
+        return f"{self.law}: {', '.join(parts)}; {self.level:.0%} intervals, {self.freedom} degrees of freedom"
+
+
+def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "absolute", level: float = LEVEL) -> Fit:
+    """Fit a law by bounded least squares.
+
+    Parameters
+    ----------
+    law : str
+        "linear", "amdahl", "usl", "gustafson" (weak scaling alone) or "alpha-beta".
+    n : array_like, shape (k,)
+        Number of workers of each measurement, >= 1; repeats are points of their own. For "alpha-beta" bytes, >= 0.
+    x : array_like, shape (k,)
+        Throughput (work a second, any unit), above 0. For "alpha-beta" seconds.
+    noise : {"absolute", "relative"}
+        What is alike at all points: the noise itself (ordinary least squares, as the literature fits), or its share of
+        x (least squares of ln x, as repeated timings have it). The wrong one gives intervals that are too narrow.
+    level : float, default 0.95
+        Confidence of the intervals.
+
+    Returns
+    -------
+    Fit
+
+    Raises
+    ------
+    ValueError
+        If the law or the noise is unknown, a point can't be, or there are too few points or different counts for the
+        law's parameters.
+
+    Examples
+    --------
+    >>> print(fit("amdahl", [1, 2, 4, 8], [10.0, 18.0, 31.0, 47.0]).law)
+    amdahl
+    """
+    if law not in _LAWS:
+        raise ValueError(f"law (={law!r}) must be one of {', '.join(map(repr, _LAWS))}.")
+    if noise not in ("absolute", "relative"):
+        raise ValueError(f"noise (={noise!r}) must be 'absolute' or 'relative'.")
+    if not 0 < level < 1:
+        raise ValueError(f"level (={level!r}) must be between 0 and 1, such as 0.95.")
+    kind = _LAWS[law]
+    n, x = _points(n, x, law)
+    relative, size, parameters = noise == "relative", len(n), len(kind.names)
+    if len(set(n)) < parameters or size <= parameters:
+        raise ValueError(
+            f"{law} has {parameters} parameters, and needs as many different counts and one more point; here are"
+            f" {size} points at {len(set(n))} different counts. Measure more counts, or each more often."
+        )
+    found = _solve(kind, n, x, relative)
+    value, slopes = kind.value(n, *found), np.stack(kind.slopes(n, *found), axis=1)
+    left = np.log(x / value) if relative else x - value
+    squares = float(left @ left)
+    freedom = size - parameters
+    jacobian = slopes / value[:, None] if relative else slopes
+    covariance = np.linalg.pinv(jacobian.T @ jacobian) * squares / freedom
+    errors = np.sqrt(np.diag(covariance))
+    half = stats.t.ppf((1 + level) / 2, freedom) * errors
+    ends = zip(np.maximum(found - half, 0.0), np.minimum(found + half, kind.upper), strict=True)
+    return Fit(
+        law=law,
+        values=dict(zip(kind.names, map(float, found), strict=True)),
+        errors=dict(zip(kind.names, map(float, errors), strict=True)),
+        intervals={name: (float(low), float(high)) for name, (low, high) in zip(kind.names, ends, strict=True)},
+        residual=math.sqrt(squares / freedom),
+        freedom=freedom,
+        aicc=_aicc(squares, size, parameters),
+        n=n,
+        x=x,
+        noise=noise,
+        level=level,
+        covariance=covariance,
+    )
+
+
+def fit_amdahl(n: ArrayLike, x: ArrayLike, noise: str = "absolute", level: float = LEVEL) -> Fit:
+    """Fit Amdahl's law; see `fit`."""
+    return fit("amdahl", n, x, noise, level)
+
+
+def fit_usl(n: ArrayLike, x: ArrayLike, noise: str = "absolute", level: float = LEVEL) -> Fit:
+    """Fit the universal scalability law; see `fit`.
+
+    Examples
+    --------
+    >>> n, x = [1, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64], [20, 78, 130, 170, 190, 200, 210, 230, 260, 280, 310]
+    >>> round(fit_usl(n, x).values["sigma"], 6)
+    0.057771
+    """
+    return fit("usl", n, x, noise, level)
+
+
+def fit_gustafson(n: ArrayLike, x: ArrayLike, noise: str = "absolute", level: float = LEVEL) -> Fit:
+    """Fit Gustafson's law to measurements of weak scaling; see `fit`."""
+    return fit("gustafson", n, x, noise, level)
+
+
+def fit_alpha_beta(size: ArrayLike, seconds: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
+    """Fit latency and seconds a byte to message times; see `fit`. Times span decades, so their noise is relative."""
+    return fit("alpha-beta", size, seconds, noise, level)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which law the measurements name, if they name one.
+
+    Attributes
+    ----------
+    law : str or None
+        None if they don't.
+    why : str
+        A sentence for the reader.
+    measure : list of int
+        What to measure next: counts of workers; empty if a law is named, or if only more repeats help.
+    fits : list of Fit
+        Those that could be made, the smallest law first.
+    """
+
+    law: str | None
+    why: str
+    measure: list[int]
+    fits: list[Fit] = field(repr=False)
+
+    @property
+    def identifiable(self) -> bool:
+        """Whether a law is named."""
+        return self.law is not None
+
+    @property
+    def fit(self) -> Fit:
+        """The fit of the law that is named.
+
+        Raises
+        ------
+        ValueError
+            If none is; the message says why.
+        """
+        if self.law is None:
+            raise ValueError(self.why)
+        return next(one for one in self.fits if one.law == self.law)
+
+    def __str__(self) -> str:
+        return f"{self.law or 'not identifiable'}: {self.why}"
+
+
+def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Verdict:
+    """Say which of "linear", "amdahl" and "usl" the measurements of strong scaling name, or that they can't tell.
+
+    A law is named if there are at least `COUNTS` different counts of workers, and if the band of the USL, which
+    contains the others, is narrower than `TOLERANCE` at `REACH` times the largest count: where even that is open, a law
+    that fits says nothing about the next machine. Then it is the smallest one that no larger one beats by an AICc of
+    `MARGIN`. A tight interval is no evidence for a law: Amdahl's is tight and wrong on data of the USL.
+
+    Parameters
+    ----------
+    n, x, noise, level
+        As for `fit`.
+
+    Returns
+    -------
+    Verdict
+
+    Raises
+    ------
+    ValueError
+        If a point can't be.
+    """
+    n, x = _points(n, x, "usl")
+    counts, most = sorted(set(n)), int(max(n))
+    fits = []
+    for law in ("linear", "amdahl", "usl"):
+        with suppress(ValueError):  # too few points for it
+            fits.append(fit(law, n, x, noise, level))
+    if len(counts) < COUNTS:
+        start = 2 * most
+        more = [start * 2**step for step in range(max(COUNTS - len(counts), 3 if most < 8 else 1))]
+        why = (
+            f"{len(counts)} different counts up to {most} can't tell laws apart that part company further out."
+            f" Measure also at {', '.join(map(str, more))}."
+        )
+        return Verdict(None, why, more, fits)
+    largest, reach = fits[-1], REACH * most
+    width = _width(largest, reach)
+    if not width <= TOLERANCE:
+        repeats = math.ceil((width / TOLERANCE) ** 2) if math.isfinite(width) else 2
+        why = (
+            f"the measurements leave {width:.0%} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
+            f" Measure each count {repeats} times as often, or also at {2 * most}."
+        )
+        return Verdict(None, why, [2 * most], fits)
+    best = fits[0]
+    for one in fits[1:]:
+        if one.aicc < best.aicc - MARGIN:
+            best = one
+    others = ", ".join(f"{one.law} {one.aicc - best.aicc:+.1f}" for one in fits if one is not best)
+    why = (
+        f"the smallest law that no larger one beats (AICc over its own: {others});"
+        f" at {reach:g} workers the measurements leave {width:.0%} either way."
+    )
+    return Verdict(best.law, why, [], fits)
+
+
+def _width(largest: Fit, n: float) -> float:
+    """Half-width of a fit's band at n, as a share of its value."""
+    low, high = largest.band([n])
+    return float((high - low)[0] / 2 / largest([n])[0])
+
+
+@dataclass(frozen=True)
+class _Law:
+    """A law as the fit needs it; all parameters are at least 0."""
+
+    names: tuple[str, ...]
+    upper: tuple[float, ...]
+    """Largest value of each parameter."""
+    value: Callable[..., Array]
+    """``value(n, *parameters)``, shape (k,)."""
+    slopes: Callable[..., list[Array]]
+    """Derivatives of the value by each parameter, each of shape (k,)."""
+    start: Callable[[Array, Array], Array]
+    """Parameters to start from, given n and x; from a linear problem close to the law's own."""
+
+
+def _usl_start(order: int) -> Callable[[Array, Array], Array]:
+    """N / X is linear in 1 / g, sigma / g and kappa / g."""
+
+    def start(n: Array, x: Array) -> Array:
+        columns = np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1)[:, :order] * (x / n)[:, None]
+        found, _ = optimize.nnls(columns, np.ones_like(n))
+        first = max(found[0], 1e-6 * (n / x).min())
+        return np.concatenate([[1 / first], found[1:] / first])
+
+    return start
+
+
+def _usl_slopes(n: Array, g: float, sigma: float = 0.0, kappa: float = 0.0) -> list[Array]:
+    below = 1 + sigma * (n - 1) + kappa * n * (n - 1)
+    by_sigma = -g * n * (n - 1) / below**2
+    return [n / below, by_sigma, by_sigma * n]
+
+
+def _gustafson_start(n: Array, x: Array) -> Array:
+    shares, _ = optimize.nnls(np.stack([n, np.ones_like(n)], axis=1) / x[:, None], np.ones_like(x))
+    return np.array([shares.sum(), shares[1] / shares.sum()])
+
+
+def _alpha_beta_start(size: Array, seconds: Array) -> Array:
+    return optimize.nnls(np.stack([np.ones_like(size), size], axis=1) / seconds[:, None], np.ones_like(size))[0]
+
+
+_LAWS = {
+    "linear": _Law(("g",), (np.inf,), lambda n, g: g * n, lambda n, g: [n], _usl_start(1)),
+    "amdahl": _Law(
+        ("g", "sigma"),
+        (np.inf, 1.0),
+        lambda n, g, sigma: g * usl(n, sigma, 0.0),
+        lambda n, *at: _usl_slopes(n, *at)[:2],
+        _usl_start(2),
+    ),
+    "usl": _Law(
+        ("g", "sigma", "kappa"),
+        (np.inf,) * 3,
+        lambda n, g, sigma, kappa: g * usl(n, sigma, kappa),
+        _usl_slopes,
+        _usl_start(3),
+    ),
+    "gustafson": _Law(
+        ("g", "sigma"),
+        (np.inf, 1.0),
+        lambda n, g, sigma: g * gustafson(n, sigma),
+        lambda n, g, sigma: [n - sigma * (n - 1), -g * (n - 1)],
+        _gustafson_start,
+    ),
+    "alpha-beta": _Law(
+        ("alpha", "beta"),
+        (np.inf, np.inf),
+        alpha_beta,
+        lambda size, alpha, beta: [np.ones_like(size), size],
+        _alpha_beta_start,
+    ),
+}
+
+
+def _solve(law: _Law, n: Array, x: Array, relative: bool) -> Array:
+    """Parameters of the least squares within the bounds."""
+
+    def residuals(at: Array) -> Array:
+        with np.errstate(divide="ignore"):  # a message of no bytes and no latency takes no time at all
+            value = law.value(n, *at)
+            return np.log(value / x) if relative else (value - x) / x.max()
+
+    def jacobian(at: Array) -> Array:
+        slopes = np.stack(law.slopes(n, *at), axis=1)
+        return slopes / law.value(n, *at)[:, None] if relative else slopes / x.max()
+
+    start = np.clip(law.start(n, x), 1e-12, np.array(law.upper) * (1 - 1e-9))
+    tight = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12}
+    found = optimize.least_squares(residuals, start, jacobian, (0.0, law.upper), x_scale="jac", **tight).x
+    for place in range(1 if law.names[0] == "g" else 0, len(found)):  # the solver stops short of a bound
+        at_bound = found.copy()
+        at_bound[place] = 0.0
+        if np.square(residuals(at_bound)).sum() <= np.square(residuals(found)).sum() * (1 + 1e-9):
+            found = at_bound
+    return found
+
+
+def _aicc(squares: float, size: int, parameters: int) -> float:
+    """Hurvich and Tsai, Regression and time series model selection in small samples (1989); the noise counts as one."""
+    k = parameters + 1
+    if size <= k + 1:
+        return math.inf
+    return size * math.log(max(squares, 1e-300) / size) + 2 * k + 2 * k * (k + 1) / (size - k - 1)
+
+
+def _points(n: ArrayLike, x: ArrayLike, law: str) -> tuple[Array, Array]:
+    n, x = _counts(n, law), np.asarray(x, dtype=float)
+    if n.ndim != 1 or n.shape != x.shape:
+        raise ValueError(f"n (of shape {n.shape}) and x (of shape {x.shape}) must be lists of the same length.")
+    if len(n) == 0 or not np.isfinite(n).all() or not (np.isfinite(x) & (x > 0)).all():
+        raise ValueError(f"n and x must hold finite numbers, those of x above 0; got n={n.tolist()}, x={x.tolist()}.")
+    return n, x
+
+
+def _counts(n: ArrayLike, law: str = "usl") -> Array:
+    n = np.asarray(n, dtype=float)
+    least = 0 if law == "alpha-beta" else 1
+    if n.size and not n.min() >= least:
+        raise ValueError(f"n (={n.min():g}) must be >= {least}.")
+    return n

@@ -1,0 +1,192 @@
+"""A network that one can dial: what averaging gradients over it costs, and its emulation inside real training."""
+
+import mmap
+import os
+import queue
+import statistics
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hpclab._rank import emulate
+
+FLOOR = 2.0
+"""How many times as slow as this machine's own all-reduce an emulated one must be: less would be the machine's time."""
+SLOTS = 1024
+"""All-reduces of which the ranks' times are kept; no rank is ever further ahead of another."""
+SPIN_SECONDS = 2e-4
+"""How long before its end a wait no longer sleeps: a sleep is some tenths of a millisecond too long."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network between ranks, as the alpha-beta model sees it: every message takes its latency, and its bytes.
+
+    Parameters
+    ----------
+    latency : float, default 50e-6
+        Seconds that a message takes whatever its size (alpha).
+    bandwidth : float, default 1e9
+        Bits a second of each rank's link, each way (8 / beta); 1e9 is Gigabit Ethernet.
+    topology : str, default "ring"
+        How gradients are summed: "ring" (reduce-scatter and all-gather around a ring), "tree" (a binomial tree up and
+        down), "halving-doubling", or "parameter-server" (all ranks send to, and fetch from, `servers` links).
+    servers : int, default 1
+        Parameter servers, which share the parameters evenly.
+
+    Notes
+    -----
+    Costs by Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH (2005),
+    without the time of the additions; the parameter server's links carry the bytes of all ranks.
+
+    Examples
+    --------
+    >>> slow = Network(latency=1e-3, bandwidth=1e9)
+    >>> float(slow.allreduce_s(1e6, ranks=2))
+    0.01
+    """
+
+    latency: float = 50e-6
+    bandwidth: float = 1e9
+    topology: str = "ring"
+    servers: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.latency >= 0:
+            raise ValueError(f"latency (={self.latency!r}) must be seconds, at least 0.")
+        if not self.bandwidth > 0:
+            raise ValueError(f"bandwidth (={self.bandwidth!r}) must be bits a second, above 0.")
+        if self.topology not in _COSTS:
+            raise ValueError(f"topology (={self.topology!r}) must be one of {', '.join(map(repr, _COSTS))}.")
+        if not self.servers >= 1:
+            raise ValueError(f"servers (={self.servers!r}) must be at least 1.")
+
+    def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike) -> NDArray[np.float64]:
+        """Seconds that an all-reduce of so many bytes takes on so many ranks; takes arrays, and broadcasts them."""
+        ranks = np.asarray(ranks, dtype=float)
+        messages, share = _COSTS[self.topology](ranks, self.servers)
+        found = messages * self.latency + share * np.asarray(nbytes, dtype=float) * 8 / self.bandwidth
+        return np.where(ranks > 1, found, 0.0)
+
+    def attach(self, model: Any, ranks: int | None = None) -> None:
+        """Have a DistributedDataParallel model average its gradients over this network; called on every rank.
+
+        The real process group averages the gradients; they are handed over when this network would have done it: after
+        the last rank was ready, and the link free of the bucket before. Rows of the run then say *emulated*.
+
+        Parameters
+        ----------
+        model : torch.nn.parallel.DistributedDataParallel
+        ranks : int, optional
+            Number of ranks that it shall cost as many as. Default: those there are.
+
+        Raises
+        ------
+        ValueError
+            If the network is faster than `FLOOR` times what this machine itself takes: it can only add time.
+        """
+        _Link(self, model, ranks)
+
+
+def _tree_depth(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.ceil(np.log2(np.maximum(ranks, 1)))
+
+
+_COSTS = {
+    "ring": lambda p, servers: (2 * (p - 1), 2 * (p - 1) / p),
+    "tree": lambda p, servers: (2 * _tree_depth(p), 2 * _tree_depth(p)),
+    "halving-doubling": lambda p, servers: (2 * _tree_depth(p), 2 * (p - 1) / p),
+    "parameter-server": lambda p, servers: (2 + 0 * p, 2 * np.maximum(1, p / servers)),
+}
+"""Messages one after the other, and how often the bytes pass the busiest link."""
+
+
+class _Link:
+    """This rank's end of an emulated network: a link that is busy until a time, served by a thread of its own."""
+
+    def __init__(self, network: Network, model: Any, ranks: int | None):
+        import torch.distributed as dist
+
+        self.network = network
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.ranks = ranks or self.size
+        self.count = 0
+        self.free = 0.0
+        """When the link has done all that it was given."""
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._refuse_too_fast(sum(weight.nbytes for weight in model.parameters() if weight.requires_grad))
+        self.ready = _shared(self.rank, (self.size, SLOTS))
+        """When each rank was ready for each all-reduce, on the host's one monotonic clock."""
+        emulate()
+        threading.Thread(target=self._serve, daemon=True).start()
+        model.register_comm_hook(None, self._average)
+
+    def _refuse_too_fast(self, nbytes: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        own = []
+        tensor = torch.zeros(nbytes // 4)
+        for _ in range(12):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            own.append(time.perf_counter() - start)
+        floor = torch.tensor(statistics.median(own[2:]))
+        dist.all_reduce(floor, dist.ReduceOp.MAX)
+        asked, least = float(self.network.allreduce_s(nbytes, self.ranks)), FLOOR * floor.item()
+        if asked < least:
+            raise ValueError(
+                f"{self.network} averages {nbytes:,} bytes on {self.ranks} ranks in {asked * 1e3:.2f} ms; this machine"
+                f" itself takes {floor.item() * 1e3:.2f} ms, and can emulate nothing below {least * 1e3:.2f} ms: raise"
+                " latency, lower bandwidth, or take a larger model."
+            )
+
+    def _average(self, _state, bucket):  # DDP refuses annotations that are not its own
+        """DDP's communication hook: returns at once, so that the backward pass goes on."""
+        import torch
+        import torch.distributed as dist
+
+        self.ready[self.rank, self.count % SLOTS] = time.perf_counter()
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        done: torch.futures.Future = torch.futures.Future()
+        self.queue.put((self.count, bucket.buffer(), work, done))
+        self.count += 1
+        return done
+
+    def _serve(self) -> None:
+        while True:
+            number, gradients, work, done = self.queue.get()
+            try:
+                work.wait()  # from here on all ranks have told when they were ready
+                start = max(self.free, self.ready[:, number % SLOTS].max())
+                self.free = start + float(self.network.allreduce_s(gradients.nbytes, self.ranks))
+                _wait_until(self.free)
+                done.set_result(gradients.div_(self.size))
+            except Exception as error:
+                done.set_exception(error)
+
+
+def _wait_until(end: float) -> None:
+    while (left := end - time.perf_counter()) > 0:
+        time.sleep(max(0.0, left - SPIN_SECONDS))
+
+
+def _shared(rank: int, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """An array that all ranks of this host share; it has no name, and goes with the last of them."""
+    import torch.distributed as dist
+
+    path = [tempfile.mkstemp()[1] if rank == 0 else ""]
+    dist.broadcast_object_list(path, src=0)
+    with open(path[0], "r+b") as file:
+        os.truncate(file.fileno(), 8 * shape[0] * shape[1])
+        memory = mmap.mmap(file.fileno(), 0)
+    dist.barrier()
+    if rank == 0:
+        os.unlink(path[0])
+    return np.frombuffer(memory, dtype=np.float64).reshape(shape)

@@ -41,6 +41,7 @@ _MODULES = (
     "data",
     "doctor",
     "exercises",
+    "forecast",
     "language",
     "laws",
     "machine",

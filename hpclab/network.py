@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpclab._rank import emulate
+
+Array = NDArray[np.float64]
 
 FLOOR = 2.0
 """How many times as slow as this machine's own all-reduce an emulated one must be: less would be the machine's time."""
@@ -42,7 +45,8 @@ class Network:
     Notes
     -----
     Costs by Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH (2005),
-    without the time of the additions; the parameter server's links carry the bytes of all ranks.
+    without the time of the additions; the busiest server's link carries the bytes of all ranks, to it and from
+    it at once.
 
     Examples
     --------
@@ -66,12 +70,19 @@ class Network:
         if not self.servers >= 1:
             raise ValueError(f"servers (={self.servers!r}) must be at least 1.")
 
-    def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike) -> NDArray[np.float64]:
-        """Seconds that an all-reduce of so many bytes takes on so many ranks; takes arrays, and broadcasts them."""
-        ranks = np.asarray(ranks, dtype=float)
-        messages, share = _COSTS[self.topology](ranks, self.servers)
-        found = messages * self.latency + share * np.asarray(nbytes, dtype=float) * 8 / self.bandwidth
-        return np.where(ranks > 1, found, 0.0)
+    def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike, largest: float = 0.0) -> Array:
+        """Seconds that an all-reduce takes.
+
+        Parameters
+        ----------
+        nbytes, ranks : array_like
+            Bytes of the gradients, and number of ranks; broadcast against each other.
+        largest : float, default 0
+            Bytes of the largest tensor, which parameter servers can't share between them.
+        """
+        ranks, nbytes = np.asarray(ranks, dtype=float), np.asarray(nbytes, dtype=float)
+        messages, load = _COSTS[self.topology](ranks, nbytes, self.servers, largest)
+        return np.where(ranks > 1, messages * self.latency + load * 8 / self.bandwidth, 0.0)
 
     def attach(self, model: Any, ranks: int | None = None) -> None:
         """Have a DistributedDataParallel model average its gradients over this network; called on every rank.
@@ -93,17 +104,41 @@ class Network:
         _Link(self, model, ranks)
 
 
-def _tree_depth(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class Hierarchy:
+    """Nodes of several ranks: gradients are summed inside each node first, then between the nodes.
+
+    Parameters
+    ----------
+    inside, between : Network
+        Links of the ranks of a node, and of the nodes.
+    per_node : int
+        Ranks of a node; a node's link to others is one for all of them.
+    """
+
+    inside: Network
+    between: Network
+    per_node: int
+
+    def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike, largest: float = 0.0) -> Array:
+        """Seconds that an all-reduce takes; see `Network.allreduce_s`."""
+        ranks = np.asarray(ranks, dtype=float)
+        nodes = np.ceil(ranks / self.per_node)
+        inside = self.inside.allreduce_s(nbytes, np.minimum(ranks, self.per_node), largest)
+        return inside + self.between.allreduce_s(nbytes, nodes, largest)
+
+
+def _depth(ranks: Array) -> Array:
     return np.ceil(np.log2(np.maximum(ranks, 1)))
 
 
-_COSTS = {
-    "ring": lambda p, servers: (2 * (p - 1), 2 * (p - 1) / p),
-    "tree": lambda p, servers: (2 * _tree_depth(p), 2 * _tree_depth(p)),
-    "halving-doubling": lambda p, servers: (2 * _tree_depth(p), 2 * (p - 1) / p),
-    "parameter-server": lambda p, servers: (2 + 0 * p, 2 * np.maximum(1, p / servers)),
+_COSTS: dict[str, Callable[[Array, Array, int, float], tuple[Any, Array]]] = {
+    "ring": lambda p, m, servers, largest: (2 * (p - 1), 2 * (p - 1) / p * m),
+    "tree": lambda p, m, servers, largest: (2 * _depth(p), 2 * _depth(p) * m),
+    "halving-doubling": lambda p, m, servers, largest: (2 * _depth(p), 2 * (p - 1) / p * m),
+    "parameter-server": lambda p, m, servers, largest: (2.0, np.maximum(m, p * np.maximum(m / servers, largest))),
 }
-"""Messages one after the other, and how often the bytes pass the busiest link."""
+"""Messages one after the other, and the bytes each way of the busiest link."""
 
 
 class _Link:
@@ -177,7 +212,7 @@ def _wait_until(end: float) -> None:
         time.sleep(max(0.0, left - SPIN_SECONDS))
 
 
-def _shared(rank: int, shape: tuple[int, int]) -> NDArray[np.float64]:
+def _shared(rank: int, shape: tuple[int, int]) -> Array:
     """An array that all ranks of this host share; it has no name, and goes with the last of them."""
     import torch.distributed as dist
 

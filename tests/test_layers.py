@@ -29,6 +29,7 @@ LAYERS = {
     },
     "doctor": {"language", "machine", "tables"},
     "exercises": {"language", "machine"},
+    "forecast": {"network"},
     "language": set(),
     "laws": set(),
     "launcher": {"_ledger", "runs"},
@@ -75,7 +76,7 @@ def test_the_layers_have_no_cycle():
 
 
 def test_import_loads_neither_torch_nor_dask():
-    light = "machine, hpclab.exercises, hpclab.language, hpclab.laws, hpclab.network"
+    light = "machine, hpclab.exercises, hpclab.language, hpclab.laws, hpclab.forecast"
     code = f"import sys, hpclab, hpclab.{light}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "hpclab.machine" in loaded

@@ -38,6 +38,7 @@ notebooks: $(READY) ## the course's notebooks, from notebooks/source
 bench: $(READY) .venv-peers/.ready ## throughput and launches, as ratios measured side by side, also with other launchers
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)
 	@$(BIN)/python benchmarks/launch.py $(ARGS)
+	@$(BIN)/python benchmarks/network.py
 	@.venv-peers/bin/python benchmarks/frameworks.py
 
 clean: ## remove .venv, builds and caches; results stay

@@ -44,7 +44,8 @@ def plain(threads: int, steps: int, malloc: dict[str, str]) -> float:
     command = [sys.executable, "-c", PLAIN, str(threads), str(steps), str(BATCH)]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)} | malloc
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    spent = json.loads(done.stdout)[scaling.WARM_UP :]
+    spent = json.loads(done.stdout)
+    spent = spent[scaling.warm_up(spent) :]
     return BATCH * len(spent) / sum(spent)
 
 

@@ -52,6 +52,7 @@ _MODULES = (
     "rows",
     "scaling",
     "tables",
+    "timeline",
     "widgets",
 )
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605

@@ -6,8 +6,9 @@ Imported by every rank, so it imports neither Dask nor anything else that a rank
 import io
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
-from hpclab import checkpoint
+from hpclab import checkpoint, timeline
 from hpclab import data as datasets
 from hpclab._rank import report, run_folder, should_stop
 from hpclab.network import Network
@@ -42,18 +43,21 @@ class Job:
     optimizer: Callable[[Iterable], Optimizer] | None
     loss: Callable[[Tensor, Tensor], Tensor]
     network: Network | None = None
+    trace: int = 0
+    """Steps to trace."""
 
 
 def replicate(job: Job) -> tuple[bytes, float | None]:
     """What every rank runs; returns the weights, from rank 0, and the last test accuracy."""
     replica = _Replica(job)
     epoch, accuracy = 0, None
-    while replica.step < replica.steps and not replica.stopped:
-        replica.train(epoch)
-        epoch += 1
-        if job.steps is None and not replica.stopped:
-            accuracy = replica.test(epoch)
-            replica.save(epoch)
+    with timeline.profiler(job.trace) if job.trace else nullcontext() as traced:
+        while replica.step < replica.steps and not replica.stopped:
+            replica.train(epoch, traced)
+            epoch += 1
+            if job.steps is None and not replica.stopped:
+                accuracy = replica.test(epoch)
+                replica.save(epoch)
     weights = io.BytesIO()
     if replica.rank == 0:
         torch.save(replica.module.state_dict(), weights)
@@ -89,8 +93,8 @@ class _Replica:
             self.optimizer = SGD(self.model.parameters(), job.lr, momentum=0.9)
             self.schedule = OneCycleLR(self.optimizer, job.lr, self.steps + 1, cycle_momentum=False)
 
-    def train(self, epoch: int) -> None:
-        """Train one epoch, or what is left of the steps."""
+    def train(self, epoch: int, traced: Any = None) -> None:
+        """Train one epoch, or what is left of the steps; a profiler is told of each."""
         self.sampler.set_epoch(epoch)
         self.model.train()
         start, cpu = time.perf_counter(), time.process_time()
@@ -106,6 +110,8 @@ class _Replica:
             times = {"step_s": end - start, "data_s": loaded - start, "compute_s": time.thread_time() - busy}
             times |= {"wait_s": max(0.0, end - loaded - times["compute_s"]), "cpu_s": cpu_end - cpu}
             report(step=self.step, epoch=epoch, loss=loss, samples=len(labels), **times)
+            if traced is not None:
+                traced.step()
             self.step, start, cpu = self.step + 1, end, cpu_end
             self.stopped = should_stop()
             if self.stopped or self.step == self.steps:

@@ -3,16 +3,23 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart; every series has a marker and a line style as well.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
 from hpclab.language import cjk_font, language, translate
 from hpclab.rows import source, span
 
+if TYPE_CHECKING:
+    from hpclab.laws import Fit
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
+HATCHES = ("", "//", "..", "xx")
 
 
 def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
@@ -71,6 +78,133 @@ def efficiency(rows: list[dict], ax: Axes | None = None) -> Axes:
         As from `scaling.summary`.
     """
     return _ideal(_bars(rows, "efficiency", _("efficiency"), ax), [1.0] * len(rows))
+
+
+def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the throughput of a sweep over ranks, and a law with its band.
+
+    The law ends where the measurements end: beyond, it says nothing unless its cause is known. With a forecast, which
+    knows one, both go on, and it is seen where they part.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `scaling.sweep`: each trial is a point.
+    fit : laws.Fit
+        As from `scaling.fit`.
+    forecast : list of dict, optional
+        As from `forecast.Forecast.rows`.
+    """
+    ax = _axes(ax)
+    counts = [row["ranks"] for row in rows]
+    most = max([*counts, *(row["ranks"] for row in forecast or ())])
+    points = {name: kind for name, kind in _look(0).items() if name != "linestyle"}
+    ax.plot(counts, [row["samples_per_s"] for row in rows], linestyle="none", label=source_word(source(rows)), **points)
+    n = np.geomspace(min(counts), most, 100)
+    low, high = fit.band(n)
+    ax.fill_between(n, low, high, color=COLOURS[1], alpha=0.15, linewidth=0)
+    ax.plot(n, fit(n), color=COLOURS[1], linestyle="--", label=_("{law} with its band", law=fit.law))
+    if forecast:
+        at = [row["ranks"] for row in forecast]
+        samples = [row["samples_per_s"] * row["step_s"] for row in forecast]
+        ends = [[row[name] for row in forecast] for name in ("step_high_s", "step_low_s")]
+        low, high = (np.array(samples) / np.array(seconds) for seconds in ends)
+        ax.fill_between(at, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
+        look = {name: kind for name, kind in _look(2).items() if name != "label"}
+        ax.plot(at, [row["samples_per_s"] for row in forecast], label=_("forecast"), **look)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    return _finish(ax, rows + (forecast or []), _("ranks"), _("samples a second"))
+
+
+def split(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw where the time of a step goes, a bar a rank.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `scaling.split`.
+    """
+    ax = _axes(ax)
+    names = [str(row["rank"]) for row in rows]
+    titles = {
+        "compute_s": _("computing"),
+        "comm_s": _("communication"),
+        "straggle_s": _("waiting for others"),
+        "data_s": _("data"),
+    }
+    left = np.zeros(len(rows))
+    for number, (measure, title) in enumerate(titles.items()):
+        width = np.array([1e3 * row[measure] for row in rows])
+        look: dict[str, Any] = {"color": COLOURS[number], "hatch": HATCHES[number], "edgecolor": "white"}
+        ax.barh(names, width, left=left, label=title, **look)
+        for bar, value in enumerate(width):
+            if value > 0.05 * max(1e3 * row["step_s"] for row in rows):
+                ax.annotate(f"{value:.3g}", (left[bar] + value / 2, bar), ha="center", va="center", color="white")
+        left += width
+    ax.invert_yaxis()
+    _finish(ax, rows, _("milliseconds of a step"), _("rank"))
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4, fontsize="small")
+    return ax
+
+
+def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw what every rank does when: a row a rank, and below it its all-reduces.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `timeline.spans`.
+    """
+    ax = _axes(ax)
+    titles = {
+        "data": _("data"),
+        "forward": _("forward"),
+        "backward": _("backward"),
+        "waiting": _("waiting for others and the network"),
+        "optimizer": _("optimiser"),
+        "all-reduce": _("all-reduce of a bucket"),
+    }
+    ranks = sorted({row["rank"] for row in rows})
+    for number, (name, title) in enumerate(titles.items()):
+        look: dict[str, Any] = {"color": COLOURS[number], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"}
+        for place, rank in enumerate(ranks):
+            bars = [
+                (1e3 * row["start_s"], 1e3 * row["duration_s"])
+                for row in rows
+                if row["rank"] == rank and row["name"] == name
+            ]
+            height = (place + 0.25, 0.2) if name == "all-reduce" else (place - 0.4, 0.6)
+            ax.broken_barh(bars, height, label=title if place == 0 else None, linewidth=0.3, **look)
+    ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
+    ax.invert_yaxis()
+    _finish(ax, rows, _("milliseconds"), "")
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, fontsize="small")
+    return ax
+
+
+def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None) -> Axes:
+    """Draw the seconds of all-reduces against their bytes, and the alpha-beta line.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `scaling.allreduce`.
+    fit : laws.Fit, optional
+        As from `laws.fit_alpha_beta`.
+    """
+    ax = _axes(ax)
+    size = np.array([row["nbytes"] for row in rows], dtype=float)
+    look = {name: kind for name, kind in _look(0).items() if name != "linestyle"}
+    ax.plot(size, [row["time_s"] for row in rows], linestyle="none", alpha=0.5, label=source_word(source(rows)), **look)
+    if fit is not None:
+        at = np.geomspace(size.min(), size.max(), 100)
+        ax.plot(at, fit(at), color=COLOURS[1], linestyle="--", label=_("alpha + beta x bytes"))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    return _finish(ax, rows, _("bytes"), _("seconds of an all-reduce"))
 
 
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:

@@ -13,6 +13,10 @@ epoch     one of a gang: ``epoch``, ``test_loss``, ``test_accuracy``, ``samples`
 end       the last of a run: ``status``, ``time_s``, and ``error`` if it failed
 trial     one run of a sweep, summed up; see `scaling.trial`
 summary   the trials of one case; see `scaling.summary`
+split     where the time of a rank's steps went; see `scaling.split`
+allreduce one sum of an array over the ranks; see `scaling.allreduce`
+span      what a rank did for a time; see `timeline.spans`
+forecast  a step on some number of ranks; see `forecast.Forecast.rows`
 ========  ==========================================================================================================
 """
 

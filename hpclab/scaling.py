@@ -1,18 +1,31 @@
-"""Measure how a job scales: interleaved repeats in, rows out."""
+"""Measure how a job scales: interleaved repeats in, rows out; and say what they show."""
 
+import math
+import os
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 from distributed import Client
 from tqdm.auto import tqdm
 
-from hpclab.launcher import gang_size, whole_number
-from hpclab.rows import label, source, span
+from hpclab import laws
+from hpclab.launcher import gang_size, launch, whole_number
+from hpclab.network import Network
+from hpclab.rows import label, line, read, source, span
 from hpclab.runs import Run
 
-WARM_UP = 5
-"""First steps of each rank that no throughput counts: they allocate memory and build the buckets of DDP."""
+LEAST_STEPS = 6
+"""Steps that a throughput needs, so that there are some after the warm-up."""
+STEADY = 3
+"""Steps in a row that are no slower than later ones, and end the warm-up."""
+WARM_ROUNDS = 3
+"""Rounds of all-reduces that aren't counted."""
+NOISY = 0.1
+"""Relative spread (standard deviation) of a case's repeats beyond which a machine is called noisy."""
 
 
 def sweep(
@@ -23,6 +36,7 @@ def sweep(
     cases: Iterable[dict] | None = None,
     repeats: int = 3,
     seed: int | None = 0,
+    folder: str | os.PathLike | None = None,
     progress: bool = True,
     watch: Callable[[str, list[dict]], None] | None = None,
 ) -> list[dict]:
@@ -44,8 +58,11 @@ def sweep(
         Rounds; in each, every case runs once, in an order shuffled anew.
     seed : int or None, default 0
         Of the order; None keeps the given one in every round.
+    folder : path, optional
+        Keeps the rows in ``trials.jsonl`` as they come. A sweep that was interrupted and is called again, with the same
+        folder, cases and seed, measures only what is missing. Default: the rows are returned alone.
     progress : bool, default True
-        Show a progress bar.
+        Show a progress bar, with the time that is left.
     watch : callable, optional
         ``watch(label, rows)`` is called about once a second, and at the end, with the case and all rows of the run in
         hand.
@@ -58,9 +75,10 @@ def sweep(
     Raises
     ------
     ValueError
-        If neither or both of `ranks` and `cases` are given, or none is in them, or a case has more ranks than fit.
+        If neither or both of `ranks` and `cases` are given, or none is in them, or a case has more ranks than fit, or
+        the folder holds rows of another sweep.
     Exception
-        What a run raised; runs before it are lost, as a sweep with a failed case shows nothing.
+        What a run raised; the rows before it are in the folder.
     """
     if (ranks is None) == (cases is None):
         raise ValueError(f"give either ranks (={ranks!r}) or cases (={cases!r}).")
@@ -71,16 +89,43 @@ def sweep(
     for case in chosen:
         if "ranks" in case:
             gang_size(client, case["ranks"], case.get("threads", 1), bool(case.get("oversubscribe")))
+    kept = _Kept(folder, chosen)
     dice = random.Random(seed)
-    rows: list[dict] = []
-    with tqdm(total=repeats * len(chosen), desc="sweep", unit="run", disable=not progress) as bar:
+    with tqdm(
+        total=repeats * len(chosen), initial=len(kept.rows), desc="sweep", unit="run", disable=not progress
+    ) as bar:
         for repeat in range(repeats):
             order = range(len(chosen)) if seed is None else dice.sample(range(len(chosen)), len(chosen))
             for place in order:
-                run = _watched(job(client, **chosen[place]), watch)
-                rows.append({"case": place, "repeat": repeat, "order": len(rows)} | trial(run.rows))
-                bar.update()
-    return rows
+                if not kept.has(place, repeat):
+                    run = _watched(job(client, **chosen[place]), watch)
+                    kept.add(place, repeat, trial(run.rows))
+                    bar.update()
+    return kept.rows
+
+
+class _Kept:
+    """The trials of a sweep so far, also on disk if there is a folder."""
+
+    def __init__(self, folder: str | os.PathLike | None, cases: list[dict]):
+        self.cases = [repr(sorted(case.items())) for case in cases]
+        self.file = None if folder is None else Path(folder, "trials.jsonl")
+        self.rows = read(self.file) if self.file is not None and self.file.exists() else []
+        for row in self.rows:
+            if self.cases[row["case"] : row["case"] + 1] != [row["asked"]]:
+                raise ValueError(f"folder (={str(folder)!r}) holds another sweep, of {row['asked']}; name a new one.")
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+
+    def has(self, case: int, repeat: int) -> bool:
+        return any((row["case"], row["repeat"]) == (case, repeat) for row in self.rows)
+
+    def add(self, case: int, repeat: int, found: dict) -> None:
+        row = {"case": case, "asked": self.cases[case], "repeat": repeat, "order": len(self.rows)} | found
+        self.rows.append(row)
+        if self.file is not None:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(line(row))
 
 
 def trial(rows: list[dict]) -> dict:
@@ -94,38 +139,242 @@ def trial(rows: list[dict]) -> dict:
     Returns
     -------
     dict
-        ``kind`` "trial", ``run``, ``label``, ``ranks``, ``threads``, ``samples_per_s`` (see `throughput`), ``step_s``
-        (mean), ``data_share`` (of the step's time), ``start_s`` (launch to first step), ``train_s`` (first step to
-        last), ``loss`` (mean of the last five steps), ``accuracy`` (None if untested), ``source``, and the machine.
+        ``kind`` "trial", ``run``, ``label``, ``ranks``, ``threads``, ``batch`` (samples a step, of all ranks),
+        ``samples_per_s`` (see `throughput`), ``warm_up`` (steps that aren't counted), ``step_s`` and its `split`
+        (means), ``jitter_s`` (standard deviation of a rank's computing), ``data_share`` (of the step's time),
+        ``start_s`` (launch to first step), ``train_s`` (first step to last), ``loss`` (mean of the last five steps),
+        ``accuracy`` (None if untested), ``source``, and the machine.
     """
     about = next(row for row in rows if row["kind"] == "run")
     steps = _warm(rows)
     start_s, end_s = span(rows)
     last = max(row["step"] for row in steps)
     tests = [row["test_accuracy"] for row in rows if row["kind"] == "epoch"]
-    return {
-        "kind": "trial",
-        "run": about["run"],
-        "label": label(about["ranks"], about["threads"]),
-        "ranks": about["ranks"],
-        "threads": about["threads"],
-        "samples_per_s": throughput(rows),
-        "step_s": statistics.fmean(row["step_s"] for row in steps),
-        "data_share": sum(row["data_s"] for row in steps) / sum(row["step_s"] for row in steps),
-        "start_s": start_s,
-        "train_s": end_s - start_s,
-        "loss": statistics.fmean(row["loss"] for row in steps if row["step"] > last - 5),
-        "accuracy": tests[-1] if tests else None,
-        "source": source(rows),
-    } | {name: about[name] for name in ("started", "host", "cpu", "cpus", "torch")}
+    return (
+        {
+            "kind": "trial",
+            "run": about["run"],
+            "label": label(about["ranks"], about["threads"]),
+            "ranks": about["ranks"],
+            "threads": about["threads"],
+            "batch": sum(row["samples"] for row in steps if row["step"] == last),
+            "samples_per_s": throughput(rows),
+            "warm_up": min(row["step"] for row in steps),
+            "jitter_s": _jitter(steps),
+            "data_share": sum(row["data_s"] for row in steps) / sum(row["step_s"] for row in steps),
+            "start_s": start_s,
+            "train_s": end_s - start_s,
+            "loss": statistics.fmean(row["loss"] for row in steps if row["step"] > last - 5),
+            "accuracy": tests[-1] if tests else None,
+            "source": source(rows),
+        }
+        | _means(split(rows))
+        | {name: about[name] for name in ("started", "host", "cpu", "cpus", "torch")}
+    )
 
 
 def throughput(rows: list[dict]) -> float:
-    """Samples a second that a training run took in, over all ranks, tests and the first `WARM_UP` steps left out."""
+    """Samples a second that a training run took in, over all ranks, tests and the warm-up left out."""
     spent: dict[int, float] = {}
     for row in (steps := _warm(rows)):
         spent[row["rank"]] = spent.get(row["rank"], 0.0) + row["step_s"]
     return sum(row["samples"] for row in steps) / max(spent.values())
+
+
+def warm_up(seconds: list[float]) -> int:
+    """How many first steps of a run are slower than its later ones: they allocate memory, and build DDP's buckets.
+
+    Parameters
+    ----------
+    seconds : list of float
+        Of each step.
+
+    Returns
+    -------
+    int
+        The first step from which `STEADY` in a row take no longer than nine in ten of the second half; at most half.
+
+    Examples
+    --------
+    >>> warm_up([2.0, 0.5, 0.1, 0.11, 0.1, 0.1, 0.11, 0.1, 0.1, 0.11])
+    2
+    """
+    half = len(seconds) // 2
+    later = sorted(seconds[half:])
+    usual = later[min(len(later) - 1, math.ceil(0.9 * len(later)))] if later else math.inf
+    for place in range(half):
+        if all(value <= usual for value in seconds[place : place + STEADY]):
+            return place
+    return half
+
+
+def split(rows: list[dict]) -> list[dict]:
+    """Where the time of a run's steps went, by rank, after the warm-up.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from ``Run.rows`` of `train`.
+
+    Returns
+    -------
+    list of dict
+        One row of kind "split" a rank: ``rank``, and the means of a step: ``step_s``, and of it ``data_s``,
+        ``compute_s``, ``comm_s`` and ``straggle_s``. The rank that comes last to an all-reduce waits for the network
+        alone, so the shortest wait of a step is its exposed communication, and what others wait longer is for that
+        rank. A rank by itself doesn't communicate: its wait, for a CPU, is ``straggle_s``.
+    """
+    steps = _warm(rows)
+    alone = len({row["rank"] for row in steps}) == 1
+    shortest: dict[int, float] = {}
+    for row in steps:
+        wait = row.get("wait_s", 0.0)
+        shortest[row["step"]] = 0.0 if alone else min(wait, shortest.get(row["step"], math.inf))
+    found = []
+    for rank in sorted({row["rank"] for row in steps}):
+        mine = [row for row in steps if row["rank"] == rank]
+        means = {
+            name: statistics.fmean(row.get(name, 0.0) for row in mine) for name in ("step_s", "data_s", "compute_s")
+        }
+        comm = statistics.fmean(shortest[row["step"]] for row in mine)
+        straggle = statistics.fmean(row.get("wait_s", 0.0) for row in mine) - comm
+        found.append({"kind": "split", "rank": rank} | means | {"comm_s": comm, "straggle_s": straggle})
+    return [row | {"source": source(rows)} for row in found]
+
+
+def fit(rows: list[dict], law: str = "usl", noise: str = "relative", level: float = laws.LEVEL) -> laws.Fit:
+    """Fit a scaling law to the throughput of a sweep over ranks; see `laws.fit`.
+
+    Timings repeat to a share of themselves, so the noise is relative unless said otherwise.
+
+    Raises
+    ------
+    ValueError
+        If the law isn't one for this kind of scaling (Gustafson's is for weak, Amdahl's for strong), if the cases
+        differ in more than their ranks, or if there are too few.
+    """
+    kind = regime(rows)
+    if {"gustafson": "strong", "amdahl": "weak"}.get(law) == kind:
+        other = {"strong": "amdahl", "weak": "gustafson"}[kind]
+        raise ValueError(f"law (={law!r}) is not for {kind} scaling, which these rows are; use {other!r} or 'usl'.")
+    return laws.fit(law, *_points(rows), noise, level)
+
+
+def verdict(rows: list[dict], level: float = laws.LEVEL) -> laws.Verdict:
+    """Say which law a sweep over ranks names, or what to measure next; see `laws.choose`."""
+    return laws.choose(*_points(rows), level=level)
+
+
+def allreduce(
+    client: Client,
+    ranks: int = 2,
+    sizes: Iterable[int] = (1_000, 10_000, 100_000, 1_000_000, 4_000_000),
+    repeats: int = 20,
+    **settings: Any,
+) -> list[dict]:
+    """Measure the network between ranks: how long they take to sum arrays of several sizes.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        From `connect`.
+    ranks : int, default 2
+    sizes : iterable of int
+        Bytes.
+    repeats : int, default 20
+        Of each size, in turn, after a few that don't count.
+    **settings
+        For `launch`, such as ``oversubscribe=True``.
+
+    Returns
+    -------
+    list of dict
+        Rows of kind "allreduce": ``ranks``, ``nbytes``, ``time_s`` (of the slowest rank), ``source``, and the machine.
+    """
+    whole_number("repeats", repeats)
+    run = launch(client, _time_allreduce, tuple(sizes), repeats, ranks=ranks, name="allreduce", **settings)
+    by_rank = run.result()
+    about = {name: run.rows[0][name] for name in ("run", "started", "host", "cpu", "cpus", "torch")}
+    kind = "emulated" if ranks > about["cpus"] else "measured"
+    return [
+        {"kind": "allreduce", "ranks": ranks, "nbytes": size, "time_s": max(times), "source": kind} | about
+        for size, *times in zip(by_rank[0][0], *(times for _sizes, times in by_rank), strict=True)
+    ]
+
+
+def _time_allreduce(sizes: tuple[int, ...], repeats: int) -> tuple[list[int], list[float]]:
+    """What each rank runs: bytes and seconds of each all-reduce."""
+    import torch
+    import torch.distributed as dist
+
+    order = list(sizes) * (repeats + WARM_ROUNDS)
+    seconds = []
+    for size in order:
+        tensor = torch.zeros(max(1, size // 4))
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(tensor)
+        seconds.append(time.perf_counter() - start)
+    skipped = len(sizes) * WARM_ROUNDS
+    return order[skipped:], seconds[skipped:]
+
+
+def network(rows: list[dict]) -> Network:
+    """Latency and bandwidth of a ring that takes as long as these all-reduces; by `laws.fit_alpha_beta`.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `allreduce`, of one number of ranks.
+    """
+    if len(counts := {row["ranks"] for row in rows}) != 1 or min(counts) < 2:
+        raise ValueError(f"rows are of {sorted(counts)} ranks; a network is fitted to those of one number, at least 2.")
+    ranks = counts.pop()
+    found = laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["time_s"] for row in rows]).values
+    hops = 2 * (ranks - 1)
+    return Network(latency=found["alpha"] / hops, bandwidth=8 * hops / ranks / max(found["beta"], 1e-15))
+
+
+def regime(rows: list[dict]) -> str:
+    """What trials over ranks keep: "strong" the batch of all ranks together, "weak" that of each.
+
+    Raises
+    ------
+    ValueError
+        If they keep neither.
+    """
+    if len({row["batch"] for row in rows}) == 1:
+        return "strong"
+    if len({row["batch"] / row["ranks"] for row in rows}) == 1:
+        return "weak"
+    told = ", ".join(f"{row['ranks']} ranks: {row['batch']}" for row in rows)
+    raise ValueError(f"rows keep neither the batch of all ranks nor that of each ({told}); sweep one thing at a time.")
+
+
+def remarks(rows: list[dict]) -> list[str]:
+    """What a reader of these trials must know: sentences; none if all is well."""
+    told = []
+    trials: dict[int, list[dict]] = {}
+    for row in rows:
+        trials.setdefault(row["case"], []).append(row)
+    for case in trials.values():
+        speed = [row["samples_per_s"] for row in case]
+        if len(speed) > 1 and (spread := statistics.stdev(speed) / statistics.fmean(speed)) > NOISY:
+            told.append(
+                f"{case[0]['label']}: its repeats differ by {spread:.0%} (standard deviation); the machine was too"
+                " noisy to show differences below that."
+            )
+        if case[0]["source"] == "emulated":
+            told.append(f"{case[0]['label']}: emulated; no speed-up of this machine.")
+    if min(len(case) for case in trials.values()) == 1:
+        told.append("Each case was measured once: nothing is known of the noise.")
+    return told
+
+
+def _points(rows: list[dict]) -> tuple[list[int], list[float]]:
+    if len(threads := {row["threads"] for row in rows}) > 1:
+        raise ValueError(f"rows differ in threads (={sorted(threads)}) as well; keep those of one number.")
+    return [row["ranks"] for row in rows], [row["samples_per_s"] for row in rows]
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -165,11 +414,31 @@ def _summary(trials: list[dict], baseline: list[dict]) -> dict:
     return row | {"repeats": len(trials), "source": source(trials)}
 
 
+def _means(splits: list[dict]) -> dict[str, float]:
+    return {name: statistics.fmean(row[name] for row in splits) for name in splits[0] if name.endswith("_s")}
+
+
+def _jitter(steps: list[dict]) -> float:
+    """Standard deviation of the computing of a rank's step, the mean over the ranks; of a lone rank's whole step."""
+    ranks: dict[int, list[float]] = {}
+    for row in steps:
+        ranks.setdefault(row["rank"], []).append(row["step_s"] - row.get("wait_s", 0.0))
+    if len(ranks) == 1:
+        return statistics.pstdev(row["step_s"] for row in steps)
+    return statistics.fmean(statistics.pstdev(values) for values in ranks.values())
+
+
 def _warm(rows: list[dict]) -> list[dict]:
-    steps = [row for row in rows if row["kind"] == "step" and row["step"] >= WARM_UP]
-    if not steps:
-        raise ValueError(f"rows hold no step after the first {WARM_UP}, which are left out as warm-up; train longer.")
-    return steps
+    """Rows of the steps after the warm-up."""
+    steps = [row for row in rows if row["kind"] == "step"]
+    slowest: dict[int, float] = {}
+    for row in steps:
+        slowest[row["step"]] = max(row["step_s"], slowest.get(row["step"], 0.0))
+    if len(slowest) < LEAST_STEPS:
+        raise ValueError(f"rows hold {len(slowest)} steps; a throughput needs {LEAST_STEPS}: train longer.")
+    order = sorted(slowest)
+    first = order[warm_up([slowest[step] for step in order])]
+    return [row for row in steps if row["step"] >= first]
 
 
 def _watched(run: Run, watch: Callable[[str, list[dict]], None] | None) -> Run:

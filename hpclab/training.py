@@ -53,6 +53,7 @@ def train(
     optimizer: Callable[[Iterable], Optimizer] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     network: Network | None = None,
+    trace: int = 0,
     folder: str | os.PathLike | None = None,
     name: str = "train",
     progress: bool = True,
@@ -91,6 +92,9 @@ def train(
         Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape ().
     network : Network, optional
         Emulate this network between the ranks, see `Network.attach`. Default: the machine's own.
+    trace : int, default 0
+        Trace so many steps, after the first few, into the folder; see `timeline.spans` and `timeline.merge`. Traced
+        steps are slower.
     folder : path, optional
         Where ``rows.jsonl`` and ``checkpoints/`` go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
     name : str, default "train"
@@ -125,8 +129,9 @@ def train(
             f"batch_size (={batch_size}) exceeds the {shard} samples of a rank's shard"
             f" ({size} over ranks (={ranks})); use batch_size<={shard}."
         )
+    whole_number("trace", trace, least=0)
     total = epochs * (shard // batch_size) if steps is None else whole_number("steps", steps)
-    job = Job(model, str(found.absolute()), epochs, batch_size, lr, seed, steps, optimizer, loss, network)
+    job = Job(model, str(found.absolute()), epochs, batch_size, lr, seed, steps, optimizer, loss, network, trace)
     admission = {"oversubscribe": oversubscribe, "wait": wait}
     try:
         run = launch(client, replicate, job, ranks=ranks, threads=threads, folder=folder, name=name, **admission)

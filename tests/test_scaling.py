@@ -1,9 +1,12 @@
 """Sweeps: the order they keep, the sums they make, checked against rows written by hand."""
 
+import functools
+import random
+
 import pytest
 
 import hpclab
-from hpclab import plots, racing, scaling
+from hpclab import laws, plots, racing, scaling
 from hpclab import rows as from_rows
 
 
@@ -20,7 +23,7 @@ def rows(ranks=1, threads=1, step_s=0.1, steps=15, source="measured", samples=64
     found = [about | {"cpu": "c", "cpus": 2, "torch": "2"}]
     time_s = 3.0
     for step in range(steps):
-        spent = step_s * 10 if step < scaling.WARM_UP else step_s  # what must not count
+        spent = step_s * 10 if step < 5 else step_s  # what must not count
         time_s += spent
         times = {"time_s": time_s, "step_s": spent, "data_s": spent / 4, "cpu_s": spent / 2}
         common = {"kind": "step", "step": step, "samples": samples, "loss": 1.0, "source": source}
@@ -41,8 +44,72 @@ def test_throughput_and_trial():
     losses = [row | {"loss": float(row["step"])} if row["kind"] == "step" else row for row in by_rank]
     assert scaling.trial(losses)["loss"] == pytest.approx((10 + 11 + 12 + 13 + 14) / 5)
     assert trial["source"] == "measured"
-    with pytest.raises(ValueError, match="no step after the first 5"):
+    assert trial["warm_up"] == 5
+    assert trial["batch"] == 128
+    with pytest.raises(ValueError, match="rows hold 5 steps; a throughput needs 6"):
         scaling.throughput(rows(steps=5))
+
+
+@pytest.mark.parametrize("slow", [0, 1, 3, 7])
+def test_the_warm_up_is_found(slow):
+    dice = random.Random(slow)
+    for _ in range(50):
+        seconds = [(3.0 if step < slow else 1.0) + dice.gauss(0, 0.05) for step in range(30)]
+        assert slow <= scaling.warm_up(seconds) <= slow + 9
+    assert scaling.warm_up([1.0, 1.0]) <= 1
+    assert scaling.warm_up([]) == 0
+
+
+def test_a_wait_is_split_by_who_came_last():
+    """In each step of 100 ms the network takes 10; rank 1 computes 20 ms longer, and rank 0 waits for it."""
+    found = rows(ranks=2, step_s=0.1)
+    for row in found[1:]:
+        late = row["rank"] == 1
+        row |= {"data_s": 0.0, "compute_s": 0.09 if late else 0.07, "wait_s": 0.01 if late else 0.03}
+    first, second = scaling.split(found)
+    assert (first["compute_s"], first["comm_s"], first["straggle_s"]) == pytest.approx((0.07, 0.01, 0.02))
+    assert (second["compute_s"], second["comm_s"], second["straggle_s"]) == pytest.approx((0.09, 0.01, 0.0))
+    alone = rows(ranks=1)
+    for row in alone[1:]:
+        row["wait_s"] = 0.01
+    assert (scaling.split(alone)[0]["comm_s"], scaling.split(alone)[0]["straggle_s"]) == pytest.approx((0, 0.01))
+
+
+def trials(counts, speed, batch=lambda count: 64, **more):
+    return [
+        {"case": place, "repeat": 0, "ranks": count, "threads": 1, "batch": batch(count), "samples_per_s": speed(count)}
+        | {"source": "measured", "label": f"{count} ranks"}
+        | more
+        for place, count in enumerate(counts)
+    ]
+
+
+def test_laws_of_trials():
+    counts = [1, 2, 4, 8, 16]
+    strong = trials(counts, lambda n: 100 * laws.amdahl([n], 0.1)[0])
+    weak = trials(counts, lambda n: 100 * laws.gustafson([n], 0.1)[0], batch=lambda count: 64 * count)
+    assert (scaling.regime(strong), scaling.regime(weak)) == ("strong", "weak")
+    assert scaling.fit(strong, "amdahl").values["sigma"] == pytest.approx(0.1)
+    assert scaling.fit(weak, "gustafson").values["sigma"] == pytest.approx(0.1)
+    assert scaling.verdict(strong).law == "amdahl"
+    with pytest.raises(ValueError, match="is not for strong scaling, which these rows are; use 'amdahl' or 'usl'"):
+        scaling.fit(strong, "gustafson")
+    with pytest.raises(ValueError, match="is not for weak scaling, which these rows are; use 'gustafson' or 'usl'"):
+        scaling.fit(weak, "amdahl")
+    with pytest.raises(ValueError, match="keep neither the batch of all ranks nor that of each"):
+        scaling.fit(trials(counts, float, batch=lambda count: 64 + count))
+    with pytest.raises(ValueError, match=r"rows differ in threads \(=\[1, 2\]\)"):
+        scaling.fit([*strong, strong[0] | {"threads": 2}])
+
+
+def test_remarks_own_up():
+    quiet = [row | {"samples_per_s": speed} for speed in (100, 101, 102) for row in trials([1], float)]
+    assert scaling.remarks(quiet) == []
+    noisy = [row | {"samples_per_s": speed} for speed in (100, 140, 180) for row in trials([1], float)]
+    assert "1 ranks: its repeats differ by 29%" in scaling.remarks(noisy)[0]
+    once = scaling.remarks(trials([1], float, source="emulated"))
+    assert "emulated" in once[0]
+    assert "measured once" in once[1]
 
 
 def test_summary_pairs_the_rounds():
@@ -75,6 +142,29 @@ def test_sweep_interleaves(client):
     assert len({row["run"] for row in found}) == 4
     assert set(seen) == {"1 rank", "2 ranks"}
     assert len(scaling.summary(found)) == 2
+
+
+def test_an_interrupted_sweep_goes_on(client, tmp_path):
+    started = []
+
+    def job(client, ranks):
+        started.append(ranks)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        model = functools.partial(hpclab.models.CNN, channels=(4, 8))
+        return hpclab.train(
+            client, model, "fashion_mnist", ranks=ranks, batch_size=32 // ranks, steps=8, progress=False
+        )
+
+    settings = {"ranks": [1, 2], "repeats": 2, "progress": False, "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        scaling.sweep(client, job, **settings)
+    found = scaling.sweep(client, job, **settings)
+    assert len(started) == 5  # two, the one that was interrupted, and the two that were missing
+    assert sorted((row["case"], row["repeat"]) for row in found) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert from_rows.read(tmp_path / "trials.jsonl") == found
+    with pytest.raises(ValueError, match="holds another sweep"):
+        scaling.sweep(client, job, **settings | {"ranks": [2, 1]})
 
 
 def test_a_failed_case_raises_its_error(client):

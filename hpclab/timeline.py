@@ -1,0 +1,125 @@
+"""What every rank does when, for a few steps, on one clock: from the traces that torch's profiler writes.
+
+Needs no annotations in the training loop: torch names data loading, DDP's forward, each operation of the backward pass,
+each bucket's all-reduce and the optimiser's step by itself.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from hpclab._rank import run_folder
+from hpclab.rows import read, source
+
+WAIT_STEPS = 5
+"""Steps before a trace begins, the last of which warms the profiler up."""
+_NAMES = {
+    "data": re.compile(r"enumerate\(DataLoader\)"),
+    "forward": re.compile(r"DistributedDataParallel\.forward$"),
+    "backward": re.compile(r"autograd::engine::evaluate_function"),
+    "all-reduce": re.compile(r"(gloo|nccl):all_?reduce"),
+    "optimizer": re.compile(r"Optimizer\.step#"),
+}
+"""How torch names the parts of a step."""
+
+
+def profiler(steps: int) -> Any:
+    """A profiler of a rank that traces so many steps into the run's folder; its ``step()`` is called after each.
+
+    Example, in a function of `launch` (in `train`: ``trace=3``)::
+
+        with hpclab.timeline.profiler(3) as traced:
+            for inputs, labels in loader:
+                ...
+                traced.step()
+    """
+    from torch.distributed import get_rank
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    path = run_folder() / f"trace-{get_rank()}.json"
+    return profile(
+        activities=[ProfilerActivity.CPU],
+        schedule=schedule(wait=WAIT_STEPS - 1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=lambda found: found.export_chrome_trace(str(path)),
+    )
+
+
+def spans(folder: str | os.PathLike) -> list[dict]:
+    """Read the traces of a run.
+
+    Parameters
+    ----------
+    folder : path
+        Of a run that traced, such as ``run.folder``.
+
+    Returns
+    -------
+    list of dict
+        Rows of kind "span", by rank and start: ``rank``, ``name`` ("data", "forward", "backward", "all-reduce",
+        "waiting", "optimizer"), ``start_s`` since the first of all, ``duration_s``, ``source``, and the machine.
+        "waiting" is the time between the last operation of a backward pass and the optimiser's step: what no
+        computing hides.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no trace.
+    """
+    found = [row for rank, events in _traces(folder).items() for row in _rank_spans(rank, events)]
+    first = min(row["start_s"] for row in found)
+    run = read(Path(folder, "rows.jsonl"))
+    about = {"source": source(run)} | {name: run[0][name] for name in ("started", "host", "cpu", "cpus", "torch")}
+    return [row | {"start_s": row["start_s"] - first} | about for row in found]
+
+
+def merge(folder: str | os.PathLike) -> Path:
+    """Write the traces of all ranks as one, ``trace.json``, for Perfetto or chrome://tracing; a process a rank."""
+    path = Path(folder, "trace.json")
+    merged: list[dict] = []
+    for rank, events in _traces(folder).items():
+        merged.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
+        merged += [event | {"pid": rank} for event in events if event.get("ph") == "X"]
+    path.write_text(json.dumps({"traceEvents": merged, "displayTimeUnit": "ms"}), encoding="utf-8")
+    return path
+
+
+def _traces(folder: str | os.PathLike) -> dict[int, list[dict]]:
+    """Events of each rank, their times moved to one clock: microseconds since the epoch."""
+    files = {int(file.stem.split("-")[1]): file for file in Path(folder).glob("trace-*.json")}
+    if not files:
+        raise FileNotFoundError(f"folder (={str(folder)!r}) holds no trace; run train(..., trace=3).")
+    found = {}
+    for rank, file in sorted(files.items()):
+        trace = json.loads(file.read_text(encoding="utf-8"))
+        base = trace.get("baseTimeNanoseconds", 0) / 1e3
+        found[rank] = [event | {"ts": event["ts"] + base} for event in trace["traceEvents"] if "ts" in event]
+    return found
+
+
+def _rank_spans(rank: int, events: list[dict]) -> list[dict]:
+    """The parts of one rank's steps, in order."""
+    found = []
+    for event in sorted((event for event in events if event.get("ph") == "X"), key=lambda event: event["ts"]):
+        name = next((name for name, pattern in _NAMES.items() if pattern.search(event["name"])), None)
+        if name is not None:
+            found.append((name, event["ts"] / 1e6, event["dur"] / 1e6))
+    rows: list[dict] = []
+    backward: dict | None = None
+    for name, start, duration in found:
+        if name == "backward":  # one operation of many: it stretches the span of its pass
+            if backward is None:
+                rows.append(backward := _span(rank, name, start, duration))
+            backward["duration_s"] = max(backward["duration_s"], start + duration - backward["start_s"])
+            continue
+        if name == "optimizer" and backward is not None:
+            ended = backward["start_s"] + backward["duration_s"]
+            rows.append(_span(rank, "waiting", ended, max(0.0, start - ended)))
+            backward = None
+        rows.append(_span(rank, name, start, duration))
+    return rows
+
+
+def _span(rank: int, name: str, start_s: float, duration_s: float) -> dict:
+    return {"kind": "span", "rank": rank, "name": name, "start_s": start_s, "duration_s": duration_s}

@@ -1,0 +1,94 @@
+"""An emulated network inside real training, against its own line; and the measured one."""
+
+import json
+import statistics
+
+import pytest
+
+import hpclab
+from hpclab import forecast, scaling, timeline
+from hpclab.network import Network
+
+
+def spend(network, floats, steps):
+    """Seconds from when the last rank is ready to the averaged gradients, by step; and whether these are right."""
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(floats, 1, bias=False))
+    network.attach(model)
+    inputs, times = torch.full((1, floats), dist.get_rank() + 1.0), []
+    for _ in range(steps):
+        model.zero_grad()
+        loss = model(inputs).sum()
+        dist.barrier()
+        start = time.perf_counter()
+        loss.backward()
+        times.append(time.perf_counter() - start)
+    return times, bool((model.module.weight.grad == 1.5).all())
+
+
+@pytest.mark.parametrize("network", [Network(20e-3, 1e9), Network(10e-3, 50e6), Network(15e-3, 1e9, "tree")])
+def test_it_adds_what_it_says(client, network):
+    """Never less than its line. (How little more, `benchmarks/network.py` shows.)"""
+    for floats in (1_000, 100_000):
+        for times, right in hpclab.launch(client, spend, network, floats, 12, ranks=2).result(60):
+            want = float(network.allreduce_s(4 * floats, 2))
+            assert want <= min(times) + 1e-3
+            assert right
+
+
+def test_a_network_faster_than_the_machine_is_refused(client):
+    with pytest.raises(ValueError, match=r"this machine itself takes .* can emulate nothing below .*: raise latency"):
+        hpclab.launch(client, spend, Network(1e-9, 1e15), 100_000, 3, ranks=2).result(60)
+
+
+def test_training_over_it_is_emulated_and_the_same(client):
+    """The same weights as without it: it adds time and nothing else."""
+    settings = {"ranks": 2, "batch_size": 32, "steps": 8, "progress": False}
+    plain = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", **settings).result()
+    slow = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", network=Network(20e-3, 1e9), **settings).result()
+    assert {row["source"] for row in slow.rows if row["kind"] == "step"} == {"emulated"}
+    assert {row["source"] for row in plain.rows if row["kind"] == "step"} == {"measured"}
+    assert all((plain.weights[name] == slow.weights[name]).all() for name in plain.weights)
+    steps = [row for row in slow.rows if row["kind"] == "step"]
+    assert statistics.median(row["wait_s"] for row in steps) > 0.04
+    assert scaling.split(slow.rows)[0]["comm_s"] > 0.04
+
+
+def test_a_measured_network_forecasts(client):
+    rows = scaling.allreduce(client, repeats=5, sizes=(1_000, 1_000_000))
+    assert {(row["ranks"], row["nbytes"]) for row in rows} == {(2, 1_000), (2, 1_000_000)}
+    assert len(rows) == 10
+    assert {row["source"] for row in rows} == {"measured"}
+    network = scaling.network(rows)
+    assert forecast.step_s(forecast.Workload(0.05, 1e6), network, [2])[0] > 0.05
+    with pytest.raises(ValueError, match="rows are of"):
+        scaling.network([*rows, rows[0] | {"ranks": 4}])
+
+
+def test_a_timeline_on_one_clock(client):
+    """The all-reduces of a step overlap in time, since neither rank's ends before the other's has begun."""
+    run = hpclab.train(
+        client, hpclab.models.CNN, "fashion_mnist", ranks=2, batch_size=32, steps=12, trace=3, progress=False
+    )
+    run.result()
+    rows = timeline.spans(run.folder)
+    assert min(row["start_s"] for row in rows) == 0
+    by = {
+        (rank, name): [row for row in rows if (row["rank"], row["name"]) == (rank, name)]
+        for rank in (0, 1)
+        for name in ("data", "forward", "backward", "all-reduce", "waiting", "optimizer")
+    }
+    assert {len(found) for found in by.values()} == {3}
+    for one, other in zip(by[0, "all-reduce"], by[1, "all-reduce"], strict=True):
+        assert one["start_s"] < other["start_s"] + other["duration_s"]
+        assert other["start_s"] < one["start_s"] + one["duration_s"]
+    for forward, backward in zip(by[0, "forward"], by[0, "backward"], strict=True):
+        assert forward["start_s"] + forward["duration_s"] <= backward["start_s"]
+    merged = json.loads(timeline.merge(run.folder).read_text("utf-8"))["traceEvents"]
+    assert {event["pid"] for event in merged} == {0, 1}
+    with pytest.raises(FileNotFoundError, match=r"holds no trace; run train\(..., trace=3\)"):
+        timeline.spans(run.folder / "checkpoints")

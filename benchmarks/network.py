@@ -35,8 +35,8 @@ MODELS = {
 """Models, and samples a rank and step."""
 
 
-def allreduce_s(network: Network, floats: int, steps: int) -> float:
-    """What each rank runs: median seconds of a step that does nothing but average so many floats."""
+def backward_s(network: Network, floats: int, steps: int) -> tuple[list[float], float]:
+    """What each rank runs: seconds of backward passes that average so many floats, and of one that doesn't (median)."""
     import time
 
     import torch
@@ -44,14 +44,25 @@ def allreduce_s(network: Network, floats: int, steps: int) -> float:
 
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(floats, 1, bias=False))
     network.attach(model)
-    inputs, times = torch.zeros(1, floats), []
-    for _ in range(steps):
+    inputs = torch.zeros(1, floats)
+
+    def spent() -> float:
         loss = model(inputs).sum()
         dist.barrier()
         start = time.perf_counter()
         loss.backward()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[5:])
+        return time.perf_counter() - start
+
+    times = [spent() for _ in range(steps)]
+    with model.no_sync():
+        alone = statistics.median(spent() for _ in range(steps))
+    return times[5:], alone
+
+
+def allreduce_s(client, network: Network, floats: int, steps: int) -> float:
+    """Median seconds of an emulated all-reduce, by the rank that came last to it: the other also waits for that one."""
+    (one, alone), (other, _) = hpclab.launch(client, backward_s, network, floats, steps, ranks=2).result()
+    return statistics.median(map(min, one, other)) - alone
 
 
 def line(client, steps: int) -> Table:
@@ -60,7 +71,11 @@ def line(client, steps: int) -> Table:
     for network in (Network(2e-3, 1e9), Network(10e-3, 1e9), Network(5e-3, 100e6), Network(10e-3, 1e9, "tree")):
         for floats in (1_000, 50_000, 250_000):
             want = float(network.allreduce_s(4 * floats, 2))
-            found = statistics.median(hpclab.launch(client, allreduce_s, network, floats, steps, ranks=2).result())
+            try:
+                found = allreduce_s(client, network, floats, steps)
+            except ValueError as refusal:
+                print(refusal, file=sys.stderr)
+                continue
             rows.append(
                 {
                     "network": f"{network.latency * 1e3:g} ms, {network.bandwidth / 1e6:g} Mb/s, {network.topology}",
@@ -79,22 +94,23 @@ def forecasts(client, rounds: int, steps: int) -> Table:
     print(f"this machine's network between 2 ranks: {own.latency * 1e3:.2f} ms, {own.bandwidth / 1e9:.1f} Gb/s")
     rows = []
     for name, (model, batch) in MODELS.items():
-        size = 4 * sum(weight.numel() for weight in model().parameters())
         two, slow = [], []
         for _ in range(rounds):
 
-            def trial(ranks: int, network: Network | None = None, model=model, batch=batch) -> dict:
+            def start(ranks: int, network: Network | None = None, model=model, batch=batch) -> hpclab.Run:
                 settings = {"ranks": ranks, "batch_size": batch, "steps": steps, "network": network}
-                run = hpclab.train(client, model, "fashion_mnist", progress=False, **settings)
-                return scaling.trial(run.result().rows)
+                return hpclab.train(client, model, "fashion_mnist", progress=False, **settings)
 
-            alone, both = trial(1), trial(2)
-            work = Workload(alone["step_s"], size, batch, jitter_s=alone["jitter_s"])
+            neighbours = start(1), start(1)  # on a machine as busy as it will be
+            alone, _ = (scaling.trial(run.result().rows) for run in neighbours)
+            both = scaling.trial(start(2).result().rows)
+            work = Workload.of(model(), alone["step_s"], samples=batch, jitter_s=alone["jitter_s"])
             two.append(step_s(work, own, [2])[0] / both["step_s"])
             measured = [alone["step_s"], both["step_s"]]
             known = calibrate(work, own, [1, 2], measured, ("compute_s", "jitter_s"), noise=0.03).workload
             try:
-                slow.append(step_s(known, ETHERNET, [2])[0] / trial(2, ETHERNET)["step_s"])
+                emulated = scaling.trial(start(2, ETHERNET).result().rows)
+                slow.append(step_s(known, ETHERNET, [2])[0] / emulated["step_s"])
             except ValueError as refusal:
                 print(f"{name}: {refusal}", file=sys.stderr)
         told = spread(slow) if slow else "refused: this machine is no faster"

@@ -16,8 +16,8 @@ from scipy import optimize, special, stats
 
 from hpclab.network import Array, Hierarchy, Network
 
-BUCKET_BYTES = 25e6
-"""Size of DDP's buckets; the last can't be hidden, since it is full only when the backward pass ends."""
+BUCKET_BYTES = (2**20, 25 * 2**20)
+"""At which size DDP closes its first bucket, and the others."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Workload:
         Standard deviation of a rank's compute time; all wait for the slowest.
     overlap : float, default 2/3
         Share of the compute time behind which communication can hide: the backward pass takes about twice the forward.
-    bucket_bytes : float, default 25e6
+    bucket_bytes : float, optional
+        Of the last bucket of gradients, which can't be hidden, since it is full only when the backward pass ends.
+        Default: DDP's size, 25 MiB, or all gradients if they are less.
     visible : float, optional
         Share of the communication that is not hidden, if it was measured; `overlap` and `bucket_bytes` are then unused.
     largest_bytes : float, default 0
@@ -52,7 +54,7 @@ class Workload:
     samples: int = 1
     jitter_s: float = 0.0
     overlap: float = 2 / 3
-    bucket_bytes: float = BUCKET_BYTES
+    bucket_bytes: float = BUCKET_BYTES[1]
     visible: float | None = None
     largest_bytes: float = 0.0
     data_s: float = 0.0
@@ -66,9 +68,32 @@ class Workload:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be at least 0.")
 
+    @classmethod
+    def of(cls, module: Any, compute_s: float, **fields: Any) -> "Workload":
+        """The workload of a torch module: its gradients, in the buckets that DDP makes of them.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+        compute_s, **fields
+            As for the class.
+        """
+        sizes = [weight.nbytes for weight in module.parameters() if weight.requires_grad]
+        return cls(compute_s, sum(sizes), **{"bucket_bytes": _buckets(sizes[::-1])[-1]} | fields)
+
     def fits(self, memory_bytes: float) -> bool:
         """Whether a rank with so much memory can do it."""
         return self.memory_bytes <= memory_bytes
+
+
+def _buckets(sizes: Sequence[int]) -> list[int]:
+    """Bytes of each bucket that DDP makes of gradients, given in the order in which they become ready."""
+    found = [0]
+    for size in sizes:
+        if found[-1] >= BUCKET_BYTES[len(found) > 1]:
+            found.append(0)
+        found[-1] += size
+    return found
 
 
 def slowest(ranks: ArrayLike) -> Array:

@@ -201,8 +201,9 @@ class _Link:
                 work.wait()  # from here on all ranks have told when they were ready
                 start = max(self.free, self.ready[:, number % SLOTS].max())
                 self.free = start + float(self.network.allreduce_s(gradients.nbytes, self.ranks))
+                gradients.div_(self.size)
                 _wait_until(self.free)
-                done.set_result(gradients.div_(self.size))
+                done.set_result(gradients)
             except Exception as error:
                 done.set_exception(error)
 

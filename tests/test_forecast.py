@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import hpclab
 from hpclab import laws
 from hpclab.forecast import Workload, calibrate, parts, slowest, step_s
 from hpclab.network import Hierarchy, Network
@@ -111,6 +112,31 @@ def test_parts_by_hand():
     slow = parts(Workload(0.01, 10e6, bucket_bytes=2e6), network, [4])
     assert slow["exposed_s"] == pytest.approx(slow["comm_s"] - 2 / 3 * 0.01)
     assert step_s(Workload(0.3, 10e6, data_s=0.5), network, [2]) == pytest.approx([0.5])
+
+
+def test_buckets_are_those_of_ddp(client):
+    """As DDP's own log tells them after it has rebuilt them."""
+    made = Workload.of(perceptron(), compute_s=1.0)
+    logged = hpclab.launch(client, buckets_of, ranks=2).result(60)[0]
+    assert made.gradient_bytes == sum(logged)
+    assert made.bucket_bytes == logged[-1]
+    assert made.bucket_bytes < made.gradient_bytes
+
+
+def perceptron():
+    import torch
+
+    return torch.nn.Sequential(torch.nn.Linear(784, 512), torch.nn.Linear(512, 512), torch.nn.Linear(512, 10))
+
+
+def buckets_of():
+    import torch
+
+    model = torch.nn.parallel.DistributedDataParallel(perceptron())
+    for _ in range(3):
+        model(torch.zeros(2, 784)).sum().backward()
+    told = model._get_ddp_logging_data()
+    return [int(size) for size in told["rebuilt_bucket_sizes"].split(",")]
 
 
 def test_costs_by_topology():

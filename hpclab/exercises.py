@@ -248,3 +248,57 @@ def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) ->
     gradients = 2 * (x @ weights - y)[:, None] * x  # (global batch, 3)
     small = sum(base * chunk.mean(axis=0) for chunk in np.split(gradients, len(x) // base_batch))
     return float(rate * gradients.mean(axis=0) @ small / (small @ small))
+
+
+@exercise("scaling.curves")
+def _curves(judge: object) -> Result:
+    for n, x, law, sigma in _planted_curves():
+        named, interval = _judged(_call(judge, n, x))
+        if law is None and named is not None:
+            most = max(n)
+            few = _(
+                "You named a law from up to {most} workers: other laws fit those, and part company later.", most=most
+            )
+            return failed(few if most <= 4 else _("You named a law from data so noisy that others fit it as well."))
+        if law is not None and named is None:
+            return failed(_("You found no law where 16 workers and little noise tell one."))
+        if named != law:
+            return failed(
+                _("A larger law always fits at least as well: which is the smallest that none beats?")
+                if law == "amdahl"
+                else _("A tight interval is no evidence for a law: look at what a larger law explains beyond it.")
+            )
+        if interval is not None and not interval[0] <= sigma <= interval[1]:
+            return failed(_("Your interval of sigma misses the planted one."))
+        if interval is not None and interval[1] - interval[0] > 0.05:
+            return failed(_("Your interval of sigma is so wide that it says nothing."))
+    return passed(_("The right law where the data tells it, an interval that holds the truth, and silence elsewhere."))
+
+
+def _planted_curves() -> Iterator[tuple[list[int], list[float], str | None, float]]:
+    """Workers, throughput, the law that can be named, and its sigma."""
+    from hpclab import laws
+
+    many, few = sorted([1, 2, 4, 8, 16] * 4), sorted([1, 2, 4] * 4)
+    for number, (n, noise, law, values) in enumerate(
+        [
+            (many, 0.01, "amdahl", (0.1, 0.0)),
+            (many, 0.01, "usl", (0.05, 0.005)),
+            (few, 0.01, None, (0.05, 0.005)),
+            (many, 0.12, None, (0.08, 0.0)),
+        ]
+    ):
+        noisy = 1 + noise * np.random.default_rng(number).standard_normal(len(n))
+        yield n, (250 * laws.usl(n, *values) * noisy).tolist(), law, values[0]
+
+
+def _judged(returned: Any) -> tuple[str | None, tuple[float, float] | None]:
+    message = _(
+        "The function returns a pair: a law's name and (low, high) for its sigma, or None and None; not {returned!r}.",
+        returned=returned,
+    )
+    try:
+        law, interval = returned
+        return law, None if interval is None else (float(interval[0]), float(interval[1]))
+    except (TypeError, ValueError, IndexError):
+        raise _Verdict(failed(message)) from None

@@ -41,6 +41,8 @@ class Network:
         down), "halving-doubling", or "parameter-server" (all ranks send to, and fetch from, `servers` links).
     servers : int, default 1
         Parameter servers, which share the parameters evenly.
+    ranks : int, optional
+        Emulated, it costs what so many ranks would pay. Default: those there are.
 
     Notes
     -----
@@ -59,6 +61,7 @@ class Network:
     bandwidth: float = 1e9
     topology: str = "ring"
     servers: int = 1
+    ranks: int | None = None
 
     def __post_init__(self) -> None:
         if not self.latency >= 0:
@@ -69,6 +72,8 @@ class Network:
             raise ValueError(f"topology (={self.topology!r}) must be one of {', '.join(map(repr, _COSTS))}.")
         if not self.servers >= 1:
             raise ValueError(f"servers (={self.servers!r}) must be at least 1.")
+        if self.ranks is not None and not self.ranks >= 1:
+            raise ValueError(f"ranks (={self.ranks!r}) must be at least 1.")
 
     def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike, largest: float = 0.0) -> Array:
         """Seconds that an all-reduce takes.
@@ -84,7 +89,7 @@ class Network:
         messages, load = _COSTS[self.topology](ranks, nbytes, self.servers, largest)
         return np.where(ranks > 1, messages * self.latency + load * 8 / self.bandwidth, 0.0)
 
-    def attach(self, model: Any, ranks: int | None = None) -> None:
+    def attach(self, model: Any) -> None:
         """Have a DistributedDataParallel model average its gradients over this network; called on every rank.
 
         The real process group averages the gradients; they are handed over when this network would have done it: after
@@ -93,15 +98,13 @@ class Network:
         Parameters
         ----------
         model : torch.nn.parallel.DistributedDataParallel
-        ranks : int, optional
-            Number of ranks that it shall cost as many as. Default: those there are.
 
         Raises
         ------
         ValueError
             If the network is faster than `FLOOR` times what this machine itself takes: it can only add time.
         """
-        _Link(self, model, ranks)
+        _Link(self, model)
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,12 @@ _COSTS: dict[str, Callable[[Array, Array, int, float], tuple[Any, Array]]] = {
 class _Link:
     """This rank's end of an emulated network: a link that is busy until a time, served by a thread of its own."""
 
-    def __init__(self, network: Network, model: Any, ranks: int | None):
+    def __init__(self, network: Network, model: Any):
         import torch.distributed as dist
 
         self.network = network
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.ranks = ranks or self.size
+        self.ranks = network.ranks or self.size
         self.count = 0
         self.free = 0.0
         """When the link has done all that it was given."""

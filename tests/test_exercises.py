@@ -6,10 +6,10 @@ import random
 import pytest
 
 import hpclab
-from hpclab import exercises, machine
+from hpclab import exercises, laws, machine
 from hpclab.exercises import check
 
-EXERCISES = ["start.gang", "cnn.order", "cnn.learning_rate"]
+EXERCISES = ["start.gang", "cnn.order", "cnn.learning_rate", "scaling.curves"]
 
 
 def test_every_exercise_is_known_here():
@@ -18,7 +18,7 @@ def test_every_exercise_is_known_here():
 
 
 def test_an_unknown_exercise_is_answered_with_the_valid_ones():
-    with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, start.gang"):
+    with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, scaling.curves, start.gang"):
         check("start.gong", 1)
 
 
@@ -29,7 +29,7 @@ def test_a_stub_is_not_answered_yet(exercise_id, stub):
     assert (result.status, result.message) == ("fail", "Not answered yet.")
 
 
-@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate"])
+@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves"])
 def test_a_function_that_is_a_stub_is_not_answered_yet(exercise_id):
     def stub(*arguments): ...
 
@@ -37,7 +37,7 @@ def test_a_function_that_is_a_stub_is_not_answered_yet(exercise_id):
     assert check(exercise_id, lambda *arguments: ...).message == "Not answered yet."
 
 
-@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate"])
+@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves"])
 def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
     assert (
         check(exercise_id, lambda *arguments: 1 / 0).message
@@ -184,4 +184,50 @@ def test_learning_rate_passes_with_the_solution():
 )
 def test_learning_rate_names_each_misconception(answer, message):
     result = check("cnn.learning_rate", answer)
+    assert result.status == "fail" and message in result.message
+
+
+def curves_solution(n, x):
+    verdict = laws.choose(n, x)
+    return (verdict.law, verdict.fit.intervals["sigma"]) if verdict.identifiable else (None, None)
+
+
+def best_of_all(n, x):
+    found = min((laws.fit(law, n, x, "relative") for law in ("amdahl", "usl")), key=lambda one: one.aicc)
+    return found.law, found.intervals["sigma"]
+
+
+def unless_few(n, x):
+    return best_of_all(n, x) if max(n) > 4 else (None, None)
+
+
+def with_interval(width):
+    def answer(n, x):
+        law, interval = curves_solution(n, x)
+        return (law, width(*interval)) if law else (None, None)
+
+    return answer
+
+
+def test_curves_passes_with_the_solution():
+    assert check("scaling.curves", curves_solution)
+    assert check("scaling.curves", lambda n, x: (curves_solution(n, x)[0], None))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (best_of_all, "a law from up to 4 workers"),
+        (unless_few, "from data so noisy"),
+        (lambda n, x: (None, None), "You found no law"),
+        (lambda n, x: ("usl", None), "A larger law always fits"),
+        (lambda n, x: ("amdahl", None), "A tight interval is no evidence"),
+        (with_interval(lambda low, high: (high, high + 0.01)), "misses the planted one"),
+        (with_interval(lambda low, high: (0, 1)), "so wide that it says nothing"),
+        (lambda n, x: "amdahl", "returns a pair"),
+        (lambda n, x: ("amdahl", 0.1), "returns a pair"),
+    ],
+)
+def test_curves_names_each_misconception(answer, message):
+    result = check("scaling.curves", answer)
     assert result.status == "fail" and message in result.message

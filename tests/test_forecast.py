@@ -165,6 +165,7 @@ def test_costs_by_topology():
         (lambda: Network(bandwidth=0), r"bandwidth \(=0\) must be bits a second"),
         (lambda: Network(topology="star"), r"topology \(='star'\) must be one of 'ring', 'tree'"),
         (lambda: Network(servers=0), r"servers \(=0\) must be at least 1"),
+        (lambda: Network(ranks=0), r"ranks \(=0\) must be at least 1"),
         (lambda: step_s(Workload(1, 1), Network(), [0]), r"ranks \(=0\) must be >= 1"),
         (lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, 2]), "2 points can't tell 3 fields"),
         (lambda: calibrate(Workload(1, 1), Network(), [1, 2, 4], [1, 2, 3]), "and their own noise; .* state the noise"),

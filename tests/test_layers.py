@@ -28,7 +28,7 @@ LAYERS = {
         *("plots", "racing", "scaling", "tables", "training"),
     },
     "doctor": {"language", "machine", "tables"},
-    "exercises": {"language", "machine"},
+    "exercises": {"language", "laws", "machine"},
     "forecast": {"network"},
     "language": set(),
     "laws": set(),

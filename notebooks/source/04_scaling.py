@@ -1,0 +1,252 @@
+# %% [markdown] id="title"
+# # Scaling laws: what a measurement proves
+#
+# **You will** measure how training scales on this machine, see where the time of a step goes, and find out how little two
+# CPUs prove; then let your training feel a slower network, and forecast machines that you don't have, beside what
+# others measured on them.
+#
+# | | |
+# |---|---|
+# | objectives | split a step into computing, communication, waiting and data; fit a law with intervals; say when the data can't tell; forecast from a cause instead of a curve |
+# | prerequisites | the notebooks *start* and *cnn* |
+# | minutes | 45 to read and do, 15 of them for the exercise; under 3 to run |
+# | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import matplotlib.pyplot as plt
+import numpy as np
+
+import hpclab
+from hpclab import forecast, laws, plots, scaling, timeline
+
+REPEATS, STEPS = {"small": (2, 12), "class": (3, 15), "cluster": (10, 100)}[SIZE]
+BATCH = 96
+
+# %% id="connect"
+client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
+
+
+def train(client, ranks, **settings):
+    return hpclab.train(
+        client,
+        hpclab.models.CNN,
+        "fashion_mnist",
+        ranks=ranks,
+        oversubscribe=True,
+        progress=False,
+        **{"batch_size": BATCH, "steps": STEPS} | settings,
+    )
+
+
+# %% [markdown] id="measure"
+# ## Measure
+#
+# One way to scale is *strong*: the batch of all ranks together stays, so each computes less. The other is *weak*: the
+# batch of each rank stays, so together they do more. Here is the weak way, with repeats in turn.
+#
+# **Predict**: with one rank a step takes some time. Two ranks, with the same batch *each*: will a step take as long?
+
+# %% id="measure-do"
+rows = scaling.sweep(client, train, ranks=[1, 2], repeats=REPEATS, progress=False)
+print(scaling.regime(rows), "scaling;", *(scaling.remarks(rows) or ["nothing to remark"]))
+hpclab.tables.Table(
+    {"ranks": row["ranks"], "samples a second": round(row["samples_per_s"])}
+    | {f"{name} (ms)": round(1e3 * row[f"{name}_s"], 1) for name in ("step", "compute", "comm", "straggle", "data")}
+    for row in rows
+)
+
+# %% [markdown] id="measure-explain"
+# **Explain.** A step isn't as short with two ranks, for two reasons that the columns tell apart. *compute* grows: two busy
+# CPUs share caches and memory. And something is new: *comm*, the averaging of gradients that no computing hides, and
+# *straggle*, the wait for whichever rank comes later. The first steps aren't counted; how many they are is found in the
+# run itself (`warm_up` in the rows).
+
+# %% [markdown] id="look"
+# ## Look inside a step
+#
+# torch's profiler writes down what each rank does when. Both clocks are the same, so one *sees* who waits for whom. (A
+# traced step is slower.) The second run feels a network of 20 ms latency: a connection across a continent.
+
+# %% id="look-do"
+figure, axes = plt.subplots(2, 1, figsize=(11, 6), layout="constrained")
+for ax, network in zip(axes, (None, hpclab.Network(latency=20e-3, bandwidth=1e9)), strict=True):
+    run = train(client, 2, trace=3, network=network)
+    run.result()
+    plots.timeline(timeline.spans(run.folder), ax)
+
+# %% [markdown] id="look-explain"
+# The blue bars are the all-reduces, below the rank that they belong to. They begin when a rank's gradients are ready, and
+# end on both ranks at once. What a rank does meanwhile is wait: little by itself, and most of the step on the slow
+# network. `timeline.merge(run.folder)` writes the same as a file for Perfetto, with every operation in it.
+
+# %% [markdown] id="network"
+# ## The network
+#
+# How long does averaging take, by itself? A message takes its latency, alpha, and a time for each byte, beta.
+
+# %% id="network-do"
+messages = scaling.allreduce(client, ranks=2, oversubscribe=True)
+line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["time_s"] for row in messages])
+plots.allreduce(messages, line)
+own = scaling.network(messages)
+print(line)
+print(own)
+
+# %% [markdown] id="prove"
+# ## What do two CPUs prove?
+#
+# Almost every course now fits Amdahl's law to its two or three points, and draws it to a thousand CPUs. Let us ask what
+# the points can tell. Here are two counts of workers, as many repeats as you like, and 3 % noise.
+
+# %% id="prove-do"
+dice = np.random.default_rng(0)
+n = np.repeat([1, 2], 5)
+for draw in range(3):
+    x = 100 * laws.amdahl(n, 0.1) * (1 + 0.03 * dice.standard_normal(len(n)))
+    low, high = laws.fit_amdahl(n, x).intervals["sigma"]
+    print(
+        f"draw {draw}: the serial share is between {low:.3f} and {high:.3f}; at most {1 / high:.0f} to {1 / low:.0f} times"
+    )
+print(laws.choose(n, x))
+
+# %% [markdown] id="prove-explain"
+# **Not identifiable** is an answer, and often the only honest one. Up to four workers every law looks like every other.
+# With 16 and little noise they part: a law can be named, and Amdahl's, fitted to data that isn't its own, gives a
+# *tight and wrong* interval. A tight interval is no evidence for its law.
+
+# %% id="prove-more"
+n = np.repeat([1, 2, 4, 8, 16], 3)
+x = 100 * laws.usl(n, 0.05, 0.005) * (1 + 0.02 * dice.standard_normal(len(n)))
+print("truth: usl, sigma 0.05, kappa 0.005")
+print(laws.fit_amdahl(n, x))
+print(laws.fit_usl(n, x))
+print(laws.choose(n, x))
+
+# %% [markdown] id="dial"
+# ## A cause instead of a curve
+#
+# A curve that fits knows nothing of machines that it hasn't seen. A *cause* may: what a rank computes, how much that
+# varies (all wait for the slowest), how many bytes travel, over which network, and what hides behind the backward pass.
+# Take these from two ranks here, where both CPUs are as busy as they will be, and forecast what a slow network would make
+# of up to 16 ranks. Then measure it: two real ranks, which pay for averaging what so many would.
+
+# %% id="dial-do"
+slow = {count: hpclab.Network(latency=2e-3, bandwidth=1e9, ranks=count) for count in (2, 4, 8, 16)}
+both = [row for row in rows if row["ranks"] == 2]
+jitter = sum(row["jitter_s"] for row in both) / len(both)
+work = forecast.Workload.of(hpclab.models.CNN(), compute_s=both[0]["compute_s"], samples=BATCH, jitter_s=jitter)
+known = forecast.calibrate(work, own, [2] * len(both), [row["step_s"] for row in both], ["compute_s"])
+emulated = {count: scaling.trial(train(client, 2, network=link).result().rows) for count, link in slow.items()}
+ahead = {row["ranks"]: row for row in known.rows(list(slow), network=slow[2])}
+hpclab.tables.Table(
+    {
+        "ranks": count,
+        "forecast (ms)": f"{1e3 * ahead[count]['step_s']:.1f}",
+        "its band": f"{1e3 * ahead[count]['step_low_s']:.0f} to {1e3 * ahead[count]['step_high_s']:.0f}",
+        "emulated (ms)": f"{1e3 * emulated[count]['step_s']:.1f}",
+    }
+    for count in slow
+)
+
+# %% [markdown] id="dial-explain"
+# The forecast's wait for the slowest grows with the ranks; the emulation has only two, so it knows nothing of that part.
+# Everything else they share. Dial another network, and see: halve the latency, or take `topology="tree"`.
+
+# %% [markdown] id="beyond"
+# ## Beyond this machine
+#
+# Nobody here has a hundred GPUs. Others measured on them, and wrote it down: InceptionV3 on 1 to 128 nodes of Piz Daint,
+# whose gradients were summed by parameter servers (1, 1, 3, 2, 4, 12, 40 and 116 of them). We give the first six points
+# to a law, and to a forecast that knows the servers: each link carries what gRPC reached in those years, 10 Gb/s, and
+# no server can share the last layer's 8 MB of weights.
+
+# %% id="beyond-do"
+nodes = np.array([1, 2, 4, 8, 16, 32, 64, 128])
+images = np.array([138.23, 264.57, 523.38, 1018.18, 2001.00, 3840.35, 7118.31, 9219.70])  # a second
+servers = [1, 1, 3, 2, 4, 12, 40, 116]
+links = [hpclab.Network(50e-6, 10e9, "parameter-server", count) for count in servers]
+seconds = 64 * nodes / images  # of a step, batch 64 a node
+work = forecast.Workload(seconds[0], 23.83e6 * 4, samples=64, overlap=1.0, largest_bytes=2048 * 1000 * 4)
+known = forecast.calibrate(work, links[:6], nodes[:6], seconds[:6], ("compute_s", "jitter_s"))
+ahead = [known.rows([int(count)], network=link)[0] for count, link in zip(nodes, links, strict=True)]
+curve = laws.fit_usl(nodes[:6], images[:6])
+recorded = [
+    {"ranks": int(count), "samples_per_s": rate, "source": "recorded"}
+    for count, rate in zip(nodes, images, strict=True)
+]
+plots.law(recorded, curve, ahead)
+hpclab.tables.Table(
+    {
+        "nodes": int(count),
+        "recorded": f"{rate:,.0f}",
+        "forecast": f"{row['samples_per_s'] / rate - 1:+.1%}",
+        "USL": f"{curve([count])[0] / rate - 1:+.1%}",
+        "known to both": "yes" if place < 6 else "",
+    }
+    for place, (count, rate, row) in enumerate(zip(nodes, images, ahead, strict=True))
+)
+
+# %% [markdown] id="beyond-explain"
+# At 64 nodes the law looks better than the forecast. At 128 it promises a third too much, because up to 32 nodes nothing
+# shows that one server's link will be full. The forecast knew the link. That is why we never draw a law beyond its
+# points without a forecast beside it.
+
+# %% [markdown] id="curves"
+# ## Exercise: three planted curves
+#
+# Write `judge(n, x)`. It gets counts of workers and throughputs, and returns a pair: the name of the law ("amdahl" or
+# "usl") and an interval (low, high) of its sigma, where the data tell it; `None, None` where they don't. It is tried on
+# curves of which the truth is known: two that can be told, one of few workers, one of much noise.
+#
+# <details><summary>Hint</summary>
+#
+# Read what `hpclab.laws.choose` returns. Timings repeat to a share of themselves.
+#
+# </details>
+
+
+# %% id="curves-answer" exercise=true
+def judge(n, x):
+    ...
+    ### BEGIN SOLUTION
+    verdict = laws.choose(n, x)
+    if not verdict.identifiable:
+        return None, None
+    return verdict.law, verdict.fit.intervals["sigma"]
+    ### END SOLUTION
+
+
+# %% id="curves-check" points=1
+hpclab.check("scaling.curves", judge)
+
+# %% [markdown] id="close"
+# ## Close
+
+# %% id="close-do"
+client.close()
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - A step is computing, communication that nothing hides, waiting for the slowest, and data. Each is in the rows.
+# - Two CPUs identify no law; *not identifiable* is an honest answer, with what to measure next.
+# - A law describes what was measured. To go beyond, forecast from causes, calibrated on your points, and with a band.
+# - A forecast is scored on points that it hasn't seen.
+#
+# ### What breaks at scale
+#
+# The slowest of a thousand ranks is three standard deviations late in every step; a ring of a thousand ranks pays two
+# thousand latencies; and one full link stops them all. The notebooks *rnn* and *faults* take these up.
+#
+# ### References
+#
+# - G. Amdahl, *Validity of the single processor approach to achieving large scale computing capabilities*, 1967.
+# - N. Gunther, *Guerrilla Capacity Planning*, 2007 (the universal scalability law).
+# - R. Thakur, R. Rabenseifner, W. Gropp, *Optimization of collective communication operations in MPICH*, 2005.
+# - E. Bugliarello, *Distributed TensorFlow: a performance evaluation*, CSCS, 2017 (the recorded table).
+# - K. Burnham, D. Anderson, *Model Selection and Multimodel Inference*, 2002.

@@ -119,6 +119,29 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
     return _finish(ax, rows + (forecast or []), _("ranks"), _("samples a second"))
 
 
+def forecasts(curves: dict[str, tuple], measured: list[dict] | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the efficiency that is forecast for many ranks, a line a case, and the points that were measured.
+
+    Parameters
+    ----------
+    curves : dict of str to (array, array)
+        Ranks and efficiency (throughput of a rank over that of one alone), by the name to show.
+    measured : list of dict, optional
+        Rows with ``ranks`` and ``efficiency``.
+    """
+    ax = _axes(ax)
+    for number, (name, (ranks, efficiency)) in enumerate(curves.items()):
+        ax.plot(ranks, efficiency, label=name, markevery=max(1, len(ranks) // 8), **_look(number))
+    if measured:
+        points = [[row[name] for row in measured] for name in ("ranks", "efficiency")]
+        look: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}
+        ax.plot(*points, label=source_word(source(measured)), zorder=5, **look)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_ylim(0, 1.1)
+    return _finish(ax, [{"source": "forecast"}, *(measured or [])], _("ranks"), _("efficiency"))
+
+
 def split(rows: list[dict], ax: Axes | None = None) -> Axes:
     """Draw where the time of a step goes, a bar a rank.
 

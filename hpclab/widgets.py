@@ -1,14 +1,19 @@
 """Controls of the notebooks. The kernel's state is the truth: with nobody clicking, Run All works and makes sense."""
 
+import dataclasses
 from typing import Any
 
 import ipywidgets
+import numpy as np
 from distributed import Client
-from IPython.display import HTML, DisplayHandle, display
+from IPython.display import HTML, DisplayHandle, Image, display
+from matplotlib.figure import Figure
 
-from hpclab import racing
+from hpclab import plots, racing
+from hpclab.forecast import Workload, step_s
 from hpclab.language import translate as _
-from hpclab.tables import markup
+from hpclab.network import Hierarchy, Network
+from hpclab.tables import Table, markup
 from hpclab.training import Model
 
 
@@ -69,3 +74,77 @@ class RaceStage:
             self.text = display(shown, display_id=True)
         else:
             self.text.update(shown)
+
+
+class Explorer:
+    """Sliders for what decides the speed on many ranks, and the efficiency that follows, a line a topology.
+
+    The figure and a table of it are ordinary output, drawn anew as a slider moves; what was measured stays on it.
+
+    Parameters
+    ----------
+    work : forecast.Workload
+        Such as one that `forecast.calibrate` found.
+    measured : list of dict, optional
+        Rows with ``ranks`` and ``efficiency``, as from `scaling.summary`.
+    most : int, default 1024
+        Ranks to draw to.
+    """
+
+    TOPOLOGIES = ("ring", "tree", "halving-doubling", "parameter-server")
+
+    def __init__(self, work: Workload, measured: list[dict] | None = None, most: int = 1024) -> None:
+        self.work = work
+        self.measured = [row for row in measured or [] if row["ranks"] <= most]
+        self.ranks = np.unique(np.geomspace(1, most, 1000).round())
+        sizes = sorted({work.samples, *(2**power for power in range(11))})
+        sliders = {
+            "latency": ipywidgets.FloatLogSlider(50e-6, min=-6, max=-1, description=_("latency (s)")),
+            "bandwidth": ipywidgets.FloatLogSlider(1e9, min=7, max=12, description=_("bandwidth (bit/s)")),
+            "samples": ipywidgets.SelectionSlider(options=sizes, value=work.samples, description=_("samples a rank")),
+            "overlap": ipywidgets.FloatSlider(work.overlap, min=0, max=1, step=0.05, description=_("overlap")),
+            "per_node": ipywidgets.IntSlider(4, min=1, max=16, description=_("ranks a node")),
+        }
+        for slider in sliders.values():
+            slider.style.description_width = "9em"
+            slider.layout.width = "28em"
+            slider.observe(lambda change: self.draw(), "value")
+        self.sliders = sliders
+        self.figure: DisplayHandle | None = None
+        self.text: DisplayHandle | None = None
+
+    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Ranks and efficiency by topology, at the sliders' values."""
+        latency, bandwidth, samples, overlap, per_node = (slider.value for slider in self.sliders.values())
+        share = samples / self.work.samples
+        scaled = {"compute_s": self.work.compute_s * share, "jitter_s": self.work.jitter_s * share}
+        work = dataclasses.replace(self.work, samples=samples, overlap=overlap, visible=None, **scaled)
+        links: dict[str, Network | Hierarchy] = {name: Network(latency, bandwidth, name) for name in self.TOPOLOGIES}
+        inside = Network(min(latency, 2e-6), max(bandwidth, 1e11))
+        links[_("ring of nodes")] = Hierarchy(inside, links["ring"], per_node)  # type: ignore[arg-type]
+        return {name: (self.ranks, work.compute_s / step_s(work, link, self.ranks)) for name, link in links.items()}
+
+    def draw(self) -> None:
+        """Draw anew, in the place where it was first shown."""
+        if self.figure is None or self.text is None:
+            return
+        curves = self.curves()
+        shown = Figure(figsize=(7, 4), layout="constrained")
+        plots.forecasts(curves, self.measured, shown.subplots())
+        table = self.table(curves)
+        self.figure.update(Image(data=racing.png(shown), alt=str(table)))
+        self.text.update(HTML(markup(table)))
+
+    def table(self, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Table:
+        """The figure in numbers: the efficiency at a few counts of ranks."""
+        places = np.unique(np.linspace(0, len(self.ranks) - 1, 5).round().astype(int))
+        return Table(
+            {_("topology"): name} | {f"{ranks[place]:g}": f"{efficiency[place]:.2f}" for place in places}
+            for name, (ranks, efficiency) in curves.items()
+        )
+
+    def _ipython_display_(self) -> None:
+        display(ipywidgets.VBox(list(self.sliders.values())))
+        self.figure = display(HTML(""), display_id=True)
+        self.text = display(HTML(""), display_id=True)
+        self.draw()

@@ -45,7 +45,7 @@ LAYERS = {
     "timeline": {"_rank", "rows"},
     "training": {"_replica", "data", "launcher", "network", "runs"},
     "views": {"language", "plots", "rows", "tables"},
-    "widgets": {"language", "racing", "tables", "training"},
+    "widgets": {"forecast", "language", "network", "plots", "racing", "tables", "training"},
 }
 
 

@@ -156,6 +156,12 @@ hpclab.tables.Table(
 # %% [markdown] id="dial-explain"
 # The forecast's wait for the slowest grows with the ranks; the emulation has only two, so it knows nothing of that part.
 # Everything else they share. Dial another network, and see: halve the latency, or take `topology="tree"`.
+#
+# To explore faster than one can measure, move these sliders: the same forecast for up to 1,024 ranks, by the way in which
+# gradients are summed. The stars are what was measured here. When does a tree beat a ring?
+
+# %% id="explore-do"
+hpclab.widgets.Explorer(known.workload, scaling.summary(rows))
 
 # %% [markdown] id="beyond"
 # ## Beyond this machine

@@ -51,6 +51,7 @@ _MODULES = (
     "racing",
     "rows",
     "scaling",
+    "study",
     "tables",
     "timeline",
     "widgets",

@@ -42,6 +42,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--folder", help="where results go; new or empty (default: results/<time>-demo)")
     demo.set_defaults(run=_demo)
 
+    scale = commands.add_parser("scale", help="study how training scales here, strong and weak; leave a page of it")
+    scale.add_argument("--ranks", type=_counts, help="numbers of ranks, such as 1,2,4 (default: powers of 2 that fit)")
+    scale.add_argument("--batch-size", type=int, default=192, help="samples a step (default: 192)")
+    scale.add_argument("--steps", type=int, default=20, help="steps of a run (default: 20)")
+    scale.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
+    scale.add_argument("--oversubscribe", action="store_true", help="run more ranks than CPUs, and say emulated")
+    scale.add_argument("--folder", help="where results go; the same again goes on (default: results/<time>-scale)")
+    scale.add_argument("--rows-of", metavar="PAGE", help="measure nothing: make a page anew from the rows of another")
+    scale.set_defaults(run=_scale)
+
     lab = commands.add_parser(
         "lab", help="open JupyterLab on a working copy of the course; other arguments go to Jupyter"
     )
@@ -71,6 +81,28 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
     from hpclab.demo import demo
 
     demo(options.folder, options.epochs, options.repeats)
+
+
+def _counts(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _scale(options: argparse.Namespace, rest: list[str]) -> None:
+    import time
+    from pathlib import Path
+
+    from hpclab import connect, machine, study
+
+    folder = Path(options.folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-scale"))
+    if options.rows_of:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(study.write(study.read(options.rows_of), folder / "index.html"))
+        return
+    fits = max(2, machine.fits())
+    ranks = options.ranks or [2**power for power in range(fits.bit_length())]
+    with connect(workers=fits) as client:
+        settings = {name: getattr(options, name) for name in ("batch_size", "steps", "repeats", "oversubscribe")}
+        print(study.measure(client, ranks, folder, **settings))
 
 
 def _lab(options: argparse.Namespace, rest: list[str]) -> None:

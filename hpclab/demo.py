@@ -1,6 +1,5 @@
 """The main job, in a minute: look at the machine, race 1 rank against 2, measure, and leave a page of it."""
 
-import base64
 import html
 import itertools
 import json
@@ -10,9 +9,8 @@ from pathlib import Path
 from distributed import Client
 from matplotlib.figure import Figure
 
-from hpclab import doctor, machine, models, plots, racing, scaling
+from hpclab import doctor, machine, models, plots, racing, scaling, study
 from hpclab.cluster import connect
-from hpclab.language import language
 from hpclab.language import translate as _
 from hpclab.launcher import whole_number
 from hpclab.runs import Run, occupy
@@ -55,7 +53,7 @@ def demo(folder: str | None = None, epochs: int = 3, repeats: int = 2) -> Path:
     raced = [row | {"kind": "race"} for row in race.trials()]  # not rounds of the sweep, which are of kind "trial"
     with open(place / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in [*raced, *rows])
-    _page(place, found, race, table, racing.png(shown))
+    _page(place, found, race, table, shown)
     print(_("Results: {folder}", folder=place / "index.html"))
     print(_("Next: hpclab lab opens the course; its first notebook lets you predict, and then race."))
     return place
@@ -105,30 +103,12 @@ def _figure(race: racing.Race, measured: list[dict]) -> Figure:
     return shown
 
 
-def _page(place: Path, found: Table, race: racing.Race, table: Table, image: bytes) -> None:
-    picture = base64.b64encode(image).decode()
+def _page(place: Path, found: Table, race: racing.Race, table: Table, shown: Figure) -> None:
     parts = [
-        f'<img alt="{html.escape(racing.alt(race.runs))}" src="data:image/png;base64,{picture}">',
+        study.picture(shown, racing.alt(race.runs)),
         f"<h2>{_('The measurement')}</h2>{markup(table)}",
         f"<h2>{_('The race')}</h2>{markup(race.table())}<p>{html.escape(race.verdict())}</p>",
         f"<h2>{_('This machine')}</h2>{markup(found)}",
         f"<p>{_('All rows:')} <a href='rows.jsonl'>rows.jsonl</a></p>",
     ]
-    page = PAGE.format(language=language(), title="hpclab: " + _("1 rank against 2"), body="\n".join(parts))
-    (place / "index.html").write_text(page, encoding="utf-8")
-
-
-PAGE = """<!doctype html>
-<html lang="{language}">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: .25rem .75rem; border-bottom: 1px solid #ddd; }}
-</style>
-<h1>{title}</h1>
-{body}
-"""
+    (place / "index.html").write_text(study.page("hpclab: " + _("1 rank against 2"), parts), encoding="utf-8")

@@ -255,11 +255,9 @@ def _curves(judge: object) -> Result:
     for n, x, law, sigma in _planted_curves():
         named, interval = _judged(_call(judge, n, x))
         if law is None and named is not None:
-            most = max(n)
-            few = _(
-                "You named a law from up to {most} workers: other laws fit those, and part company later.", most=most
-            )
-            return failed(few if most <= 4 else _("You named a law from data so noisy that others fit it as well."))
+            if (most := max(n)) > 4:
+                return failed(_("You named a law from data so noisy that others fit it as well."))
+            return failed(_("You named a law from up to {most} workers, where others fit as well.", most=most))
         if law is not None and named is None:
             return failed(_("You found no law where 16 workers and little noise tell one."))
         if named != law:

@@ -192,7 +192,8 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
     }
     ranks = sorted({row["rank"] for row in rows})
     for number, (name, title) in enumerate(titles.items()):
-        look: dict[str, Any] = {"color": COLOURS[number], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"}
+        hatch = HATCHES[number % len(HATCHES)]
+        look: dict[str, Any] = {"facecolor": COLOURS[number], "hatch": hatch, "edgecolor": "white"}
         for place, rank in enumerate(ranks):
             bars = [
                 (1e3 * row["start_s"], 1e3 * row["duration_s"])

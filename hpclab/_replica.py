@@ -42,8 +42,8 @@ class Job:
     """Steps after which to end; None trains all epochs, and tests after each."""
     optimizer: Callable[[Iterable], Optimizer] | None
     loss: Callable[[Tensor, Tensor], Tensor]
-    network: Network | None = None
-    trace: int = 0
+    network: Network | None
+    trace: int
     """Steps to trace."""
 
 

@@ -84,7 +84,10 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers between commas, such as 1,2,4") from None
 
 
 def _scale(options: argparse.Namespace, rest: list[str]) -> None:

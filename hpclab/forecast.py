@@ -223,7 +223,7 @@ class Forecast:
 
 def calibrate(
     workload: Workload,
-    network: Network | Hierarchy,
+    network: Network | Hierarchy | Sequence[Network | Hierarchy],
     ranks: ArrayLike,
     measured_s: ArrayLike,
     fitted: Sequence[str] = ("compute_s", "jitter_s", "visible"),
@@ -234,7 +234,7 @@ def calibrate(
     Parameters
     ----------
     workload : Workload
-        Its other fields stay; those that are fitted are a start.
+        Its other fields stay.
     network : Network, Hierarchy, or a sequence of one for each point
         The link, from a data sheet or `laws.fit_alpha_beta`. Where it differs between points (more servers for more
         ranks), the last is that of the forecast.

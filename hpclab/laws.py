@@ -170,9 +170,9 @@ class Fit:
     aicc: float
     n: Array = field(repr=False)
     x: Array = field(repr=False)
-    noise: str = "absolute"
-    level: float = LEVEL
-    covariance: Array = field(repr=False, default_factory=lambda: np.empty((0, 0)))
+    noise: str
+    level: float
+    covariance: Array = field(repr=False)
 
     def __call__(self, n: ArrayLike) -> Array:
         """The law's value on n workers, in units of x, shape (k,)."""
@@ -195,9 +195,7 @@ class Fit:
         """
         n = _counts(n, self.law)
         value = self(n)
-        slopes = np.stack(_LAWS[self.law].slopes(n, *self.values.values()), axis=1)  # (k, parameters)
-        if self.noise == "relative":
-            slopes = slopes / value[:, None]
+        slopes = _jacobian(_LAWS[self.law], n, list(self.values.values()), self.noise == "relative")
         variance = np.einsum("ki,ij,kj->k", slopes, self.covariance, slopes) + new * self.residual**2
         half = stats.t.ppf((1 + (level or self.level)) / 2, self.freedom) * np.sqrt(variance)
         if self.noise == "relative":
@@ -212,8 +210,7 @@ class Fit:
         dice = np.random.default_rng(seed)
         law, at = _LAWS[self.law], self(self.n)
         relative = self.noise == "relative"
-        left = np.log(self.x / at) if relative else self.x - at
-        left *= math.sqrt(len(left) / self.freedom)
+        left = _residuals(self.x, at, relative) * math.sqrt(len(at) / self.freedom)
         found = []
         for _ in range(draws):
             shift = dice.choice(left, len(left))
@@ -291,11 +288,9 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "absolute", level: fl
             f" {size} points at {len(set(n))} different counts. Measure more counts, or each more often."
         )
     found = _solve(kind, n, x, relative)
-    value, slopes = kind.value(n, *found), np.stack(kind.slopes(n, *found), axis=1)
-    left = np.log(x / value) if relative else x - value
+    left, jacobian = _residuals(x, kind.value(n, *found), relative), _jacobian(kind, n, found, relative)
     squares = float(left @ left)
     freedom = size - parameters
-    jacobian = slopes / value[:, None] if relative else slopes
     covariance = np.linalg.pinv(jacobian.T @ jacobian) * squares / freedom
     errors = np.sqrt(np.diag(covariance))
     half = stats.t.ppf((1 + level) / 2, freedom) * errors
@@ -354,7 +349,7 @@ class Verdict:
     why : str
         A sentence for the reader.
     measure : list of int
-        What to measure next: counts of workers; empty if a law is named, or if only more repeats help.
+        What to measure next: counts of workers; empty if a law is named.
     fits : list of Fit
         Those that could be made, the smallest law first.
     """
@@ -526,15 +521,14 @@ _LAWS = {
 
 def _solve(law: _Law, n: Array, x: Array, relative: bool) -> Array:
     """Parameters of the least squares within the bounds."""
+    unit = 1.0 if relative else x.max()
 
     def residuals(at: Array) -> Array:
         with np.errstate(divide="ignore"):  # a message of no bytes and no latency takes no time at all
-            value = law.value(n, *at)
-            return np.log(value / x) if relative else (value - x) / x.max()
+            return -_residuals(x, law.value(n, *at), relative) / unit
 
     def jacobian(at: Array) -> Array:
-        slopes = np.stack(law.slopes(n, *at), axis=1)
-        return slopes / law.value(n, *at)[:, None] if relative else slopes / x.max()
+        return _jacobian(law, n, at, relative) / unit
 
     start = np.clip(law.start(n, x), 1e-12, np.array(law.upper) * (1 - 1e-9))
     tight = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12}
@@ -545,6 +539,17 @@ def _solve(law: _Law, n: Array, x: Array, relative: bool) -> Array:
         if np.square(residuals(at_bound)).sum() <= np.square(residuals(found)).sum() * (1 + 1e-9):
             found = at_bound
     return found
+
+
+def _residuals(x: Array, value: Array, relative: bool) -> Array:
+    """What a law leaves over, shape (k,): of x, or of ln x."""
+    return np.log(x / value) if relative else x - value
+
+
+def _jacobian(law: _Law, n: Array, at: ArrayLike, relative: bool) -> Array:
+    """Derivatives of a law's value, or of its logarithm, by each parameter, shape (k, parameters)."""
+    slopes = np.stack(law.slopes(n, *np.asarray(at)), axis=1)
+    return slopes / law.value(n, *np.asarray(at))[:, None] if relative else slopes
 
 
 def _aicc(squares: float, size: int, parameters: int) -> float:

@@ -220,7 +220,10 @@ def _shared(rank: int, shape: tuple[int, int]) -> Array:
     """An array that all ranks of this host share; it has no name, and goes with the last of them."""
     import torch.distributed as dist
 
-    path = [tempfile.mkstemp()[1] if rank == 0 else ""]
+    path = [""]
+    if rank == 0:
+        handle, path[0] = tempfile.mkstemp()
+        os.close(handle)
     dist.broadcast_object_list(path, src=0)
     with open(path[0], "r+b") as file:
         os.truncate(file.fileno(), 8 * shape[0] * shape[1])

@@ -3,11 +3,13 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart; every series has a marker and a line style as well.
 """
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from hpclab.language import cjk_font, language, translate
@@ -98,8 +100,7 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
     ax = _axes(ax)
     counts = [row["ranks"] for row in rows]
     most = max([*counts, *(row["ranks"] for row in forecast or ())])
-    points = {name: kind for name, kind in _look(0).items() if name != "linestyle"}
-    ax.plot(counts, [row["samples_per_s"] for row in rows], linestyle="none", label=source_word(source(rows)), **points)
+    ax.plot(counts, [row["samples_per_s"] for row in rows], label=source_word(source(rows)), **_points(0))
     n = np.geomspace(min(counts), most, 100)
     low, high = fit.band(n)
     ax.fill_between(n, low, high, color=COLOURS[1], alpha=0.15, linewidth=0)
@@ -110,8 +111,7 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
         ends = [[row[name] for row in forecast] for name in ("step_high_s", "step_low_s")]
         low, high = (np.array(samples) / np.array(seconds) for seconds in ends)
         ax.fill_between(at, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
-        look = {name: kind for name, kind in _look(2).items() if name != "label"}
-        ax.plot(at, [row["samples_per_s"] for row in forecast], label=_("forecast"), **look)
+        ax.plot(at, [row["samples_per_s"] for row in forecast], label=_("forecast"), **_look(2))
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
@@ -169,8 +169,7 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
         left += width
     ax.invert_yaxis()
     _finish(ax, rows, _("milliseconds of a step"), _("rank"))
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4, fontsize="small")
-    return ax
+    return _legend_above(ax, columns=4)
 
 
 def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
@@ -205,8 +204,7 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
     ax.invert_yaxis()
     _finish(ax, rows, _("milliseconds"), "")
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, fontsize="small")
-    return ax
+    return _legend_above(ax, columns=3)
 
 
 def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None) -> Axes:
@@ -221,8 +219,7 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
     """
     ax = _axes(ax)
     size = np.array([row["nbytes"] for row in rows], dtype=float)
-    look = {name: kind for name, kind in _look(0).items() if name != "linestyle"}
-    ax.plot(size, [row["time_s"] for row in rows], linestyle="none", alpha=0.5, label=source_word(source(rows)), **look)
+    ax.plot(size, [row["duration_s"] for row in rows], alpha=0.5, label=source_word(source(rows)), **_points(0))
     if fit is not None:
         at = np.geomspace(size.min(), size.max(), 100)
         ax.plot(at, fit(at), color=COLOURS[1], linestyle="--", label=_("alpha + beta x bytes"))
@@ -266,6 +263,13 @@ def rate(rows: list[dict], ax: Axes, points: int = 40) -> tuple[list[float], lis
     return seconds, rates
 
 
+def png(shown: Figure) -> bytes:
+    """A figure as the bytes of a PNG image."""
+    buffer = io.BytesIO()
+    shown.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
 def provenance(rows: list[dict]) -> str:
     """One line that says where rows come from: their source, the machine, the versions, the day."""
     about = next((row for row in rows if "cpu" in row), None)
@@ -293,8 +297,7 @@ def _bars(rows: list[dict], measure: str, title: str, ax: Axes | None) -> Axes:
     for number, row in enumerate(rows):
         value = row[measure]
         spread = [[value - row[f"{measure}_low"]], [row[f"{measure}_high"] - value]]
-        look = {name: kind for name, kind in _look(number).items() if name != "linestyle"}
-        ax.errorbar(number, value, yerr=spread, capsize=6, linestyle="none", markersize=8, **look)
+        ax.errorbar(number, value, yerr=spread, capsize=6, markersize=8, **_points(number))
         ax.annotate(f"{value:,.4g}", (number, value), xytext=(10, 0), textcoords="offset points", va="center")
     ax.set_xticks(range(len(rows)), [_name(row["label"], [row]) for row in rows])
     ax.set_xlim(-0.5, len(rows) - 0.3)
@@ -322,6 +325,15 @@ def _look(number: int) -> dict:
         "marker": MARKERS[number % len(MARKERS)],
         "linestyle": STYLES[number % len(STYLES)],
     }
+
+
+def _points(number: int) -> dict:
+    return _look(number) | {"linestyle": "none"}
+
+
+def _legend_above(ax: Axes, columns: int) -> Axes:
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, fontsize="small")
+    return _set_font(ax)
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -1,6 +1,5 @@
 """The race: the same training by one rank, by one process with all threads, and by two ranks, watched as it goes."""
 
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -185,7 +184,7 @@ class LiveFigure:
     def __call__(self, runs: dict[str, Rows]) -> None:
         from IPython.display import Image, display
 
-        image = Image(data=png(figure(runs)), alt=alt(runs))
+        image = Image(data=plots.png(figure(runs)), alt=alt(runs))
         if self.handle is None:
             self.handle = display(image, display_id=True)
         else:
@@ -242,13 +241,6 @@ def alt(runs: dict[str, Rows]) -> str:
                 _("{label}: loss {loss:.3f} after {seconds:.1f} s", label=label, loss=losses[-1], seconds=seconds[-1])
             )
     return "; ".join(told)
-
-
-def png(shown: Figure) -> bytes:
-    """A figure as the bytes of a PNG image."""
-    buffer = io.BytesIO()
-    shown.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
 
 
 def _in_notebook() -> bool:

@@ -187,7 +187,7 @@ class Run(Record):
             if refusal := answer.get("wrong") or answer.get("busy"):
                 raise ValueError(refusal) if "wrong" in answer else RuntimeError(refusal)
             occupy(self.folder)
-            open(self.folder / "rows.jsonl", "x").close()  # from here on the folder is taken
+            (self.folder / "rows.jsonl").touch(exist_ok=False)  # from here on the folder is taken
         except BaseException:
             self._leave()
             raise

@@ -13,6 +13,7 @@ from distributed import Client
 from tqdm.auto import tqdm
 
 from hpclab import laws
+from hpclab._rank import report
 from hpclab.launcher import gang_size, launch, whole_number
 from hpclab.network import Network
 from hpclab.rows import label, line, read, source, span
@@ -20,8 +21,8 @@ from hpclab.runs import Run
 
 LEAST_STEPS = 6
 """Steps that a throughput needs, so that there are some after the warm-up."""
-STEADY = 3
-"""Steps in a row that are no slower than later ones, and end the warm-up."""
+STEADY, SLOWER = 3, 1.25
+"""How many steps in a row end the warm-up, and how much slower than later ones they may be."""
 WARM_ROUNDS = 3
 """Rounds of all-reduces that aren't counted."""
 NOISY = 0.1
@@ -192,7 +193,8 @@ def warm_up(seconds: list[float]) -> int:
     Returns
     -------
     int
-        The first step from which `STEADY` in a row take no longer than nine in ten of the second half; at most half.
+        The first step from which `STEADY` in a row take at most `SLOWER` times the median of the second half; at most
+        half of the steps.
 
     Examples
     --------
@@ -200,10 +202,9 @@ def warm_up(seconds: list[float]) -> int:
     2
     """
     half = len(seconds) // 2
-    later = sorted(seconds[half:])
-    usual = later[min(len(later) - 1, math.ceil(0.9 * len(later)))] if later else math.inf
+    usual = statistics.median(seconds[half:]) if seconds else 0.0
     for place in range(half):
-        if all(value <= usual for value in seconds[place : place + STEADY]):
+        if all(value <= SLOWER * usual for value in seconds[place : place + STEADY]):
             return place
     return half
 
@@ -289,25 +290,27 @@ def allreduce(
     Returns
     -------
     list of dict
-        Rows of kind "allreduce": ``ranks``, ``nbytes``, ``time_s`` (of the slowest rank), ``source``, and the machine.
+        Rows of kind "allreduce": ``ranks``, ``nbytes``, ``duration_s`` (of the slowest rank), ``source``, and the
+        machine.
     """
     whole_number("repeats", repeats)
     run = launch(client, _time_allreduce, tuple(sizes), repeats, ranks=ranks, name="allreduce", **settings)
-    by_rank = run.result()
+    run.result()
     about = {name: run.rows[0][name] for name in ("run", "started", "host", "cpu", "cpus", "torch")}
-    kind = "emulated" if ranks > about["cpus"] else "measured"
-    return [
-        {"kind": "allreduce", "ranks": ranks, "nbytes": size, "time_s": max(times), "source": kind} | about
-        for size, *times in zip(by_rank[0][0], *(times for _sizes, times in by_rank), strict=True)
-    ]
+    found: dict[int, dict] = {}
+    for row in run.rows:
+        if row["kind"] == "allreduce":
+            kept = found.setdefault(row["step"], {name: row[name] for name in ("kind", "ranks", "nbytes", "source")})
+            kept["duration_s"] = max(row["duration_s"], kept.get("duration_s", 0.0))
+    return [row | about for row in found.values()]
 
 
-def _time_allreduce(sizes: tuple[int, ...], repeats: int) -> tuple[list[int], list[float]]:
-    """What each rank runs: bytes and seconds of each all-reduce."""
+def _time_allreduce(sizes: tuple[int, ...], repeats: int) -> None:
+    """What each rank runs: reports its seconds of each all-reduce, once all are done."""
     import torch
     import torch.distributed as dist
 
-    order = list(sizes) * (repeats + WARM_ROUNDS)
+    order = sizes * (repeats + WARM_ROUNDS)
     seconds = []
     for size in order:
         tensor = torch.zeros(max(1, size // 4))
@@ -315,8 +318,8 @@ def _time_allreduce(sizes: tuple[int, ...], repeats: int) -> tuple[list[int], li
         start = time.perf_counter()
         dist.all_reduce(tensor)
         seconds.append(time.perf_counter() - start)
-    skipped = len(sizes) * WARM_ROUNDS
-    return order[skipped:], seconds[skipped:]
+    for step in range(len(sizes) * WARM_ROUNDS, len(order)):
+        report(kind="allreduce", step=step, nbytes=order[step], duration_s=seconds[step])
 
 
 def network(rows: list[dict]) -> Network:
@@ -330,7 +333,7 @@ def network(rows: list[dict]) -> Network:
     if len(counts := {row["ranks"] for row in rows}) != 1 or min(counts) < 2:
         raise ValueError(f"rows are of {sorted(counts)} ranks; a network is fitted to those of one number, at least 2.")
     ranks = counts.pop()
-    found = laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["time_s"] for row in rows]).values
+    found = laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["duration_s"] for row in rows]).values
     hops = 2 * (ranks - 1)
     return Network(latency=found["alpha"] / hops, bandwidth=8 * hops / ranks / max(found["beta"], 1e-15))
 

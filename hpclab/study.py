@@ -2,11 +2,10 @@
 
 import base64
 import html
-import io
-import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,6 @@ def measure(
     if not (place / "strong").exists():
         occupy(place)
     rows: list[dict] = []
-    number = itertools.count()
     for regime in ("strong", "weak"):
 
         def job(client: Client, ranks: int, regime: str = regime, **case: Any) -> Run:
@@ -70,7 +68,7 @@ def measure(
                 ranks=ranks,
                 batch_size=batch,
                 steps=steps,
-                folder=_fresh(place / regime / "runs", number),
+                folder=tempfile.mkdtemp(prefix="run-", dir=place / regime),
                 progress=False,
                 **case,
             )
@@ -137,9 +135,7 @@ def page(title: str, parts: list[str]) -> str:
 
 def picture(shown: Figure, alt: str) -> str:
     """A figure inside a page, and in words for those who can't see it."""
-    buffer = io.BytesIO()
-    shown.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(plots.png(shown)).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
@@ -173,7 +169,7 @@ def _gustafson(trials: list[dict]) -> laws.Fit | None:
 
 
 def _network(messages: list[dict]) -> list[str]:
-    line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["time_s"] for row in messages])
+    line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["duration_s"] for row in messages])
     shown = Figure(figsize=(7, 4), layout="constrained")
     plots.allreduce(messages, line, shown.subplots())
     return [picture(shown, str(line)), f"<p>{html.escape(str(line))}</p>"]
@@ -207,11 +203,6 @@ def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> lis
     )
     title = _("Forecast: more ranks of this kind, on this network")
     return [f"<h2>{title}</h2>", picture(shown, str(table)), markup(table)]
-
-
-def _fresh(folder: Path, number: "itertools.count[int]") -> Path:
-    """A folder for one run; one that an interrupted study left behind is passed over."""
-    return next(place for place in (folder / str(next(number)) for _number in itertools.count()) if not place.exists())
 
 
 PAGE = """<!doctype html>

@@ -89,7 +89,9 @@ def _traces(folder: str | os.PathLike) -> dict[int, list[dict]]:
     """Events of each rank, their times moved to one clock: microseconds since the epoch."""
     files = {int(file.stem.split("-")[1]): file for file in Path(folder).glob("trace-*.json")}
     if not files:
-        raise FileNotFoundError(f"folder (={str(folder)!r}) holds no trace; run train(..., trace=3).")
+        raise FileNotFoundError(
+            f"folder (={str(folder)!r}) holds no trace; run train(..., trace=3), for more than {WAIT_STEPS} steps."
+        )
     found = {}
     for rank, file in sorted(files.items()):
         trace = json.loads(file.read_text(encoding="utf-8"))

@@ -120,8 +120,8 @@ class Explorer:
         scaled = {"compute_s": self.work.compute_s * share, "jitter_s": self.work.jitter_s * share}
         work = dataclasses.replace(self.work, samples=samples, overlap=overlap, visible=None, **scaled)
         links: dict[str, Network | Hierarchy] = {name: Network(latency, bandwidth, name) for name in self.TOPOLOGIES}
-        inside = Network(min(latency, 2e-6), max(bandwidth, 1e11))
-        links[_("ring of nodes")] = Hierarchy(inside, links["ring"], per_node)  # type: ignore[arg-type]
+        inside, between = Network(min(latency, 2e-6), max(bandwidth, 1e11)), Network(latency, bandwidth)
+        links[_("ring of nodes")] = Hierarchy(inside, between, per_node)
         return {name: (self.ranks, work.compute_s / step_s(work, link, self.ranks)) for name, link in links.items()}
 
     def draw(self) -> None:
@@ -132,7 +132,7 @@ class Explorer:
         shown = Figure(figsize=(7, 4), layout="constrained")
         plots.forecasts(curves, self.measured, shown.subplots())
         table = self.table(curves)
-        self.figure.update(Image(data=racing.png(shown), alt=str(table)))
+        self.figure.update(Image(data=plots.png(shown), alt=str(table)))
         self.text.update(HTML(markup(table)))
 
     def table(self, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Table:

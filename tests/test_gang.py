@@ -156,7 +156,7 @@ def work_in_a_child():
 
 
 def test_who_waits_for_a_busy_child_gets_on(client):
-    hpclab.launch(client, on_rank_1, work_in_a_child, ranks=2, hang_after=2).result(60)
+    assert hpclab.launch(client, on_rank_1, work_in_a_child, ranks=2, hang_after=2).result(60) == [None, None]
 
 
 def test_who_waits_for_nobody_may_take_long(client):

@@ -41,7 +41,7 @@ LAYERS = {
     "study": {"forecast", "language", "laws", "models", "plots", "runs", "scaling", "tables", "training"},
     "rows": set(),
     "runs": {"_ledger", "_progress", "_supervisor", "machine", "rows", "views"},
-    "scaling": {"launcher", "laws", "network", "rows", "runs"},
+    "scaling": {"_rank", "launcher", "laws", "network", "rows", "runs"},
     "tables": set(),
     "timeline": {"_rank", "rows"},
     "training": {"_replica", "data", "launcher", "network", "runs"},

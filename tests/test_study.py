@@ -26,8 +26,9 @@ def rows(counts=(1, 2, 4, 8, 16)):
                 )
     for nbytes in (1e3, 1e6):
         for wobble in (0.99, 1.01):
-            time_s = float(laws.alpha_beta(nbytes, 2e-3, 8e-9)) * wobble
-            found.append({"kind": "allreduce", "ranks": 2, "nbytes": nbytes, "time_s": time_s, "source": "measured"})
+            seconds = float(laws.alpha_beta(nbytes, 2e-3, 8e-9)) * wobble
+            message = {"kind": "allreduce", "ranks": 2, "nbytes": nbytes, "duration_s": seconds, "source": "measured"}
+            found.append(message)
     return [*found, {"kind": "workload", "gradient_bytes": 200_744, "bucket_bytes": 200_744}]
 
 

@@ -91,7 +91,7 @@ for ax, network in zip(axes, (None, hpclab.Network(latency=20e-3, bandwidth=1e9)
 
 # %% id="network-do"
 messages = scaling.allreduce(client, ranks=2, oversubscribe=True)
-line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["time_s"] for row in messages])
+line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["duration_s"] for row in messages])
 plots.allreduce(messages, line)
 own = scaling.network(messages)
 print(line)

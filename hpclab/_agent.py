@@ -25,8 +25,6 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2*
 """glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """What the libraries of numpy and torch start when they are imported, a fork can't keep."""
-QUIET = {"KINETO_LOG_LEVEL": "6"}
-"""torch's profiler, when it is loaded, learns from this not to announce itself among the prints of each rank."""
 BACKOFF_SECONDS = (0.5, 60.0)
 """How long to wait before a zygote that has died is replaced: at first, and at most."""
 
@@ -185,7 +183,7 @@ class _Standby(Process):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | MALLOC | QUIET,
+            env=os.environ | MALLOC,
             start_new_session=True,
         )
         self.pid = self.popen.pid
@@ -241,7 +239,7 @@ def _start_zygote(path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-c", f"from hpclab._zygote import main; main({str(path)!r}, {listener.fileno()})"],
             stdin=subprocess.DEVNULL,
-            env=os.environ | MALLOC | ONE_THREAD | QUIET | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | MALLOC | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )

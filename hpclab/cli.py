@@ -98,8 +98,9 @@ def _scale(options: argparse.Namespace, rest: list[str]) -> None:
 
     folder = Path(options.folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-scale"))
     if options.rows_of:
+        rows = study.read(options.rows_of)
         folder.mkdir(parents=True, exist_ok=True)
-        print(study.write(study.read(options.rows_of), folder / "index.html"))
+        print(study.write(rows, folder / "index.html"))
         return
     fits = max(2, machine.fits())
     ranks = options.ranks or [2**power for power in range(fits.bit_length())]

@@ -38,6 +38,7 @@ def profiler(steps: int) -> Any:
     from torch.distributed import get_rank
     from torch.profiler import ProfilerActivity, profile, schedule
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it announces itself among the prints of each rank
     path = run_folder() / f"trace-{get_rank()}.json"
     return profile(
         activities=[ProfilerActivity.CPU],

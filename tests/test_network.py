@@ -75,6 +75,7 @@ def test_a_timeline_on_one_clock(client):
         client, hpclab.models.CNN, "fashion_mnist", ranks=2, batch_size=32, steps=12, trace=3, progress=False
     )
     run.result()
+    assert run.logs() == "[rank 0]\n[rank 1]\n", "the profiler says nothing of its own"
     rows = timeline.spans(run.folder)
     assert min(row["start_s"] for row in rows) == 0
     by = {

@@ -135,6 +135,25 @@ def test_notebook_runs_from_top_to_bottom(page, lab, name):
     if "start" in name:
         assert page.locator(".widget-slider").count() == 1
         assert outputs.locator("table").count() >= 2
+    if "scaling" in name:
+        move_a_slider(page)
+
+
+def move_a_slider(page):
+    """The explorer answers the keyboard: its figure and its table are others, in the same place."""
+    from playwright.sync_api import expect
+
+    cell = page.locator(".jp-CodeCell", has=page.locator(".widget-slider"))
+    image, table = cell.locator("img"), cell.locator("table")
+    before, told = image.get_attribute("src"), table.inner_text()
+    handle = cell.get_by_role("slider").first
+    handle.focus()
+    for _ in range(10):
+        handle.press("ArrowRight")
+    expect(image).not_to_have_attribute("src", before)
+    expect(table).not_to_have_text(told, use_inner_text=True)
+    assert image.count() == table.count() == 1
+    shoot(page, "explorer-moved")
 
 
 def test_the_race_button_replaces_the_race(page, lab):

@@ -41,6 +41,7 @@ _MODULES = (
     "data",
     "doctor",
     "exercises",
+    "figures",
     "forecast",
     "language",
     "laws",

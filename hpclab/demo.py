@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from distributed import Client
-from matplotlib.figure import Figure
 
 from hpclab import doctor, machine, models, plots, racing, scaling, study
 from hpclab.cluster import connect
+from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.launcher import whole_number
 from hpclab.runs import Run, occupy
@@ -89,7 +89,7 @@ def _compare(measured: list[dict], race: racing.Race) -> Table:
             _("speed-up"): f"{row['speedup']:.2f} ({row['speedup_low']:.2f}-{row['speedup_high']:.2f})",
             _("efficiency"): f"{row['efficiency']:.2f}",
             _("test accuracy"): f"{accuracy[row['label']]:.3f}",
-            _("source"): plots.source_word(row["source"]),
+            _("source"): source_word(row["source"]),
         }
         for row in measured
     )
@@ -105,7 +105,7 @@ def _figure(race: racing.Race, measured: list[dict]) -> Figure:
 
 def _page(place: Path, found: Table, race: racing.Race, table: Table, shown: Figure) -> None:
     parts = [
-        study.picture(shown, racing.alt(race.runs)),
+        shown.picture(),
         f"<h2>{_('The measurement')}</h2>{markup(table)}",
         f"<h2>{_('The race')}</h2>{markup(race.table())}<p>{html.escape(race.verdict())}</p>",
         f"<h2>{_('This machine')}</h2>{markup(found)}",

@@ -70,16 +70,19 @@ class Workload:
 
     @classmethod
     def of(cls, module: Any, compute_s: float, **fields: Any) -> "Workload":
-        """The workload of a torch module: its gradients, in the buckets that DDP makes of them.
+        """The workload of a torch module: its gradients, in the buckets that DDP makes of them, and its memory.
 
         Parameters
         ----------
         module : torch.nn.Module
         compute_s, **fields
-            As for the class.
+            As for the class. Default of ``memory_bytes``: weights, gradients, DDP's buckets of them, and one state of
+            the optimiser for each (SGD's momentum; Adam has two). Activations, which grow with the batch, aren't in it.
         """
         sizes = [weight.nbytes for weight in module.parameters() if weight.requires_grad]
-        return cls(compute_s, sum(sizes), **{"bucket_bytes": _buckets(sizes[::-1])[-1]} | fields)
+        frozen = sum(weight.nbytes for weight in module.parameters() if not weight.requires_grad)
+        found = {"bucket_bytes": _buckets(sizes[::-1])[-1], "memory_bytes": 4 * sum(sizes) + frozen}
+        return cls(compute_s, sum(sizes), **found | fields)
 
     def fits(self, memory_bytes: float) -> bool:
         """Whether a rank with so much memory can do it."""
@@ -182,9 +185,35 @@ class Forecast:
     def rows(self, ranks: Sequence[int], level: float = 0.95, network: Network | Hierarchy | None = None) -> list[dict]:
         """Forecast on so many ranks: rows of kind "forecast".
 
-        Each has ``ranks``, the `parts` of a step, ``step_low_s`` and ``step_high_s`` (the band in which a measurement
-        would fall), ``samples_per_s``, ``efficiency`` (over one rank), and ``core_h``, core-hours of a million samples.
-        Another `network` than that of the calibration, such as one with more servers, can be given.
+        Each has what `columns` has, ``kind`` and ``source``.
+        """
+        columns = self.columns(ranks, level, network)
+        return [
+            {"kind": "forecast"}
+            | {name: float(values[place]) for name, values in columns.items()}
+            | {"ranks": int(count), "source": "forecast"}
+            for place, count in enumerate(columns["ranks"])
+        ]
+
+    def columns(
+        self, ranks: ArrayLike, level: float = 0.95, network: Network | Hierarchy | None = None
+    ) -> dict[str, Array]:
+        """Forecast on so many ranks, shape (k,) each.
+
+        Parameters
+        ----------
+        ranks : array_like, shape (k,)
+        level : float, default 0.95
+            Of the bands, in which a measurement would fall.
+        network : Network or Hierarchy, optional
+            Such as one with more servers. Default: that of the calibration.
+
+        Returns
+        -------
+        dict of str to ndarray, shape (k,)
+            ``ranks``, the `parts` of a step, ``step_low_s``, ``step_high_s``, ``samples_per_s``, ``efficiency`` (over
+            one rank), ``efficiency_low``, ``efficiency_high``, ``core_h`` (core-hours of a million samples) and
+            ``memory_bytes`` of a rank.
         """
         at = np.asarray(ranks, dtype=float)
         network = network or self.network
@@ -194,18 +223,35 @@ class Forecast:
         half = stats.t.ppf((1 + level) / 2, self.freedom) * spread
         rate = at * self.workload.samples / found["step_s"]
         alone = self.workload.samples / step_s(self.workload, network, [1.0])[0]
-        columns = found | {
-            "step_low_s": found["step_s"] * np.exp(-half),
-            "step_high_s": found["step_s"] * np.exp(half),
-            "samples_per_s": rate,
-            "efficiency": rate / at / alone,
-            "core_h": at / rate * 1e6 / 3600,
-        }
-        return [
-            {"kind": "forecast", "ranks": int(count), "source": "forecast"}
-            | {name: float(values[place]) for name, values in columns.items()}
-            for place, count in enumerate(at)
-        ]
+        share = rate / at / alone
+        return (
+            {"ranks": at}
+            | found
+            | {
+                "step_low_s": found["step_s"] * np.exp(-half),
+                "step_high_s": found["step_s"] * np.exp(half),
+                "samples_per_s": rate,
+                "efficiency": share,
+                "efficiency_low": share * np.exp(-half),
+                "efficiency_high": share * np.exp(half),
+                "core_h": at / rate * 1e6 / 3600,
+                "memory_bytes": np.full_like(at, self.workload.memory_bytes),
+            }
+        )
+
+    def scaled(self, samples: int) -> "Forecast":
+        """The same with another number of samples a rank and step: computing grows as they do, gradients don't."""
+        share = samples / self.workload.samples
+        work = self.workload
+        grown = dataclasses.replace(
+            work,
+            samples=samples,
+            compute_s=work.compute_s * share,
+            jitter_s=work.jitter_s * share,
+            data_s=work.data_s * share,
+        )
+        scale = np.array([1.0 if name == "visible" else share for name in self.fitted])
+        return dataclasses.replace(self, workload=grown, covariance=self.covariance * np.outer(scale, scale))
 
     def score(self, ranks: ArrayLike, measured_s: ArrayLike, network: Network | Hierarchy | None = None) -> Array:
         """Relative error of the forecast throughput against steps that were measured later, shape (k,).

@@ -49,6 +49,11 @@ def translate(message: str, **values: object) -> str:
     return message.format(**values)
 
 
+def translate_drawn(message: str, **values: object) -> str:
+    """As `translate`, for figures: English if this machine has no font for the language, rather than empty boxes."""
+    return translate(message, **values) if cjk_font() else message.format(**values)
+
+
 @cache
 def cjk_font() -> str | None:
     """Name of a font on this machine that has Chinese characters; None if there is none."""

@@ -75,6 +75,10 @@ class Network:
         if self.ranks is not None and not self.ranks >= 1:
             raise ValueError(f"ranks (={self.ranks!r}) must be at least 1.")
 
+    def __str__(self) -> str:
+        many = f" of {self.ranks} ranks" if self.ranks else f" of {self.servers} servers" if self.servers > 1 else ""
+        return f"{self.topology}{many}, {1e3 * self.latency:.3g} ms, {self.bandwidth / 1e9:.3g} Gb/s"
+
     def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike, largest: float = 0.0) -> Array:
         """Seconds that an all-reduce takes.
 

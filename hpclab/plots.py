@@ -1,27 +1,20 @@
 """Figures of rows: each takes rows and gives a matplotlib Axes, and says on it where its rows come from.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; every series has a marker and a line style as well.
+Without an `ax` they draw in a `figures.Figure`, which also says what it shows in words.
 """
 
-import io
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from hpclab.language import cjk_font, language, translate
+from hpclab import figures
+from hpclab.figures import COLOURS, HATCHES, cloud, curve, finish, look
+from hpclab.language import translate_drawn as _
 from hpclab.rows import source, span
 
 if TYPE_CHECKING:
     from hpclab.laws import Fit
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLES = ("-", "--", "-.", ":")
-HATCHES = ("", "//", "..", "xx")
 
 
 def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
@@ -40,11 +33,15 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
         The loss is the mean over the ranks and over about a fortieth of the steps; zero seconds is the first step's
         start.
     """
-    ax = _axes(ax)
-    for number, (name, rows) in enumerate(runs.items()):
+    ax = figures.axes(ax)
+    told = []
+    for place, (name, rows) in enumerate(runs.items()):
         seconds, losses = loss_curve(rows)
-        ax.plot(seconds, losses, label=_name(name, rows) or None, markevery=max(1, len(losses) // 8), **_look(number))
-    return _finish(ax, [row for rows in runs.values() for row in rows], _("seconds of training"), _("training loss"))
+        shown = figures.series_name(name, rows)
+        ax.plot(seconds, losses, label=shown or None, markevery=max(1, len(losses) // 8), **look(place))
+        told.append(curve(shown, seconds, losses))
+    every = [row for rows in runs.values() for row in rows]
+    return finish(ax, every, _("seconds of training"), _("training loss"), told)
 
 
 def throughput(rows: list[dict], ax: Axes | None = None) -> Axes:
@@ -97,12 +94,16 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
     forecast : list of dict, optional
         As from `forecast.Forecast.rows`.
     """
-    ax = _axes(ax)
+    ax = figures.axes(ax)
     counts = [row["ranks"] for row in rows]
     most = max([*counts, *(row["ranks"] for row in forecast or ())])
-    ax.plot(counts, [row["samples_per_s"] for row in rows], label=source_word(source(rows)), **_points(0))
+    ax.plot(
+        counts, [row["samples_per_s"] for row in rows], label=figures.source_word(source(rows)), **figures.points(0)
+    )
     n = np.geomspace(min(counts), most, 100)
     low, high = fit.band(n)
+    told = [cloud(figures.source_word(source(rows)), counts, [row["samples_per_s"] for row in rows])]
+    told.append(curve(fit.law, n, fit(n)) + _(", its band from {low} to {high}", **_ends(low, high)))
     ax.fill_between(n, low, high, color=COLOURS[1], alpha=0.15, linewidth=0)
     ax.plot(n, fit(n), color=COLOURS[1], linestyle="--", label=_("{law} with its band", law=fit.law))
     if forecast:
@@ -110,36 +111,51 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
         samples = [row["samples_per_s"] * row["step_s"] for row in forecast]
         ends = [[row[name] for row in forecast] for name in ("step_high_s", "step_low_s")]
         low, high = (np.array(samples) / np.array(seconds) for seconds in ends)
+        rates = [row["samples_per_s"] for row in forecast]
         ax.fill_between(at, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
-        ax.plot(at, [row["samples_per_s"] for row in forecast], label=_("forecast"), **_look(2))
+        ax.plot(at, rates, label=_("forecast"), **look(2))
+        told.append(curve(_("forecast"), at, rates) + _(", its band from {low} to {high}", **_ends(low, high)))
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_major_formatter("{x:,.0f}")
-    return _finish(ax, rows + (forecast or []), _("ranks"), _("samples a second"))
+    return finish(ax, rows + (forecast or []), _("ranks"), _("samples a second"), told)
 
 
-def forecasts(curves: dict[str, tuple], measured: list[dict] | None = None, ax: Axes | None = None) -> Axes:
+def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the efficiency that is forecast for many ranks, a line a case, and the points that were measured.
+
+    A line by itself has its band; of several, which would hide each other, the band at the end of each is drawn.
 
     Parameters
     ----------
-    curves : dict of str to (array, array)
-        Ranks and efficiency (throughput of a rank over that of one alone), by the name to show.
+    curves : dict of str to dict
+        As from `forecast.Forecast.columns`, by the name to show.
     measured : list of dict, optional
         Rows with ``ranks`` and ``efficiency``.
     """
-    ax = _axes(ax)
-    for number, (name, (ranks, efficiency)) in enumerate(curves.items()):
-        ax.plot(ranks, efficiency, label=name, markevery=max(1, len(ranks) // 8), **_look(number))
+    ax = figures.axes(ax)
+    told = []
+    for place, (name, found) in enumerate(curves.items()):
+        ranks, low, high = (found[column] for column in ("ranks", "efficiency_low", "efficiency_high"))
+        style = look(place)
+        if len(curves) == 1:
+            ax.fill_between(ranks, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        else:
+            ax.plot([ranks[-1] * 1.08 ** (place + 1)] * 2, [low[-1], high[-1]], color=style["color"], marker="_")
+        ax.plot(ranks, found["efficiency"], label=name, markevery=0.12, **style)
+        band = _(", its band from {low} to {high}", **_ends(low, high))
+        told.append(curve(name, ranks, found["efficiency"]) + band)
     if measured:
         points = [[row[name] for row in measured] for name in ("ranks", "efficiency")]
-        look: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}
-        ax.plot(*points, label=source_word(source(measured)), zorder=5, **look)
+        star: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}
+        word = figures.source_word(source(measured))
+        ax.plot(*points, label=word, zorder=5, **star)
+        told.append(cloud(word, *points))
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set_ylim(0, 1.1)
-    return _finish(ax, [{"source": "forecast"}, *(measured or [])], _("ranks"), _("efficiency"))
+    return finish(ax, [{"source": "forecast"}, *(measured or [])], _("ranks"), _("efficiency"), told)
 
 
 def split(rows: list[dict], ax: Axes | None = None) -> Axes:
@@ -150,7 +166,7 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
     rows : list of dict
         As from `scaling.split`.
     """
-    ax = _axes(ax)
+    ax = figures.axes(ax)
     names = [str(row["rank"]) for row in rows]
     titles = {
         "compute_s": _("computing"),
@@ -159,17 +175,17 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
         "data_s": _("data"),
     }
     left = np.zeros(len(rows))
-    for number, (measure, title) in enumerate(titles.items()):
+    for place, (measure, title) in enumerate(titles.items()):
         width = np.array([1e3 * row[measure] for row in rows])
-        look: dict[str, Any] = {"color": COLOURS[number], "hatch": HATCHES[number], "edgecolor": "white"}
-        ax.barh(names, width, left=left, label=title, **look)
+        ax.barh(names, width, left=left, label=title, **_bar(place))
         for bar, value in enumerate(width):
             if value > 0.05 * max(1e3 * row["step_s"] for row in rows):
                 ax.annotate(f"{value:.3g}", (left[bar] + value / 2, bar), ha="center", va="center", color="white")
         left += width
     ax.invert_yaxis()
-    _finish(ax, rows, _("milliseconds of a step"), _("rank"))
-    return _legend_above(ax, columns=4)
+    told = [_shares(row["rank"], {title: row[measure] for measure, title in titles.items()}) for row in rows]
+    finish(ax, rows, _("milliseconds of a step"), _("rank"), told)
+    return figures.legend_above(ax, columns=4)
 
 
 def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
@@ -180,7 +196,7 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
     rows : list of dict
         As from `timeline.spans`.
     """
-    ax = _axes(ax)
+    ax = figures.axes(ax)
     titles = {
         "data": _("data"),
         "forward": _("forward"),
@@ -190,21 +206,21 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
         "all-reduce": _("all-reduce of a bucket"),
     }
     ranks = sorted({row["rank"] for row in rows})
+    spent: dict[int, dict[str, float]] = {rank: {} for rank in ranks}
     for number, (name, title) in enumerate(titles.items()):
-        hatch = HATCHES[number % len(HATCHES)]
-        look: dict[str, Any] = {"facecolor": COLOURS[number], "hatch": hatch, "edgecolor": "white"}
         for place, rank in enumerate(ranks):
             bars = [
                 (1e3 * row["start_s"], 1e3 * row["duration_s"])
                 for row in rows
                 if row["rank"] == rank and row["name"] == name
             ]
+            spent[rank][title] = sum(duration for _start, duration in bars) / 1e3
             height = (place + 0.25, 0.2) if name == "all-reduce" else (place - 0.4, 0.6)
-            ax.broken_barh(bars, height, label=title if place == 0 else None, linewidth=0.3, **look)
+            ax.broken_barh(bars, height, label=title if place == 0 else None, linewidth=0.3, **_bar(number))
     ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
     ax.invert_yaxis()
-    _finish(ax, rows, _("milliseconds"), "")
-    return _legend_above(ax, columns=3)
+    finish(ax, rows, _("milliseconds"), "", [_shares(rank, found) for rank, found in spent.items()])
+    return figures.legend_above(ax, columns=3)
 
 
 def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None) -> Axes:
@@ -217,15 +233,19 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
     fit : laws.Fit, optional
         As from `laws.fit_alpha_beta`.
     """
-    ax = _axes(ax)
+    ax = figures.axes(ax)
     size = np.array([row["nbytes"] for row in rows], dtype=float)
-    ax.plot(size, [row["duration_s"] for row in rows], alpha=0.5, label=source_word(source(rows)), **_points(0))
+    seconds = [row["duration_s"] for row in rows]
+    word = figures.source_word(source(rows))
+    ax.plot(size, seconds, alpha=0.5, label=word, **figures.points(0))
+    told = [cloud(word, size, seconds)]
     if fit is not None:
         at = np.geomspace(size.min(), size.max(), 100)
         ax.plot(at, fit(at), color=COLOURS[1], linestyle="--", label=_("alpha + beta x bytes"))
+        told.append(curve(_("alpha + beta x bytes"), at, fit(at)))
     ax.set_xscale("log")
     ax.set_yscale("log")
-    return _finish(ax, rows, _("bytes"), _("seconds of an all-reduce"))
+    return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), told)
 
 
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:
@@ -245,121 +265,59 @@ def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[fl
     return [part[-1][0] for part in parts], [sum(value for _seconds, value in part) / len(part) for part in parts]
 
 
-def rate(rows: list[dict], ax: Axes, points: int = 40) -> tuple[list[float], list[float]]:
-    """Draw what all ranks do a second: samples, or steps where the rows tell none; return seconds and rates."""
+def rate(rows: list[dict], ax: Axes | None = None, points: int = 40) -> Axes:
+    """Draw what all ranks do a second: samples, or steps where the rows tell none; nothing while there is but one."""
+    ax = figures.axes(ax)
     steps = sorted((row for row in rows if row["kind"] == "step"), key=lambda row: row["time_s"])
     counted = "samples" if steps and "samples" in steps[0] else None
     if not steps or steps[-1]["time_s"] <= (first := span(steps)[0]):
-        return [], []
+        return ax
     width = (steps[-1]["time_s"] - first) / max(1, min(points, len(steps) // 16))
     sums: dict[int, float] = {}
     for row in steps:
         place = int((row["time_s"] - first - 1e-9) / width)
         sums[place] = sums.get(place, 0.0) + (row[counted] if counted else 1)
     seconds, rates = [(place + 1) * width for place in sums], [total / width for total in sums.values()]
-    ax.plot(seconds, rates, **_look(0))
+    ax.plot(seconds, rates, **look(0))
     ax.set_ylim(0)
-    _finish(ax, rows, _("seconds of training"), _("samples a second") if counted else _("steps a second, of all ranks"))
-    return seconds, rates
-
-
-def png(shown: Figure) -> bytes:
-    """A figure as the bytes of a PNG image."""
-    buffer = io.BytesIO()
-    shown.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-
-def provenance(rows: list[dict]) -> str:
-    """One line that says where rows come from: their source, the machine, the versions, the day."""
-    about = next((row for row in rows if "cpu" in row), None)
-    if about is None:
-        return source_word(source(rows))
-    machine = f"{about['cpu']}, {about['cpus']} CPU, torch {about['torch']}, {about['started'][:10]}"
-    return f"{source_word(source(rows))}: {machine}"
-
-
-def source_word(kind: str) -> str:
-    """A row's ``source``, worded for the reader."""
-    words = {
-        "measured": _("measured"),
-        "emulated": _("emulated"),
-        "recorded": _("recorded"),
-        "forecast": _("forecast"),
-        "mixed": _("of mixed origin"),
-        "unknown": _("of unknown origin"),
-    }
-    return words.get(kind, kind)
+    title = _("samples a second") if counted else _("steps a second, of all ranks")
+    return finish(ax, rows, _("seconds of training"), title, [curve("", seconds, rates)])
 
 
 def _bars(rows: list[dict], measure: str, title: str, ax: Axes | None) -> Axes:
-    ax = _axes(ax)
-    for number, row in enumerate(rows):
-        value = row[measure]
-        spread = [[value - row[f"{measure}_low"]], [row[f"{measure}_high"] - value]]
-        ax.errorbar(number, value, yerr=spread, capsize=6, markersize=8, **_points(number))
-        ax.annotate(f"{value:,.4g}", (number, value), xytext=(10, 0), textcoords="offset points", va="center")
-    ax.set_xticks(range(len(rows)), [_name(row["label"], [row]) for row in rows])
+    ax = figures.axes(ax)
+    names = [figures.series_name(row["label"], [row]) for row in rows]
+    told = []
+    for place, row in enumerate(rows):
+        value, low, high = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
+        ax.errorbar(place, value, yerr=[[value - low], [high - value]], capsize=6, **figures.points(place))
+        ax.annotate(figures.number(value), (place, value), xytext=(10, 0), textcoords="offset points", va="center")
+        ends = _ends([low], [high])
+        told.append(f"{' '.join(names[place].split())}: {figures.number(value)} ({ends['low']}-{ends['high']})")
+    ax.set_xticks(range(len(rows)), names)
     ax.set_xlim(-0.5, len(rows) - 0.3)
     ax.set_ylim(0, max(row[f"{measure}_high"] for row in rows) * 1.2)
     repeats = min(row["repeats"] for row in rows)
-    return _finish(ax, rows, _("median and range of {repeats} repeats", repeats=repeats), title)
+    return finish(ax, rows, _("median and range of {repeats} repeats", repeats=repeats), title, told)
 
 
 def _ideal(ax: Axes, values: list[float]) -> Axes:
     ax.plot(range(len(values)), values, color="0.5", linestyle=":", marker="_", markersize=18, label=_("ideal"))
     ax.set_ylim(0, max(ax.get_ylim()[1], max(values) * 1.1))
     ax.legend(frameon=False, loc="upper left")
-    return _set_font(ax)
+    return figures.set_font(ax)
 
 
-def _name(name: str, rows: list[dict]) -> str:
-    """The name of a series, which says so where it wasn't simply measured."""
-    kind = source(rows)
-    return name if kind == "measured" else f"{name}\n({source_word(kind)})"
+def _bar(place: int) -> dict[str, Any]:
+    return {"facecolor": COLOURS[place], "hatch": HATCHES[place % len(HATCHES)], "edgecolor": "white"}
 
 
-def _look(number: int) -> dict:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": STYLES[number % len(STYLES)],
-    }
+def _ends(low: Any, high: Any) -> dict[str, str]:
+    """Where a band ends, for a caption."""
+    return {"low": figures.number(low[-1]), "high": figures.number(high[-1])}
 
 
-def _points(number: int) -> dict:
-    return _look(number) | {"linestyle": "none"}
-
-
-def _legend_above(ax: Axes, columns: int) -> Axes:
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, fontsize="small")
-    return _set_font(ax)
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
-
-
-def _finish(ax: Axes, rows: list[dict], xlabel: str, ylabel: str) -> Axes:
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(provenance(rows), fontsize="x-small", color="0.35", loc="right")
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False)
-    return _set_font(ax)
-
-
-def _set_font(ax: Axes) -> Axes:
-    if language() == "zh" and (font := cjk_font()):
-        for text in ax.findobj(Text):
-            text.set_fontfamily([plt.rcParams["font.sans-serif"][0], font])
-    return ax
-
-
-def _(message: str, **values: object) -> str:
-    """Translate, if this machine has a font for it: figures take English rather than empty boxes."""
-    return translate(message, **values) if cjk_font() else message.format(**values)
+def _shares(rank: int, spent: dict[str, float]) -> str:
+    """What a rank's seconds went into, for a caption."""
+    told = ", ".join(f"{title} {figures.number(1e3 * seconds)} ms" for title, seconds in spent.items() if seconds)
+    return f"{_('rank {rank}', rank=rank)}: {told}"

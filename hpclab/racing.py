@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Client
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from hpclab import machine, plots, scaling
+from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.launcher import gang_size
 from hpclab.rows import source
@@ -50,7 +50,7 @@ class Race:
                 _("start-up (s)"): f"{trial['start_s']:.1f}",
                 _("last loss"): f"{trial['loss']:.3f}",
                 _("test accuracy"): "" if trial["accuracy"] is None else f"{trial['accuracy']:.3f}",
-                _("source"): plots.source_word(trial["source"]),
+                _("source"): source_word(trial["source"]),
             }
             for trial in trials
         )
@@ -182,13 +182,13 @@ class LiveFigure:
         self.handle = handle
 
     def __call__(self, runs: dict[str, Rows]) -> None:
-        from IPython.display import Image, display
+        from IPython.display import HTML, display
 
-        image = Image(data=plots.png(figure(runs)), alt=alt(runs))
+        shown = HTML(figure(runs).picture())
         if self.handle is None:
-            self.handle = display(image, display_id=True)
+            self.handle = display(shown, display_id=True)
         else:
-            self.handle.update(image)
+            self.handle.update(shown)
 
 
 class LiveText:
@@ -229,18 +229,6 @@ def lines(runs: dict[str, Rows]) -> dict[str, Rows]:
         if source(rows) == "emulated":
             shown[_("{label}, a CPU each", label=label)] = own_cpu(rows)
     return shown
-
-
-def alt(runs: dict[str, Rows]) -> str:
-    """The figure in words, for those who can't see it."""
-    told = []
-    for label, rows in runs.items():
-        seconds, losses = plots.loss_curve(rows)
-        if losses:
-            told.append(
-                _("{label}: loss {loss:.3f} after {seconds:.1f} s", label=label, loss=losses[-1], seconds=seconds[-1])
-            )
-    return "; ".join(told)
 
 
 def _in_notebook() -> bool:

@@ -49,12 +49,14 @@ def sweep(
         From `connect`.
     job : callable
         ``job(client, **case)`` starts one run and returns it, for instance
-        ``lambda client, ranks: hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=ranks, steps=50)``.
+        ``lambda client, ranks: hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=ranks, steps=50)``; or a
+        `launch` of your own function, whose ranks `report` a ``step`` and its ``samples``.
     ranks : iterable of int, optional
         Short for the cases ``{"ranks": n}``.
     cases : iterable of dict, optional
-        Arguments of the job, a dict a case. The first case is the baseline of speed-ups. Where one says ``ranks``, the
-        cluster must have room for them, unless it also says ``oversubscribe=True``.
+        Arguments of the job, a dict a case, such as ``[{"ranks": 2, "network": link} for link in links]``. The first
+        case is the baseline of speed-ups. Where one says ``ranks``, the cluster must have room for them, unless it also
+        says ``oversubscribe=True``.
     repeats : int, default 3
         Rounds; in each, every case runs once, in an order shuffled anew.
     seed : int or None, default 0
@@ -71,7 +73,8 @@ def sweep(
     Returns
     -------
     list of dict
-        Rows of kind "trial", see `trial`, in the order in which they were measured.
+        Rows of kind "trial", see `trial`, in the order in which they were measured; ``setting`` says what else than
+        its ranks and threads was asked of the case, and so does the ``label``.
 
     Raises
     ------
@@ -110,6 +113,7 @@ class _Kept:
 
     def __init__(self, folder: str | os.PathLike | None, cases: list[dict]):
         self.cases = [repr(sorted(case.items())) for case in cases]
+        self.settings = [_setting(case) for case in cases]
         self.file = None if folder is None else Path(folder, "trials.jsonl")
         self.rows = read(self.file) if self.file is not None and self.file.exists() else []
         for row in self.rows:
@@ -122,11 +126,22 @@ class _Kept:
         return any((row["case"], row["repeat"]) == (case, repeat) for row in self.rows)
 
     def add(self, case: int, repeat: int, found: dict) -> None:
-        row = {"case": case, "asked": self.cases[case], "repeat": repeat, "order": len(self.rows)} | found
+        about = {"case": case, "asked": self.cases[case], "repeat": repeat, "order": len(self.rows)}
+        setting = self.settings[case]
+        label = ", ".join(filter(None, (found["label"], setting)))
+        row = about | found | {"label": label, "setting": setting}
         self.rows.append(row)
         if self.file is not None:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(line(row))
+
+
+def _setting(case: dict) -> str:
+    """What a case asks for besides ranks and threads, to show."""
+    asked = {name: getattr(value, "__name__", value) for name, value in case.items()}
+    return ", ".join(
+        f"{name} {value}" for name, value in asked.items() if name not in ("ranks", "threads", "oversubscribe")
+    )
 
 
 def trial(rows: list[dict]) -> dict:
@@ -143,13 +158,19 @@ def trial(rows: list[dict]) -> dict:
         ``kind`` "trial", ``run``, ``label``, ``ranks``, ``threads``, ``batch`` (samples a step, of all ranks),
         ``samples_per_s`` (see `throughput`), ``warm_up`` (steps that aren't counted), ``step_s`` and its `split`
         (means), ``jitter_s`` (standard deviation of a rank's computing), ``data_share`` (of the step's time),
-        ``start_s`` (launch to first step), ``train_s`` (first step to last), ``loss`` (mean of the last five steps),
-        ``accuracy`` (None if untested), ``source``, and the machine.
+        ``start_s`` (launch to first step), ``train_s`` (first step to last), ``loss`` (mean of the last five steps;
+        None if none is told), ``accuracy`` (None if untested), ``source``, and the machine.
+
+    Raises
+    ------
+    ValueError
+        If there are too few steps, or some don't tell their ``samples``.
     """
     about = next(row for row in rows if row["kind"] == "run")
     steps = _warm(rows)
     start_s, end_s = span(rows)
     last = max(row["step"] for row in steps)
+    losses = [row["loss"] for row in steps if row["step"] > last - 5 and row.get("loss") is not None]
     tests = [row["test_accuracy"] for row in rows if row["kind"] == "epoch"]
     return (
         {
@@ -162,10 +183,10 @@ def trial(rows: list[dict]) -> dict:
             "samples_per_s": throughput(rows),
             "warm_up": min(row["step"] for row in steps),
             "jitter_s": _jitter(steps),
-            "data_share": sum(row["data_s"] for row in steps) / sum(row["step_s"] for row in steps),
+            "data_share": sum(row.get("data_s", 0.0) for row in steps) / sum(row["step_s"] for row in steps),
             "start_s": start_s,
             "train_s": end_s - start_s,
-            "loss": statistics.fmean(row["loss"] for row in steps if row["step"] > last - 5),
+            "loss": statistics.fmean(losses) if losses else None,
             "accuracy": tests[-1] if tests else None,
             "source": source(rows),
         }
@@ -377,6 +398,8 @@ def remarks(rows: list[dict]) -> list[str]:
 def _points(rows: list[dict]) -> tuple[list[int], list[float]]:
     if len(threads := {row["threads"] for row in rows}) > 1:
         raise ValueError(f"rows differ in threads (={sorted(threads)}) as well; keep those of one number.")
+    if len(settings := {row.get("setting", "") for row in rows}) > 1:
+        raise ValueError(f"rows differ in more than ranks ({'; '.join(sorted(settings))}); keep those of one setting.")
     return [row["ranks"] for row in rows], [row["samples_per_s"] for row in rows]
 
 
@@ -433,7 +456,7 @@ def _jitter(steps: list[dict]) -> float:
 
 def _warm(rows: list[dict]) -> list[dict]:
     """Rows of the steps after the warm-up."""
-    steps = [row for row in rows if row["kind"] == "step"]
+    steps = _timed([row for row in rows if row["kind"] == "step"])
     slowest: dict[int, float] = {}
     for row in steps:
         slowest[row["step"]] = max(row["step_s"], slowest.get(row["step"], 0.0))
@@ -442,6 +465,24 @@ def _warm(rows: list[dict]) -> list[dict]:
     order = sorted(slowest)
     first = order[warm_up([slowest[step] for step in order])]
     return [row for row in steps if row["step"] >= first]
+
+
+def _timed(steps: list[dict]) -> list[dict]:
+    """Steps with their seconds; where they don't tell them, since the same rank's step before, so without its first."""
+    if lacks := [name for name in ("step", "samples") if any(row.get(name) is None for row in steps)]:
+        raise ValueError(
+            f"rows of steps lack {lacks[0]!r}; a sweep needs hpclab.report(step=..., samples=...) each step."
+        )
+    before: dict[int, float] = {}
+    found = []
+    for row in steps:
+        start = before.get(row["rank"])
+        before[row["rank"]] = row["time_s"]
+        if "step_s" in row:
+            found.append(row)
+        elif start is not None:
+            found.append(row | {"step_s": row["time_s"] - start})
+    return found
 
 
 def _watched(run: Run, watch: Callable[[str, list[dict]], None] | None) -> Run:

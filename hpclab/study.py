@@ -1,6 +1,5 @@
 """A scaling study as one page, made from its rows alone: machine, figures, laws, verdicts, and a forecast."""
 
-import base64
 import html
 import json
 import os
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Client
-from matplotlib.figure import Figure
 
 from hpclab import forecast, laws, models, plots, scaling
+from hpclab.figures import Figure, source_word
 from hpclab.language import language
 from hpclab.language import translate as _
 from hpclab.runs import Run, occupy
@@ -133,12 +132,6 @@ def page(title: str, parts: list[str]) -> str:
     return PAGE.format(language=language(), title=html.escape(title), body="\n".join(parts))
 
 
-def picture(shown: Figure, alt: str) -> str:
-    """A figure inside a page, and in words for those who can't see it."""
-    data = base64.b64encode(plots.png(shown)).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-
-
 def _regime(trials: list[dict]) -> list[str]:
     told = scaling.verdict(trials) if trials[0]["regime"] == "strong" else None
     fits = told.fits if told else [found for found in [_gustafson(trials)] if found]
@@ -148,7 +141,7 @@ def _regime(trials: list[dict]) -> list[str]:
             _("samples a second"): f"{row['samples_per_s']:,.0f}",
             _("speed-up"): f"{row['speedup']:.2f} ({row['speedup_low']:.2f}-{row['speedup_high']:.2f})",
             _("efficiency"): f"{row['efficiency']:.2f}",
-            _("source"): plots.source_word(row["source"]),
+            _("source"): source_word(row["source"]),
         }
         for row in scaling.summary(trials)
     )
@@ -158,7 +151,7 @@ def _regime(trials: list[dict]) -> list[str]:
     else:
         plots.throughput(scaling.summary(trials), shown.subplots())
     lines = [str(one) for one in fits] + ([str(told)] if told else []) + scaling.remarks(trials)
-    return [picture(shown, str(table)), markup(table), *(f"<p>{html.escape(line)}</p>" for line in lines)]
+    return [shown.picture(), markup(table), *(f"<p>{html.escape(line)}</p>" for line in lines)]
 
 
 def _gustafson(trials: list[dict]) -> laws.Fit | None:
@@ -172,7 +165,7 @@ def _network(messages: list[dict]) -> list[str]:
     line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["duration_s"] for row in messages])
     shown = Figure(figsize=(7, 4), layout="constrained")
     plots.allreduce(messages, line, shown.subplots())
-    return [picture(shown, str(line)), f"<p>{html.escape(str(line))}</p>"]
+    return [shown.picture(), f"<p>{html.escape(str(line))}</p>"]
 
 
 def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> list[str]:
@@ -187,10 +180,10 @@ def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> lis
     work = forecast.Workload(known[0]["step_s"], samples=samples, jitter_s=jitter, **sizes)
     counts, seconds = [row["ranks"] for row in known], [row["step_s"] for row in known]
     ahead = forecast.calibrate(work, scaling.network(messages), counts, seconds, ["compute_s"])
-    found = ahead.rows([2**power for power in range(HORIZON.bit_length())])
+    powers = [2**power for power in range(HORIZON.bit_length())]
+    found = ahead.rows(powers)
     shown = Figure(figsize=(7, 4), layout="constrained")
-    curve = {_("forecast"): ([row["ranks"] for row in found], [row["efficiency"] for row in found])}
-    plots.forecasts(curve, ax=shown.subplots())
+    plots.forecasts({_("forecast"): ahead.columns(powers)}, ax=shown.subplots())
     table = Table(
         {
             _("ranks"): row["ranks"],
@@ -202,7 +195,7 @@ def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> lis
         for row in found
     )
     title = _("Forecast: more ranks of this kind, on this network")
-    return [f"<h2>{title}</h2>", picture(shown, str(table)), markup(table)]
+    return [f"<h2>{title}</h2>", shown.picture(), markup(table)]
 
 
 PAGE = """<!doctype html>

@@ -1,16 +1,14 @@
 """A run in a notebook: live while it goes, with buttons; an ordinary output when it has ended."""
 
-import base64
 import html
-import io
 import threading
 import time
 from typing import Any
 
 from IPython.display import HTML, display
-from matplotlib.figure import Figure
 
 from hpclab import plots
+from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.rows import source
 from hpclab.tables import Table, markup
@@ -87,11 +85,7 @@ def page(run: Any) -> str:
     rows = run.rows.copy()
     parts = [f"<p><strong>{html.escape(run.name)}</strong>: {_word(run)}</p>"]
     if any(row["kind"] == "step" for row in rows):
-        told, image = _figure(rows)
-        parts += [
-            f'<img style="max-width: 100%" alt="{html.escape(told)}" src="data:image/png;base64,{image}">',
-            markup(ranks(rows)),
-        ]
+        parts += [_figure(rows).picture(), markup(ranks(rows))]
     if lines := _newest(run):
         parts.append(f"<pre>{html.escape(lines)}</pre>")
     if rows and "error" in rows[-1]:
@@ -115,7 +109,7 @@ def _rank(rank: int, steps: list[dict]) -> dict:
     for name, title in (("compute_s", _("computing")), ("data_s", _("data")), ("wait_s", _("talking and waiting"))):
         if spent and name in last:
             shown[title] = f"{sum(row.get(name) or 0.0 for row in steps) / spent:.0%}"
-    return shown | {_("seconds"): round(last["time_s"], 1), _("source"): plots.source_word(source(steps))}
+    return shown | {_("seconds"): round(last["time_s"], 1), _("source"): source_word(source(steps))}
 
 
 def _word(run: Any) -> str:
@@ -130,22 +124,17 @@ def _word(run: Any) -> str:
     return words[run.status]
 
 
-def _figure(rows: list[dict]) -> tuple[str, str]:
-    """Loss and throughput against seconds: in words, and as PNG in base64."""
+def _figure(rows: list[dict]) -> Figure:
+    """Loss and throughput against seconds."""
     shown = Figure(figsize=(8.5, 2.8))
     left, right = shown.subplots(1, 2)
     shown.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.9, wspace=0.25)  # a layout engine takes far longer
-    seconds, losses = plots.loss_curve(rows)
-    if losses:
+    if any(row.get("loss") is not None for row in rows):
         plots.loss({"": rows}, left)
     else:
         left.set_axis_off()
-    times, rates = plots.rate(rows, right)
-    told = [_("loss {loss:.3f} after {seconds:.1f} s", loss=losses[-1], seconds=seconds[-1])] * bool(losses)
-    told += [_("{rate:,.0f} a second after {seconds:.1f} s", rate=rates[-1], seconds=times[-1])] * bool(rates)
-    buffer = io.BytesIO()
-    shown.savefig(buffer, format="png", dpi=90)
-    return "; ".join(told), base64.b64encode(buffer.getvalue()).decode()
+    plots.rate(rows, right)
+    return shown
 
 
 def _newest(run: Any) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 import ipywidgets
 import numpy as np
 from distributed import Client
-from IPython.display import HTML, DisplayHandle, Image, display
-from matplotlib.figure import Figure
+from IPython.display import HTML, DisplayHandle, display
 
 from hpclab import plots, racing
-from hpclab.forecast import Workload, step_s
+from hpclab.figures import Figure
+from hpclab.forecast import Forecast
 from hpclab.language import translate as _
 from hpclab.network import Hierarchy, Network
 from hpclab.tables import Table, markup
@@ -83,8 +83,8 @@ class Explorer:
 
     Parameters
     ----------
-    work : forecast.Workload
-        Such as one that `forecast.calibrate` found.
+    known : forecast.Forecast
+        From `forecast.calibrate`; its noise makes the bands.
     measured : list of dict, optional
         Rows with ``ranks`` and ``efficiency``, as from `scaling.summary`.
     most : int, default 1024
@@ -93,10 +93,11 @@ class Explorer:
 
     TOPOLOGIES = ("ring", "tree", "halving-doubling", "parameter-server")
 
-    def __init__(self, work: Workload, measured: list[dict] | None = None, most: int = 1024) -> None:
-        self.work = work
+    def __init__(self, known: Forecast, measured: list[dict] | None = None, most: int = 1024) -> None:
+        self.known = known
         self.measured = [row for row in measured or [] if row["ranks"] <= most]
         self.ranks = np.unique(np.geomspace(1, most, 1000).round())
+        work = known.workload
         sizes = sorted({work.samples, *(2**power for power in range(11))})
         sliders = {
             "latency": ipywidgets.FloatLogSlider(50e-6, min=-6, max=-1, description=_("latency (s)")),
@@ -105,6 +106,7 @@ class Explorer:
             "overlap": ipywidgets.FloatSlider(work.overlap, min=0, max=1, step=0.05, description=_("overlap")),
             "per_node": ipywidgets.IntSlider(4, min=1, max=16, description=_("ranks a node")),
         }
+        sliders["overlap"].disabled = work.visible is not None  # then it was measured what is hidden
         for slider in sliders.values():
             slider.style.description_width = "9em"
             slider.layout.width = "28em"
@@ -113,16 +115,15 @@ class Explorer:
         self.figure: DisplayHandle | None = None
         self.text: DisplayHandle | None = None
 
-    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Ranks and efficiency by topology, at the sliders' values."""
+    def curves(self) -> dict[str, dict[str, np.ndarray]]:
+        """Columns of the forecast by topology, at the sliders' values."""
         latency, bandwidth, samples, overlap, per_node = (slider.value for slider in self.sliders.values())
-        share = samples / self.work.samples
-        scaled = {"compute_s": self.work.compute_s * share, "jitter_s": self.work.jitter_s * share}
-        work = dataclasses.replace(self.work, samples=samples, overlap=overlap, visible=None, **scaled)
+        known = self.known.scaled(samples)
+        known = dataclasses.replace(known, workload=dataclasses.replace(known.workload, overlap=overlap))
         links: dict[str, Network | Hierarchy] = {name: Network(latency, bandwidth, name) for name in self.TOPOLOGIES}
         inside, between = Network(min(latency, 2e-6), max(bandwidth, 1e11)), Network(latency, bandwidth)
         links[_("ring of nodes")] = Hierarchy(inside, between, per_node)
-        return {name: (self.ranks, work.compute_s / step_s(work, link, self.ranks)) for name, link in links.items()}
+        return {name: known.columns(self.ranks, network=link) for name, link in links.items()}
 
     def draw(self) -> None:
         """Draw anew, in the place where it was first shown."""
@@ -132,15 +133,16 @@ class Explorer:
         shown = Figure(figsize=(7, 4), layout="constrained")
         plots.forecasts(curves, self.measured, shown.subplots())
         table = self.table(curves)
-        self.figure.update(Image(data=plots.png(shown), alt=str(table)))
+        self.figure.update(HTML(shown.picture()))
         self.text.update(HTML(markup(table)))
 
-    def table(self, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Table:
+    def table(self, curves: dict[str, dict[str, np.ndarray]]) -> Table:
         """The figure in numbers: the efficiency at a few counts of ranks."""
         places = np.unique(np.linspace(0, len(self.ranks) - 1, 5).round().astype(int))
         return Table(
-            {_("topology"): name} | {f"{ranks[place]:g}": f"{efficiency[place]:.2f}" for place in places}
-            for name, (ranks, efficiency) in curves.items()
+            {_("topology"): name}
+            | {f"{found['ranks'][place]:g}": f"{found['efficiency'][place]:.2f}" for place in places}
+            for name, found in curves.items()
         )
 
     def _ipython_display_(self) -> None:

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 import hpclab
-from hpclab import laws
+from hpclab import laws, models
 from hpclab.forecast import Workload, calibrate, parts, slowest, step_s
 from hpclab.network import Hierarchy, Network
 
@@ -178,3 +179,20 @@ def test_costs_by_topology():
 def test_bad_input(wrong, says):
     with pytest.raises(ValueError, match=says):
         wrong()
+
+
+def test_memory_of_a_module_is_what_its_training_holds():
+    """Weights, gradients and momentum, counted after a step; DDP's buckets are as large as the gradients."""
+    model = models.CNN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.zeros(2, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    weights = sum(weight.nbytes for weight in model.parameters())
+    gradients = sum(weight.grad.nbytes for weight in model.parameters())
+    momentum = sum(state["momentum_buffer"].nbytes for state in optimizer.state.values())
+    work = Workload.of(model, 0.1)
+    assert work.memory_bytes == weights + 2 * gradients + momentum
+    assert work.fits(1e6) and not work.fits(5e5)
+    for weight in model.parameters():
+        weight.requires_grad_(weight.ndim > 1)
+    assert weights < Workload.of(model, 0.1).memory_bytes < work.memory_bytes

@@ -159,7 +159,7 @@ def test_the_view_tells_what_each_rank_does(client):
         assert 97 <= sum(shares) <= 103
     page = views.page(run)
     assert ": finished" in page
-    assert 'alt="loss ' in page
+    assert 'alt="training loss against seconds of training (' in page
 
 
 def report_odd_numbers():

@@ -3,11 +3,13 @@
 import functools
 import random
 
+import matplotlib.pyplot as plt
 import pytest
 
 import hpclab
 from hpclab import laws, plots, racing, scaling
 from hpclab import rows as from_rows
+from hpclab.network import Network
 
 
 def rows(ranks=1, threads=1, step_s=0.1, steps=15, source="measured", samples=64):
@@ -144,6 +146,41 @@ def test_sweep_interleaves(client):
     assert len(scaling.summary(found)) == 2
 
 
+def test_a_sweep_over_networks_names_them(client):
+    slow = Network(latency=30e-3, bandwidth=1e9)
+
+    def job(client, ranks, network):
+        settings = {"ranks": ranks, "batch_size": 16, "steps": 8, "progress": False}
+        return hpclab.train(client, hpclab.models.CNN, "fashion_mnist", network=network, **settings)
+
+    cases = [{"ranks": 2, "network": link} for link in (None, slow)]
+    found = scaling.sweep(client, job, cases=cases, repeats=1, seed=None, progress=False)
+    assert [row["label"] for row in found] == ["2 ranks, network None", "2 ranks, network ring, 30 ms, 1 Gb/s"]
+    assert [row["source"] for row in found] == ["measured", "emulated"]
+    assert found[1]["comm_s"] > 0.06 > found[0]["comm_s"]  # two messages, one after the other
+    with pytest.raises(ValueError, match=r"differ in more than ranks \(network None; network ring, 30 ms"):
+        scaling.verdict(found)
+
+
+def count_up(width):
+    for step in range(12):
+        hpclab.report(step=step, samples=width)
+
+
+def test_a_sweep_of_a_function_of_ones_own(client):
+    def job(client, ranks, width):
+        return hpclab.launch(client, count_up, width, ranks=ranks)
+
+    found = scaling.sweep(client, job, cases=[{"ranks": 2, "width": 8}], repeats=2, progress=False)
+    assert [(row["label"], row["batch"], row["loss"]) for row in found] == [("2 ranks, width 8", 16, None)] * 2
+    assert all(row["samples_per_s"] == pytest.approx(16 / row["step_s"], rel=0.5) for row in found)
+
+
+def test_steps_without_samples_are_refused():
+    with pytest.raises(ValueError, match=r"lack 'samples'.*hpclab.report\(step=..., samples=...\)"):
+        scaling.trial(rows(samples=None))
+
+
 def test_an_interrupted_sweep_goes_on(client, tmp_path):
     started = []
 
@@ -244,7 +281,7 @@ def test_bars_show_median_range_and_source(draw):
     for row, bar in zip(summary(), ax.containers, strict=True):
         ((_, low), (_, high)) = bar.lines[2][0].get_segments()[0]
         assert (low, high) == pytest.approx((row[f"{measure}_low"], row[f"{measure}_high"]))
-    plots.plt.close(ax.figure)
+    plt.close(ax.figure)
 
 
 def test_loss_is_drawn_against_seconds_of_training():
@@ -253,4 +290,4 @@ def test_loss_is_drawn_against_seconds_of_training():
     assert ends == pytest.approx([60 * 0.2, 60 * 0.1])
     assert len({line.get_marker() for line in ax.get_lines()}) == 2
     assert ax.get_title(loc="right").startswith("measured: c")
-    plots.plt.close(ax.figure)
+    plt.close(ax.figure)

@@ -46,7 +46,7 @@ def test_the_page_says_what_the_rows_prove(tmp_path):
     assert "usl: the smallest law that no larger one beats" in text
     assert re.search(r"gustafson: g = 200\d \(.*sigma = 0.1 \(", text)
     assert "alpha-beta: alpha = 0.002" in text
-    assert text.count("<img alt=") == 4  # strong, weak, network, forecast
+    assert text.count("<figcaption") == 4  # strong, weak, network, forecast
     assert "<td>1024</td>" in text
     assert not re.search(r'(src|href)="(?!data:)', text), "one file that needs no other"
 

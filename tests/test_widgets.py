@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from hpclab.forecast import Workload
+from hpclab.forecast import Workload, calibrate
+from hpclab.network import Network
 from hpclab.widgets import Explorer
 
 
@@ -20,7 +22,9 @@ class Place:
 @pytest.fixture
 def explorer():
     measured = [{"ranks": ranks, "efficiency": 1 / ranks**0.1, "source": "measured"} for ranks in (1, 2, 4096)]
-    found = Explorer(Workload(0.1, 100e6, samples=32, overlap=0.5, bucket_bytes=1.0), measured)
+    work = Workload(0.1, 100e6, samples=32, overlap=0.5, bucket_bytes=1.0)
+    known = calibrate(work, Network(), [1, 1, 1], [0.099, 0.1, 0.101], ["compute_s"])
+    found = Explorer(known, measured)
     found.figure, found.text = Place(), Place()
     return found
 
@@ -28,25 +32,39 @@ def explorer():
 def test_curves_follow_the_sliders(explorer):
     """A ring at 1 Gb/s: 1.6 s of bytes at many ranks, of which half the computing hides 0.05 s."""
     explorer.sliders["latency"].value = 1e-6
-    ranks, efficiency = explorer.curves()["ring"]
+    found = explorer.curves()["ring"]
+    ranks, efficiency = found["ranks"], found["efficiency"]
     assert efficiency[0] == 1
     exposed = 2 * (ranks[-1] - 1) * (1e-6 + 100e6 * 8 / 1e9 / ranks[-1]) - 0.05
-    assert efficiency[-1] == pytest.approx(0.1 / (0.1 + exposed))
+    assert efficiency[-1] == pytest.approx(0.1 / (0.1 + exposed), rel=1e-4)  # the mean of the logarithms is 0.1
     explorer.sliders["overlap"].value = 0.0
-    assert explorer.curves()["ring"][1][-1] < efficiency[-1]
+    assert explorer.curves()["ring"]["efficiency"][-1] < efficiency[-1]
     explorer.sliders["samples"].value = 1024
-    assert explorer.curves()["ring"][1][-1] > efficiency[-1]
-    assert all(np.isfinite(curve).all() and (curve <= 1).all() for _, curve in explorer.curves().values())
+    assert explorer.curves()["ring"]["efficiency"][-1] > efficiency[-1]
     assert len(explorer.curves()) == 5
+    for found in explorer.curves().values():
+        assert np.isfinite(found["efficiency"]).all() and (found["efficiency"] <= 1).all()
+
+
+def test_the_band_is_the_calibrations_noise(explorer):
+    """One rank, three times: a measurement falls within t(.975, 2) s sqrt(1 + 1/3) of the mean of the logarithms."""
+    logs = np.log([0.099, 0.1, 0.101])
+    half = stats.t.ppf(0.975, 2) * logs.std(ddof=1) * np.sqrt(4 / 3)
+    for samples in (32, 1024):
+        explorer.sliders["samples"].value = samples
+        found = explorer.curves()["tree"]
+        assert np.log(found["efficiency_high"][0]) == pytest.approx(half, rel=1e-3)
+        assert np.log(found["efficiency_low"][0]) == pytest.approx(-half, rel=1e-3)
 
 
 def test_each_move_draws_once_in_the_same_place(explorer):
     for bandwidth in (1e8, 1e8, 1e10):
         explorer.sliders["bandwidth"].value = bandwidth
     assert len(explorer.figure.shown) == len(explorer.text.shown) == 2  # it moved twice
-    image = explorer.figure.shown[-1]
-    assert image.data.startswith(b"\x89PNG")
-    assert "parameter-server" in image.alt
+    shown = explorer.figure.shown[-1].data
+    assert 'src="data:image/png;base64,iVBOR' in shown
+    assert "parameter-server: 1 at 1, " in shown
+    assert "measured: 1 at 1, 0.933 at 2" in shown
     assert "<table" in explorer.text.shown[-1].data
 
 

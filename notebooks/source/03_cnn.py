@@ -152,7 +152,7 @@ rows = hpclab.scaling.sweep(
     progress=False,
 )
 summary = hpclab.scaling.summary(rows)
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+figure, (left, right) = hpclab.figures.subplots(1, 2, size=(11, 4))
 hpclab.plots.throughput(summary, left)
 hpclab.plots.speedup(summary, right)
 hpclab.tables.Table(

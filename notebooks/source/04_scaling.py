@@ -18,13 +18,12 @@ import os
 SIZE = os.environ.get("HPCLAB_SIZE", "class")
 
 # %% id="imports"
-import matplotlib.pyplot as plt
 import numpy as np
 
 import hpclab
-from hpclab import forecast, laws, plots, scaling, timeline
+from hpclab import figures, forecast, laws, plots, scaling, timeline
 
-REPEATS, STEPS = {"small": (2, 12), "class": (3, 15), "cluster": (10, 100)}[SIZE]
+REPEATS, STEPS = {"small": (4, 12), "class": (6, 15), "cluster": (10, 100)}[SIZE]
 BATCH = 96
 
 # %% id="connect"
@@ -73,7 +72,7 @@ hpclab.tables.Table(
 # traced step is slower.) The second run feels a network of 20 ms latency: a connection across a continent.
 
 # %% id="look-do"
-figure, axes = plt.subplots(2, 1, figsize=(11, 6), layout="constrained")
+figure, axes = figures.subplots(2, 1, size=(11, 6))
 for ax, network in zip(axes, (None, hpclab.Network(latency=20e-3, bandwidth=1e9)), strict=True):
     run = train(client, 2, trace=3, network=network)
     run.result()
@@ -157,12 +156,14 @@ hpclab.tables.Table(
 # The forecast's wait for the slowest grows with the ranks; the emulation has only two, so it knows nothing of that part.
 # Everything else they share. Dial another network, and see: double the latency, or take `topology="tree"`. (A network
 # that is hardly slower than this machine itself is refused: an emulation can only add time.)
+# The band is that of one measurement, from how the repeats above differ: a handful on a busy machine makes it wide.
 #
 # To explore faster than one can measure, move these sliders: the same forecast for up to 1,024 ranks, by the way in which
-# gradients are summed. The stars are what was measured here. When does a tree beat a ring?
+# gradients are summed. The stars are what was measured here, the whiskers at the right the bands.
+# When does a tree beat a ring?
 
 # %% id="explore-do"
-hpclab.widgets.Explorer(known.workload, scaling.summary(rows))
+hpclab.widgets.Explorer(known, scaling.summary(rows))
 
 # %% [markdown] id="beyond"
 # ## Beyond this machine

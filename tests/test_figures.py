@@ -1,0 +1,85 @@
+"""What figures say in words, against the rows that they draw."""
+
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+from IPython.core.formatters import DisplayFormatter
+
+from hpclab import figures, laws, plots
+from hpclab.forecast import Workload, calibrate
+from hpclab.network import Network
+
+ABOUT = {"source": "measured", "cpu": "c", "cpus": 2, "torch": "2", "started": "2026-01-01T00:00:00"}
+TRIALS = [
+    ABOUT | {"ranks": ranks, "samples_per_s": rate + extra}
+    for ranks, rate in ((1, 100), (2, 190), (4, 360))
+    for extra in (0, 4)
+]
+SUMMARY = [
+    ABOUT
+    | {"label": "2 ranks", "repeats": 3, "speedup": 1.6, "speedup_low": 1.5, "speedup_high": 1.7, "efficiency": 0.8}
+]
+SPLIT = {"compute_s": 0.02, "comm_s": 0.003, "straggle_s": 0.001, "data_s": 0.0, "step_s": 0.024}
+SPANS = [
+    {"rank": rank, "name": name, "start_s": start, "duration_s": 0.01, "source": "emulated"}
+    for rank in (0, 1)
+    for start, name in ((0.0, "forward"), (0.01, "backward"), (0.015, "all-reduce"), (0.02, "waiting"))
+]
+STEPS = [
+    {"kind": "step", "step": step, "rank": 0, "time_s": step + 1.0, "step_s": 1.0, "samples": 8, "loss": loss}
+    for step, loss in enumerate((2.0, 3.0, 1.0))
+]
+AHEAD = calibrate(Workload(0.1, 1e6), Network(), [1, 1, 1], [0.099, 0.1, 0.101], ["compute_s"])
+FIGURES = {
+    "loss": (lambda: plots.loss({"a": STEPS}), "a (of unknown origin): 2 at 1, 3 at 2, 1 at 3"),
+    "rate": (lambda: plots.rate(STEPS), "samples a second against seconds of training (of unknown origin). 8 at 3"),
+    "speedup": (lambda: plots.speedup(SUMMARY), "2 ranks: 1.6 (1.5-1.7)"),
+    "law": (lambda: plots.law(TRIALS, laws.fit_usl([1, 1, 2, 4], [100, 104, 190, 360])), "measured: 100-104 at 1, "),
+    "forecasts": (
+        lambda: plots.forecasts({"ring": AHEAD.columns([1, 2])}, [{"ranks": 1, "efficiency": 1.0}]),
+        "; of unknown origin: 1 at 1",
+    ),
+    "split": (
+        lambda: plots.split([ABOUT | {"rank": 0} | SPLIT]),
+        "rank 0: computing 20 ms, communication 3 ms, waiting for others 1 ms",
+    ),
+    "timeline": (lambda: plots.timeline(SPANS), "rank 1: forward 10 ms, backward 10 ms, waiting"),
+    "allreduce": (
+        lambda: plots.allreduce([ABOUT | {"nbytes": 1000, "duration_s": 0.5}]),
+        "seconds of an all-reduce against bytes (measured: c, 2 CPU, torch 2, 2026-01-01). measured: 0.5 at 1,000",
+    ),
+}
+
+
+@pytest.fixture(params=FIGURES)
+def drawn(request):
+    draw, says = FIGURES[request.param]
+    ax = draw()
+    yield ax, says
+    plt.close(ax.figure)
+
+
+def test_a_figure_says_what_it_shows(drawn):
+    ax, says = drawn
+    assert says in ax.figure.words()
+
+
+def test_a_notebook_shows_the_words_below_the_picture(drawn):
+    bundle, _metadata = DisplayFormatter().format(drawn[0].figure)
+    caption = re.search(r"<figcaption.*?>(.*)</figcaption>", bundle["text/html"])[1]
+    assert caption.split(".")[0] in bundle["text/plain"].replace("&", "&amp;")
+    alt = re.search(r'alt="([^"]+)"', bundle["text/html"])[1]
+    assert caption.startswith(alt)
+    assert bundle["image/png"].startswith("iVBOR")
+
+
+def test_series_differ_in_more_than_colour():
+    assert len({figures.look(place)["marker"] for place in range(7)}) == 7
+
+
+def test_figures_of_others_take_our_axes_too():
+    shown, ax = plt.subplots()
+    plots.split([ABOUT | {"rank": 0} | SPLIT], ax)
+    assert ax.get_xlabel() == "milliseconds of a step"
+    plt.close(shown)

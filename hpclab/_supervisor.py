@@ -41,7 +41,7 @@ GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
 OURS = re.compile(r'hpclab/_(rank|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
-_inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
+_inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Place:
     """One rank's place, as the driver planned it."""
 
     run: str
+    attempt: int
     folder: str
     """Folder of the run's results, as the driver sees it."""
     rank: int
@@ -67,6 +68,8 @@ class Place:
     """Whether torch.distributed is initialised for the function; else the environment is torchrun's."""
     memory: int | None
     """Bytes that the rank may allocate; None sets no limit."""
+    resume: str | None
+    """Folder of an earlier run to start from."""
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Outcome:
 
     rank: int
     host: str
+    attempt: int = 0
     value: bytes = b""
     failure: dict | None = None
     error: bytes = b""
@@ -88,8 +92,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     worker = get_worker()
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
-    inbox = _inboxes[place.run, place.rank] = queue.SimpleQueue()
-    outcome = Outcome(place.rank, socket.gethostname())
+    inbox = _inboxes[place.run, place.rank, place.attempt] = queue.SimpleQueue()
+    outcome = Outcome(place.rank, socket.gethostname(), place.attempt)
     try:
         process = start(_environment(place, worker.address), worker.scheduler.address)
         try:
@@ -105,7 +109,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     except (RuntimeError, OSError) as error:
         outcome.failure = failure("RankDied", f"could not start: {error}")
     finally:
-        del _inboxes[place.run, place.rank]
+        del _inboxes[place.run, place.rank, place.attempt]
         for file in [place.store] * (place.rank == 0) + [_stacks(place)]:
             Path(file).unlink(missing_ok=True)
     return outcome
@@ -114,9 +118,12 @@ def supervise(place: Place, payload: bytes) -> Outcome:
 def give(run: str, order: dict, rank: int | None = None) -> None:
     """Give the ranks of a run that this worker supervises an order; called on the worker by the driver.
 
-    Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason) and "kill" (a failure).
+    Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
+    "die", which kills the worker itself.
     """
-    for (name, number), inbox in list(_inboxes.items()):
+    if order["order"] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    for (name, number, _attempt), inbox in list(_inboxes.items()):
         if name == run and rank in (None, number):
             inbox.put(("order", order))
 
@@ -157,10 +164,13 @@ class _Supervisor:
         """Hand the rank its work, and start the threads that listen to it."""
         place = self.place
         header = {
-            "row": {"run": place.run, "attempt": 0, "rank": place.rank, "ranks": place.ranks},
+            "row": {"run": place.run, "attempt": place.attempt, "rank": place.rank, "ranks": place.ranks},
             "stacks": _stacks(place),
             "sys_path": sys.path,
-        } | {name: getattr(place, name) for name in ("threads", "store", "folder", "launched", "init", "memory")}
+        } | {
+            name: getattr(place, name)
+            for name in ("threads", "store", "folder", "launched", "init", "memory", "resume")
+        }
         self.orders.put(frame(header, payload))
         for work in (self._read_records, self._read_text, self._write):
             threading.Thread(target=work, daemon=True).start()
@@ -239,7 +249,12 @@ class _Supervisor:
     def _send(self) -> None:
         self.sent = time.monotonic()
         if self.rows or self.text or self.news:
-            batch = {"rank": self.place.rank, "rows": self.rows, "text": "".join(self.text)}
+            batch = {
+                "rank": self.place.rank,
+                "attempt": self.place.attempt,
+                "rows": self.rows,
+                "text": "".join(self.text),
+            }
             self.worker.log_event(topic(self.place.run), batch | self.news)
             self.outcome.batches += 1
             for room, content in ((self.room, self.text), (self.row_room, self.rows)):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from hpclab import figures
 from hpclab.figures import COLOURS, HATCHES, cloud, curve, finish, look
 from hpclab.language import translate_drawn as _
-from hpclab.rows import source, span
+from hpclab.rows import attempts, kept, source, span
 
 if TYPE_CHECKING:
     from hpclab.laws import Fit
@@ -223,6 +223,51 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
     return figures.legend_above(ax, columns=3)
 
 
+def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw how far a run has come, second by second: an attempt a line, and what was lost with each.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from ``Run.rows`` of `train`.
+    """
+    ax = figures.axes(ax)
+    told = []
+    for place, row in enumerate(attempts(rows)):
+        steps = [
+            step for step in rows if step["kind"] == "step" and (step["attempt"], step["rank"]) == (row["attempt"], 0)
+        ]
+        done = row["first"] + row["kept"]
+        looks = {
+            "kept": look(0) | {"marker": ""},
+            "lost": look(1) | {"marker": "", "linewidth": 2.5},
+        }
+        parts = {
+            "kept": [(step["time_s"], step["step"] + 1) for step in steps if step["step"] < done],
+            "lost": [(step["time_s"], step["step"] + 1) for step in steps if step["step"] >= done - 1],
+        }
+        titles = {"kept": _("steps that count"), "lost": _("steps that were lost")}
+        for name, points in parts.items():
+            if len(points) > 1:
+                ax.plot(*zip(*points, strict=True), label=titles[name] if place == 0 else None, **looks[name])
+        if row["cause"] is not None:
+            top = row["last"] + 1
+            ax.plot(row["end_s"], top, "X", color="black", label=_("failure") if place == 0 else None)
+            ax.axvspan(row["end_s"], row["end_s"] + row["restart_s"], color="0.85", hatch="//", linewidth=0)
+        lost = row["last"] - row["first"] + 1 - row["kept"]
+        about = {name: row[name] for name in ("first", "last", "cause")}
+        told.append(
+            _(
+                "attempt {number}: steps {first} to {last}, {lost} of them lost",
+                number=row["attempt"] + 1,
+                lost=lost,
+                **about,
+            )
+            + (f" ({row['cause']})" if row["cause"] else "")
+        )
+    return finish(ax, rows, _("seconds since the launch"), _("steps done"), told)
+
+
 def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None) -> Axes:
     """Draw the seconds of all-reduces against their bytes, and the alpha-beta line.
 
@@ -251,7 +296,7 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:
     """Seconds of training and mean loss of a run's rows, in about so many points."""
     steps: dict[int, list[dict]] = {}
-    for row in rows:
+    for row in kept(rows):
         if row["kind"] == "step" and row.get("loss") is not None:
             steps.setdefault(row["step"], []).append(row)
     if not steps:

@@ -16,7 +16,7 @@ from hpclab import laws
 from hpclab._rank import report
 from hpclab.launcher import gang_size, launch, whole_number
 from hpclab.network import Network
-from hpclab.rows import label, line, read, source, span
+from hpclab.rows import kept, label, line, read, source, span
 from hpclab.runs import Run
 
 LEAST_STEPS = 6
@@ -93,19 +93,19 @@ def sweep(
     for case in chosen:
         if "ranks" in case:
             gang_size(client, case["ranks"], case.get("threads", 1), bool(case.get("oversubscribe")))
-    kept = _Kept(folder, chosen)
+    trials = _Kept(folder, chosen)
     dice = random.Random(seed)
     with tqdm(
-        total=repeats * len(chosen), initial=len(kept.rows), desc="sweep", unit="run", disable=not progress
+        total=repeats * len(chosen), initial=len(trials.rows), desc="sweep", unit="run", disable=not progress
     ) as bar:
         for repeat in range(repeats):
             order = range(len(chosen)) if seed is None else dice.sample(range(len(chosen)), len(chosen))
             for place in order:
-                if not kept.has(place, repeat):
+                if not trials.has(place, repeat):
                     run = _watched(job(client, **chosen[place]), watch)
-                    kept.add(place, repeat, trial(run.rows))
+                    trials.add(place, repeat, trial(run.rows))
                     bar.update()
-    return kept.rows
+    return trials.rows
 
 
 class _Kept:
@@ -456,7 +456,7 @@ def _jitter(steps: list[dict]) -> float:
 
 def _warm(rows: list[dict]) -> list[dict]:
     """Rows of the steps after the warm-up."""
-    steps = _timed([row for row in rows if row["kind"] == "step"])
+    steps = _timed([row for row in kept(rows) if row["kind"] == "step"])
     slowest: dict[int, float] = {}
     for row in steps:
         slowest[row["step"]] = max(row["step_s"], slowest.get(row["step"], 0.0))

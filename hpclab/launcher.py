@@ -69,7 +69,8 @@ def launch(
     max_restarts : int, default 0
         How often to begin another attempt when a rank's process, its worker or its host is lost: with the same
         function, which goes on from what it gave to `save` if it asks `restore`. An exception of the function is never
-        a reason for one.
+        a reason for one. What a lost worker had not yet passed on of its ranks' rows and prints is lost too, up to some
+        tenths of a second.
     min_ranks : int or iterable of int, optional
         The fewest ranks to go on with, or all numbers that may be, when workers that were lost don't come back within
         some seconds. Default: as many as before.
@@ -123,10 +124,11 @@ def _sizes(ranks: int, min_ranks: int | Iterable[int] | None) -> tuple[int, ...]
     """Numbers of ranks that a gang may have, the largest first."""
     if min_ranks is None:
         return (ranks,)
-    found = range(min_ranks, ranks) if isinstance(min_ranks, int) else list(min_ranks)
-    if any(not isinstance(size, int) or not 1 <= size <= ranks for size in [*found, min(found, default=ranks)]):
+    found = [min_ranks] if isinstance(min_ranks, int) else list(min_ranks)
+    if not all(isinstance(size, int) and 1 <= size <= ranks for size in found):
         raise ValueError(f"min_ranks (={min_ranks!r}) must be from 1 to ranks (={ranks}).")
-    return tuple(sorted({ranks, *found}, reverse=True))
+    every = range(min_ranks, ranks) if isinstance(min_ranks, int) else found
+    return tuple(sorted({ranks, *every}, reverse=True))
 
 
 def _resumable(folder: str | os.PathLike | None) -> str | None:

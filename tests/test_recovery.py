@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from hpclab import chaos, checkpoint, plots, views
 from hpclab import rows as from_rows
 
 STEPS = 30
+KILLS = int(os.environ.get("HPCLAB_KILLS", "6"))
+"""Kills by number of ranks; by hand more."""
 SMALL = functools.partial(hpclab.models.CNN, channels=(4, 8))
 
 
@@ -83,7 +86,7 @@ def assert_equal(fit, undisturbed):
 def test_a_killed_rank_changes_no_bit(four, ranks, tmp_path):
     undisturbed = train(four, ranks).result(120)
     dice = random.Random(ranks)
-    for number in range(20):
+    for number in range(KILLS):
         folder = tmp_path / str(number)
         folder.mkdir()
         rank, step = dice.randrange(ranks), dice.randrange(STEPS)
@@ -133,35 +136,38 @@ def test_a_killed_worker_comes_back_and_changes_no_bit(four):
             run.kill_worker(1)
 
     run.watch(strike)
-    assert_equal(run.result(120), undisturbed)
+    fit = run.result(120)
+    for name, weight in undisturbed.weights.items():
+        assert torch.equal(fit.weights[name], weight), name
+    missing = by_step(undisturbed.rows).items() - by_step(fit.rows).items()
+    assert {rank for (_step, rank), _loss in missing} <= {1}, "rows that its worker had not passed on"
     (restart,) = [row for row in run.rows if row["kind"] == "restart"]
     assert restart["ranks"] == 2 and "worker" in restart["cause"]
 
 
-def test_with_fewer_workers_fewer_ranks_go_on():
-    """Without a nanny a worker doesn't come back. The batch of all ranks stays; only the order of the sums changes."""
+def test_with_fewer_workers_fewer_ranks_go_on(tmp_path):
+    """A worker without a nanny doesn't come back. The batch of all ranks stays, and so does the number of steps."""
     from distributed import LocalCluster
 
     with (
-        LocalCluster(n_workers=3, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0") as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         hpclab.cluster.ClusterClient(cluster.scheduler_address) as client,
     ):
-        undisturbed = train(client, 3, lr=0.005).result(120)
-        run = train(client, 3, lr=0.005, steps=400, min_ranks=2)
-        cluster.worker_spec.clear()
-        address = run._attempt.places[2].worker
-        for number, nanny in cluster.workers.items():
-            if nanny.worker_address == address:
-                cluster.sync(nanny.kill, reason="a host goes down")
-                cluster.sync(nanny.close)
-        fit = run.result(120)
-        (restart,) = [row for row in run.rows if row["kind"] == "restart"]
-        assert restart["ranks"] == 2
-        steps = [row for row in from_rows.kept(run.rows) if row["kind"] == "step"]
-        assert {row["samples"] for row in steps if row["attempt"] == 0} == {8}
-        assert {row["samples"] for row in steps if row["attempt"] == 1} == {12}
-        assert sorted({row["step"] for row in steps}) == list(range(400))
-        assert fit.weights.keys() == undisturbed.weights.keys()
+        settings = {"steps": STEPS, "checkpoint_every": 7, "max_restarts": 3, "progress": False, "batch_size": 12}
+        deadly = Deadly(tmp_path, 1, 20, backward=False)
+        run = hpclab.train(client, SMALL, "fashion_mnist", ranks=2, min_ranks=1, loss=deadly, **settings)
+        nannies = {nanny.worker_address: nanny for nanny in cluster.workers.values()}
+        while not deadly.mark.exists():
+            time.sleep(0.001)
+        cluster.sync(nannies[run._attempt.places[1].worker].close)
+        run.result(120)
+    (restart,) = [row for row in run.rows if row["kind"] == "restart"]
+    assert restart["ranks"] == 1
+    steps = [row for row in from_rows.kept(run.rows) if row["kind"] == "step" and row["rank"] == 0]
+    assert [(row["attempt"], row["step"], row["samples"]) for row in steps] == [
+        *((0, step, 12) for step in range(14)),
+        *((1, step, 24) for step in range(14, STEPS)),
+    ]
 
 
 def test_another_number_of_ranks_goes_on_up_to_rounding(four, tmp_path):
@@ -220,7 +226,11 @@ def test_the_last_attempt_says_that_it_was_the_last(four):
 
 def count(steps, folder):
     """A function of one's own: counts, keeps what it has every 5 steps, and dies once."""
-    state = hpclab.restore() or {"step": 0, "draws": []}
+    state = hpclab.restore()
+    if state is None:
+        state = {"step": 0, "draws": []}
+        np.random.seed(int(os.environ.get("RANK", 0)))  # noqa: NPY002
+        random.seed(int(os.environ.get("RANK", 0)))
     for step in range(state["step"], steps):
         state["draws"].append(float(np.random.random()) + random.random())  # noqa: NPY002
         state["step"] = step + 1
@@ -228,7 +238,7 @@ def count(steps, folder):
         if state["step"] % 5 == 0:
             hpclab.save(state, state["step"])
         mark = Path(folder, "died")
-        if step == 13 and os.environ["RANK"] == "1" and not mark.exists():
+        if step == 13 and os.environ.get("RANK") == "1" and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
     return state["draws"]
@@ -237,9 +247,9 @@ def count(steps, folder):
 def test_save_and_restore_in_a_function_of_ones_own(four, tmp_path):
     run = hpclab.launch(four, count, 20, tmp_path, ranks=2, max_restarts=1)
     first, second = run.result(60)
-    assert len(first) == len(second) == 20
-    assert first == second, "the state is rank 0's"
-    assert first[:10] != first[10:]
+    undisturbed = hpclab.launch(four, count, 20, tmp_path, ranks=2).result(60)
+    assert [first[:10], first[10:]] == [undisturbed[0][:10], undisturbed[0][10:]]
+    assert [second[:10], second[10:]] == [undisturbed[0][:10], undisturbed[1][10:]], "rank 0's state, its own numbers"
     steps = [row["step"] for row in from_rows.kept(run.rows) if row["kind"] == "step" and row["rank"] == 0]
     assert sorted(steps) == list(range(20))
     assert count(20, tmp_path), "by itself it runs too, and keeps nothing"
@@ -322,29 +332,24 @@ def test_killed_in_the_middle_of_a_write_none_is_corrupt_or_lost(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 4 MB."""
+    """A disk of 3 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True)
     require(mounted.returncode == 0, "the right to mount a tmpfs")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_disk_is_told_and_what_was_there_stays(four, small_disk):
-    """Room for a few checkpoints of 1.2 MB, then for none."""
-    for number in range(10):
-        try:
-            checkpoint.write(small_disk, number, state(number))
-        except OSError as error:
-            assert "No space left on device" in str(error)
-            assert "step 3 could not be written" in error.__notes__[0] or number < 3
-            break
-    else:
-        pytest.fail("the disk never filled up")
-    newest = checkpoint.newest(small_disk)
-    assert newest.name in error.__notes__[0]
-    assert torch.equal(checkpoint.load(newest)["w"], state(number - 1)["w"])
+def test_a_full_disk_is_told_and_what_was_there_stays(small_disk):
+    """Room for two checkpoints of 1.2 MB, and not for the third."""
+    for number in range(2):
+        checkpoint.write(small_disk, number, state(number))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        checkpoint.write(small_disk, 2, state(2))
+    assert "The checkpoint of step 2 could not be written" in caught.value.__notes__[0]
+    assert "the newest one there is step-00000001.pt" in caught.value.__notes__[0]
+    assert torch.equal(checkpoint.load(checkpoint.newest(small_disk))["w"], state(1)["w"])
     assert not list(small_disk.glob("*.part"))
 
 
@@ -355,7 +360,7 @@ def test_a_run_whose_disk_fills_up_ends_clearly_and_can_be_resumed(four, small_d
 
     def fill(run, rows):
         if any(row["kind"] == "checkpoint" for row in rows) and not filler.exists():
-            with open(filler, "wb", buffering=0) as file, pytest.raises(OSError):
+            with open(filler, "wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(1 << 16))
 
@@ -363,9 +368,9 @@ def test_a_run_whose_disk_fills_up_ends_clearly_and_can_be_resumed(four, small_d
     with pytest.raises(OSError, match="No space left on device"):
         run.result(60)
     filler.unlink()
-    assert_equal_weights = train(four, 2, Noisy, steps=20, checkpoint_every=4, resume=small_disk / "run").result(60)
+    fit = train(four, 2, Noisy, steps=20, checkpoint_every=4, resume=small_disk / "run").result(60)
     for name, weight in undisturbed.weights.items():
-        assert torch.equal(assert_equal_weights.weights[name], weight)
+        assert torch.equal(fit.weights[name], weight)
 
 
 def test_an_unreadable_checkpoint_is_passed_over(four, tmp_path):

@@ -233,38 +233,41 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
     """
     ax = figures.axes(ax)
     told = []
-    for place, row in enumerate(attempts(rows)):
-        steps = [
-            step for step in rows if step["kind"] == "step" and (step["attempt"], step["rank"]) == (row["attempt"], 0)
-        ]
+    titles = {
+        "kept": _("steps that count"),
+        "lost": _("steps that were lost"),
+        "failure": _("failure"),
+        "restart": _("until the next attempt's first step"),
+    }  # each is named once
+    looks: dict[str, dict[str, Any]] = {
+        "kept": look(0) | {"marker": ""},
+        "lost": look(1) | {"marker": "", "linewidth": 2.5},
+    }
+    for row in attempts(rows):
+        steps = [(step["time_s"], step["step"] + 1) for step in rows if _is_of_rank_0(step, row["attempt"])]
         done = row["first"] + row["kept"]
-        looks = {
-            "kept": look(0) | {"marker": ""},
-            "lost": look(1) | {"marker": "", "linewidth": 2.5},
-        }
         parts = {
-            "kept": [(step["time_s"], step["step"] + 1) for step in steps if step["step"] < done],
-            "lost": [(step["time_s"], step["step"] + 1) for step in steps if step["step"] >= done - 1],
+            "kept": [point for point in steps if point[1] <= done],
+            "lost": [point for point in steps if point[1] >= done] if row["first"] + len(steps) > done else [],
         }
-        titles = {"kept": _("steps that count"), "lost": _("steps that were lost")}
         for name, points in parts.items():
             if len(points) > 1:
-                ax.plot(*zip(*points, strict=True), label=titles[name] if place == 0 else None, **looks[name])
-        if row["cause"] is not None:
-            top = row["last"] + 1
-            ax.plot(row["end_s"], top, "X", color="black", label=_("failure") if place == 0 else None)
-            ax.axvspan(row["end_s"], row["end_s"] + row["restart_s"], color="0.85", hatch="//", linewidth=0)
+                ax.plot(*zip(*points, strict=True), label=titles.pop(name, None), **looks[name])
         lost = row["last"] - row["first"] + 1 - row["kept"]
-        about = {name: row[name] for name in ("first", "last", "cause")}
-        told.append(
-            _(
-                "attempt {number}: steps {first} to {last}, {lost} of them lost",
-                number=row["attempt"] + 1,
-                lost=lost,
-                **about,
-            )
-            + (f" ({row['cause']})" if row["cause"] else "")
-        )
+        about = {"number": row["attempt"] + 1, "first": row["first"], "last": row["last"], "lost": lost}
+        words = _("attempt {number}: steps {first} to {last}, {lost} of them lost", **about)
+        if row["cause"] is not None:
+            ends = row["end_s"], row["end_s"] + row["restart_s"]
+            ax.axvspan(*ends, color="0.85", linewidth=0, label=titles.pop("restart", None))
+            end: dict[str, Any] = {
+                "color": "black",
+                "marker": "X",
+                "linestyle": "none",
+                "label": titles.pop("failure", None),
+            }
+            ax.plot(row["end_s"], row["last"] + 1, **end)
+            words += f" ({row['cause']})"
+        told.append(words)
     return finish(ax, rows, _("seconds since the launch"), _("steps done"), told)
 
 
@@ -351,6 +354,11 @@ def _ideal(ax: Axes, values: list[float]) -> Axes:
     ax.set_ylim(0, max(ax.get_ylim()[1], max(values) * 1.1))
     ax.legend(frameon=False, loc="upper left")
     return figures.set_font(ax)
+
+
+def _is_of_rank_0(row: dict, attempt: int) -> bool:
+    """Whether a row is a step of an attempt's rank 0."""
+    return row["kind"] == "step" and (row["attempt"], row["rank"]) == (attempt, 0)
 
 
 def _bar(place: int) -> dict[str, Any]:

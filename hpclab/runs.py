@@ -382,11 +382,11 @@ class Run(Record):
 
     def _restart(self, before: Attempt, ranks: int) -> dict:
         """The row that tells of a new attempt."""
-        cause = str(before.blame())
+        cause = str(before.blame()).rstrip(".")
         number = before.number + 1
         if not self.quiet:
             with suppress(OSError, ValueError):
-                tqdm.write(f"[{self.name}] {cause} Attempt {number + 1} goes on, with {ranks} ranks.")
+                tqdm.write(f"[{self.name}] {cause}. Attempt {number + 1} goes on, with {ranks} ranks.")
         about = {"kind": "restart", "run": self.name, "attempt": number, "ranks": ranks, "cause": cause}
         return about | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
 

@@ -1,15 +1,18 @@
 """Exercise checks: solutions pass, stubs aren't answered yet, each misconception has its message."""
 
+import functools
 import os
 import random
+import re
 
 import pytest
+import torch
 
 import hpclab
 from hpclab import exercises, laws, machine
 from hpclab.exercises import check
 
-EXERCISES = ["start.gang", "cnn.order", "cnn.learning_rate", "scaling.curves"]
+EXERCISES = ["start.gang", "cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval", "faults.state"]
 
 
 def test_every_exercise_is_known_here():
@@ -18,7 +21,10 @@ def test_every_exercise_is_known_here():
 
 
 def test_an_unknown_exercise_is_answered_with_the_valid_ones():
-    with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, scaling.curves, start.gang"):
+    with pytest.raises(
+        ValueError,
+        match=r"exercise_id \(='start.gong'\).*cnn.order, faults.interval, faults.state, scaling.curves, start.gang",
+    ):
         check("start.gong", 1)
 
 
@@ -29,7 +35,7 @@ def test_a_stub_is_not_answered_yet(exercise_id, stub):
     assert (result.status, result.message) == ("fail", "Not answered yet.")
 
 
-@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves"])
+@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"])
 def test_a_function_that_is_a_stub_is_not_answered_yet(exercise_id):
     def stub(*arguments): ...
 
@@ -37,7 +43,7 @@ def test_a_function_that_is_a_stub_is_not_answered_yet(exercise_id):
     assert check(exercise_id, lambda *arguments: ...).message == "Not answered yet."
 
 
-@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves"])
+@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"])
 def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
     assert (
         check(exercise_id, lambda *arguments: 1 / 0).message
@@ -231,3 +237,71 @@ def test_curves_passes_with_the_solution():
 def test_curves_names_each_misconception(answer, message):
     result = check("scaling.curves", answer)
     assert result.status == "fail" and message in result.message
+
+
+def young(save_s, mtbf, restart_s):
+    return (2 * save_s * mtbf) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("interval", "status", "says"),
+    [
+        (young, "pass", "No other interval costs much less"),
+        (lambda save_s, mtbf, restart_s: young(save_s, mtbf, 0) - save_s, "pass", "No other"),
+        (lambda save_s, mtbf, restart_s: 10 * save_s, "fail", "fails less often gets the same"),
+        (lambda save_s, mtbf, restart_s: mtbf / 10, "fail", "takes longer to write gets the same"),
+        (lambda save_s, mtbf, restart_s: 600.0, "fail", "gets the same interval"),
+        (lambda save_s, mtbf, restart_s: young(save_s, mtbf, 0) / 3, "fail", "You write too often"),
+        (lambda save_s, mtbf, restart_s: 3 * young(save_s, mtbf, 0), "fail", "You write too seldom"),
+        (lambda save_s, mtbf, restart_s: save_s * mtbf, "fail", "You write too"),
+        (lambda save_s, mtbf, restart_s: -1, "fail", "a number above 0, not -1"),
+        (lambda save_s, mtbf, restart_s: [1, 2], "fail", r"not \[1, 2\]"),
+    ],
+)
+def test_checkpoint_intervals(interval, status, says):
+    result = check("faults.interval", interval)
+    assert result.status == status
+    assert re.search(says, result.message), result.message
+
+
+def pack(model, optimizer, schedule, step, leave_out=()):
+    found = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "step": step,
+        "random": torch.get_rng_state(),
+    }
+    return {name: value for name, value in found.items() if name not in leave_out}
+
+
+def unpack(state, model, optimizer, schedule):
+    for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+        if name in state:
+            part.load_state_dict(state[name])
+    if "random" in state:
+        torch.set_rng_state(state["random"])
+    return state.get("step", 0)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "says"),
+    [
+        ("", "not a bit differs"),
+        ("step", "goes on at step 0"),
+        ("model", "weights aren't"),
+        ("optimizer", "momentum"),
+        ("schedule", "learning rate"),
+        ("random", "Dropout draws"),
+    ],
+)
+def test_what_a_checkpoint_holds(left_out, says):
+    result = check("faults.state", (functools.partial(pack, leave_out=[left_out]), unpack))
+    assert (result.status, says in result.message) == ("pass" if not left_out else "fail", True), result.message
+
+
+def test_what_can_not_be_written_is_no_checkpoint():
+    assert "can't be written and read again" in check("faults.state", (lambda *parts: {"m": parts[0]}, unpack)).message
+    assert "pair of functions" in check("faults.state", pack).message
+    assert check("faults.state", (lambda *parts: ..., unpack)).message == "Not answered yet."
+    assert "raised KeyError" in check("faults.state", (pack, lambda state, *parts: state["none"])).message

@@ -35,8 +35,12 @@ CHUNKS = 16
 """Prints of a rank in one batch; one that prints faster waits, as it would for a slow terminal."""
 ROWS = 10_000
 """Rows of a rank in one batch; one that reports faster waits."""
+ON_DEMAND = ", on demand"
+"""What is said of a rank that was killed to see what follows."""
 CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
+ANSWER_SECONDS = 0.02
+"""How long a worker that is told to die lives on, so that its answer gets away."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
 OURS = re.compile(r'hpclab/_(rank|zygote)\.py"|"<string>"')
@@ -122,7 +126,7 @@ def give(run: str, order: dict, rank: int | None = None) -> None:
     "die", which kills the worker itself.
     """
     if order["order"] == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
     for (name, number, _attempt), inbox in list(_inboxes.items()):
         if name == run and rank in (None, number):
             inbox.put(("order", order))
@@ -346,7 +350,7 @@ def _cause(returncode: int, on_demand: bool) -> str:
     if returncode >= 0:
         return f"exited with code {returncode} before its function returned"
     name = signal.Signals(-returncode).name
-    hint = ", on demand" if on_demand else " (out of memory?)" if name == "SIGKILL" else ""
+    hint = ON_DEMAND if on_demand else " (out of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"
 
 

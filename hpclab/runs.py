@@ -18,6 +18,7 @@ from tqdm import tqdm
 from hpclab import machine
 from hpclab._attempt import Attempt, RankError, Settings, plan
 from hpclab._ledger import Gang, admit, consult, release, remind, reseat, topic
+from hpclab._supervisor import ON_DEMAND
 from hpclab.rows import line, read
 
 log = logging.getLogger(__name__)
@@ -384,7 +385,7 @@ class Run(Record):
         """The row that tells of a new attempt."""
         cause = str(before.blame()).rstrip(".")
         number = before.number + 1
-        if not self.quiet:
+        if not self.quiet and ON_DEMAND not in cause:
             with suppress(OSError, ValueError):
                 tqdm.write(f"[{self.name}] {cause}. Attempt {number + 1} goes on, with {ranks} ranks.")
         about = {"kind": "restart", "run": self.name, "attempt": number, "ranks": ranks, "cause": cause}

@@ -51,9 +51,7 @@ class LiveView:
         self.stop.on_click(lambda button: self._stop())
         self.kill.on_click(lambda button: run.kill(self.rank.value))
         for control in (self.stop, self.rank, self.kill):
-            # ipykernel 7.4 brings what a control says to the shell that made it, which waits in ``run.result()``; this
-            # leaves it with the subshell that JupyterLab has chosen for it.
-            control.comm._reply_subshell_for = lambda data, chosen: chosen
+            answer_in_subshell(control)
         self.controls = ipywidgets.VBox([ipywidgets.HBox([self.stop, self.rank, self.kill]), self.content])
         self.handle: Any = None
         self.news = threading.Event()
@@ -78,6 +76,15 @@ class LiveView:
             time.sleep(max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
         self.handle.update(HTML(page(self.run)))
         self.controls.close()
+
+
+def answer_in_subshell(control: Any) -> None:
+    """Have a control answer while a cell runs.
+
+    ipykernel 7.4 brings what a control says to the shell that made it, which waits in the cell; this leaves it with the
+    subshell that JupyterLab has chosen for it.
+    """
+    control.comm._reply_subshell_for = lambda data, chosen: chosen
 
 
 def page(run: Any) -> str:

@@ -43,13 +43,13 @@ LAYERS = {
     "racing": {"figures", "language", "launcher", "machine", "plots", "rows", "runs", "scaling", "tables", "training"},
     "study": {"figures", "forecast", "language", "laws", "models", "plots", "runs", "scaling", "tables", "training"},
     "rows": set(),
-    "runs": {"_attempt", "_ledger", "machine", "rows", "views"},
+    "runs": {"_attempt", "_ledger", "_supervisor", "machine", "rows", "views"},
     "scaling": {"_rank", "launcher", "laws", "network", "rows", "runs"},
     "tables": set(),
     "timeline": {"_rank", "rows"},
     "training": {"_replica", "data", "launcher", "network", "runs"},
     "views": {"figures", "language", "plots", "rows", "tables"},
-    "widgets": {"figures", "forecast", "language", "network", "plots", "racing", "tables", "training"},
+    "widgets": {"figures", "forecast", "language", "network", "plots", "racing", "runs", "tables", "training", "views"},
 }
 
 

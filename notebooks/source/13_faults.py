@@ -161,6 +161,10 @@ ax.axvline(young, linestyle=":", color="black", label="Young: sqrt(2 x save x MT
 ax.set_xscale("log")
 told = [figures.curve("simulated", every, middle), figures.cloud("measured", chosen, measured), f"Young: {young:.0f}"]
 figures.finish(ax, [{"source": "mixed"}], "steps between checkpoints", "time lost, as a share of the work", told)
+hpclab.tables.Table(
+    {"steps between": count, "simulated": f"{np.interp(count, every, middle):.0%}", "measured": f"{share:.0%}"}
+    for count, share in zip(chosen, measured, strict=True)
+)
 
 # %% [markdown] id="measure-explain"
 # **Explain.** The left end pays for writing, the right end for failures, and the valley between is wide: half or twice the

@@ -133,8 +133,9 @@ class _Replica:
         return loss
 
     def _restore(self, state: dict) -> None:
-        if state["batch"] != self.job.batch:
-            raise ValueError(f"resume has batches of {state['batch']} samples a step, this run of {self.job.batch}.")
+        for name, own in self._recipe().items():
+            if state[name] != own:
+                raise ValueError(f"resume has {name} {state[name]}, this run {own}; they must be the same.")
         self._order_buckets()
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -189,8 +190,11 @@ class _Replica:
         state: dict = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.schedule is not None:
             state["schedule"] = self.schedule.state_dict()
-        about = {"step": self.step, "batch": self.job.batch, "accuracy": self.accuracy}
-        checkpoint.save(state | about, self.step)
+        checkpoint.save(state | {"step": self.step, "accuracy": self.accuracy} | self._recipe(), self.step)
+
+    def _recipe(self) -> dict:
+        """What must be the same in a run that goes on: samples a step of all ranks, steps in all, and the seed."""
+        return {"batch": self.job.batch, "steps": self.steps, "seed": self.job.seed}
 
 
 class _Rest(BatchSampler):

@@ -27,8 +27,8 @@ KEPT = 2
 def save(state: dict[str, Any], step: int) -> None:
     """Write a checkpoint from inside a gang: every rank calls it after the same step, and waits for rank 0 to write.
 
-    It goes to ``checkpoints/`` in the run's folder, and holds rank 0's state, and of every rank the state of the random
-    numbers of torch (on the CPU), numpy and Python. Outside a gang nothing is written.
+    It goes to ``checkpoints/`` in the run's folder, where the newest `KEPT` stay, and holds rank 0's state, and every
+    rank's random numbers: torch's (on the CPU), numpy's and Python's. Outside a gang nothing is written.
 
     Parameters
     ----------

@@ -102,7 +102,8 @@ def train(
         Trace so many steps, after the first few, into the folder; see `timeline.spans` and `timeline.merge`. Traced
         steps are slower.
     checkpoint_every : int, optional
-        Write a checkpoint after every so many steps, besides that of each epoch; see `checkpoint.save`.
+        Write a checkpoint after every so many steps, besides that of each epoch; the newest two stay. See
+        `checkpoint.save`.
     max_restarts : int, default 0
         How often to go on from the newest checkpoint when a rank, a worker or a host is lost. With as many ranks as
         before, the result is that of a run without losses, bit for bit.
@@ -111,8 +112,8 @@ def train(
         so that all together take as many as before: only numbers that divide these are used. The result is that of a
         run without losses up to rounding, if the model draws no random numbers (dropout).
     resume : path, optional
-        Folder of an earlier run, to go on from its newest checkpoint. Model, data, samples a step of all ranks, seed
-        and epochs must be the same.
+        Folder of an earlier run, to go on from its newest checkpoint. Model, data, samples a step of all ranks, number
+        of steps and seed must be the same.
     folder : path, optional
         Where ``rows.jsonl`` and ``checkpoints/`` go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
     name : str, default "train"

@@ -291,11 +291,18 @@ def test_bad_arguments(four, tmp_path):
         chaos.Chaos(None, 1, kill="host")
 
 
-def test_another_batch_can_not_be_resumed(four):
-    first = train(four, 2, steps=8)
-    first.result(60)
-    with pytest.raises(ValueError, match="resume has batches of 24 samples a step, this run of 48"):
-        train(four, 2, steps=8, batch=48, resume=first.folder).result(60)
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"batch": 48}, "batch 24, this run 48"),
+        ({"steps": 9}, "steps 8, this run 9"),
+        ({"seed": 1}, "seed 0, this run 1"),
+    ],
+)
+def test_only_the_same_training_is_resumed(four, other, says):
+    train(four, 2, steps=8, folder="first").result(60)
+    with pytest.raises(ValueError, match=f"resume has {says}; they must be the same"):
+        train(four, 2, **{"steps": 8, "resume": "first"} | other).result(60)
 
 
 def state(step):

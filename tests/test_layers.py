@@ -30,7 +30,7 @@ LAYERS = {
     "doctor": {"language", "machine", "tables"},
     "exercises": {"language", "laws", "machine"},
     "figures": {"language", "rows"},
-    "forecast": {"network"},
+    "forecast": {"laws", "network"},
     "language": set(),
     "laws": set(),
     "launcher": {"_ledger", "runs"},

@@ -52,6 +52,13 @@ def span(rows: list[dict]) -> tuple[float, float]:
     return min(row["time_s"] - row.get("step_s", 0.0) for row in steps), max(row["time_s"] for row in steps)
 
 
+def some(rows: list[dict], kind: str) -> list[dict]:
+    """Return the rows of a kind that a caller needs, or raise a ValueError if there are none."""
+    if not rows:
+        raise ValueError(f"rows hold no {kind}; give those of a measurement.")
+    return rows
+
+
 def label(ranks: int, threads: int = 1) -> str:
     """Name of a case: "2 ranks", "1 rank x 2 threads"."""
     return f"{ranks} rank{'s' * (ranks > 1)}" + f" x {threads} threads" * (threads > 1)

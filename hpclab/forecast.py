@@ -243,9 +243,9 @@ class Forecast:
         Returns
         -------
         dict of str to ndarray, shape (k,)
-            ``ranks``, the `parts` of a step, ``step_low_s``, ``step_high_s``, ``samples_per_s``, ``efficiency`` (over
-            one rank), ``efficiency_low``, ``efficiency_high``, ``core_h`` (core-hours of a million samples) and
-            ``memory_bytes`` of a rank.
+            ``ranks``, the `parts` of a step, ``samples_per_s``, ``efficiency`` (over one rank), the ends of their bands
+            (``step_low_s`` and ``step_high_s``, ``..._low`` and ``..._high``), ``core_h`` (core-hours of a million
+            samples) and ``memory_bytes`` of a rank.
         """
         at = np.atleast_1d(np.asarray(ranks, dtype=float))
         network = network or self.network
@@ -263,6 +263,8 @@ class Forecast:
                 "step_low_s": found["step_s"] * np.exp(-half),
                 "step_high_s": found["step_s"] * np.exp(half),
                 "samples_per_s": rate,
+                "samples_per_s_low": rate * np.exp(-half),
+                "samples_per_s_high": rate * np.exp(half),
                 "efficiency": share,
                 "efficiency_low": share * np.exp(-over_one),
                 "efficiency_high": share * np.exp(over_one),

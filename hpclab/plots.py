@@ -107,11 +107,8 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
     ax.fill_between(n, low, high, color=COLOURS[1], alpha=0.15, linewidth=0)
     ax.plot(n, fit(n), color=COLOURS[1], linestyle="--", label=_("{law} with its band", law=fit.law))
     if forecast:
-        at = [row["ranks"] for row in forecast]
-        samples = [row["samples_per_s"] * row["step_s"] for row in forecast]
-        ends = [[row[name] for row in forecast] for name in ("step_high_s", "step_low_s")]
-        low, high = (np.array(samples) / np.array(seconds) for seconds in ends)
-        rates = [row["samples_per_s"] for row in forecast]
+        names = ("ranks", "samples_per_s", "samples_per_s_low", "samples_per_s_high")
+        at, rates, low, high = (np.array([row[name] for row in forecast]) for name in names)
         ax.fill_between(at, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
         ax.plot(at, rates, label=_("forecast"), **look(2))
         told.append(curve(_("forecast"), at, rates) + _(", its band from {low} to {high}", **_ends(low, high)))

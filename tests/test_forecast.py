@@ -57,7 +57,10 @@ def test_dlperf_beyond_what_it_was_calibrated_on():
 
 
 def daint(gigabits=10, link_error=0.0):
-    """One server's link is what gRPC was measured to reach then, 10 Gb/s (tensorflow/tensorflow#6116)."""
+    """What one server's link carried, nobody recorded; we guess 10 Gb/s.
+
+    In tensorflow/tensorflow#6116, August 2017, one user saw gRPC at 500 MB a second, another filling a link of 10 Gb/s.
+    """
     networks = [Network(50e-6, gigabits * 1e9, "parameter-server", servers) for servers in SERVERS]
     seconds = 64 * DAINT / DAINT_RATE
     largest = 2048 * 1000 * 4  # bytes of the last layer's weights, which no server can share

@@ -444,16 +444,6 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
     if len(n) < POINTS:
         why = f"{len(n)} measurements can't tell a law from its noise; {POINTS} can. Measure each count at least twice."
         return Verdict(None, why, [int(count) for count in counts], fits)
-    largest, reach = fits[-1], REACH * most
-    width = _width(largest, reach)
-    if not width <= TOLERANCE:
-        repeats = math.ceil(min((width / TOLERANCE) ** 2, MOST_REPEATS + 1))
-        often = f"each count {repeats} times as often, or also" if repeats <= MOST_REPEATS else "further out,"
-        why = (
-            f"the measurements leave {width:.0%} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
-            f" Measure {often} at {2 * most}."
-        )
-        return Verdict(None, why, [2 * most], fits)
     best = fits[0]
     for one in fits[1:]:
         if one.aicc < best.aicc - MARGIN:
@@ -464,6 +454,16 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
             " what else differs between counts: caches, memory, placement."
         )
         return Verdict(None, why, [int(count) for count in counts], fits)
+    largest, reach = fits[-1], REACH * most
+    width = _width(largest, reach)
+    if not width <= TOLERANCE:
+        repeats = math.ceil(min((width / TOLERANCE) ** 2, MOST_REPEATS + 1))
+        often = f"each count {repeats} times as often, or also" if repeats <= MOST_REPEATS else "further out,"
+        why = (
+            f"the measurements leave {width:.0%} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
+            f" Measure {often} at {2 * most}."
+        )
+        return Verdict(None, why, [2 * most], fits)
     others = ", ".join(f"{one.law} {one.aicc - best.aicc:+.1f}" for one in fits if one is not best)
     why = (
         f"the smallest law that no larger one beats (AICc over its own: {others});"

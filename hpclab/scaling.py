@@ -436,7 +436,7 @@ def regime(rows: list[dict]) -> str:
         return "strong"
     if len({row["batch"] / row["ranks"] for row in rows}) == 1:
         return "weak"
-    told = ", ".join(f"{row['ranks']} ranks: {row['batch']}" for row in rows)
+    told = ", ".join(dict.fromkeys(f"{row['ranks']} ranks: {row['batch']}" for row in rows))
     raise ValueError(f"rows keep neither the batch of all ranks nor that of each ({told}); sweep one thing at a time.")
 
 

@@ -347,19 +347,9 @@ def calibrate(
         a point, a field or a number can't be.
     """
     ranks, measured_s = _pairs(ranks, measured_s)
-    names = (fitted,) if isinstance(fitted, str) else tuple(fitted)
-    if not names or len({*names}) < len(names) or {*names} - {*FITTED}:
-        raise ValueError(f"fitted (={fitted!r}) must be different names out of {', '.join(FITTED)}.")
-    if noise is not None and not 0 < noise < math.inf:
-        raise ValueError(f"noise (={noise!r}) must be above 0, such as 0.01 for 1 %.")
+    names = _fields(fitted, len(ranks), noise)
     if not 0 <= link_error < math.inf:
         raise ValueError(f"link_error (={link_error!r}) must be at least 0, such as 0.1 for 10 %.")
-    freedom = len(ranks) - len(names)
-    if freedom < 0 or (freedom == 0 and noise is None):
-        raise ValueError(
-            f"{len(ranks)} points can't tell {len(names)} fields ({', '.join(names)}) and their own noise; measure at"
-            " more numbers of ranks, fit fewer fields, or state the noise."
-        )
     links = list(network) if isinstance(network, Sequence) else [network] * len(ranks)
     if len(links) != len(ranks):
         raise ValueError(
@@ -389,14 +379,29 @@ def calibrate(
             f"fitted (={', '.join(names)}) can't be told apart at ranks {counts}: measure at more numbers of ranks, up"
             " to where the network and the slowest rank are felt, or fit fewer fields."
         )
+    freedom = math.inf
     if noise is None:
-        noise, known = math.sqrt(float(found.fun @ found.fun) / freedom), float(freedom)
-    else:
-        known = math.inf
+        freedom = float(len(ranks) - len(names))
+        noise = math.sqrt(float(found.fun @ found.fun) / freedom)
     inverse = np.linalg.inv(own.T @ own)
     shift = np.append(inverse @ own.T @ link, -1.0) * link_error
     covariance = np.asarray(inverse * noise**2, dtype=np.float64)
-    return Forecast(best, links[-1], ranks, measured_s, noise, known, names, link_error, covariance, shift)
+    return Forecast(best, links[-1], ranks, measured_s, noise, freedom, names, link_error, covariance, shift)
+
+
+def _fields(fitted: Sequence[str], points: int, noise: float | None) -> tuple[str, ...]:
+    """Names of the fields to fit, if there are enough points for them."""
+    names = (fitted,) if isinstance(fitted, str) else tuple(fitted)
+    if not names or len({*names}) < len(names) or {*names} - {*FITTED}:
+        raise ValueError(f"fitted (={fitted!r}) must be different names out of {', '.join(FITTED)}.")
+    if noise is not None and not 0 < noise < math.inf:
+        raise ValueError(f"noise (={noise!r}) must be above 0, such as 0.01 for 1 %.")
+    if points < len(names) + (noise is None):
+        raise ValueError(
+            f"{points} points can't tell {len(names)} fields ({', '.join(names)}) and their own noise; measure at more"
+            " numbers of ranks, fit fewer fields, or state the noise."
+        )
+    return names
 
 
 def _pairs(ranks: ArrayLike, measured_s: ArrayLike) -> tuple[Array, Array]:

@@ -214,6 +214,7 @@ def trial(rows: list[dict]) -> dict:
     """
     about = some([row for row in rows if row["kind"] == "run"], "row of kind 'run'")[0]
     steps = _warm(rows)
+    means = _means(split(rows))
     start_s, end_s = span(rows)
     last = max(row["step"] for row in steps)
     losses = [row["loss"] for row in steps if row["step"] > last - 5 and row.get("loss") is not None]
@@ -229,14 +230,14 @@ def trial(rows: list[dict]) -> dict:
             "samples_per_s": throughput(rows),
             "warm_up": min(row["step"] for row in steps),
             "jitter_s": _jitter(steps),
-            "data_share": _share(steps),
+            "data_share": None if means["data_s"] is None else means["data_s"] / means["step_s"],
             "start_s": start_s,
             "train_s": end_s - start_s,
             "loss": statistics.fmean(losses) if losses else None,
             "accuracy": tests[-1] if tests else None,
             "source": source(rows),
         }
-        | _means(split(rows))
+        | means
         | {name: about[name] for name in ("started", "host", "cpu", "cpus", "torch")}
     )
 
@@ -341,7 +342,7 @@ def verdict(rows: list[dict], level: float = laws.LEVEL) -> laws.Verdict:
     if regime(rows) == "weak":
         raise ValueError("rows are of weak scaling, which these laws aren't for; use scaling.fit(rows, 'gustafson').")
     told = laws.choose(n, x, level=level)
-    if source(rows) in ("emulated", "mixed"):
+    if any(row["source"] == "emulated" for row in rows):
         turns = "Rows are emulated: this is of ranks that take turns, or of a dialled network, and no law of a machine."
         return dataclasses.replace(told, why=f"{told.why} {turns}")
     return told
@@ -520,20 +521,13 @@ def _summary(trials: list[dict], baseline: list[dict]) -> dict:
     return row | {"repeats": len(trials), "source": source(trials)}
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _mean(values: list) -> float | None:
     """The mean; None if one isn't known."""
-    known = list(values)
-    return None if None in known else statistics.fmean(known)  # type: ignore[arg-type]
+    return None if None in values else statistics.fmean(values)
 
 
-def _means(splits: list[dict]) -> dict[str, float | None]:
-    return {name: _mean(row[name] for row in splits) for name in splits[0] if name.endswith("_s")}
-
-
-def _share(steps: list[dict]) -> float | None:
-    """Share of the steps' time that went into waiting for data."""
-    data_s = _mean(row.get("data_s") for row in steps)
-    return None if data_s is None else data_s / statistics.fmean(row["step_s"] for row in steps)
+def _means(splits: list[dict]) -> dict[str, Any]:
+    return {name: _mean([row[name] for row in splits]) for name in splits[0] if name.endswith("_s")}
 
 
 def _jitter(steps: list[dict]) -> float | None:

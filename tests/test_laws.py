@@ -128,7 +128,6 @@ def test_data_of_no_law_name_none(speed, counts):
     n = np.array(counts, float)
     named = [laws.choose(n, 100 * speed(n) * (1 + 0.01 * dice.standard_normal(len(n)))) for _ in range(50)]
     assert {verdict.law for verdict in named} == {None}
-    assert all("bend away from" in verdict.why for verdict in named)
     falling = laws.choose(n, 100 / np.sqrt(n))
     assert falling.law is None and "bend away from usl" in falling.why
 

@@ -254,6 +254,12 @@ def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) ->
 def _curves(judge: object) -> Result:
     for n, x, law, sigma in _planted_curves():
         named, interval = _judged(_call(judge, n, x))
+        if named == "linear":
+            return failed(_("Linear would be as many times as fast as there are workers: look at the last points."))
+        if named not in ("amdahl", "usl", None):
+            return failed(
+                _("The law's name is 'amdahl' or 'usl', or None where no law is told; not {named!r}.", named=named)
+            )
         if law is None and named is not None:
             if (most := max(n)) > 4:
                 return failed(_("You named a law from data so noisy that others fit it as well."))
@@ -266,9 +272,13 @@ def _curves(judge: object) -> Result:
                 if law == "amdahl"
                 else _("A tight interval is no evidence for a law: look at what a larger law explains beyond it.")
             )
-        if interval is not None and not interval[0] <= sigma <= interval[1]:
+        if law is None:
+            continue
+        if interval is None:
+            return failed(_("A law without an interval of its sigma: how far could that be off?"))
+        if not interval[0] <= sigma <= interval[1]:
             return failed(_("Your interval of sigma misses the planted one."))
-        if interval is not None and interval[1] - interval[0] > 0.05:
+        if interval[1] - interval[0] > 0.05:
             return failed(_("Your interval of sigma is so wide that it says nothing."))
     return passed(_("The right law where the data tells it, an interval that holds the truth, and silence elsewhere."))
 
@@ -290,15 +300,18 @@ def _planted_curves() -> Iterator[tuple[list[int], list[float], str | None, floa
         yield n, (250 * laws.usl(n, *values) * noisy).tolist(), law, values[0]
 
 
-def _judged(returned: Any) -> tuple[str | None, tuple[float, float] | None]:
+def _judged(returned: Any) -> tuple[Any, tuple[float, float] | None]:
     message = _(
         "The function returns a pair: a law's name and (low, high) for its sigma, or None and None; not {returned!r}.",
         returned=returned,
     )
     try:
         law, interval = returned
-        return law, None if interval is None else (float(interval[0]), float(interval[1]))
-    except (TypeError, ValueError, IndexError):
+        if interval is None:
+            return law, None
+        low, high = interval
+        return law, (float(low), float(high))
+    except (TypeError, ValueError):
         raise _Verdict(failed(message)) from None
 
 

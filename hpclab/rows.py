@@ -139,6 +139,13 @@ def _counts(row: dict, end: float) -> bool:
     return row["step"] < end if row["kind"] == "step" else row["step"] <= end
 
 
+def some(rows: list[dict], kind: str) -> list[dict]:
+    """Return the rows of a kind that a caller needs, or raise a ValueError if there are none."""
+    if not rows:
+        raise ValueError(f"rows hold no {kind}; give those of a measurement.")
+    return rows
+
+
 def label(ranks: int, threads: int = 1) -> str:
     """Name of a case: "2 ranks", "1 rank x 2 threads"."""
     return f"{ranks} rank{'s' * (ranks > 1)}" + f" x {threads} threads" * (threads > 1)

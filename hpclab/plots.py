@@ -11,11 +11,7 @@ from matplotlib.axes import Axes
 from hpclab import figures
 from hpclab.figures import COLOURS, HATCHES, cloud, curve, finish, look
 from hpclab.language import translate_drawn as _
-<<<<<<< HEAD
-from hpclab.rows import attempts, kept, source, span
-=======
-from hpclab.rows import some, source, span
->>>>>>> four
+from hpclab.rows import attempts, kept, some, source, span
 
 if TYPE_CHECKING:
     from hpclab.laws import Fit

@@ -82,7 +82,8 @@ for ax, network in zip(axes, (None, hpclab.Network(latency=20e-3, bandwidth=1e9)
 # %% [markdown] id="look-explain"
 # The light blue bars are the all-reduces, below the rank that they belong to. They begin when a rank's gradients are
 # ready, and end on both ranks at once. What a rank does meanwhile is wait: for the other rank, and on the slow network for
-# two messages of 20 ms in every step, which the emulation adds after the bar. `timeline.merge(run.folder)` writes the same as a file for Perfetto, with every operation in it.
+# two messages of 20 ms in every step, which the emulation adds after the bar. `timeline.merge(run.folder)` writes the
+# same as a file for Perfetto, with every operation in it.
 
 # %% [markdown] id="network"
 # ## The network
@@ -114,8 +115,9 @@ for draw in range(3):
 print(laws.choose(n, x))
 
 # %% [markdown] id="prove-explain"
-# **Not identifiable** is an answer, and often the only honest one. With one worker and two every law fits. With 16 and little noise they part: a law can be named, and Amdahl's, fitted to data that isn't its own, gives a
-# *tight and wrong* interval. A tight interval is no evidence for its law.
+# **Not identifiable** is an answer, and often the only honest one. With one worker and two every law fits. With 16 and
+# little noise they part: a law can be named, and Amdahl's, fitted to data that isn't its own, gives a *tight and wrong*
+# interval. A tight interval is no evidence for its law.
 
 # %% id="prove-more"
 n = np.repeat([1, 2, 4, 8, 16], 3)

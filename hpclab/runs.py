@@ -166,6 +166,8 @@ class Run(Record):
         self._outcomes: dict[int, Outcome] = {}
         self._batches = [0] * gang.ranks
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.said: queue.SimpleQueue = queue.SimpleQueue()
+        """What ranks of an interactive gang say, as `hpclab.gangs` reads it."""
         self._ended = threading.Event()
         self._lock = threading.RLock()
         self._stopping = False
@@ -353,6 +355,8 @@ class Run(Record):
 
     def _take_news(self, news: dict, file: TextIO) -> None:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
+        if "said" in news or "stack" in news:
+            self.said.put(news)
         if "rank" in news:
             self._batches[news["rank"]] += 1
             self._logs[news["rank"]].take(news["text"], shown=not self.quiet)

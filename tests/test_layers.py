@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hpclab"
 LAYERS = {
     "__init__": set(),
     "__main__": {"cli"},
+    "_cells": {"_rank"},
     "_fetch": {"_shards"},
     "_agent": {"_zygote"},
     "_ledger": {"_agent", "machine"},
@@ -31,6 +32,7 @@ LAYERS = {
     "exercises": {"language", "laws", "machine"},
     "figures": {"language", "rows"},
     "forecast": {"network"},
+    "gangs": {"_cells", "_progress", "_rank", "_supervisor", "launcher", "runs"},
     "language": set(),
     "laws": set(),
     "launcher": {"_ledger", "runs"},

@@ -39,6 +39,7 @@ def serve() -> NoReturn:
     """Run cells for ever; what a rank of an interactive gang does."""
     assert _rank._context is not None
     cells = _Cells(_rank._context)
+    cells.context.should_stop = lambda: False  # type: ignore[method-assign]  # a cell is interrupted, and agrees to nothing
     signal.signal(signal.SIGINT, cells.on_signal)
     threading.Thread(target=cells.listen, daemon=True).start()
     cells.say("hello", worker=cells.context.header["worker"])
@@ -53,6 +54,7 @@ class _Cells:
         self.context = context
         self.rank, self.ranks = context.header["row"]["rank"], context.header["row"]["ranks"]
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.main = threading.get_ident()
         self.running: int | None = None
         self.interrupted = 0
         """Number of the cell that was interrupted last."""
@@ -133,7 +135,7 @@ class _Cells:
                     connection.shutdown(socket.SHUT_RDWR)
         self.signalled = True
         if hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # also out of a call that sleeps
+            signal.pthread_kill(self.main, signal.SIGINT)  # also out of a call that sleeps
         else:
             _thread.interrupt_main()
 

@@ -41,7 +41,7 @@ CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
-OURS = re.compile(r'hpclab/_(rank|zygote)\.py"|"<string>"')
+OURS = re.compile(r'hpclab/_(cells|rank|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
 _inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
 _values: dict[tuple[str, int], bytes] = {}
@@ -171,7 +171,10 @@ class _Supervisor:
             "row": {"run": place.run, "attempt": 0, "rank": place.rank, "ranks": place.ranks},
             "stacks": _stacks(place),
             "sys_path": sys.path,
-        } | {name: getattr(place, name) for name in ("threads", "store", "folder", "launched", "init", "memory", "worker")}
+        } | {
+            name: getattr(place, name)
+            for name in ("threads", "store", "folder", "launched", "init", "memory", "worker")
+        }
         self.orders.put(frame(header, payload))
         for work in (self._read_records, self._read_text, self._write):
             threading.Thread(target=work, daemon=True).start()
@@ -227,7 +230,7 @@ class _Supervisor:
                 self.outcome.failure, self.outcome.error, self.told = record["failure"], body, True
 
     def _relay(self, record: dict, body: bytes) -> None:
-        """Pass on what a rank of an interactive gang says: prints soon, an answer at once, a value when it is fetched."""
+        """Pass on what a rank of an interactive gang says: prints soon, answers at once, values when fetched."""
         self.news.setdefault("said", []).append(record)
         if record["said"] != "print":
             self.sent = -math.inf

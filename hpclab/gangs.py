@@ -1,4 +1,4 @@
-"""An interactive gang: ranks that live between the cells of a notebook, and the magic ``%%ranks`` that runs cells there."""
+"""An interactive gang: ranks that live between the cells of a notebook, and the magic ``%%ranks`` that uses them."""
 
 import itertools
 import linecache
@@ -83,12 +83,14 @@ def gang(
     Gang
         Once all ranks are there. It is also a context manager, which closes it.
 
-    Examples
-    --------
+    Notes
+    -----
     ``%%ranks`` uses the newest gang that is open, and ``%%ranks --on 0,2`` only these ranks of it. What they print is
     shown while it happens, equal lines as one. The value of the last line is shown too. A cell that was interrupted, or
     in which a rank failed that others waited for, costs no names; all ranks then have a new process group, and what
-    holds the old one (a group of `dist.new_group`, a DDP model) must be made anew.
+    holds the old one (a group of `dist.new_group`, a DDP model) must be made anew. Two things a rank can't leave: C
+    code that never looks for signals, and gloo's receive from any rank (`dist.recv` without ``src``). It is named then,
+    and only `Gang.close` ends it.
     """
 
     def work() -> None:
@@ -144,15 +146,15 @@ class Gang:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, code: str, on: Iterable[int] | None = None) -> Values | None:
+    def run(self, code: str, on: int | Iterable[int] | None = None) -> Values | None:
         """Run code on the ranks, and wait for it; what ``%%ranks`` does with the text of its cell.
 
         Parameters
         ----------
         code : str
             Python.
-        on : iterable of int, optional
-            The ranks to run it on. Default: all.
+        on : int or iterable of int, optional
+            The rank or ranks to run it on. Default: all.
 
         Returns
         -------
@@ -184,24 +186,24 @@ class Gang:
             raise
         self._ask("", body=body)
 
-    def pull(self, expression: str, on: Iterable[int] | None = None) -> list:
+    def pull(self, expression: str, on: int | Iterable[int] | None = None) -> list:
         """Return the value of a name, or of an expression, from all ranks or some, in their order."""
-        self._ask(expression, on, pull=True)
+        answers = self._ask(expression, on, pull=True)
         workers = sorted(set(self._workers.values()))
         found = {rank: value for part in self._client.run(fetch, self._run.name, workers=workers).values()
                  for rank, value in part.items()}  # fmt: skip
-        return [pickle.loads(found[rank]) for rank in sorted(found)]
+        return [pickle.loads(found[rank]) for rank in sorted(answers)]
 
     def close(self) -> None:
         """End the ranks, and with them their names."""
         if self in _open:
             _open.remove(self)
-        self._run.stop()
+        self._run.stop(now=True)
         self._sender.shutdown(wait=False)
 
-    def _ask(self, code: str, on: Iterable[int] | None = None, body: bytes = b"", pull: bool = False) -> dict:
+    def _ask(self, code: str, on: Any = None, body: bytes = b"", pull: bool = False) -> dict[int, dict]:
         """Run a cell; the answers by rank."""
-        picked = set(range(self.ranks)) if on is None else set(on)
+        picked = set(range(self.ranks) if on is None else [on] if isinstance(on, int) else on)
         if not picked or not picked <= set(range(self.ranks)):
             raise ValueError(f"on (={on!r}) must name ranks from 0 to {self.ranks - 1}.")
         number = next(_cells)
@@ -209,6 +211,7 @@ class Gang:
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         order = {"order": "cell", "cell": number, "name": name, "code": code, "pull": pull, "on": sorted(picked)}
         with self._lock:
+            self._check()
             return _Cell(self, number, picked).follow(order | {"group": self._group}, body)
 
     def _order(self, order: dict) -> None:
@@ -222,19 +225,18 @@ class Gang:
             return self._run.said.get(timeout=0.02)
         except queue.Empty:
             lost = self._sent.done() and self._sent.exception() is not None
-            if self._run.wait(LOST_SECONDS if lost else 0) and self._run.said.empty():
-                raise CellError(f"{self._end()} The gang has ended; hpclab.gang(...) makes a new one.") from None
+            self._check(LOST_SECONDS if lost else 0)
             if lost:
                 self._sent.result()
             return {}
 
-    def _end(self) -> str:
-        """How the run has ended."""
-        try:
-            self._run.result()
-        except Exception as error:
-            return str(error)
-        return f"run {self._run.name} has ended."
+    def _check(self, seconds: float = 0) -> None:
+        """Raise if the gang has ended, or does within some seconds, and all that its ranks said has been heard."""
+        if self._run.wait(seconds) and self._run.said.empty():
+            try:
+                self._run.result()
+            except Exception as error:
+                raise CellError(f"{error} The gang has ended; hpclab.gang(...) makes a new one.") from None
 
 
 class _Cell:
@@ -246,7 +248,8 @@ class _Cell:
         self.left = picked.copy()
         """Ranks that have not answered."""
         self.answers: dict[int, dict] = {}
-        self.stacks: dict[int, str] = {}
+        self.stacks: dict[int, str] | None = None
+        """Where ranks stand, once they were asked; what comes before is an answer to an earlier cell."""
         self.stood: dict[int, str] = {}
         """Where ranks stood that had to be interrupted."""
         self.lines = _Lines()
@@ -263,7 +266,7 @@ class _Cell:
                 elif time.monotonic() - looked > LOOK_SECONDS:
                     looked, self.stacks = time.monotonic(), {}
                     self.gang._order({"order": "stacks"})
-                elif all(waits(with_source(self.stacks.get(rank, ""))) for rank in self.left):
+                elif self.stacks and all(waits(with_source(self.stacks.get(rank, ""))) for rank in self.left):
                     self.leave()
         except KeyboardInterrupt:
             self.leave()
@@ -278,7 +281,7 @@ class _Cell:
     def hear(self) -> None:
         """Take in the next news, and show what is to be shown."""
         news = self.gang._hear()
-        if "stack" in news:
+        if "stack" in news and self.stacks is not None:
             self.stacks[news["rank"]] = news["stack"]
         for said in news.get("said", ()):
             if said["said"] == "print":
@@ -290,14 +293,15 @@ class _Cell:
 
     def leave(self) -> None:
         """Have the ranks that are left leave the cell; all ranks will then have a new process group."""
-        left, self.stacks = self.left.copy(), {}
+        left = self.left.copy()
+        stacks = self.stacks = {}
         self.gang._group += 1
         self.gang._order({"order": "stacks"})
         self.gang._order({"order": "frame", "frame": frame({"order": "interrupt", "cell": self.number})})
         deadline = time.monotonic() + LEAVE_SECONDS
         while self.left and time.monotonic() < deadline:
             self.hear()
-        self.stood = {rank: _where(self.stacks.get(rank, "")) for rank in left}
+        self.stood = {rank: _where(stacks.get(rank, "")) for rank in left}
         for rank in self.left:
             self.stood[rank] += f" (has not left it within {LEAVE_SECONDS:g} s; gang.close() ends it)"
         self.left = set()
@@ -308,7 +312,7 @@ class _Cell:
 
     def told(self) -> str:
         """Where the ranks stood when the cell was interrupted."""
-        where = {rank: "had ended" for rank in self.answers} | {
+        where = dict.fromkeys(self.answers, "had ended") | {
             rank: f"had raised {failure['summary']}" for rank, failure in self.failures().items()
         }
         where |= {rank: f"stood in {place}" for rank, place in self.stood.items()}
@@ -372,7 +376,7 @@ def _ranks(line: str, cell: str) -> Values | None:
 
 
 def _where(stack: str) -> str:
-    """Where in its cells a rank stands, outermost call first; without a frame of a cell, what its stack says instead."""
+    """Where in its cells a rank stands, outermost call first; without a cell's frame, what its stack says instead."""
     frames = [
         f"{found['file']}, line {found['line']}: {linecache.getline(found['file'], int(found['line'])).strip()}"
         for found in reversed([*_CELL_FRAME.finditer(stack)])

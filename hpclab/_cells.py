@@ -245,6 +245,6 @@ def _connections() -> Iterator[tuple[int, socket.socket]]:
 def _traceback(error: BaseException) -> str:
     """Text of the traceback from the cell's own frames on."""
     step = error.__traceback__
-    while step is not None and not step.tb_frame.f_code.co_filename.startswith("<ranks cell"):
+    while step is not None and not step.tb_frame.f_code.co_filename.startswith("<ranks "):
         step = step.tb_next
     return "".join(traceback.format_exception(type(error), error, step))

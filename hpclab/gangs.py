@@ -32,7 +32,7 @@ LEAVE_SECONDS = 2.0
 """How long an interrupted rank may take to leave its cell."""
 LOST_SECONDS = 10.0
 """How long a run may take to tell that it has lost a worker that took no order."""
-_CELL_FRAME = re.compile(r'File "(?P<file><ranks cell \d+>)", line (?P<line>\d+) in (?P<name>.+)')
+_CELL_FRAME = re.compile(r'File "(?P<file><ranks \w+ \d+>)", line (?P<line>\d+) in (?P<name>.+)')
 _cells = itertools.count(1)
 _open: list["Gang"] = []
 
@@ -168,8 +168,7 @@ class Gang:
         CellInterrupt
             On Ctrl-C, once the ranks have left the cell; it is a KeyboardInterrupt.
         """
-        answers = self._ask(code, on)
-        return Values({rank: answers[rank]["value"] for rank in sorted(answers) if answers[rank]["value"]}) or None
+        return _values(self._ask(code, on))
 
     def push(self, **values: Any) -> None:
         """Give the ranks values by name; they travel pickled (by cloudpickle).
@@ -201,13 +200,13 @@ class Gang:
         self._run.stop(now=True)
         self._sender.shutdown(wait=False)
 
-    def _ask(self, code: str, on: Any = None, body: bytes = b"", pull: bool = False) -> dict[int, dict]:
+    def _ask(self, code: str, on: Any = None, name: str = "", body: bytes = b"", pull: bool = False) -> dict[int, dict]:
         """Run a cell; the answers by rank."""
         picked = set(range(self.ranks) if on is None else [on] if isinstance(on, int) else on)
         if not picked or not picked <= set(range(self.ranks)):
             raise ValueError(f"on (={on!r}) must name ranks from 0 to {self.ranks - 1}.")
         number = next(_cells)
-        name = f"<ranks cell {number}>"
+        name = name or f"<ranks run {number}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         order = {"order": "cell", "cell": number, "name": name, "code": code, "pull": pull, "on": sorted(picked)}
         with self._lock:
@@ -317,7 +316,7 @@ class _Cell:
         }
         where |= {rank: f"stood in {place}" for rank, place in self.stood.items()}
         lines = [f"{_label(ranks)} {text}" for text, ranks in _folded(where).items()]
-        return "\n".join(["the ranks keep their names, and get a new process group.", *lines])
+        return "\n".join(["the ranks keep their variables, and get a new process group.", *lines])
 
     def blame(self, failures: dict[int, dict]) -> str:
         """The failure that came first, whose it is, and what followed from it."""
@@ -372,7 +371,12 @@ def _ranks(line: str, cell: str) -> Values | None:
         raise UsageError(f"%%ranks {line}: the only option is --on with ranks, as in: %%ranks --on 0,2")
     if not _open:
         raise UsageError("%%ranks needs a gang that is open; make one: gang = hpclab.gang(client, ranks=2)")
-    return _open[-1].run(cell, [int(rank) for rank in options[1].split(",")] if options[1] else None)
+    on = [int(rank) for rank in options[1].split(",")] if options[1] else None
+    return _values(_open[-1]._ask(cell, on, f"<ranks cell {get_ipython().execution_count}>"))
+
+
+def _values(answers: dict[int, dict]) -> Values | None:
+    return Values({rank: answers[rank]["value"] for rank in sorted(answers) if answers[rank]["value"]}) or None
 
 
 def _where(stack: str) -> str:

@@ -122,7 +122,7 @@ def test_an_error_shows_its_rank_and_lines(gang):
     with pytest.raises(hpclab.CellError) as told:
         gang.run("y = 3\nf(rank)")
     text = str(told.value)
-    assert text.startswith('[rank 0]\nTraceback (most recent call last):\n  File "<ranks cell')
+    assert text.startswith('[rank 0]\nTraceback (most recent call last):\n  File "<ranks run')
     assert text.endswith("ZeroDivisionError: division by zero")
     assert "line 2, in <module>\n    f(rank)\n" in text and "    return 1 / x\n" in text
     assert "hpclab" not in text
@@ -142,7 +142,7 @@ def test_a_rank_that_fails_is_named_and_not_those_that_waited_for_it(gang):
         gang.run("if rank == 2:\n    raise ValueError('planted')\ndist.all_reduce(torch.ones(2))")
     text = str(told.value)
     assert text.startswith("[rank 2]\nTraceback") and "ValueError: planted\n" in text
-    assert re.search(r"\[ranks 0-1,3\] waited in vain in <ranks cell \d+>, line 3: dist.all_reduce", text)
+    assert re.search(r"\[ranks 0-1,3\] waited in vain in <ranks run \d+>, line 3: dist.all_reduce", text)
     assert works(gang)
     assert gang.run("kept", on=2) == {2: "5"}
 
@@ -198,8 +198,8 @@ RECEIVE = "import time\nif rank == 0:\n    dist.recv(torch.ones(1), src=1)\nelse
 def test_a_deadlock_is_left_without_losing_a_name(gang):
     gang.run("kept = rank")
     text = interrupted(gang, RECEIVE)
-    assert re.search(r"\[rank 0\] stood in <ranks cell \d+>, line 3: dist.recv\(torch.ones\(1\), src=1\)\n", text)
-    assert re.search(r"\[ranks 1-3\] stood in <ranks cell \d+>, line 5: dist.barrier\(\)", text)
+    assert re.search(r"\[rank 0\] stood in <ranks run \d+>, line 3: dist.recv\(torch.ones\(1\), src=1\)\n", text)
+    assert re.search(r"\[ranks 1-3\] stood in <ranks run \d+>, line 5: dist.barrier\(\)", text)
     assert works(gang)
     assert gang.run("kept")[3] == "3"
     for _ in range(3):

@@ -116,11 +116,14 @@ class Gang:
         Number of ranks.
     folder : Path
         Holds ``rank-<n>.log``, what C code and other programs printed on each rank, and ``rows.jsonl``.
+    rows : list of dict
+        What the ranks reported (by `hpclab.report`); the first, of kind "run", tells the machine.
     """
 
     def __init__(self, client: Client, run: Run):
         self.ranks = run.ranks
         self.folder = run.folder
+        self.rows = run.rows
         self._client = client
         self._run = run
         self._workers: dict[int, str] = {}

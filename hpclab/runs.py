@@ -355,8 +355,6 @@ class Run(Record):
 
     def _take_news(self, news: dict, file: TextIO) -> None:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
-        if "said" in news or "stack" in news:
-            self.said.put(news)
         if "rank" in news:
             self._batches[news["rank"]] += 1
             self._logs[news["rank"]].take(news["text"], shown=not self.quiet)
@@ -364,6 +362,8 @@ class Run(Record):
             source = "emulated" if self._emulated else "measured"
             self._take_rows([row | {"source": source} for row in news["rows"]], file)
             self._take_state(news)
+            if "said" in news or "stack" in news:
+                self.said.put(news)  # last: what a cell reported is here before its answer
         elif "workers" in news and not self._places:
             self._emulated = news["emulated"]
             self._start(news, file)

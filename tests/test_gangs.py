@@ -164,6 +164,13 @@ def test_what_only_gloo_says_is_no_cause(gang):
     assert works(gang)
 
 
+def test_what_a_cell_reports_is_here_when_it_has_ended(gang):
+    for number in range(5):
+        gang.run(f"import hpclab\nfor _ in range(100): hpclab.report(number={number})", on=[0, 2])
+        assert [row["rank"] for row in gang.rows if row.get("number") == number].count(2) == 100
+    assert gang.rows[0]["ranks"] == 4
+
+
 def test_push_and_pull(gang):
     table = {"a": [1, 2], "f": lambda x: x + 1}
     gang.push(table=table, n=3)

@@ -120,7 +120,9 @@ def shoot(page, name):
     page.screenshot(path=SHOTS / f"{name.replace('/', '-')}.png")
 
 
-@pytest.mark.parametrize("name", ["00_start.ipynb", "zh/00_start.ipynb", "03_cnn.ipynb", "04_scaling.ipynb"])
+@pytest.mark.parametrize(
+    "name", ["00_start.ipynb", "zh/00_start.ipynb", "02_ddp_from_scratch.ipynb", "03_cnn.ipynb", "04_scaling.ipynb"]
+)
 def test_notebook_runs_from_top_to_bottom(page, lab, name):
     open_notebook(page, lab, name)
     choose(page, "Run", "Run All Cells")

@@ -375,7 +375,9 @@ def _ranks(line: str, cell: str) -> Values | None:
     if not _open:
         raise UsageError("%%ranks needs a gang that is open; make one: gang = hpclab.gang(client, ranks=2)")
     on = [int(rank) for rank in options[1].split(",")] if options[1] else None
-    return _values(_open[-1]._ask(cell, on, f"<ranks cell {get_ipython().execution_count}>"))
+    number = len(get_ipython().history_manager.input_hist_parsed) - 1  # execution_count may be the next cell's already
+    code = "\n" + cell  # lines are counted from the magic's, as the notebook does
+    return _values(_open[-1]._ask(code, on, f"<ranks cell {number}>"))
 
 
 def _values(answers: dict[int, dict]) -> Values | None:

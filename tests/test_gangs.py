@@ -385,7 +385,9 @@ def test_cells_in_a_kernel(kernel):
 
 
 def test_an_error_in_a_kernel_is_no_wall(kernel):
+    kernel("before = len(In) - 1")
     name, shown = kernel("%%ranks\nif rank == 1:\n    1 / 0")["error"]
+    assert f"<ranks cell {int(kernel('before')['value']) + 1}>, line 3" in shown.replace('"', "")
     assert name == "CellError"
     assert shown.startswith("CellError: [rank 1]\nTraceback") and shown.endswith("ZeroDivisionError: division by zero")
     assert len(shown.splitlines()) < 8
@@ -411,7 +413,7 @@ def test_a_kernels_interrupt_leaves_a_deadlock(kernel):
     kernel("%%ranks\nkept = rank")
     name, shown = kernel("%%ranks\nprint('deadlock')\nif rank:\n    dist.barrier()", until="deadlock")["error"]
     assert name == "CellInterrupt"
-    assert re.search(r"\[ranks 1-3\] stood in <ranks cell \d+>, line 3: dist.barrier\(\)$", shown)
+    assert re.search(r"\[ranks 1-3\] stood in <ranks cell \d+>, line 4: dist.barrier\(\)$", shown)
     assert "[rank 0] had ended" in shown and len(shown.splitlines()) == 3
     assert kernel("%%ranks\nt = torch.ones(1)\ndist.all_reduce(t)\nt.item(), kept")["value"].startswith(
         "[rank 0] (4.0, 0)\n"

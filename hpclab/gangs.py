@@ -89,8 +89,8 @@ def gang(
     shown while it happens, equal lines as one. The value of the last line is shown too. A cell that was interrupted, or
     in which a rank failed that others waited for, costs no names; all ranks then have a new process group, and what
     holds the old one (a group of `dist.new_group`, a DDP model) must be made anew. Two things a rank can't leave: C
-    code that never looks for signals, and gloo's receive from any rank (`dist.recv` without ``src``). It is named then,
-    and only `Gang.close` ends it.
+    code that never looks for signals, and gloo's receive from any rank (`dist.recv` without ``src``); on Windows
+    any collective. It is named then, and only `Gang.close` ends it.
     """
 
     def work() -> None:
@@ -192,8 +192,9 @@ class Gang:
         """Return the value of a name, or of an expression, from all ranks or some, in their order."""
         answers = self._ask(expression, on, pull=True)
         workers = sorted(set(self._workers.values()))
-        found = {rank: value for part in self._client.run(fetch, self._run.name, workers=workers).values()
-                 for rank, value in part.items()}  # fmt: skip
+        found: dict[int, bytes] = {}
+        for part in self._client.run(fetch, self._run.name, workers=workers).values():
+            found |= part
         return [pickle.loads(found[rank]) for rank in sorted(answers)]
 
     def close(self) -> None:
@@ -272,8 +273,9 @@ class _Cell:
                     self.leave()
         except KeyboardInterrupt:
             self.leave()
-            self.lines.show(set())
             raise CellInterrupt(self.told()) from None
+        finally:
+            self.lines.show(set())
         if failures := self.failures():
             if any(failure["consequence"] for failure in failures.values()):
                 self.gang._group += 1

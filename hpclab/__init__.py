@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hpclab._progress import HangError as HangError
     from hpclab._rank import report as report
     from hpclab._rank import should_stop as should_stop
+    from hpclab.checkpoint import restore as restore
+    from hpclab.checkpoint import save as save
     from hpclab.cluster import connect as connect
     from hpclab.exercises import check as check
     from hpclab.gangs import CellError as CellError
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from hpclab.launcher import launch as launch
     from hpclab.network import Network as Network
     from hpclab.racing import race as race
-    from hpclab.runs import HangError as HangError
     from hpclab.runs import RankError as RankError
     from hpclab.runs import Run as Run
     from hpclab.runs import open_run as open_run
@@ -30,7 +32,7 @@ _HOME = {
     "CellError": "gangs",
     "CellInterrupt": "gangs",
     "Gang": "gangs",
-    "HangError": "runs",
+    "HangError": "_progress",
     "Network": "network",
     "RankError": "runs",
     "Run": "runs",
@@ -41,10 +43,13 @@ _HOME = {
     "race": "racing",
     "open_run": "runs",
     "report": "_rank",
+    "restore": "checkpoint",
+    "save": "checkpoint",
     "should_stop": "_rank",
     "train": "training",
 }
 _MODULES = (
+    "chaos",
     "checkpoint",
     "data",
     "doctor",

@@ -6,7 +6,7 @@ gang's driver goes out on the run's topic, as what the workers say does.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distributed import Client, Scheduler, SchedulerPlugin, Status
@@ -87,6 +87,18 @@ def remind(ledger: "Ledger") -> dict:
 def release(ledger: "Ledger", run: str) -> dict:
     """Free a gang's seats, or its place in the queue."""
     ledger.release(run)
+    return {}
+
+
+def reseat(ledger: "Ledger", run: str, sizes: tuple[int, ...]) -> dict:
+    """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing."""
+    gang = ledger.gangs.pop(run)
+    for ranks in sizes:
+        again = replace(gang, ranks=ranks, workers=[])
+        if (host := ledger._host_for(again)) is not None:
+            ledger._seat(again, host)
+            return ledger.seats(again)
+    ledger.gangs[run] = gang  # it keeps the seats that are left to it
     return {}
 
 

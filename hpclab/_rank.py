@@ -137,6 +137,19 @@ def emulate() -> None:
         _context.send({"record": "emulated"})
 
 
+def in_gang() -> bool:
+    """Whether this process is a rank."""
+    return _context is not None
+
+
+def restore_folders() -> list[Path]:
+    """Folders of runs whose checkpoints this rank goes on from, the nearest first."""
+    if _context is None:
+        return []
+    own = [run_folder()] if _context.header["row"]["attempt"] else []
+    return own + [Path(folder) for folder in [_context.header["resume"]] if folder]
+
+
 def run_folder() -> Path:
     """Folder of this run's results, from inside a rank."""
     assert _context is not None

@@ -5,11 +5,13 @@ Imported by every rank, so it imports neither Dask nor anything else that a rank
 
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from hpclab import checkpoint, timeline
 from hpclab import data as datasets
-from hpclab._rank import report, run_folder, should_stop
+from hpclab._rank import report, should_stop
 from hpclab.network import Network
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -34,8 +36,8 @@ class Job:
     data: str
     """Folder of the data set."""
     epochs: int
-    batch_size: int
-    """Samples a rank and step."""
+    batch: int
+    """Samples a step, of all ranks together."""
     lr: float
     seed: int
     steps: int | None
@@ -45,23 +47,20 @@ class Job:
     network: Network | None
     trace: int
     """Steps to trace."""
+    checkpoint_every: int | None
+    """Steps between checkpoints, besides those of each epoch."""
 
 
 def replicate(job: Job) -> tuple[bytes, float | None]:
     """What every rank runs; returns the weights, from rank 0, and the last test accuracy."""
     replica = _Replica(job)
-    epoch, accuracy = 0, None
     with timeline.profiler(job.trace) if job.trace else nullcontext() as traced:
         while replica.step < replica.steps and not replica.stopped:
-            replica.train(epoch, traced)
-            epoch += 1
-            if job.steps is None and not replica.stopped:
-                accuracy = replica.test(epoch)
-                replica.save(epoch)
+            replica.train(traced)
     weights = io.BytesIO()
     if replica.rank == 0:
         torch.save(replica.module.state_dict(), weights)
-    return weights.getvalue(), accuracy
+    return weights.getvalue(), replica.accuracy
 
 
 class _Replica:
@@ -78,31 +77,34 @@ class _Replica:
         self.model = DistributedDataParallel(self.module)
         if job.network is not None:
             job.network.attach(self.model)
-        images = cast(Dataset, datasets.load(job.data, "train"))
+        self.images = datasets.load(job.data, "train")
         self.sampler: DistributedSampler = DistributedSampler(
-            images, self.ranks, self.rank, seed=job.seed, drop_last=True
+            cast(Dataset, self.images), self.ranks, self.rank, seed=job.seed, drop_last=True
         )
-        batches = BatchSampler(self.sampler, job.batch_size, drop_last=True)
-        self.loader = DataLoader(images, sampler=batches, batch_size=None)
+        self.batches = _Rest(self.sampler, job.batch // self.ranks, drop_last=True)
+        draws = torch.Generator()  # its own, since one that goes on in mid-epoch begins it twice
+        self.loader = DataLoader(cast(Dataset, self.images), sampler=self.batches, batch_size=None, generator=draws)
         self.stopped = False
-        self.step, self.steps = 0, job.steps or job.epochs * len(batches)
+        self.accuracy: float | None = None
+        self.step, self.steps = 0, job.steps or job.epochs * len(self.batches)
         self.schedule: OneCycleLR | None = None
         if job.optimizer is not None:
             self.optimizer = job.optimizer(self.model.parameters())
         else:
             self.optimizer = SGD(self.model.parameters(), job.lr, momentum=0.9)
             self.schedule = OneCycleLR(self.optimizer, job.lr, self.steps + 1, cycle_momentum=False)
+        if (state := checkpoint.restore()) is not None:
+            self._restore(state)
 
-    def train(self, epoch: int, traced: Any = None) -> None:
-        """Train one epoch, or what is left of the steps; a profiler is told of each."""
+    def train(self, traced: Any = None) -> None:
+        """Train an epoch, or what is left of it or of the steps, and test; a profiler is told of each step."""
+        epoch, self.batches.done = divmod(self.step, len(self.batches))
         self.sampler.set_epoch(epoch)
         self.model.train()
         start, cpu = time.perf_counter(), time.process_time()
         for inputs, labels in self.loader:  # (B, C, H, W), (B,)
             loaded, busy = time.perf_counter(), time.thread_time()
-            self.optimizer.zero_grad()
-            loss = self.job.loss(self.model(inputs), labels)
-            loss.backward()  # averages the gradients over the ranks as they become ready
+            loss = self._backward(inputs, labels)
             self.optimizer.step()
             if self.schedule is not None:
                 self.schedule.step()
@@ -113,9 +115,43 @@ class _Replica:
             if traced is not None:
                 traced.step()
             self.step, start, cpu = self.step + 1, end, cpu_end
+            if self._due():
+                self.save()
+                start, cpu = time.perf_counter(), time.process_time()
             self.stopped = should_stop()
             if self.stopped or self.step == self.steps:
                 break
+        if self._epoch_ends():
+            self.accuracy = self.test(epoch + 1)
+        if self._epoch_ends() or (self.stopped and self._keeps()):
+            self.save()
+
+    def _backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.job.loss(self.model(inputs), labels)
+        loss.backward()  # averages the gradients over the ranks as they become ready
+        return loss
+
+    def _restore(self, state: dict) -> None:
+        for name, own in self._recipe().items():
+            if state[name] != own:
+                raise ValueError(f"resume has {name} {state[name]}, this run {own}; they must be the same.")
+        self._order_buckets()
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.step, self.accuracy = state["step"], state["accuracy"]
+
+    def _order_buckets(self) -> None:
+        """Have DDP put its buckets in the order in which gradients come, as it did after the first step of the run.
+
+        Before, they lie in another order, in which gloo adds the ranks' numbers in another order too: of a run that
+        goes on, the first step would differ in its last bits.
+        """
+        inputs, labels = (torch.from_numpy(part) for part in self.images[np.arange(2)])
+        with torch.random.fork_rng(devices=[]):
+            self._backward(inputs, labels)
 
     @torch.no_grad()
     def test(self, epoch: int) -> float:
@@ -137,14 +173,37 @@ class _Replica:
             report(kind="epoch", epoch=epoch, step=self.step, **found)
         return right / samples
 
-    def save(self, epoch: int) -> None:
-        """Write a checkpoint, from rank 0."""
-        if self.rank == 0:
-            state: dict = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            if self.schedule is not None:
-                state["schedule"] = self.schedule.state_dict()
-            checkpoint.save(run_folder() / "checkpoints", epoch, state | {"epoch": epoch, "step": self.step})
-        dist.barrier()  # the others' next step shall not be charged with rank 0's writing
+    def _keeps(self) -> bool:
+        """Whether there are checkpoints."""
+        return self.job.steps is None or self.job.checkpoint_every is not None
+
+    def _epoch_ends(self) -> bool:
+        return self.job.steps is None and self.step % len(self.batches) == 0
+
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint; the end of an epoch has its own, after the test."""
+        every = self.job.checkpoint_every
+        return every is not None and self.step % every == 0 and not self._epoch_ends()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state: dict = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.schedule is not None:
+            state["schedule"] = self.schedule.state_dict()
+        checkpoint.save(state | {"step": self.step, "accuracy": self.accuracy} | self._recipe(), self.step)
+
+    def _recipe(self) -> dict:
+        """What must be the same in a run that goes on: samples a step of all ranks, steps in all, and the seed."""
+        return {"batch": self.job.batch, "steps": self.steps, "seed": self.job.seed}
+
+
+class _Rest(BatchSampler):
+    """Batches of an epoch, without those that were done before this attempt."""
+
+    done = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(super().__iter__(), self.done, None)
 
 
 def not_a_module(model: object) -> str:

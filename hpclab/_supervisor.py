@@ -37,13 +37,17 @@ CHUNKS = 16
 """Prints of a rank in one batch; one that prints faster waits, as it would for a slow terminal."""
 ROWS = 10_000
 """Rows of a rank in one batch; one that reports faster waits."""
+ON_DEMAND = ", on demand"
+"""What is said of a rank that was killed to see what follows."""
 CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
+ANSWER_SECONDS = 0.02
+"""How long a worker that is told to die lives on, so that its answer gets away."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
 OURS = re.compile(r'hpclab/_(cells|rank|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
-_inboxes: dict[tuple[str, int], queue.SimpleQueue] = {}
+_inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
 _values: dict[tuple[str, int], bytes] = {}
 """What ranks of interactive gangs were asked for, by run and rank, until it is fetched."""
 
@@ -53,6 +57,7 @@ class Place:
     """One rank's place, as the driver planned it."""
 
     run: str
+    attempt: int
     folder: str
     """Folder of the run's results, as the driver sees it."""
     rank: int
@@ -71,6 +76,8 @@ class Place:
     """Whether torch.distributed is initialised for the function; else the environment is torchrun's."""
     memory: int | None
     """Bytes that the rank may allocate; None sets no limit."""
+    resume: str | None
+    """Folder of an earlier run to start from."""
 
 
 @dataclass
@@ -79,6 +86,7 @@ class Outcome:
 
     rank: int
     host: str
+    attempt: int = 0
     value: bytes = b""
     failure: dict | None = None
     error: bytes = b""
@@ -92,8 +100,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     worker = get_worker()
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
-    inbox = _inboxes[place.run, place.rank] = queue.SimpleQueue()
-    outcome = Outcome(place.rank, socket.gethostname())
+    inbox = _inboxes[place.run, place.rank, place.attempt] = queue.SimpleQueue()
+    outcome = Outcome(place.rank, socket.gethostname(), place.attempt)
     try:
         process = start(_environment(place, worker.address), worker.scheduler.address)
         try:
@@ -109,7 +117,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     except (RuntimeError, OSError) as error:
         outcome.failure = failure("RankDied", f"could not start: {error}")
     finally:
-        del _inboxes[place.run, place.rank]
+        del _inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
         for file in [place.store] * (place.rank == 0) + [_stacks(place)]:
             Path(file).unlink(missing_ok=True)
@@ -120,9 +128,11 @@ def give(run: str, order: dict, rank: int | None = None) -> None:
     """Give the ranks of a run that this worker supervises an order; called on the worker by the driver.
 
     Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
-    "frame", which hands ``frame`` to the rank.
+    "die", which kills the worker itself; "frame" hands ``frame`` to the rank.
     """
-    for (name, number), inbox in list(_inboxes.items()):
+    if order["order"] == "die":
+        threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    for (name, number, _attempt), inbox in list(_inboxes.items()):
         if name == run and rank in (None, number):
             inbox.put(("order", order))
 
@@ -168,12 +178,12 @@ class _Supervisor:
         """Hand the rank its work, and start the threads that listen to it."""
         place = self.place
         header = {
-            "row": {"run": place.run, "attempt": 0, "rank": place.rank, "ranks": place.ranks},
+            "row": {"run": place.run, "attempt": place.attempt, "rank": place.rank, "ranks": place.ranks},
             "stacks": _stacks(place),
             "sys_path": sys.path,
         } | {
             name: getattr(place, name)
-            for name in ("threads", "store", "folder", "launched", "init", "memory", "worker")
+            for name in ("threads", "store", "folder", "launched", "init", "memory", "resume", "worker")
         }
         self.orders.put(frame(header, payload))
         for work in (self._read_records, self._read_text, self._write):
@@ -266,7 +276,12 @@ class _Supervisor:
     def _send(self) -> None:
         self.sent = time.monotonic()
         if self.rows or self.text or self.news:
-            batch = {"rank": self.place.rank, "rows": self.rows, "text": "".join(self.text)}
+            batch = {
+                "rank": self.place.rank,
+                "attempt": self.place.attempt,
+                "rows": self.rows,
+                "text": "".join(self.text),
+            }
             self.worker.log_event(topic(self.place.run), batch | self.news)
             self.outcome.batches += 1
             for room, content in ((self.room, self.text), (self.row_room, self.rows)):
@@ -358,7 +373,7 @@ def _cause(returncode: int, on_demand: bool) -> str:
     if returncode >= 0:
         return f"exited with code {returncode} before its function returned"
     name = signal.Signals(-returncode).name
-    hint = ", on demand" if on_demand else " (out of memory?)" if name == "SIGKILL" else ""
+    hint = ON_DEMAND if on_demand else " (out of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"
 
 

@@ -383,6 +383,12 @@ def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) ->
 def _curves(judge: object) -> Result:
     for n, x, law, sigma in _planted_curves():
         named, interval = _judged(_call(judge, n, x))
+        if named == "linear":
+            return failed(_("Linear would be as many times as fast as there are workers: look at the last points."))
+        if named not in ("amdahl", "usl", None):
+            return failed(
+                _("The law's name is 'amdahl' or 'usl', or None where no law is told; not {named!r}.", named=named)
+            )
         if law is None and named is not None:
             if (most := max(n)) > 4:
                 return failed(_("You named a law from data so noisy that others fit it as well."))
@@ -395,9 +401,13 @@ def _curves(judge: object) -> Result:
                 if law == "amdahl"
                 else _("A tight interval is no evidence for a law: look at what a larger law explains beyond it.")
             )
-        if interval is not None and not interval[0] <= sigma <= interval[1]:
+        if law is None:
+            continue
+        if interval is None:
+            return failed(_("A law without an interval of its sigma: how far could that be off?"))
+        if not interval[0] <= sigma <= interval[1]:
             return failed(_("Your interval of sigma misses the planted one."))
-        if interval is not None and interval[1] - interval[0] > 0.05:
+        if interval[1] - interval[0] > 0.05:
             return failed(_("Your interval of sigma is so wide that it says nothing."))
     return passed(_("The right law where the data tells it, an interval that holds the truth, and silence elsewhere."))
 
@@ -419,13 +429,166 @@ def _planted_curves() -> Iterator[tuple[list[int], list[float], str | None, floa
         yield n, (250 * laws.usl(n, *values) * noisy).tolist(), law, values[0]
 
 
-def _judged(returned: Any) -> tuple[str | None, tuple[float, float] | None]:
+def _judged(returned: Any) -> tuple[Any, tuple[float, float] | None]:
     message = _(
         "The function returns a pair: a law's name and (low, high) for its sigma, or None and None; not {returned!r}.",
         returned=returned,
     )
     try:
         law, interval = returned
-        return law, None if interval is None else (float(interval[0]), float(interval[1]))
-    except (TypeError, ValueError, IndexError):
+        if interval is None:
+            return law, None
+        low, high = interval
+        return law, (float(low), float(high))
+    except (TypeError, ValueError):
         raise _Verdict(failed(message)) from None
+
+
+@exercise("faults.interval")
+def _interval(interval: object) -> Result:
+    cases = [(5.0, 3600.0, 30.0), (60.0, 86400.0, 300.0), (0.01, 5.0, 0.3), (120.0, 3600.0, 600.0)]
+    found = [_seconds(_call(interval, *case)) for case in cases]
+    for (save_s, mtbf, restart_s), seconds in zip(cases, found, strict=True):
+        if np.isclose(seconds, _seconds(_call(interval, 3 * save_s, mtbf, restart_s))):
+            return failed(_("A checkpoint that takes longer to write gets the same interval from you."))
+        if np.isclose(seconds, _seconds(_call(interval, save_s, 3 * mtbf, restart_s))):
+            return failed(_("A machine that fails less often gets the same interval from you."))
+        best = _best_interval(save_s, mtbf, restart_s)
+        cost, least = (_cost(at, save_s, mtbf, restart_s) - 1 for at in (seconds, best))
+        if cost > 1.1 * least:
+            told = {"mtbf": mtbf, "save": save_s, "cost": cost, "least": least}
+            if seconds < best:
+                return failed(
+                    _(
+                        "You write too often: with a failure every {mtbf:g} s and {save:g} s to write, {cost:.1%} is"
+                        " spent; {least:.1%} would do.",
+                        **told,
+                    )
+                )
+            return failed(
+                _(
+                    "You write too seldom, and each failure loses much: with one every {mtbf:g} s and {save:g} s to"
+                    " write, {cost:.1%} is spent; {least:.1%} would do.",
+                    **told,
+                )
+            )
+    return passed(_("No other interval costs much less: neither for a laptop nor for a supercomputer."))
+
+
+def _cost(interval: float, save_s: float, mtbf: float, restart_s: float) -> float:
+    """Expected time over the time without failures or checkpoints (Daly 2006, equation 13, for long runs)."""
+    return mtbf * np.exp(restart_s / mtbf) * np.expm1((interval + save_s) / mtbf) / interval
+
+
+def _best_interval(save_s: float, mtbf: float, restart_s: float) -> float:
+    from scipy.optimize import minimize_scalar
+
+    return float(minimize_scalar(_cost, bounds=(save_s / 100, 10 * mtbf), args=(save_s, mtbf, restart_s)).x)
+
+
+def _seconds(returned: Any) -> float:
+    try:
+        seconds = float(returned)
+    except (TypeError, ValueError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        message = _("The function returns seconds, a number above 0, not {returned!r}.", returned=returned)
+        raise _Verdict(failed(message))
+    return seconds
+
+
+@exercise("faults.state")
+def _state(functions: Any) -> Result:
+    import torch
+
+    try:
+        pack, unpack = functions
+    except (TypeError, ValueError):
+        return failed(_("The answer is a pair of functions, (pack, unpack), not {answer!r}.", answer=functions))
+    with torch.random.fork_rng(devices=[]):  # the reader's own random numbers stay as they are
+        return _resume(pack, unpack)
+
+
+def _resume(pack: Any, unpack: Any) -> Result:
+    """Train, pack after the fifth step, unpack into another training, and compare them to the twelfth."""
+    import torch
+
+    undisturbed = _Training(seed=1)
+    undisturbed.train(until=5)
+    packed = _call(pack, undisturbed.model, undisturbed.optimizer, undisturbed.schedule, undisturbed.step)
+    written = _written(packed)
+    draws = torch.get_rng_state()
+    resumed = _Training(seed=2)
+    resumed.step = _call(unpack, written, resumed.model, resumed.optimizer, resumed.schedule)
+    for message, same in {
+        _("It goes on at step {step!r}, and the checkpoint was after 5.", step=resumed.step): resumed.step == 5,
+        _("Its weights aren't those of the checkpoint."): _same(resumed.model, undisturbed.model),
+        _("The optimiser has forgotten its momentum."): _same(resumed.optimizer, undisturbed.optimizer),
+        _("The learning rate is where it was at the start."): _same(resumed.schedule, undisturbed.schedule),
+        _("Dropout draws other numbers than it would have drawn."): torch.equal(torch.get_rng_state(), draws),
+    }.items():
+        if not same:
+            return failed(message)
+    resumed.train(until=12)
+    torch.set_rng_state(draws)
+    undisturbed.train(until=12)
+    if not _same(resumed.model, undisturbed.model):
+        return failed(_("It begins as it should, and ends with other weights: something else went on changing."))
+    return passed(_("Twelve steps with a crash after the fifth, and not a bit differs."))
+
+
+class _Training:
+    """A small training of which every part has a memory: weights, momentum, learning rate, random numbers, step."""
+
+    def __init__(self, seed: int):
+        import torch
+        from torch import nn
+
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
+        self.step = 0
+
+    def train(self, until: int) -> None:
+        import torch
+
+        for step in range(self.step, until):
+            inputs = torch.sin(torch.arange(12.0).reshape(3, 4) * (step + 1))  # (B, features): another batch each step
+            self.optimizer.zero_grad()
+            (self.model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+            self.optimizer.step()
+            self.schedule.step()
+        self.step = until
+
+
+def _written(packed: Any) -> Any:
+    """A state as it comes back from a disk."""
+    import io
+
+    import torch
+
+    disk = io.BytesIO()
+    try:
+        torch.save(packed, disk)
+        disk.seek(0)
+        return torch.load(disk, weights_only=True)
+    except Exception as error:
+        message = _(
+            "What you packed can't be written and read again as plain tensors and numbers: {error}", error=error
+        )
+        raise _Verdict(failed(message)) from error
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two modules, optimisers or schedules hold the same, to the last bit."""
+    import torch
+
+    def plain(state: Any) -> Any:
+        if isinstance(state, torch.Tensor):
+            return state.tolist()
+        if isinstance(state, dict):
+            return {name: plain(value) for name, value in state.items()}
+        return [plain(value) for value in state] if isinstance(state, list | tuple) else state
+
+    return plain(one.state_dict()) == plain(other.state_dict())

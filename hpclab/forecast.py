@@ -12,12 +12,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
+from hpclab.laws import quantile
 from hpclab.network import Array, Hierarchy, Network
 
 BUCKET_BYTES = (2**20, 25 * 2**20)
 """At which size DDP closes its first bucket, and the others."""
+FITTED = {
+    "compute_s": (0.95, math.inf),
+    "jitter_s": (0.02, math.inf),
+    "data_s": (1.0, math.inf),
+    "visible": (0.5, 1.0),
+    "overlap": (0.05, 1.0),
+}
+"""Fields that `calibrate` can fit: where it starts (seconds in shares of the shortest step), and the largest value."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,17 @@ class Workload:
     jitter_s : float, default 0
         Standard deviation of a rank's compute time; all wait for the slowest.
     overlap : float, default 2/3
-        Share of the compute time behind which communication can hide: the backward pass takes about twice the forward.
+        Share of the compute time, 0 to 1, behind which communication can hide: the backward pass takes about twice the
+        forward.
     bucket_bytes : float, optional
         Of the last bucket of gradients, which can't be hidden, since it is full only when the backward pass ends.
         Default: DDP's size, 25 MiB, or all gradients if they are less.
+    buckets : int, optional
+        In how many the gradients are averaged, one after the other, each of which pays the latency. Default: as many as
+        DDP's sizes make of small tensors.
     visible : float, optional
-        Share of the communication that is not hidden, if it was measured; `overlap` and `bucket_bytes` are then unused.
+        Share of the communication, 0 to 1, that is not hidden, if it was measured; `overlap` and `bucket_bytes` are
+        then unused.
     largest_bytes : float, default 0
         Of the largest tensor, which parameter servers can't share.
     data_s : float, default 0
@@ -55,6 +69,7 @@ class Workload:
     jitter_s: float = 0.0
     overlap: float = 2 / 3
     bucket_bytes: float = BUCKET_BYTES[1]
+    buckets: int | None = None
     visible: float | None = None
     largest_bytes: float = 0.0
     data_s: float = 0.0
@@ -64,9 +79,14 @@ class Workload:
         for name in ("compute_s", "gradient_bytes", "samples", "bucket_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be above 0.")
-        for name in ("jitter_s", "overlap", "largest_bytes", "data_s", "memory_bytes"):
+        for name in ("jitter_s", "largest_bytes", "data_s", "memory_bytes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be at least 0.")
+        for name in ("overlap", "visible"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} (={getattr(self, name)!r}) must be a share, 0 to 1.")
+        if self.buckets is not None and not self.buckets >= 1:
+            raise ValueError(f"buckets (={self.buckets!r}) must be at least 1.")
 
     @classmethod
     def of(cls, module: Any, compute_s: float, **fields: Any) -> "Workload":
@@ -81,7 +101,8 @@ class Workload:
         """
         sizes = [weight.nbytes for weight in module.parameters() if weight.requires_grad]
         frozen = sum(weight.nbytes for weight in module.parameters() if not weight.requires_grad)
-        found = {"bucket_bytes": _buckets(sizes[::-1])[-1], "memory_bytes": 4 * sum(sizes) + frozen}
+        buckets = _buckets(sizes[::-1])
+        found = {"bucket_bytes": buckets[-1], "buckets": len(buckets), "memory_bytes": 4 * sum(sizes) + frozen}
         return cls(compute_s, sum(sizes), **found | fields)
 
     def fits(self, memory_bytes: float) -> bool:
@@ -142,10 +163,11 @@ def parts(workload: Workload, network: Network | Hierarchy, ranks: ArrayLike) ->
         If a number of ranks is below 1.
     """
     ranks = np.asarray(ranks, dtype=float)
-    if ranks.size and not ranks.min() >= 1:
-        raise ValueError(f"ranks (={ranks.min():g}) must be >= 1.")
-    wait = workload.jitter_s * slowest(ranks)
+    first, others = BUCKET_BYTES
+    buckets = workload.buckets or 1 + math.ceil(max(0.0, workload.gradient_bytes - first) / others)
     comm = network.allreduce_s(workload.gradient_bytes, ranks, workload.largest_bytes)
+    comm = comm + (buckets - 1) * network.allreduce_s(0, ranks)
+    wait = workload.jitter_s * slowest(ranks)
     if workload.visible is not None:
         exposed = workload.visible * comm
     else:
@@ -171,6 +193,14 @@ class Forecast:
         Relative standard deviation of one measurement.
     freedom : float
         Degrees of freedom behind the noise; infinite if it was stated.
+    fitted : tuple of str
+        Names of the fields that were fitted.
+    link_error : float
+        Relative standard deviation of the network's times, as stated.
+    covariance : ndarray, shape (fields, fields)
+        Of what was fitted.
+    shift : ndarray, shape (fields + 1,)
+        How far off all that is, and the logarithm of the network's times, if these are one `link_error` longer.
     """
 
     workload: Workload
@@ -180,7 +210,9 @@ class Forecast:
     noise: float
     freedom: float
     fitted: tuple[str, ...]
+    link_error: float
     covariance: Array = field(repr=False)
+    shift: Array = field(repr=False)
 
     def rows(self, ranks: Sequence[int], level: float = 0.95, network: Network | Hierarchy | None = None) -> list[dict]:
         """Forecast on so many ranks: rows of kind "forecast".
@@ -202,25 +234,25 @@ class Forecast:
 
         Parameters
         ----------
-        ranks : array_like, shape (k,)
+        ranks : array_like, shape (k,), or one number
         level : float, default 0.95
-            Of the bands, in which a measurement would fall.
+            Of the bands, in which a measurement would fall; for the efficiency, one of each.
         network : Network or Hierarchy, optional
             Such as one with more servers. Default: that of the calibration.
 
         Returns
         -------
         dict of str to ndarray, shape (k,)
-            ``ranks``, the `parts` of a step, ``step_low_s``, ``step_high_s``, ``samples_per_s``, ``efficiency`` (over
-            one rank), ``efficiency_low``, ``efficiency_high``, ``core_h`` (core-hours of a million samples) and
-            ``memory_bytes`` of a rank.
+            ``ranks``, the `parts` of a step, ``samples_per_s``, ``efficiency`` (over one rank), the ends of their bands
+            (``step_low_s`` and ``step_high_s``, ``..._low`` and ``..._high``), ``core_h`` (core-hours of a million
+            samples) and ``memory_bytes`` of a rank.
         """
-        at = np.asarray(ranks, dtype=float)
+        at = np.atleast_1d(np.asarray(ranks, dtype=float))
         network = network or self.network
         found = parts(self.workload, network, at)
-        slopes = _slopes(self.workload, self.fitted, lambda workload: np.log(step_s(workload, network, at)))
-        spread = np.sqrt(np.einsum("ki,ij,kj->k", slopes, self.covariance, slopes) + self.noise**2)
-        half = stats.t.ppf((1 + level) / 2, self.freedom) * spread
+        slopes = self._slopes(network, at)
+        half = self._half(slopes, 1.0, level)
+        over_one = self._half(slopes - self._slopes(network, np.ones(1)), 2.0 * (at > 1), level)
         rate = at * self.workload.samples / found["step_s"]
         alone = self.workload.samples / step_s(self.workload, network, [1.0])[0]
         share = rate / at / alone
@@ -231,27 +263,39 @@ class Forecast:
                 "step_low_s": found["step_s"] * np.exp(-half),
                 "step_high_s": found["step_s"] * np.exp(half),
                 "samples_per_s": rate,
+                "samples_per_s_low": rate * np.exp(-half),
+                "samples_per_s_high": rate * np.exp(half),
                 "efficiency": share,
-                "efficiency_low": share * np.exp(-half),
-                "efficiency_high": share * np.exp(half),
+                "efficiency_low": share * np.exp(-over_one),
+                "efficiency_high": share * np.exp(over_one),
                 "core_h": at / rate * 1e6 / 3600,
                 "memory_bytes": np.full_like(at, self.workload.memory_bytes),
             }
         )
 
+    def _slopes(self, network: Network | Hierarchy, at: Array) -> Array:
+        def logs(workload: Workload, slower: float) -> Array:
+            return np.log(step_s(workload, network.slower(slower), at))
+
+        return _slopes(self.workload, self.fitted, logs, self.link_error)
+
+    def _half(self, slopes: Array, measurements: ArrayLike, level: float) -> Array:
+        """Half-width of the band of logarithms with these slopes, that so many measurements go into."""
+        variance = np.einsum("ki,ij,kj->k", slopes[:, :-1], self.covariance, slopes[:, :-1])
+        variance = variance + np.asarray(measurements) * self.noise**2
+        noise, link = quantile(level, self.freedom) * np.sqrt(variance), quantile(level, math.inf) * slopes @ self.shift
+        return np.hypot(noise, link)
+
     def scaled(self, samples: int) -> "Forecast":
         """The same with another number of samples a rank and step: computing grows as they do, gradients don't."""
-        share = samples / self.workload.samples
-        work = self.workload
-        grown = dataclasses.replace(
-            work,
-            samples=samples,
-            compute_s=work.compute_s * share,
-            jitter_s=work.jitter_s * share,
-            data_s=work.data_s * share,
-        )
-        scale = np.array([1.0 if name == "visible" else share for name in self.fitted])
-        return dataclasses.replace(self, workload=grown, covariance=self.covariance * np.outer(scale, scale))
+        if not samples > 0:
+            raise ValueError(f"samples (={samples!r}) must be above 0.")
+        share, work = samples / self.workload.samples, self.workload
+        seconds: dict[str, Any] = {name: getattr(work, name) * share for name in ("compute_s", "jitter_s", "data_s")}
+        scale = np.array([share if name in seconds else 1.0 for name in (*self.fitted, "link")])
+        covariance = self.covariance * np.outer(scale, scale)[:-1, :-1]
+        grown = dataclasses.replace(work, samples=samples, **seconds)
+        return dataclasses.replace(self, workload=grown, covariance=covariance, shift=self.shift * scale)
 
     def score(self, ranks: ArrayLike, measured_s: ArrayLike, network: Network | Hierarchy | None = None) -> Array:
         """Relative error of the forecast throughput against steps that were measured later, shape (k,).
@@ -259,9 +303,9 @@ class Forecast:
         Raises
         ------
         ValueError
-            If a point is among those it was calibrated on.
+            If a point is among those it was calibrated on, or can't be.
         """
-        ranks, measured_s = np.asarray(ranks, dtype=float), np.asarray(measured_s, dtype=float)
+        ranks, measured_s = _pairs(ranks, measured_s)
         if known := sorted(set(ranks) & set(self.ranks)):
             raise ValueError(f"ranks (={known[0]:g}) was calibrated on; score a forecast on other points.")
         return measured_s / step_s(self.workload, network or self.network, ranks) - 1
@@ -274,6 +318,7 @@ def calibrate(
     measured_s: ArrayLike,
     fitted: Sequence[str] = ("compute_s", "jitter_s", "visible"),
     noise: float | None = None,
+    link_error: float = 0.0,
 ) -> Forecast:
     """Fit some fields of a workload to measured steps, by least squares of their logarithms.
 
@@ -286,61 +331,101 @@ def calibrate(
         ranks), the last is that of the forecast.
     ranks, measured_s : array_like, shape (k,)
     fitted : sequence of str
-        Names of fields, at most k; without "visible" that comes from `overlap`.
+        Names of fields, at most k, of those in `FITTED`; without "visible" that comes from `overlap`.
     noise : float, optional
         Relative standard deviation of one measurement; needed if as many fields are fitted as there are points, else
         the residuals tell it.
+    link_error : float, default 0
+        Relative standard deviation of the network's times as stated, all alike; a data sheet is rarely right to 0.1.
+        The bands have it in them, by what one standard deviation *slower* does, so that a link that is just fast enough
+        counts too.
 
     Raises
     ------
     ValueError
-        If there are fewer points than fields, or as many and no noise, or a point can't be.
+        If there are fewer points than fields, or as many and no noise; if the points can't tell the fields apart; or if
+        a point, a field or a number can't be.
     """
-    ranks, measured_s = np.asarray(ranks, dtype=float), np.asarray(measured_s, dtype=float)
-    if ranks.shape != measured_s.shape or ranks.ndim != 1 or not (measured_s > 0).all() or not (ranks >= 1).all():
-        raise ValueError(
-            f"ranks (={ranks.tolist()}) and measured_s (={measured_s.tolist()}) must be pairs of >= 1 and > 0."
-        )
-    freedom = len(ranks) - len(fitted)
-    if freedom < 0 or (freedom == 0 and noise is None):
-        raise ValueError(
-            f"{len(ranks)} points can't tell {len(fitted)} fields ({', '.join(fitted)}) and their own noise; measure at"
-            " more numbers of ranks, fit fewer fields, or state the noise."
-        )
+    ranks, measured_s = _pairs(ranks, measured_s)
+    names = _fields(fitted, len(ranks), noise)
+    if not 0 <= link_error < math.inf:
+        raise ValueError(f"link_error (={link_error!r}) must be at least 0, such as 0.1 for 10 %.")
     links = list(network) if isinstance(network, Sequence) else [network] * len(ranks)
+    if len(links) != len(ranks):
+        raise ValueError(
+            f"network holds {len(links)} links for {len(ranks)} points; give one for each, or one for all."
+        )
 
-    def logs(guess: Workload) -> Array:
-        return np.log([step_s(guess, link, [count])[0] for link, count in zip(links, ranks, strict=True)])
+    def logs(guess: Workload, slower: float = 1.0) -> Array:
+        pairs = zip(links, ranks, strict=True)
+        return np.log([step_s(guess, link.slower(slower), [count])[0] for link, count in pairs])
 
-    names = tuple(fitted)
-    scale = np.array([{"visible": 1.0}.get(name, measured_s.min()) for name in names])
-    start = np.array([{"compute_s": 0.95, "visible": 0.5}.get(name, 0.02) for name in names])
+    start, upper = np.array([FITTED[name] for name in names]).T
+    scale = np.array([measured_s.min() if name.endswith("_s") else 1.0 for name in names])
 
     def guess(at: Array) -> Workload:
         values: dict[str, Any] = dict(zip(names, map(float, at * scale), strict=True))
         return dataclasses.replace(workload, **values)
 
     found = optimize.least_squares(
-        lambda at: logs(guess(at)) - np.log(measured_s), start, bounds=(1e-9, np.inf), xtol=1e-12, ftol=1e-12
+        lambda at: logs(guess(at)) - np.log(measured_s), start, bounds=(1e-9, upper), xtol=1e-12, ftol=1e-12
     )
     best = guess(found.x)
-    slopes = _slopes(best, names, logs)
+    slopes = _slopes(best, names, logs, link_error)
+    own, link = slopes[:, :-1], slopes[:, -1]
+    if np.linalg.matrix_rank(own * scale, tol=1e-6) < len(names):
+        counts = ", ".join(f"{count:g}" for count in sorted({*ranks}))
+        raise ValueError(
+            f"fitted (={', '.join(names)}) can't be told apart at ranks {counts}: measure at more numbers of ranks, up"
+            " to where the network and the slowest rank are felt, or fit fewer fields."
+        )
+    freedom = math.inf
     if noise is None:
+        freedom = float(len(ranks) - len(names))
         noise = math.sqrt(float(found.fun @ found.fun) / freedom)
-        known = float(freedom)
-    else:
-        known = math.inf
-    covariance = np.asarray(np.linalg.pinv(slopes.T @ slopes) * noise**2, dtype=np.float64)
-    return Forecast(best, links[-1], ranks, measured_s, noise, known, names, covariance)
+    inverse = np.linalg.inv(own.T @ own)
+    shift = np.append(inverse @ own.T @ link, -1.0) * link_error
+    covariance = np.asarray(inverse * noise**2, dtype=np.float64)
+    return Forecast(best, links[-1], ranks, measured_s, noise, freedom, names, link_error, covariance, shift)
 
 
-def _slopes(workload: Workload, names: tuple[str, ...], logs: Callable[[Workload], Array]) -> Array:
-    """Derivatives of the logarithms of step times by fields of a workload, shape (points, fields)."""
-    columns = []
+def _fields(fitted: Sequence[str], points: int, noise: float | None) -> tuple[str, ...]:
+    """Names of the fields to fit, if there are enough points for them."""
+    names = (fitted,) if isinstance(fitted, str) else tuple(fitted)
+    if not names or len({*names}) < len(names) or {*names} - {*FITTED}:
+        raise ValueError(f"fitted (={fitted!r}) must be different names out of {', '.join(FITTED)}.")
+    if noise is not None and not 0 < noise < math.inf:
+        raise ValueError(f"noise (={noise!r}) must be above 0, such as 0.01 for 1 %.")
+    if points < len(names) + (noise is None):
+        raise ValueError(
+            f"{points} points can't tell {len(names)} fields ({', '.join(names)}) and their own noise; measure at more"
+            " numbers of ranks, fit fewer fields, or state the noise."
+        )
+    return names
+
+
+def _pairs(ranks: ArrayLike, measured_s: ArrayLike) -> tuple[Array, Array]:
+    ranks, measured_s = (np.atleast_1d(np.asarray(values, dtype=float)) for values in (ranks, measured_s))
+    fine = ranks.shape == measured_s.shape and ranks.ndim == 1 and ranks.size > 0
+    if not (fine and np.isfinite([ranks, measured_s]).all() and (measured_s > 0).all() and (ranks >= 1).all()):
+        raise ValueError(
+            f"ranks (={ranks.tolist()}) and measured_s (={measured_s.tolist()}) must be pairs of >= 1 and > 0."
+        )
+    return ranks, measured_s
+
+
+def _slopes(
+    workload: Workload, names: tuple[str, ...], logs: Callable[[Workload, float], Array], link_error: float
+) -> Array:
+    """Derivatives of the logarithms of step times: by fields, then by that of the network's; (points, fields + 1)."""
+    here, columns = logs(workload, 1.0), []
     for name in names:
         value = getattr(workload, name)
-        step = 1e-4 * max(value, 1e-2 if name == "visible" else 1e-2 * workload.compute_s)
+        step = 1e-4 * max(value, 1e-2 * (workload.compute_s if name.endswith("_s") else 1.0))
+        if value + step > FITTED[name][1]:
+            step = -step
         moved: dict[str, Any] = {name: value + step}
-        ahead = logs(dataclasses.replace(workload, **moved))
-        columns.append((ahead - logs(workload)) / step)
+        columns.append((logs(dataclasses.replace(workload, **moved), 1.0) - here) / step)
+    step = link_error or 1e-4
+    columns.append((logs(workload, math.exp(step)) - here) / step)
     return np.stack(columns, axis=1)

@@ -4,7 +4,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import cloudpickle
 from dask.utils import parse_bytes
 from distributed import Client
 
+from hpclab._attempt import Settings
 from hpclab._ledger import Gang, consult, room
-from hpclab.runs import Run, Settings
+from hpclab.runs import Run
 
 
 def launch(
@@ -27,6 +28,9 @@ def launch(
     init: bool = True,
     memory: int | str | None = None,
     hang_after: float | None = 60.0,
+    max_restarts: int = 0,
+    min_ranks: int | Iterable[int] | None = None,
+    resume: str | os.PathLike | None = None,
     folder: str | os.PathLike | None = None,
     name: str | None = None,
 ) -> Run:
@@ -62,6 +66,16 @@ def launch(
     hang_after : float, default 60
         End the gang when for so many seconds no rank has got on (reported, printed, or used a CPU), and one waits in a
         collective; the error shows where each stands. None waits for ever.
+    max_restarts : int, default 0
+        How often to begin another attempt when a rank's process, its worker or its host is lost: with the same
+        function, which goes on from what it gave to `save` if it asks `restore`. An exception of the function is never
+        a reason for one. What a lost worker had not yet passed on of its ranks' rows and prints is lost too, up to some
+        tenths of a second.
+    min_ranks : int or iterable of int, optional
+        The fewest ranks to go on with, or all numbers that may be, when workers that were lost don't come back within
+        some seconds. Default: as many as before.
+    resume : path, optional
+        Folder of an earlier run; `restore` gives the newest checkpoint there.
     folder : path, optional
         Where ``rows.jsonl`` and the ranks' logs go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
     name : str, optional
@@ -74,7 +88,8 @@ def launch(
     Raises
     ------
     ValueError
-        If the cluster never has room for that many ranks, or the folder is occupied.
+        If the cluster never has room for that many ranks, the folder is occupied, or the one to resume has no
+        checkpoint.
     RuntimeError
         If it has none now, and `wait` is False.
     TypeError
@@ -88,7 +103,8 @@ def launch(
     title = re.sub(r"[^\w.=-]+", "-", title).strip("-")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     gang = Gang(run, client.id, ranks, threads, oversubscribe)
-    settings = Settings(init, _bytes(memory), hang_after)
+    restarts = whole_number("max_restarts", max_restarts, least=0)
+    settings = Settings(init, _bytes(memory), hang_after, restarts, _sizes(ranks, min_ranks), _resumable(resume))
     return Run(client, gang, settings, payload, Path(folder or Path("results", run)), wait)
 
 
@@ -102,6 +118,28 @@ def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe
     if found["wrong"]:
         raise ValueError(found["wrong"])
     return found["ranks"] if ranks is None else ranks
+
+
+def _sizes(ranks: int, min_ranks: int | Iterable[int] | None) -> tuple[int, ...]:
+    """Numbers of ranks that a gang may have, the largest first."""
+    if min_ranks is None:
+        return (ranks,)
+    found = [min_ranks] if isinstance(min_ranks, int) else list(min_ranks)
+    if not all(isinstance(size, int) and 1 <= size <= ranks for size in found):
+        raise ValueError(f"min_ranks (={min_ranks!r}) must be from 1 to ranks (={ranks}).")
+    every = range(min_ranks, ranks) if isinstance(min_ranks, int) else found
+    return tuple(sorted({ranks, *every}, reverse=True))
+
+
+def _resumable(folder: str | os.PathLike | None) -> str | None:
+    if folder is None:
+        return None
+    path = Path(folder).absolute()
+    if not any((path / "checkpoints").glob("step-*.pt")):
+        raise ValueError(
+            f"resume (={str(folder)!r}) holds no checkpoints/step-*.pt; name the folder of a run that does."
+        )
+    return str(path)
 
 
 def _bytes(memory: int | str | None) -> int | None:

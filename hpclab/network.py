@@ -1,5 +1,6 @@
 """A network that one can dial: what averaging gradients over it costs, and its emulation inside real training."""
 
+import dataclasses
 import mmap
 import os
 import queue
@@ -76,8 +77,9 @@ class Network:
             raise ValueError(f"ranks (={self.ranks!r}) must be at least 1.")
 
     def __str__(self) -> str:
-        many = f" of {self.ranks} ranks" if self.ranks else f" of {self.servers} servers" if self.servers > 1 else ""
-        return f"{self.topology}{many}, {1e3 * self.latency:.3g} ms, {self.bandwidth / 1e9:.3g} Gb/s"
+        servers = f" of {self.servers} servers" if self.servers > 1 else ""
+        ranks = f" for {self.ranks} ranks" if self.ranks else ""
+        return f"{self.topology}{servers}{ranks}, {1e3 * self.latency:.3g} ms, {self.bandwidth / 1e9:.3g} Gb/s"
 
     def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike, largest: float = 0.0) -> Array:
         """Seconds that an all-reduce takes.
@@ -88,16 +90,29 @@ class Network:
             Bytes of the gradients, and number of ranks; broadcast against each other.
         largest : float, default 0
             Bytes of the largest tensor, which parameter servers can't share between them.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer bytes than 0, or ranks than 1.
         """
         ranks, nbytes = np.asarray(ranks, dtype=float), np.asarray(nbytes, dtype=float)
+        for name, value, least in (("ranks", ranks, 1), ("nbytes", nbytes, 0), ("largest", np.asarray(largest), 0)):
+            if value.size and not value.min() >= least:
+                raise ValueError(f"{name} (={value.min():g}) must be >= {least}.")
         messages, load = _COSTS[self.topology](ranks, nbytes, self.servers, largest)
         return np.where(ranks > 1, messages * self.latency + load * 8 / self.bandwidth, 0.0)
+
+    def slower(self, factor: float) -> "Network":
+        """The same with every message so many times as long."""
+        return dataclasses.replace(self, latency=self.latency * factor, bandwidth=self.bandwidth / factor)
 
     def attach(self, model: Any) -> None:
         """Have a DistributedDataParallel model average its gradients over this network; called on every rank.
 
         The real process group averages the gradients; they are handed over when this network would have done it: after
-        the last rank was ready, and the link free of the bucket before. Rows of the run then say *emulated*.
+        the last rank was ready, and the link free of the bucket before. Rows of the run then say *emulated*. A rank by
+        itself averages nothing, so it stays as it is.
 
         Parameters
         ----------
@@ -108,7 +123,10 @@ class Network:
         ValueError
             If the network is faster than `FLOOR` times what this machine itself takes: it can only add time.
         """
-        _Link(self, model)
+        import torch.distributed as dist
+
+        if (self.ranks or dist.get_world_size()) > 1:
+            _Link(self, model)
 
 
 @dataclass(frozen=True)
@@ -126,6 +144,14 @@ class Hierarchy:
     inside: Network
     between: Network
     per_node: int
+
+    def __post_init__(self) -> None:
+        if not self.per_node >= 1:
+            raise ValueError(f"per_node (={self.per_node!r}) must be at least 1.")
+
+    def slower(self, factor: float) -> "Hierarchy":
+        """The same with every message so many times as long."""
+        return dataclasses.replace(self, inside=self.inside.slower(factor), between=self.between.slower(factor))
 
     def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike, largest: float = 0.0) -> Array:
         """Seconds that an all-reduce takes; see `Network.allreduce_s`."""

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from hpclab import figures
 from hpclab.figures import COLOURS, HATCHES, cloud, curve, finish, look
 from hpclab.language import translate_drawn as _
-from hpclab.rows import source, span
+from hpclab.rows import attempts, kept, some, source, span
 
 if TYPE_CHECKING:
     from hpclab.laws import Fit
@@ -95,7 +95,7 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
         As from `forecast.Forecast.rows`.
     """
     ax = figures.axes(ax)
-    counts = [row["ranks"] for row in rows]
+    counts = [row["ranks"] for row in some(rows, "trial")]
     most = max([*counts, *(row["ranks"] for row in forecast or ())])
     ax.plot(
         counts, [row["samples_per_s"] for row in rows], label=figures.source_word(source(rows)), **figures.points(0)
@@ -107,11 +107,8 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
     ax.fill_between(n, low, high, color=COLOURS[1], alpha=0.15, linewidth=0)
     ax.plot(n, fit(n), color=COLOURS[1], linestyle="--", label=_("{law} with its band", law=fit.law))
     if forecast:
-        at = [row["ranks"] for row in forecast]
-        samples = [row["samples_per_s"] * row["step_s"] for row in forecast]
-        ends = [[row[name] for row in forecast] for name in ("step_high_s", "step_low_s")]
-        low, high = (np.array(samples) / np.array(seconds) for seconds in ends)
-        rates = [row["samples_per_s"] for row in forecast]
+        names = ("ranks", "samples_per_s", "samples_per_s_low", "samples_per_s_high")
+        at, rates, low, high = (np.array([row[name] for row in forecast]) for name in names)
         ax.fill_between(at, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
         ax.plot(at, rates, label=_("forecast"), **look(2))
         told.append(curve(_("forecast"), at, rates) + _(", its band from {low} to {high}", **_ends(low, high)))
@@ -167,7 +164,7 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
         As from `scaling.split`.
     """
     ax = figures.axes(ax)
-    names = [str(row["rank"]) for row in rows]
+    names = [str(row["rank"]) for row in some(rows, "split")]
     titles = {
         "compute_s": _("computing"),
         "comm_s": _("communication"),
@@ -176,7 +173,7 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
     }
     left = np.zeros(len(rows))
     for place, (measure, title) in enumerate(titles.items()):
-        width = np.array([1e3 * row[measure] for row in rows])
+        width = np.array([1e3 * (row[measure] or 0.0) for row in rows])
         ax.barh(names, width, left=left, label=title, **_bar(place))
         for bar, value in enumerate(width):
             if value > 0.05 * max(1e3 * row["step_s"] for row in rows):
@@ -205,7 +202,7 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
         "optimizer": _("optimiser"),
         "all-reduce": _("all-reduce of a bucket"),
     }
-    ranks = sorted({row["rank"] for row in rows})
+    ranks = sorted({row["rank"] for row in some(rows, "span")})
     spent: dict[int, dict[str, float]] = {rank: {} for rank in ranks}
     for number, (name, title) in enumerate(titles.items()):
         for place, rank in enumerate(ranks):
@@ -223,6 +220,54 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
     return figures.legend_above(ax, columns=3)
 
 
+def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw how far a run has come, second by second: an attempt a line, and what was lost with each.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from ``Run.rows`` of `train`.
+    """
+    ax = figures.axes(ax)
+    told = []
+    titles = {
+        "kept": _("steps that count"),
+        "lost": _("steps that were lost"),
+        "failure": _("failure"),
+        "restart": _("until the next attempt's first step"),
+    }  # each is named once
+    looks: dict[str, dict[str, Any]] = {
+        "kept": look(0) | {"marker": ""},
+        "lost": look(1) | {"marker": "", "linewidth": 2.5},
+    }
+    for row in attempts(rows):
+        steps = [(step["time_s"], step["step"] + 1) for step in rows if _is_of_rank_0(step, row["attempt"])]
+        done = row["first"] + row["kept"]
+        parts = {
+            "kept": [point for point in steps if point[1] <= done],
+            "lost": [point for point in steps if point[1] >= done] if row["first"] + len(steps) > done else [],
+        }
+        for name, points in parts.items():
+            if len(points) > 1:
+                ax.plot(*zip(*points, strict=True), label=titles.pop(name, None), **looks[name])
+        lost = row["last"] - row["first"] + 1 - row["kept"]
+        about = {"number": row["attempt"] + 1, "first": row["first"], "last": row["last"], "lost": lost}
+        words = _("attempt {number}: steps {first} to {last}, {lost} of them lost", **about)
+        if row["cause"] is not None:
+            ends = row["end_s"], row["end_s"] + row["restart_s"]
+            ax.axvspan(*ends, color="0.85", linewidth=0, label=titles.pop("restart", None))
+            end: dict[str, Any] = {
+                "color": "black",
+                "marker": "X",
+                "linestyle": "none",
+                "label": titles.pop("failure", None),
+            }
+            ax.plot(row["end_s"], row["last"] + 1, **end)
+            words += f" ({row['cause']})"
+        told.append(words)
+    return finish(ax, rows, _("seconds since the launch"), _("steps done"), told)
+
+
 def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None) -> Axes:
     """Draw the seconds of all-reduces against their bytes, and the alpha-beta line.
 
@@ -234,16 +279,16 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
         As from `laws.fit_alpha_beta`.
     """
     ax = figures.axes(ax)
-    size = np.array([row["nbytes"] for row in rows], dtype=float)
+    size = np.array([row["nbytes"] for row in some(rows, "allreduce")], dtype=float)
     seconds = [row["duration_s"] for row in rows]
     word = figures.source_word(source(rows))
     ax.plot(size, seconds, alpha=0.5, label=word, **figures.points(0))
     told = [cloud(word, size, seconds)]
     if fit is not None:
-        at = np.geomspace(size.min(), size.max(), 100)
+        at = np.geomspace(max(1.0, size.min()), max(1.0, size.max()), 100)
         ax.plot(at, fit(at), color=COLOURS[1], linestyle="--", label=_("alpha + beta x bytes"))
         told.append(curve(_("alpha + beta x bytes"), at, fit(at)))
-    ax.set_xscale("log")
+    ax.set_xscale("log" if size.min() > 0 else "symlog")
     ax.set_yscale("log")
     return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), told)
 
@@ -251,7 +296,7 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:
     """Seconds of training and mean loss of a run's rows, in about so many points."""
     steps: dict[int, list[dict]] = {}
-    for row in rows:
+    for row in kept(rows):
         if row["kind"] == "step" and row.get("loss") is not None:
             steps.setdefault(row["step"], []).append(row)
     if not steps:
@@ -286,7 +331,7 @@ def rate(rows: list[dict], ax: Axes | None = None, points: int = 40) -> Axes:
 
 def _bars(rows: list[dict], measure: str, title: str, ax: Axes | None) -> Axes:
     ax = figures.axes(ax)
-    names = [figures.series_name(row["label"], [row]) for row in rows]
+    names = [figures.series_name(row["label"], [row]) for row in some(rows, "summary")]
     told = []
     for place, row in enumerate(rows):
         value, low, high = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
@@ -306,6 +351,11 @@ def _ideal(ax: Axes, values: list[float]) -> Axes:
     ax.set_ylim(0, max(ax.get_ylim()[1], max(values) * 1.1))
     ax.legend(frameon=False, loc="upper left")
     return figures.set_font(ax)
+
+
+def _is_of_rank_0(row: dict, attempt: int) -> bool:
+    """Whether a row is a step of an attempt's rank 0."""
+    return row["kind"] == "step" and (row["attempt"], row["rank"]) == (attempt, 0)
 
 
 def _bar(place: int) -> dict[str, Any]:

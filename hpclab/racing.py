@@ -26,6 +26,9 @@ BATCH = 192
 """Samples a step, over all ranks. Smaller ones spend a larger part of each step on talking, larger ones learn less
 from an epoch."""
 
+CHECKPOINT_EVERY, RESTARTS = 20, 100
+"""Steps between a racer's checkpoints, and how often it may go on after somebody has killed one of its ranks."""
+
 
 @dataclass
 class Race:
@@ -87,6 +90,7 @@ def race(
     lr: float = 0.1,
     folder: str | os.PathLike | None = None,
     show: Show | None = None,
+    begin: Callable[[Run], None] | None = None,
 ) -> Race:
     """Race the same training: one rank with one thread, one with a thread for each CPU, and two ranks.
 
@@ -110,6 +114,8 @@ def race(
     show : callable, optional
         Called about once a second with the rows so far by label. Default: a `LiveFigure` in a notebook, else
         `LiveText`.
+    begin : callable, optional
+        Called with each racer's run when it starts.
 
     Returns
     -------
@@ -127,12 +133,14 @@ def race(
     show = show or (LiveFigure() if _in_notebook() else LiveText(epochs))
 
     def job(client: Client, ranks: int, threads: int, oversubscribe: bool = False) -> Run:
-        return train(
+        run = train(
             client,
             model,
             data,
             ranks=ranks,
             threads=threads,
+            checkpoint_every=CHECKPOINT_EVERY,
+            max_restarts=RESTARTS,
             oversubscribe=oversubscribe,
             batch_size=batch_size // ranks,
             epochs=epochs,
@@ -141,6 +149,9 @@ def race(
             name="race",
             progress=False,
         )
+        if begin is not None:
+            begin(run)
+        return run
 
     def watch(label: str, rows: Rows) -> None:
         result.runs[label] = rows

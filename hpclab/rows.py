@@ -4,24 +4,29 @@ Every row has ``kind``. One that a rank reports has ``run``, ``attempt``, ``rank
 since the launch) and ``source`` ("measured" or "emulated"; others know "recorded" and "forecast"); no two of them agree
 in run, attempt, rank, kind and step. What else is in it has its unit in its name. The kinds:
 
-========  ==========================================================================================================
-run       the first of a run: ``run``, ``started``, ``ranks``, ``threads``, and the machine (see `machine.describe`)
-step      one of a rank: ``step``, ``loss``, ``samples``, ``step_s``, and of it ``data_s`` (waiting for data),
-          ``compute_s`` (the CPU time of the rank's main thread), ``wait_s`` (the rest: talking to other ranks, waiting
-          for them or for a CPU); ``cpu_s`` is the CPU time of the whole rank
-epoch     one of a gang: ``epoch``, ``test_loss``, ``test_accuracy``, ``samples``
-end       the last of a run: ``status``, ``time_s``, and ``error`` if it failed
-trial     one run of a sweep, summed up; see `scaling.trial`
-summary   the trials of one case; see `scaling.summary`
-split     where the time of a rank's steps went; see `scaling.split`
-allreduce one sum of an array over the ranks; see `scaling.allreduce`
-span      what a rank did for a time; see `timeline.spans`
-forecast  a step on some number of ranks; see `forecast.Forecast.rows`
-========  ==========================================================================================================
+==========  ============================================================================================================
+run         the first of a run: ``run``, ``started``, ``ranks``, ``threads``, and the machine (see `machine.describe`)
+step        one of a rank: ``step``, ``loss``, ``samples``, ``step_s``, and of it ``data_s`` (waiting for data),
+            ``compute_s`` (the CPU time of the rank's main thread), ``wait_s`` (the rest: talking to other ranks,
+            waiting for them or for a CPU); ``cpu_s`` is the CPU time of the whole rank
+epoch       one of a gang: ``epoch``, ``test_loss``, ``test_accuracy``, ``samples``
+checkpoint  one that rank 0 wrote: ``step``, ``save_s``, ``nbytes``
+resume      where an attempt began, if not at the start: ``step``, ``checkpoint``
+restart     one of a new attempt: ``attempt``, ``ranks``, ``cause``, ``failed_s`` and ``time_s`` (since the launch)
+attempt     what became of one; see `attempts`
+end         the last of a run: ``status``, ``time_s``, and ``error`` if it failed
+trial       one run of a sweep, summed up; see `scaling.trial`
+summary     the trials of one case; see `scaling.summary`
+split       where the time of a rank's steps went; see `scaling.split`
+allreduce   one sum of an array over the ranks; see `scaling.allreduce`
+span        what a rank did for a time; see `timeline.spans`
+forecast    a step on some number of ranks; see `forecast.Forecast.rows`
+==========  ============================================================================================================
 """
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -50,6 +55,95 @@ def span(rows: list[dict]) -> tuple[float, float]:
     """Seconds from the launch to the start of the first training step, and to the end of the last."""
     steps = [row for row in rows if row["kind"] == "step"]
     return min(row["time_s"] - row.get("step_s", 0.0) for row in steps), max(row["time_s"] for row in steps)
+
+
+def kept(rows: list[dict]) -> list[dict]:
+    """Rows without the steps that were lost: those that a later attempt did again, or never reached.
+
+    Examples
+    --------
+    >>> steps = [{"kind": "step", "attempt": 0, "step": step} for step in range(4)]
+    >>> again = {"kind": "step", "attempt": 1, "step": 2}
+    >>> [row["step"] for row in kept([*steps, again]) if row["attempt"] == 0]
+    [0, 1]
+    """
+    ends = _ends(rows)
+    if len(ends) < 2:
+        return rows
+    return [
+        row
+        for row in rows
+        if row["kind"] not in ("step", "epoch") or row.get("step") is None or _counts(row, ends[row.get("attempt", 0)])
+    ]
+
+
+def attempts(rows: list[dict]) -> list[dict]:
+    """What each attempt of a run did, and what its end cost.
+
+    Returns
+    -------
+    list of dict
+        One row of kind "attempt" for each that took a step: ``attempt``, ``ranks``, ``first`` and ``last`` (its steps),
+        ``kept`` (those that no later attempt did again); ``start_s`` and ``end_s`` (since the launch: of its first
+        step, and of its failure or last step), ``kept_s`` (the end of the last kept step), ``lost_s`` (from then to the
+        failure), ``save_s`` (writing checkpoints), ``restart_s`` (from the failure to the next attempt's first step),
+        and ``cause`` (of the failure, or None).
+    """
+    ends = _ends(rows)
+    restarts = {row["attempt"]: row for row in rows if row["kind"] == "restart"}
+    found = []
+    for attempt in sorted({row.get("attempt", 0) for row in rows if row["kind"] == "step"}):
+        steps = [row for row in rows if row["kind"] == "step" and row.get("attempt", 0) == attempt]
+        kept_at = [row["time_s"] for row in steps if row["step"] < ends[attempt]]
+        start_s = min(row["time_s"] - row["step_s"] for row in steps)
+        failure = next((restarts[later] for later in sorted(restarts) if later > attempt), None)
+        end_s = max(row["time_s"] for row in steps) if failure is None else failure["failed_s"]
+        kept_s = max(kept_at, default=start_s)
+        found.append(
+            {
+                "kind": "attempt",
+                "attempt": attempt,
+                "ranks": steps[0]["ranks"],
+                "first": min(row["step"] for row in steps),
+                "last": max(row["step"] for row in steps),
+                "kept": len({row["step"] for row in steps if row["step"] < ends[attempt]}),
+                "start_s": start_s,
+                "end_s": end_s,
+                "kept_s": kept_s,
+                "lost_s": 0.0 if failure is None else end_s - kept_s,
+                "save_s": sum(
+                    row["save_s"] for row in rows if row["kind"] == "checkpoint" and row["attempt"] == attempt
+                ),
+                "restart_s": 0.0,
+                "cause": failure and failure["cause"],
+                "source": source(steps),
+            }
+        )
+    for row, later in pairwise(found):
+        row["restart_s"] = later["start_s"] - row["end_s"]
+    return found
+
+
+def _ends(rows: list[dict]) -> dict[int, float]:
+    """By attempt, the step at which a later one began; infinite for the last."""
+    starts: dict[int, int] = {}
+    for row in rows:
+        if row["kind"] in ("step", "resume") and row.get("step") is not None:
+            attempt = row.get("attempt", 0)
+            starts[attempt] = min(row["step"], starts.get(attempt, row["step"]))
+    return {attempt: min((s for later, s in starts.items() if later > attempt), default=math.inf) for attempt in starts}
+
+
+def _counts(row: dict, end: float) -> bool:
+    """Whether a row of an attempt is before the step at which a later one began; an epoch's row tells steps done."""
+    return row["step"] < end if row["kind"] == "step" else row["step"] <= end
+
+
+def some(rows: list[dict], kind: str) -> list[dict]:
+    """Return the rows of a kind that a caller needs, or raise a ValueError if there are none."""
+    if not rows:
+        raise ValueError(f"rows hold no {kind}; give those of a measurement.")
+    return rows
 
 
 def label(ranks: int, threads: int = 1) -> str:

@@ -3,56 +3,32 @@
 import logging
 import math
 import os
-import pickle
 import queue
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from distributed import Client, Future
+from distributed import Client
 from tqdm import tqdm
 
 from hpclab import machine
-from hpclab._ledger import Gang, admit, consult, release, remind, topic
-from hpclab._progress import GangProgress, HangError
-from hpclab._supervisor import Outcome, Place, failure, give, supervise
+from hpclab._attempt import Attempt, RankError, Settings, plan
+from hpclab._ledger import Gang, admit, consult, release, remind, reseat, topic
+from hpclab._supervisor import ON_DEMAND
 from hpclab.rows import line, read
 
 log = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 2.0
-"""How long a gang in which a rank lost its peer may take to tell which rank was the cause."""
-KILL_SECONDS = 5.0
-"""How long workers may take to end their ranks before they are given up as lost."""
-DRAIN_SECONDS = 5.0
-"""How long rows that were sent may take to come in after the last rank has ended."""
-
-
-GRACE_SECONDS = 5.0
-"""How long ranks may take to agree on a step after a stop."""
-SAVE_SECONDS = 60.0
-"""How long ranks that have agreed may take to reach that step, save what they have, and return."""
 REMIND_SECONDS = 2.0
 """How often a gang that waits has the ledger look whether workers have come."""
+ROOM_SECONDS, RETURN_SECONDS, AGAIN_SECONDS = 60.0, 10.0, 0.25
+"""How long another attempt may wait for room, and of that for as much as before; how often it asks."""
 LOST_SECONDS = 2.0
 """How long the scheduler may be out of reach; one that comes back knows nothing of the gang."""
-
-
-@dataclass
-class Settings:
-    """How the ranks of a run are kept; see `launch`."""
-
-    init: bool = True
-    memory: int | None = None
-    hang_after: float | None = 60.0
-
-
-class RankError(RuntimeError):
-    """A rank that ended without a Python exception of its own, or with one that can't be brought here."""
 
 
 _alive: "dict[str, Run]" = {}
@@ -82,8 +58,8 @@ class Record:
     ranks : int
         Number of ranks.
     status : str
-        "waiting" (for room; ``place`` is its number in the queue), "running", "finished", "failed" or "stopped";
-        "interrupted" if its kernel went before it.
+        "waiting" (for room; ``place`` is its number in the queue), "running", "recovering" (between two attempts),
+        "finished", "failed" or "stopped"; "interrupted" if its kernel went before it.
     """
 
     def __init__(self, name: str, folder: Path, ranks: int, rows: list[dict], status: str):
@@ -101,6 +77,11 @@ class Record:
     def state(self) -> str:
         """The status, with the place in the queue of a run that waits."""
         return f"waiting, {self.place} in the queue" if self.status == "waiting" else self.status
+
+    @property
+    def going(self) -> bool:
+        """Whether it has not ended."""
+        return self.status in ("waiting", "running", "recovering")
 
     def _ipython_display_(self) -> None:
         from hpclab.views import show
@@ -161,21 +142,15 @@ class Run(Record):
         self._gang = gang
         self._settings = settings
         self._payload = payload
-        self._places: list[Place] = []
-        self._futures: list[Future] = []
-        self._outcomes: dict[int, Outcome] = {}
-        self._batches = [0] * gang.ranks
+        self._attempt: Attempt | None = None
+        self._launched = 0.0
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.said: queue.SimpleQueue = queue.SimpleQueue()
         """What ranks of an interactive gang say, as `hpclab.gangs` reads it."""
         self._ended = threading.Event()
         self._lock = threading.RLock()
         self._stopping = False
-        self._calls: dict[int, int] = {}
-        self._progress = GangProgress(settings.hang_after, lambda: self._order({"order": "stacks"}))
-        self._ending = False
         self._emulated = False
-        self._deadline = math.inf
         self._connected = time.monotonic()
         self._cut_off = False
         self._reminded = time.monotonic()
@@ -231,9 +206,9 @@ class Run(Record):
             except KeyboardInterrupt:
                 self.stop(now=True)
             raise
-        if self._failed():
+        if self._attempt is None or self._failed():
             raise self._blame()
-        return self._finish([_value(self._outcomes[rank]) for rank in range(self.ranks)])
+        return self._finish(self._attempt.values())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (default: no limit) for the end; return whether it has ended, however."""
@@ -259,7 +234,17 @@ class Run(Record):
     def kill(self, rank: int) -> None:
         """Kill one rank, as a failing machine would; what follows is seen in the run."""
         self._check_rank(rank)
-        self._inbox.put(("kill", rank))
+        self._inbox.put(("order", ({"order": "kill"}, rank)))
+
+    def kill_worker(self, rank: int) -> None:
+        """Kill the worker of one rank, and with it all its ranks; its cluster may start another."""
+        self._check_rank(rank)
+        self._inbox.put(("order", ({"order": "die"}, rank)))
+
+    def left(self) -> list[int]:
+        """Ranks that are at work."""
+        attempt = self._attempt
+        return [] if attempt is None else sorted(attempt.left())
 
     def then(self, finish: Callable[[list], Any]) -> "Run":
         """Have ``result()`` return ``finish(values)`` in place of the list of values; returns this run."""
@@ -279,15 +264,13 @@ class Run(Record):
                 watcher(self, [])
 
     def _drive(self) -> None:
-        """Take in what happens until every rank has ended; the thread of this run."""
+        """Take in what happens, attempt after attempt, until the last has ended; the thread of this run."""
         try:
             with open(self.folder / "rows.jsonl", "w", encoding="utf-8") as file:
-                while not self._complete():
-                    try:
-                        kind, content = self._inbox.get(timeout=0.1)
-                    except queue.Empty:
-                        kind, content = "quiet", None
-                    self._take(kind, content, file)
+                self._follow(file)
+                while self._goes_on() and (seats := self._find_seats(file)) is not None:
+                    self._start(seats, file)
+                    self._follow(file)
                 self._conclude()
                 self._take_rows([self._end()], file)
         except Exception as error:  # such as a full disk
@@ -296,76 +279,59 @@ class Run(Record):
         finally:
             self._close()
 
+    def _follow(self, file: TextIO) -> None:
+        """Take in what happens until the attempt has ended, or there is nothing to wait for."""
+        while not self._complete():
+            try:
+                kind, content = self._inbox.get(timeout=0.1)
+            except queue.Empty:
+                kind, content = "quiet", None
+            self._take(kind, content, file)
+
     def _complete(self) -> bool:
-        """Whether every rank has ended and all batches that it sent are here, or nothing more can come."""
         if self._client.status == "running":
             self._connected = time.monotonic()
         self._cut_off = time.monotonic() - self._connected > LOST_SECONDS
-        if self._cut_off or (self._stopping and not self._places):
-            return True
-        if not self._places or len(self._outcomes) < len(self._places):
-            return False
-        whole = all(self._batches[rank] >= outcome.batches for rank, outcome in self._outcomes.items())
-        self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS)
-        return whole or time.monotonic() > self._deadline
+        if self._cut_off or self._attempt is None:
+            return self._cut_off or self._stopping
+        return self._attempt.complete()
 
     def _take(self, kind: str, content: Any, file: TextIO) -> None:
+        attempt = self._attempt
         if kind == "news":
             self._take_news(content, file)
-        elif kind == "done" and content.rank not in self._outcomes:
-            self._outcomes[content.rank] = content
-            self._weigh(content)
-            self._agree()
         elif kind == "stop":
-            self._stop(now=content)
-        elif kind == "kill":
-            self._order({"order": "kill"}, content)
-        self._unknot()
-        if time.monotonic() > self._deadline:
-            self._end_all()
-        if self.status == "waiting" and time.monotonic() - self._reminded > REMIND_SECONDS:
+            self._stopping = True
+            if attempt is not None:
+                attempt.end_all() if content else attempt.stop()
+        elif attempt is not None:
+            self._take_up(attempt, kind, content)
+        if self._attempt is not None:
+            self._attempt.look()
+        elif time.monotonic() - self._reminded > REMIND_SECONDS:
             self._reminded = time.monotonic()
             with suppress(Exception):  # tried again soon, and given up when the client is cut off
                 consult(self._client, remind)
 
-    def _stop(self, now: bool) -> None:
-        if now:
-            self._end_all()
-        elif not self._stopping:
-            self._order({"order": "stop"})
-            self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
-        self._stopping = True
-
-    def _agree(self) -> None:
-        """Once all ranks that are left have told how often they asked, have them end at the call after the furthest.
-
-        None has got further than that meanwhile, and none waits for one that has ended.
-        """
-        left = {place.rank for place in self._places} - self._outcomes.keys()
-        if self._stopping and left and left <= self._calls.keys():
-            self._order({"order": "stop_at", "calls": max(self._calls.values()) + 1})
-            self._deadline = time.monotonic() + SAVE_SECONDS
-
-    def _unknot(self) -> None:
-        """End a gang that hangs, and keep where each rank stands."""
-        left = {place.rank for place in self._places} - self._outcomes.keys()
-        if not self._ending and (found := self._progress.hang(left)):
-            self._broken = HangError(f"no rank of run {self.name} {found}")
-            self._end_all()
+    def _take_up(self, attempt: Attempt, kind: str, content: Any) -> None:
+        """Take in what concerns the ranks at work."""
+        if kind == "done" and content.attempt == attempt.number:
+            attempt.end(content)
+        elif kind == "order":
+            attempt.order(*content)
 
     def _take_news(self, news: dict, file: TextIO) -> None:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
         if "rank" in news:
-            self._batches[news["rank"]] += 1
             self._logs[news["rank"]].take(news["text"], shown=not self.quiet)
             self._emulated |= news.get("emulated", False)
             source = "emulated" if self._emulated else "measured"
             self._take_rows([row | {"source": source} for row in news["rows"]], file)
-            self._take_state(news)
+            if self._attempt is not None and news["attempt"] == self._attempt.number:
+                self._attempt.hear(news)
             if "said" in news or "stack" in news:
                 self.said.put(news)  # last: what a cell reported is here before its answer
-        elif "workers" in news and not self._places:
-            self._emulated = news["emulated"]
+        elif "workers" in news and self._attempt is None:
             self._start(news, file)
         elif "crowded" in news:
             self._emulated = True
@@ -373,52 +339,61 @@ class Run(Record):
             self.place = news["place"]
         elif "lost" in news:
             self._gone.add(news["lost"])
-            self._lose()
-
-    def _take_state(self, news: dict) -> None:
-        """Take in what a supervisor says of its rank beside rows and prints."""
-        rank = news["rank"]
-        if "calls" in news:
-            self._calls[rank] = news["calls"]
-            self._agree()
-        self._progress.hear(news)
+            if self._attempt is not None:
+                self._attempt.lose(self._gone)
 
     def _start(self, seats: dict, file: TextIO) -> None:
-        """Have the workers start the ranks, now that the gang is admitted."""
-        self._places = _plan(self._gang, self.folder, self._settings, seats)
+        """Begin an attempt: the first, or one that goes on after a loss."""
+        before = self._attempt
+        number = 0 if before is None else before.number + 1
+        self._launched = self._launched or time.time()
+        self._emulated |= seats["emulated"]
+        gang = replace(self._gang, ranks=len(seats["workers"]))
+        places = plan(gang, self.folder, self._settings, seats, number, self._launched)
+        self._attempt = Attempt(self._client, gang, self._settings, number, places)
         self.status = "running"
-        self._take_rows([_about(self._gang, self._places[0].launched)], file)
-        self._futures = [
-            self._client.submit(
-                supervise,
-                place,
-                self._payload,
-                key=f"{self.name}-rank-{place.rank}",
-                workers=[place.worker],
-                allow_other_workers=False,  # else an idle worker may steal it; if this one goes, the ledger says so
-                pure=False,
-                retries=0,
-            )
-            for place in self._places
-        ]
-        for place, future in zip(self._places, self._futures, strict=True):
-            future.add_done_callback(lambda future, place=place: self._fetch(future, place))
-        self._lose()
+        first = _about(gang, self._launched) if before is None else self._restart(before, gang.ranks)
+        self._take_rows([first], file)
+        self._attempt.start(self._payload, self._inbox)
+        self._attempt.lose(self._gone)
 
-    def _lose(self) -> None:
-        """Give up the ranks whose workers have gone."""
-        for place in self._places:
-            if place.worker in self._gone:
-                why = f"was lost with its worker {place.worker}"
-                self._inbox.put(("done", Outcome(place.rank, place.worker, failure=failure("WorkerLost", why))))
+    def _goes_on(self) -> bool:
+        """Whether what ended the attempt is a reason for another."""
+        attempt = self._attempt
+        if attempt is None or self._stopping or self._cut_off:
+            return False
+        return attempt.lost() and attempt.number < self._settings.max_restarts
 
-    def _fetch(self, future: Future, place: Place) -> None:
-        """Bring an outcome here, in a thread of its own: its worker may die meanwhile, and then it never comes."""
+    def _find_seats(self, file: TextIO) -> dict | None:
+        """Seats for another attempt: as many as before, or fewer if that may be and workers don't come back; or None.
 
-        def fetch() -> None:
-            self._inbox.put(("done", _outcome(future, place)))
+        Stopped while it waits for them, the run ends as it failed.
+        """
+        assert self._attempt is not None
+        self._attempt.close()
+        self.status = "recovering"
+        started = time.monotonic()
+        while (waited := time.monotonic() - started) < ROOM_SECONDS and not self._stopping:
+            sizes = self._settings.sizes if waited > RETURN_SECONDS else self._settings.sizes[:1]
+            with suppress(OSError):  # of a client that has gone; it is cut off soon
+                if "workers" in (answer := consult(self._client, reseat, self.name, sizes)):
+                    return answer
+            with suppress(queue.Empty):
+                kind, content = self._inbox.get(timeout=AGAIN_SECONDS)
+                self._take(kind, content, file)
+            if self._complete() and self._cut_off:
+                break
+        return None
 
-        threading.Thread(target=fetch, name=f"{self.name}-fetch", daemon=True).start()
+    def _restart(self, before: Attempt, ranks: int) -> dict:
+        """The row that tells of a new attempt."""
+        cause = str(before.blame()).rstrip(".")
+        number = before.number + 1
+        if not self.quiet and ON_DEMAND not in cause:
+            with suppress(OSError, ValueError):
+                tqdm.write(f"[{self.name}] {cause}. Attempt {number + 1} goes on, with {ranks} ranks.")
+        about = {"kind": "restart", "run": self.name, "attempt": number, "ranks": ranks, "cause": cause}
+        return about | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
 
     def _take_rows(self, rows: list[dict], file: TextIO) -> None:
         if rows:
@@ -436,55 +411,10 @@ class Run(Record):
                 log.exception("a watcher of run %s failed, and is not called again", self.name)
                 self._watchers.remove(watcher)
 
-    def _weigh(self, outcome: Outcome) -> None:
-        """After a failure end the other ranks: at once if it is a cause, else when the cause had time to show."""
-        if outcome.failure is None:
-            return
-        if outcome.failure["consequence"]:
-            self._deadline = min(self._deadline, time.monotonic() + SETTLE_SECONDS)
-        elif not self._ending:
-            self._end_all()
-
-    def _end_all(self) -> None:
-        """Have the workers end the ranks that are left; asked again after a while, let go of those who didn't."""
-        left = [place for place in self._places if place.rank not in self._outcomes]
-        if self._places and not left:
-            return
-        if left and self._ending:
-            self._let_go()
-        elif left:
-            self._order({"order": "end"})
-        self._ending = True
-        self._deadline = time.monotonic() + KILL_SECONDS
-
-    def _order(self, order: dict, rank: int | None = None) -> None:
-        """Give an order to one rank, or all that are left, without waiting for a worker that may have gone."""
-        left = [place for place in self._places if place.rank not in self._outcomes and rank in (None, place.rank)]
-
-        def send() -> None:
-            with suppress(Exception):  # with a client that closes, its futures end, and the workers end their ranks
-                workers = [place.worker for place in left]
-                self._client.run(give, self.name, order, rank, workers=workers, on_error="ignore")
-
-        if left:
-            threading.Thread(target=send, name=f"{self.name}-order", daemon=True).start()
-
-    def _let_go(self) -> None:
-        """Cancel the tasks: a worker that is still there then ends its ranks."""
-        with suppress(Exception):
-            self._client.cancel(self._futures, force=True)
-        for place in self._places:
-            why = "did not end when it was told to, and was given up"
-            lost = Outcome(place.rank, place.worker, failure=failure("Unreachable", why, consequence=True))
-            self._outcomes.setdefault(place.rank, lost)
-
     def _close(self) -> None:
         try:
-            if len(self._outcomes) < len(self._places):
-                self._let_go()
-            with suppress(Exception):  # of a rank that was lost the task would stay with the scheduler
-                self._client.cancel([future for future in self._futures if not future.done()], force=True)
-            self._futures.clear()
+            if self._attempt is not None:
+                self._attempt.close()
             self._leave()
             for rank_log in self._logs:
                 rank_log.close()
@@ -496,15 +426,17 @@ class Run(Record):
             _alive.pop(self.name, None)
 
     def _conclude(self) -> None:
-        causes = any(o.failure and not o.failure["consequence"] for o in self._outcomes.values())
-        if self._stopping and not self._broken and not causes and (self._failed() or self._calls):
+        attempt = self._attempt
+        at_fault = attempt is not None and attempt.at_fault()
+        agreed = attempt is not None and bool(attempt.calls)
+        if self._stopping and not self._broken and not at_fault and (self._failed() or agreed):
             self.status = "stopped"
         else:
             self.status = "failed" if self._failed() else "finished"
 
     def _end(self) -> dict:
         """The last row of a run."""
-        launched = self._places[0].launched if self._places else time.time()
+        launched = self._launched or time.time()
         row = {"kind": "end", "run": self.name, "status": self.status, "time_s": time.time() - launched}
         if self.status == "failed":
             error = self._blame()
@@ -512,8 +444,7 @@ class Run(Record):
         return row
 
     def _failed(self) -> bool:
-        failures = any(outcome.failure for outcome in self._outcomes.values())
-        return not self._places or self._broken is not None or failures
+        return self._attempt is None or self._broken is not None or self._attempt.failed()
 
     def _leave(self) -> None:
         """Give the seats back."""
@@ -524,20 +455,16 @@ class Run(Record):
             consult(self._client, release, self.name)
 
     def _blame(self) -> BaseException:
-        """The error of the rank that failed first; what followed from it counts only if nothing else is known."""
         if self._broken is not None:
             return self._broken
         if self.status == "stopped":
             return RankError(f"run {self.name} was stopped.")
-        failures = [(o.failure["consequence"], o.failure["time"], o.rank) for o in self._outcomes.values() if o.failure]
-        if not failures or self._cut_off:
+        if self._attempt is None or self._cut_off or not self._attempt.failed():
             return RankError(f"run {self.name} broke off: its client is {self._client.status}, not connected.")
-        _, _, first = min(failures)
-        error = _error(self._outcomes[first], self.ranks)
-        for consequence, _, rank in sorted(failures):
-            told = self._outcomes[rank].failure
-            if told is not None and consequence and rank != first and told["type"] != "Stopped":
-                error.add_note(f"In consequence, rank {rank}: {told['type']}: {told['message'][:150]}")
+        error = self._attempt.blame()
+        if self._attempt.lost() and (most := self._settings.max_restarts):
+            why = f"max_restarts (={most})" if self._attempt.number == most else "no room was left for another"
+            error.add_note(f"It was attempt {self._attempt.number + 1}, and the last: {why}.")
         return error
 
 
@@ -590,67 +517,11 @@ class Log:
             tqdm.write(f"[rank {self.rank}] {line}")
 
 
-def _plan(gang: Gang, folder: Path, settings: Settings, seats: dict) -> list[Place]:
-    launched = time.time()
-    return [
-        Place(
-            run=gang.run,
-            folder=str(folder),
-            rank=rank,
-            ranks=gang.ranks,
-            worker=worker,
-            local_rank=rank,
-            local_ranks=gang.ranks,
-            threads=gang.threads,
-            launched=launched,
-            store=seats["store"],
-            init=settings.init,
-            memory=settings.memory or memory,
-        )
-        for rank, (worker, memory) in enumerate(zip(seats["workers"], seats["memory"], strict=True))
-    ]
-
-
 def _about(gang: Gang, launched: float) -> dict:
     """The first row of a run."""
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(launched))
     about = {"kind": "run", "run": gang.run, "started": started, "ranks": gang.ranks, "threads": gang.threads}
     return about | machine.describe()
-
-
-def _outcome(future: Future, place: Place) -> Outcome:
-    """The outcome that a task brought back, or one that says why there is none."""
-    try:
-        if future.status != "cancelled":
-            return future.result()
-        cause = "its task was cancelled"
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
-    lost = failure("WorkerLost", f"was lost with its worker ({cause})", consequence=future.status == "cancelled")
-    return Outcome(place.rank, place.worker, failure=lost)
-
-
-def _value(outcome: Outcome) -> Any:
-    try:
-        return pickle.loads(outcome.value)
-    except Exception as error:
-        raise RankError(f"the return value of rank {outcome.rank} can't be unpickled here: {error!r}") from error
-
-
-def _error(outcome: Outcome, ranks: int) -> BaseException:
-    failure = outcome.failure
-    assert failure is not None
-    who = f"rank {outcome.rank} of {ranks} on {outcome.host}"
-    if not failure["traceback"]:
-        return RankError(f"{who} {failure['message']}.")
-    try:
-        error = pickle.loads(outcome.error)
-    except Exception:
-        error = None
-    if not isinstance(error, Exception):  # SystemExit and its like would end the notebook's kernel
-        error = RankError(f"{failure['type']}: {failure['message']}")
-    error.add_note(f"\nRaised first by {who}:\n{failure['traceback']}")
-    return error
 
 
 def occupy(folder: str | os.PathLike) -> Path:

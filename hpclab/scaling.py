@@ -1,8 +1,10 @@
 """Measure how a job scales: interleaved repeats in, rows out; and say what they show."""
 
+import dataclasses
 import math
 import os
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +18,7 @@ from hpclab import laws
 from hpclab._rank import report
 from hpclab.launcher import gang_size, launch, whole_number
 from hpclab.network import Network
-from hpclab.rows import label, line, read, source, span
+from hpclab.rows import kept, label, line, read, some, source, span
 from hpclab.runs import Run
 
 LEAST_STEPS = 6
@@ -25,6 +27,8 @@ STEADY, SLOWER = 3, 1.25
 """How many steps in a row end the warm-up, and how much slower than later ones they may be."""
 WARM_ROUNDS = 3
 """Rounds of all-reduces that aren't counted."""
+_COUNTS = ("ranks", "threads", "oversubscribe")
+"""What a case may differ in without being of another setting."""
 NOISY = 0.1
 """Relative spread (standard deviation) of a case's repeats beyond which a machine is called noisy."""
 
@@ -35,6 +39,7 @@ def sweep(
     *,
     ranks: Iterable[int] | None = None,
     cases: Iterable[dict] | None = None,
+    fixed: dict | None = None,
     repeats: int = 3,
     seed: int | None = 0,
     folder: str | os.PathLike | None = None,
@@ -56,14 +61,16 @@ def sweep(
     cases : iterable of dict, optional
         Arguments of the job, a dict a case, such as ``[{"ranks": 2, "network": link} for link in links]``. The first
         case is the baseline of speed-ups. Where one says ``ranks``, the cluster must have room for them, unless it also
-        says ``oversubscribe=True``.
+        says ``oversubscribe=True``. Functions among them go by their names.
+    fixed : dict, optional
+        Arguments that the job gets in all cases.
     repeats : int, default 3
         Rounds; in each, every case runs once, in an order shuffled anew.
     seed : int or None, default 0
         Of the order; None keeps the given one in every round.
     folder : path, optional
         Keeps the rows in ``trials.jsonl`` as they come. A sweep that was interrupted and is called again, with the same
-        folder, cases and seed, measures only what is missing. Default: the rows are returned alone.
+        folder, cases, fixed arguments and seed, measures only what is missing. Default: the rows are returned alone.
     progress : bool, default True
         Show a progress bar, with the time that is left.
     watch : callable, optional
@@ -81,41 +88,58 @@ def sweep(
     ValueError
         If neither or both of `ranks` and `cases` are given, or none is in them, or a case has more ranks than fit, or
         the folder holds rows of another sweep.
+    TypeError
+        If a case is no dict, or the job returns no run.
     Exception
         What a run raised; the rows before it are in the folder.
     """
-    if (ranks is None) == (cases is None):
-        raise ValueError(f"give either ranks (={ranks!r}) or cases (={cases!r}).")
-    chosen = [{"ranks": n} for n in ranks] if ranks is not None else list(cases or ())
-    if not chosen:
-        raise ValueError("ranks or cases is empty; give at least one, such as ranks=[1, 2].")
+    chosen, fixed = _cases(ranks, cases), fixed or {}
     whole_number("repeats", repeats)
     for case in chosen:
-        if "ranks" in case:
-            gang_size(client, case["ranks"], case.get("threads", 1), bool(case.get("oversubscribe")))
-    kept = _Kept(folder, chosen)
+        asked = fixed | case
+        if "ranks" in asked:
+            gang_size(client, asked["ranks"], asked.get("threads", 1), bool(asked.get("oversubscribe")))
+    trials = _Kept(folder, chosen, fixed)
     dice = random.Random(seed)
-    with tqdm(
-        total=repeats * len(chosen), initial=len(kept.rows), desc="sweep", unit="run", disable=not progress
-    ) as bar:
+    done = len(trials.of(repeats))
+    with tqdm(total=repeats * len(chosen), initial=done, desc="sweep", unit="run", disable=not progress) as bar:
         for repeat in range(repeats):
             order = range(len(chosen)) if seed is None else dice.sample(range(len(chosen)), len(chosen))
             for place in order:
-                if not kept.has(place, repeat):
-                    run = _watched(job(client, **chosen[place]), watch)
-                    kept.add(place, repeat, trial(run.rows))
+                if not trials.has(place, repeat):
+                    run = _watched(job(client, **fixed | chosen[place]), watch)
+                    trials.add(place, repeat, trial(run.rows))
                     bar.update()
-    return kept.rows
+    return trials.of(repeats)
+
+
+def _cases(ranks: Iterable[int] | None, cases: Iterable[dict] | None) -> list[dict]:
+    if (ranks is None) == (cases is None):
+        raise ValueError(f"give either ranks (={ranks!r}) or cases (={cases!r}).")
+    for name, given in (("ranks", ranks), ("cases", cases)):
+        if given is not None and (isinstance(given, str | dict) or not isinstance(given, Iterable)):
+            raise TypeError(f"{name} (={given!r}) must be a list, such as ranks=[1, 2] or cases=[{{'ranks': 2}}].")
+    chosen = [{"ranks": n} for n in ranks] if ranks is not None else list(cases or ())
+    if not chosen:
+        raise ValueError("ranks or cases is empty; give at least one, such as ranks=[1, 2].")
+    if odd := [case for case in chosen if not isinstance(case, dict)]:
+        raise TypeError(f"cases (={odd[0]!r}) must be dicts of the job's arguments, such as {{'ranks': 2}}.")
+    return chosen
 
 
 class _Kept:
     """The trials of a sweep so far, also on disk if there is a folder."""
 
-    def __init__(self, folder: str | os.PathLike | None, cases: list[dict]):
-        self.cases = [repr(sorted(case.items())) for case in cases]
+    def __init__(self, folder: str | os.PathLike | None, cases: list[dict], fixed: dict):
+        self.cases = [_asked(fixed | case) for case in cases]
         self.settings = [_setting(case) for case in cases]
+        _refuse_namesakes(cases)
         self.file = None if folder is None else Path(folder, "trials.jsonl")
-        self.rows = read(self.file) if self.file is not None and self.file.exists() else []
+        self.rows = []
+        if self.file is not None and self.file.exists():
+            whole = self.file.read_bytes().rpartition(b"\n")
+            os.truncate(self.file, len(whole[0] + whole[1]))  # a line that was cut off would spoil the next one
+            self.rows = read(self.file)
         for row in self.rows:
             if self.cases[row["case"] : row["case"] + 1] != [row["asked"]]:
                 raise ValueError(f"folder (={str(folder)!r}) holds another sweep, of {row['asked']}; name a new one.")
@@ -124,6 +148,10 @@ class _Kept:
 
     def has(self, case: int, repeat: int) -> bool:
         return any((row["case"], row["repeat"]) == (case, repeat) for row in self.rows)
+
+    def of(self, repeats: int) -> list[dict]:
+        """Rows of the first so many rounds; there may be more on disk."""
+        return [row for row in self.rows if row["repeat"] < repeats]
 
     def add(self, case: int, repeat: int, found: dict) -> None:
         about = {"case": case, "asked": self.cases[case], "repeat": repeat, "order": len(self.rows)}
@@ -136,12 +164,29 @@ class _Kept:
                 file.write(line(row))
 
 
+def _asked(case: dict) -> dict[str, str]:
+    """What a case asks for, in words that another session finds again."""
+    return {name: _name(value) for name, value in sorted(case.items())}
+
+
+def _name(value: Any) -> str:
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _refuse_namesakes(cases: list[dict]) -> None:
+    """Raise if two functions or classes, such as lambdas, have one name: their rows would be taken for each other's."""
+    known: dict[str, Any] = {}
+    for value in (value for case in cases for value in case.values() if hasattr(value, "__qualname__")):
+        if known.setdefault(_name(value), value) is not value:
+            raise ValueError(f"cases hold two functions called {_name(value)}; define each once, by a name of its own.")
+
+
 def _setting(case: dict) -> str:
-    """What a case asks for besides ranks and threads, to show."""
+    """What a case asks for besides its ranks, to show."""
     asked = {name: getattr(value, "__name__", value) for name, value in case.items()}
-    return ", ".join(
-        f"{name} {value}" for name, value in asked.items() if name not in ("ranks", "threads", "oversubscribe")
-    )
+    return ", ".join(f"{name} {value}" for name, value in asked.items() if name not in _COUNTS)
 
 
 def trial(rows: list[dict]) -> dict:
@@ -159,15 +204,17 @@ def trial(rows: list[dict]) -> dict:
         ``samples_per_s`` (see `throughput`), ``warm_up`` (steps that aren't counted), ``step_s`` and its `split`
         (means), ``jitter_s`` (standard deviation of a rank's computing), ``data_share`` (of the step's time),
         ``start_s`` (launch to first step), ``train_s`` (first step to last), ``loss`` (mean of the last five steps;
-        None if none is told), ``accuracy`` (None if untested), ``source``, and the machine.
+        None if none is told), ``accuracy`` (None if untested), ``source``, and the machine. What the rows of a function
+        of one's own don't tell is None.
 
     Raises
     ------
     ValueError
         If there are too few steps, or some don't tell their ``samples``.
     """
-    about = next(row for row in rows if row["kind"] == "run")
+    about = some([row for row in rows if row["kind"] == "run"], "row of kind 'run'")[0]
     steps = _warm(rows)
+    means = _means(split(rows))
     start_s, end_s = span(rows)
     last = max(row["step"] for row in steps)
     losses = [row["loss"] for row in steps if row["step"] > last - 5 and row.get("loss") is not None]
@@ -183,14 +230,14 @@ def trial(rows: list[dict]) -> dict:
             "samples_per_s": throughput(rows),
             "warm_up": min(row["step"] for row in steps),
             "jitter_s": _jitter(steps),
-            "data_share": sum(row.get("data_s", 0.0) for row in steps) / sum(row["step_s"] for row in steps),
+            "data_share": None if means["data_s"] is None else means["data_s"] / means["step_s"],
             "start_s": start_s,
             "train_s": end_s - start_s,
             "loss": statistics.fmean(losses) if losses else None,
             "accuracy": tests[-1] if tests else None,
             "source": source(rows),
         }
-        | _means(split(rows))
+        | means
         | {name: about[name] for name in ("started", "host", "cpu", "cpus", "torch")}
     )
 
@@ -244,10 +291,12 @@ def split(rows: list[dict]) -> list[dict]:
         One row of kind "split" a rank: ``rank``, and the means of a step: ``step_s``, and of it ``data_s``,
         ``compute_s``, ``comm_s`` and ``straggle_s``. The rank that comes last to an all-reduce waits for the network
         alone, so the shortest wait of a step is its exposed communication, and what others wait longer is for that
-        rank. A rank by itself doesn't communicate: its wait, for a CPU, is ``straggle_s``.
+        rank. A rank by itself doesn't communicate: its wait, for a CPU, is ``straggle_s``. What the rows don't tell is
+        None.
     """
     steps = _warm(rows)
     alone = len({row["rank"] for row in steps}) == 1
+    told = all("wait_s" in row for row in steps)
     shortest: dict[int, float] = {}
     for row in steps:
         wait = row.get("wait_s", 0.0)
@@ -255,12 +304,11 @@ def split(rows: list[dict]) -> list[dict]:
     found = []
     for rank in sorted({row["rank"] for row in steps}):
         mine = [row for row in steps if row["rank"] == rank]
-        means = {
-            name: statistics.fmean(row.get(name, 0.0) for row in mine) for name in ("step_s", "data_s", "compute_s")
-        }
+        means = {name: _mean([row.get(name) for row in mine]) for name in ("step_s", "data_s", "compute_s")}
         comm = statistics.fmean(shortest[row["step"]] for row in mine)
         straggle = statistics.fmean(row.get("wait_s", 0.0) for row in mine) - comm
-        found.append({"kind": "split", "rank": rank} | means | {"comm_s": comm, "straggle_s": straggle})
+        waits = {"comm_s": comm, "straggle_s": straggle} if told else {"comm_s": None, "straggle_s": None}
+        found.append({"kind": "split", "rank": rank} | means | waits)
     return [row | {"source": source(rows)} for row in found]
 
 
@@ -283,8 +331,21 @@ def fit(rows: list[dict], law: str = "usl", noise: str = "relative", level: floa
 
 
 def verdict(rows: list[dict], level: float = laws.LEVEL) -> laws.Verdict:
-    """Say which law a sweep over ranks names, or what to measure next; see `laws.choose`."""
-    return laws.choose(*_points(rows), level=level)
+    """Say which law a sweep over ranks names, or what to measure next; see `laws.choose`.
+
+    Raises
+    ------
+    ValueError
+        If the rows are of weak scaling, or the cases differ in more than their ranks.
+    """
+    n, x = _points(rows)
+    if regime(rows) == "weak":
+        raise ValueError("rows are of weak scaling, which these laws aren't for; use scaling.fit(rows, 'gustafson').")
+    told = laws.choose(n, x, level=level)
+    if any(row["source"] == "emulated" for row in rows):
+        turns = "Rows are emulated: this is of ranks that take turns, or of a dialled network, and no law of a machine."
+        return dataclasses.replace(told, why=f"{told.why} {turns}")
+    return told
 
 
 def allreduce(
@@ -302,7 +363,7 @@ def allreduce(
         From `connect`.
     ranks : int, default 2
     sizes : iterable of int
-        Bytes.
+        Bytes, each a multiple of 4.
     repeats : int, default 20
         Of each size, in turn, after a few that don't count.
     **settings
@@ -315,7 +376,12 @@ def allreduce(
         machine.
     """
     whole_number("repeats", repeats)
-    run = launch(client, _time_allreduce, tuple(sizes), repeats, ranks=ranks, name="allreduce", **settings)
+    sizes = tuple(sizes)
+    if not sizes:
+        raise ValueError("sizes is empty; give some bytes, such as sizes=[1_000, 1_000_000].")
+    if odd := [size for size in sizes if whole_number("sizes", size, 4) % 4]:
+        raise ValueError(f"sizes (={odd[0]}) must be a multiple of 4 bytes, which a number takes.")
+    run = launch(client, _time_allreduce, sizes, repeats, ranks=ranks, name="allreduce", **settings)
     run.result()
     about = {name: run.rows[0][name] for name in ("run", "started", "host", "cpu", "cpus", "torch")}
     found: dict[int, dict] = {}
@@ -334,7 +400,7 @@ def _time_allreduce(sizes: tuple[int, ...], repeats: int) -> None:
     order = sizes * (repeats + WARM_ROUNDS)
     seconds = []
     for size in order:
-        tensor = torch.zeros(max(1, size // 4))
+        tensor = torch.zeros(size // 4)
         dist.barrier()
         start = time.perf_counter()
         dist.all_reduce(tensor)
@@ -351,7 +417,7 @@ def network(rows: list[dict]) -> Network:
     rows : list of dict
         As from `allreduce`, of one number of ranks.
     """
-    if len(counts := {row["ranks"] for row in rows}) != 1 or min(counts) < 2:
+    if len(counts := {row["ranks"] for row in some(rows, "allreduce")}) != 1 or min(counts) < 2:
         raise ValueError(f"rows are of {sorted(counts)} ranks; a network is fitted to those of one number, at least 2.")
     ranks = counts.pop()
     found = laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["duration_s"] for row in rows]).values
@@ -367,11 +433,11 @@ def regime(rows: list[dict]) -> str:
     ValueError
         If they keep neither.
     """
-    if len({row["batch"] for row in rows}) == 1:
+    if len({row["batch"] for row in some(rows, "trial")}) == 1:
         return "strong"
     if len({row["batch"] / row["ranks"] for row in rows}) == 1:
         return "weak"
-    told = ", ".join(f"{row['ranks']} ranks: {row['batch']}" for row in rows)
+    told = ", ".join(dict.fromkeys(f"{row['ranks']} ranks: {row['batch']}" for row in rows))
     raise ValueError(f"rows keep neither the batch of all ranks nor that of each ({told}); sweep one thing at a time.")
 
 
@@ -379,7 +445,7 @@ def remarks(rows: list[dict]) -> list[str]:
     """What a reader of these trials must know: sentences; none if all is well."""
     told = []
     trials: dict[int, list[dict]] = {}
-    for row in rows:
+    for row in some(rows, "trial"):
         trials.setdefault(row["case"], []).append(row)
     for case in trials.values():
         speed = [row["samples_per_s"] for row in case]
@@ -396,10 +462,15 @@ def remarks(rows: list[dict]) -> list[str]:
 
 
 def _points(rows: list[dict]) -> tuple[list[int], list[float]]:
-    if len(threads := {row["threads"] for row in rows}) > 1:
+    if len(threads := {row["threads"] for row in some(rows, "trial")}) > 1:
         raise ValueError(f"rows differ in threads (={sorted(threads)}) as well; keep those of one number.")
-    if len(settings := {row.get("setting", "") for row in rows}) > 1:
-        raise ValueError(f"rows differ in more than ranks ({'; '.join(sorted(settings))}); keep those of one setting.")
+    settings: dict[tuple, str] = {}
+    for row in rows:
+        asked = tuple(item for item in row.get("asked", {}).items() if item[0] not in _COUNTS)
+        settings[asked] = row.get("setting", "")
+    if len(settings) > 1:
+        told = "; ".join(sorted(settings.values()))
+        raise ValueError(f"rows differ in more than ranks ({told}); keep those of one setting.")
     return [row["ranks"] for row in rows], [row["samples_per_s"] for row in rows]
 
 
@@ -416,20 +487,30 @@ def summary(rows: list[dict]) -> list[dict]:
     list of dict
         One row of kind "summary" a case: ``label``, ``ranks``, ``threads``, ``repeats``; ``samples_per_s``, ``speedup``
         and ``efficiency``, each the median, with ``..._low`` and ``..._high``, the smallest and the largest. A speed-up
-        divides two throughputs of the same round, so that what slowed both falls out; the efficiency divides it by the
-        number of CPUs that the case uses (ranks times threads) over the baseline's.
+        divides two throughputs of the same round, so that what slowed both falls out, and rounds without both are left
+        out; the efficiency divides it by the number of CPUs that the case uses (ranks times threads) over the
+        baseline's.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows, or a case shares no round with the first.
     """
     trials: dict[int, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row["repeat"]):
+    for row in sorted(some(rows, "trial"), key=lambda row: row["repeat"]):
         trials.setdefault(row["case"], []).append(row)
     baseline = trials[min(trials)]
     return [_summary(trials[case], baseline) for case in sorted(trials)]
 
 
 def _summary(trials: list[dict], baseline: list[dict]) -> dict:
-    speed = [row["samples_per_s"] for row in trials]
-    speedup = [row["samples_per_s"] / base["samples_per_s"] for row, base in zip(trials, baseline, strict=True)]
+    base = {row["repeat"]: row["samples_per_s"] for row in baseline}
     first = trials[0]
+    trials = some(
+        [row for row in trials if row["repeat"] in base], f"round with both {first['label']} and the baseline"
+    )
+    speed = [row["samples_per_s"] for row in trials]
+    speedup = [row["samples_per_s"] / base[row["repeat"]] for row in trials]
     cpus = first["ranks"] * first["threads"] / (baseline[0]["ranks"] * baseline[0]["threads"])
     measures = {"samples_per_s": speed, "speedup": speedup, "efficiency": [ratio / cpus for ratio in speedup]}
     row = {"kind": "summary"} | {
@@ -440,23 +521,30 @@ def _summary(trials: list[dict], baseline: list[dict]) -> dict:
     return row | {"repeats": len(trials), "source": source(trials)}
 
 
-def _means(splits: list[dict]) -> dict[str, float]:
-    return {name: statistics.fmean(row[name] for row in splits) for name in splits[0] if name.endswith("_s")}
+def _mean(values: list) -> float | None:
+    """The mean; None if one isn't known."""
+    return None if None in values else statistics.fmean(values)
 
 
-def _jitter(steps: list[dict]) -> float:
+def _means(splits: list[dict]) -> dict[str, Any]:
+    return {name: _mean([row[name] for row in splits]) for name in splits[0] if name.endswith("_s")}
+
+
+def _jitter(steps: list[dict]) -> float | None:
     """Standard deviation of the computing of a rank's step, the mean over the ranks; of a lone rank's whole step."""
     ranks: dict[int, list[float]] = {}
     for row in steps:
         ranks.setdefault(row["rank"], []).append(row["step_s"] - row.get("wait_s", 0.0))
     if len(ranks) == 1:
         return statistics.pstdev(row["step_s"] for row in steps)
+    if not all("wait_s" in row for row in steps):
+        return None
     return statistics.fmean(statistics.pstdev(values) for values in ranks.values())
 
 
 def _warm(rows: list[dict]) -> list[dict]:
     """Rows of the steps after the warm-up."""
-    steps = _timed([row for row in rows if row["kind"] == "step"])
+    steps = _timed([row for row in kept(rows) if row["kind"] == "step"])
     slowest: dict[int, float] = {}
     for row in steps:
         slowest[row["step"]] = max(row["step_s"], slowest.get(row["step"], 0.0))
@@ -487,6 +575,8 @@ def _timed(steps: list[dict]) -> list[dict]:
 
 def _watched(run: Run, watch: Callable[[str, list[dict]], None] | None) -> Run:
     """Wait for a run while it is watched, and raise what it raised."""
+    if not isinstance(run, Run):
+        raise TypeError(f"job returned {run!r}; it must return its run, such as hpclab.train(...), without .result().")
     try:
         while not run.wait(1.0):
             _look(run, watch)

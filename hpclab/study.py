@@ -15,12 +15,14 @@ from hpclab import forecast, laws, models, plots, scaling
 from hpclab.figures import Figure, source_word
 from hpclab.language import language
 from hpclab.language import translate as _
+from hpclab.rows import some
 from hpclab.runs import Run, occupy
 from hpclab.tables import Table, markup
 from hpclab.training import train
 
 HORIZON = 1024
 """Ranks to forecast to."""
+_SIZES = ("gradient_bytes", "bucket_bytes", "buckets")
 
 
 def measure(
@@ -42,7 +44,8 @@ def measure(
     ranks : iterable of int
         Numbers of ranks; 1 is the baseline, and added.
     folder : path
-        Takes the rows as they come; the same call again goes on where an interrupted one stopped.
+        Takes the rows as they come; the same call again goes on where an interrupted one stopped. One with another
+        batch size or other steps is another study, and needs another folder.
     batch_size : int, default 192
         Samples a step: of all ranks together for strong scaling, of each for weak.
     steps, repeats : int, default 20 and 3
@@ -58,27 +61,19 @@ def measure(
     rows: list[dict] = []
     for regime in ("strong", "weak"):
 
-        def job(client: Client, ranks: int, regime: str = regime, **case: Any) -> Run:
+        def job(client: Client, ranks: int, batch_size: int, regime: str = regime, **settings: Any) -> Run:
             batch = batch_size // ranks if regime == "strong" else batch_size
-            return train(
-                client,
-                models.CNN,
-                "fashion_mnist",
-                ranks=ranks,
-                batch_size=batch,
-                steps=steps,
-                folder=tempfile.mkdtemp(prefix="run-", dir=place / regime),
-                progress=False,
-                **case,
-            )
+            folder = tempfile.mkdtemp(prefix="run-", dir=place / regime)
+            settings |= {"ranks": ranks, "batch_size": batch, "folder": folder, "progress": False}
+            return train(client, models.CNN, "fashion_mnist", **settings)
 
-        cases = [{"ranks": count} | ({"oversubscribe": True} if oversubscribe else {}) for count in counts]
-        found = scaling.sweep(client, job, cases=cases, repeats=repeats, folder=place / regime)
+        fixed = {"batch_size": batch_size, "steps": steps, "oversubscribe": oversubscribe}
+        found = scaling.sweep(client, job, ranks=counts, fixed=fixed, repeats=repeats, folder=place / regime)
         rows += [row | {"regime": regime} for row in found]
     if len(counts) > 1:
         rows += scaling.allreduce(client, counts[1], oversubscribe=oversubscribe)
     work = forecast.Workload.of(models.CNN(), 1.0, samples=batch_size)
-    rows.append({"kind": "workload", "gradient_bytes": work.gradient_bytes, "bucket_bytes": work.bucket_bytes})
+    rows.append({"kind": "workload"} | {name: getattr(work, name) for name in _SIZES})
     return write(rows, place / "index.html")
 
 
@@ -88,12 +83,13 @@ def write(rows: list[dict], path: str | os.PathLike) -> Path:
     Parameters
     ----------
     rows : list of dict
-        Of the kinds "trial" (with their ``regime``), "allreduce" and "workload"; as from `read`.
+        Of the kinds "trial", "allreduce" and "workload"; as from `read`, or `scaling.sweep` over ranks. Where trials
+        don't say their ``regime``, their batches do.
     path : path
     """
-    trials = [row for row in rows if row["kind"] == "trial"]
-    if not trials:
-        raise ValueError("rows hold no trial; measure with hpclab scale, or scaling.sweep.")
+    trials = some([row for row in rows if row["kind"] == "trial"], "trial")
+    plain = [row for row in trials if "regime" not in row]
+    trials = [row | {"regime": row.get("regime") or scaling.regime(plain)} for row in trials]
     machine = {name: trials[0][name] for name in ("host", "cpu", "cpus", "torch", "started")}
     parts = [f"<h2>{_('This machine')}</h2>{markup(Table([machine]))}"]
     titles = {
@@ -101,7 +97,7 @@ def write(rows: list[dict], path: str | os.PathLike) -> Path:
         "weak": _("Weak scaling: the batch of each rank stays"),
     }
     for regime, title in titles.items():
-        if kept := [row for row in trials if row.get("regime") == regime]:
+        if kept := [row for row in trials if row["regime"] == regime]:
             parts += [f"<h2>{title}</h2>", *_regime(kept)]
     if messages := [row for row in rows if row["kind"] == "allreduce"]:
         parts += [f"<h2>{_('The network')}</h2>", *_network(messages)]
@@ -134,7 +130,11 @@ def page(title: str, parts: list[str]) -> str:
 
 def _regime(trials: list[dict]) -> list[str]:
     told = scaling.verdict(trials) if trials[0]["regime"] == "strong" else None
-    fits = told.fits if told else [found for found in [_gustafson(trials)] if found]
+    fits = told.fits if told else _gustafson(trials)
+    if any(row["source"] == "emulated" for row in trials):  # no law of this machine
+        fits = []
+    drawn = [one for one in fits if told is None or one.law == told.law]
+    summary = scaling.summary(trials)
     table = Table(
         {
             _("ranks"): row["ranks"],
@@ -143,22 +143,21 @@ def _regime(trials: list[dict]) -> list[str]:
             _("efficiency"): f"{row['efficiency']:.2f}",
             _("source"): source_word(row["source"]),
         }
-        for row in scaling.summary(trials)
+        for row in summary
     )
     shown = Figure(figsize=(7, 4), layout="constrained")
-    if fits:
-        plots.law(trials, fits[-1], ax=shown.subplots())
+    if drawn:
+        plots.law(trials, drawn[0], ax=shown.subplots())
     else:
-        plots.throughput(scaling.summary(trials), shown.subplots())
+        plots.throughput(summary, shown.subplots())
     lines = [str(one) for one in fits] + ([str(told)] if told else []) + scaling.remarks(trials)
     return [shown.picture(), markup(table), *(f"<p>{html.escape(line)}</p>" for line in lines)]
 
 
-def _gustafson(trials: list[dict]) -> laws.Fit | None:
-    try:
-        return scaling.fit(trials, "gustafson")
-    except ValueError:  # too few points
-        return None
+def _gustafson(trials: list[dict]) -> list[laws.Fit]:
+    """The fit, if there are enough points for one."""
+    counts = {row["ranks"] for row in trials}
+    return [scaling.fit(trials, "gustafson")] if len(counts) > 1 and len(trials) > 2 else []
 
 
 def _network(messages: list[dict]) -> list[str]:
@@ -170,13 +169,13 @@ def _network(messages: list[dict]) -> list[str]:
 
 def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> list[str]:
     """From weak trials on several ranks, where the CPUs are as busy as they will be."""
-    known = [row for row in trials if row.get("regime") == "weak" and row["ranks"] > 1]
+    known = [row for row in trials if row["regime"] == "weak" and row["ranks"] > 1 and row["source"] == "measured"]
     about = next((row for row in rows if row["kind"] == "workload"), None)
     if len(known) < 2 or about is None:
         return []
     jitter = sum(row["jitter_s"] for row in known) / len(known)
     samples = known[0]["batch"] // known[0]["ranks"]
-    sizes = {name: about[name] for name in ("gradient_bytes", "bucket_bytes")}
+    sizes = {name: about[name] for name in _SIZES if name in about}
     work = forecast.Workload(known[0]["step_s"], samples=samples, jitter_s=jitter, **sizes)
     counts, seconds = [row["ranks"] for row in known], [row["step_s"] for row in known]
     ahead = forecast.calibrate(work, scaling.network(messages), counts, seconds, ["compute_s"])

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from distributed import Client
@@ -54,6 +55,10 @@ def train(
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     network: Network | None = None,
     trace: int = 0,
+    checkpoint_every: int | None = None,
+    max_restarts: int = 0,
+    min_ranks: int | None = None,
+    resume: str | os.PathLike | None = None,
     folder: str | os.PathLike | None = None,
     name: str = "train",
     progress: bool = True,
@@ -84,7 +89,8 @@ def train(
     seed : int, default 0
         Of the weights and the shuffling; dropout and its like are seeded by ``seed + rank``.
     steps : int, optional
-        End after so many steps, without tests and checkpoints: for measuring speed.
+        End after so many steps, without tests and, unless `checkpoint_every` is given, checkpoints: for measuring
+        speed.
     optimizer : callable, optional
         Given the model's parameters, returns the optimiser to use in place of SGD and its schedule; `lr` is then
         unused.
@@ -95,6 +101,19 @@ def train(
     trace : int, default 0
         Trace so many steps, after the first few, into the folder; see `timeline.spans` and `timeline.merge`. Traced
         steps are slower.
+    checkpoint_every : int, optional
+        Write a checkpoint after every so many steps, besides that of each epoch; the newest two stay. See
+        `checkpoint.save`.
+    max_restarts : int, default 0
+        How often to go on from the newest checkpoint when a rank, a worker or a host is lost. With as many ranks as
+        before, the result is that of a run without losses, bit for bit.
+    min_ranks : int, optional
+        The fewest ranks to go on with when workers don't come back; see `launch`. Each then takes more samples a step,
+        so that all together take as many as before: only numbers that divide these are used. The result is that of a
+        run without losses up to rounding, if the model draws no random numbers (dropout).
+    resume : path, optional
+        Folder of an earlier run, to go on from its newest checkpoint. Model, data, samples a step of all ranks, number
+        of steps and seed must be the same.
     folder : path, optional
         Where ``rows.jsonl`` and ``checkpoints/`` go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
     name : str, default "train"
@@ -131,10 +150,18 @@ def train(
         )
     whole_number("trace", trace, least=0)
     total = epochs * (shard // batch_size) if steps is None else whole_number("steps", steps)
-    job = Job(model, str(found.absolute()), epochs, batch_size, lr, seed, steps, optimizer, loss, network, trace)
-    admission = {"oversubscribe": oversubscribe, "wait": wait}
+    if checkpoint_every is not None:
+        whole_number("checkpoint_every", checkpoint_every)
+    batch = batch_size * ranks
+    job = Job(
+        *(model, str(found.absolute()), epochs, batch, lr, seed, steps, optimizer, loss, network, trace),
+        checkpoint_every,
+    )
+    sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)
+    admission: dict[str, Any] = {"oversubscribe": oversubscribe, "wait": wait}
+    keeping: dict[str, Any] = {"max_restarts": max_restarts, "min_ranks": sizes, "resume": resume, "folder": folder}
     try:
-        run = launch(client, replicate, job, ranks=ranks, threads=threads, folder=folder, name=name, **admission)
+        run = launch(client, replicate, job, ranks=ranks, threads=threads, name=name, **admission, **keeping)
     except TypeError:
         check_pickles({"model": model, "optimizer": optimizer, "loss": loss})
         raise
@@ -143,8 +170,15 @@ def train(
     return run.then(lambda values: _fit(run, values[0]))
 
 
+def _divisors(batch: int, ranks: int, least: int) -> list[int]:
+    """Numbers of ranks that can share a batch evenly."""
+    if whole_number("min_ranks", least) > ranks:
+        raise ValueError(f"min_ranks (={least}) exceeds ranks (={ranks}).")
+    return [size for size in range(least, ranks + 1) if batch % size == 0]
+
+
 class _Bar:
-    """A progress bar over a run's steps."""
+    """A progress bar over a run's steps; it falls back to the step from which a later attempt goes on."""
 
     def __init__(self, total: int, title: str):
         self.bar = tqdm(total=total, desc=title, unit="step", mininterval=0.2)
@@ -153,8 +187,10 @@ class _Bar:
         for row in rows:
             if "test_accuracy" in row:
                 self.bar.set_postfix(accuracy=f"{row['test_accuracy']:.3f}", refresh=False)
+            if row["kind"] in ("resume", "restart"):
+                self.bar.update(row.get("step", 0) - self.bar.n)
         self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
-        if run.status not in ("waiting", "running"):
+        if not run.going:
             self.bar.close()
 
 

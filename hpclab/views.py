@@ -10,7 +10,7 @@ from IPython.display import HTML, display
 from hpclab import plots
 from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
-from hpclab.rows import source
+from hpclab.rows import attempts, kept, source
 from hpclab.tables import Table, markup
 
 SHARE = 0.1
@@ -27,7 +27,7 @@ def show(run: Any) -> None:
     ----------
     run : Run or Record
     """
-    if run.status in ("waiting", "running"):
+    if run.going:
         LiveView(run).show()
     else:
         display(HTML(page(run)))
@@ -51,9 +51,7 @@ class LiveView:
         self.stop.on_click(lambda button: self._stop())
         self.kill.on_click(lambda button: run.kill(self.rank.value))
         for control in (self.stop, self.rank, self.kill):
-            # ipykernel 7.4 brings what a control says to the shell that made it, which waits in ``run.result()``; this
-            # leaves it with the subshell that JupyterLab has chosen for it.
-            control.comm._reply_subshell_for = lambda data, chosen: chosen
+            answer_in_subshell(control)
         self.controls = ipywidgets.VBox([ipywidgets.HBox([self.stop, self.rank, self.kill]), self.content])
         self.handle: Any = None
         self.news = threading.Event()
@@ -70,7 +68,7 @@ class LiveView:
         threading.Thread(target=self.run.stop, name="hpclab-stop", daemon=True).start()
 
     def _follow(self) -> None:
-        while self.run.status in ("waiting", "running"):
+        while self.run.going:
             self.news.wait()
             self.news.clear()
             started = time.monotonic()
@@ -80,12 +78,24 @@ class LiveView:
         self.controls.close()
 
 
+def answer_in_subshell(control: Any) -> None:
+    """Have a control answer while a cell runs.
+
+    ipykernel 7.4 brings what a control says to the shell that made it, which waits in the cell; this leaves it with the
+    subshell that JupyterLab has chosen for it.
+    """
+    control.comm._reply_subshell_for = lambda data, chosen: chosen
+
+
 def page(run: Any) -> str:
     """A run as HTML: its state, its figure, a row a rank, the newest lines of its logs, and its error if it failed."""
-    rows = run.rows.copy()
+    every = run.rows.copy()
+    rows = kept(every)
     parts = [f"<p><strong>{html.escape(run.name)}</strong>: {_word(run)}</p>"]
     if any(row["kind"] == "step" for row in rows):
         parts += [_figure(rows).picture(), markup(ranks(rows))]
+    if any(row["kind"] == "restart" for row in every):
+        parts += [f"<p>{_('Attempts')}</p>", markup(losses(every))]
     if lines := _newest(run):
         parts.append(f"<pre>{html.escape(lines)}</pre>")
     if rows and "error" in rows[-1]:
@@ -102,6 +112,21 @@ def ranks(rows: list[dict]) -> Table:
     return Table(_rank(rank, steps[rank]) for rank in sorted(steps))
 
 
+def losses(rows: list[dict]) -> Table:
+    """One row an attempt: the steps that it did, those that were lost, and why it ended."""
+    return Table(
+        {
+            _("attempt"): row["attempt"] + 1,
+            _("ranks"): row["ranks"],
+            _("steps"): f"{row['first']}-{row['last']}",
+            _("steps lost"): row["last"] - row["first"] + 1 - row["kept"],
+            _("seconds lost"): f"{row['lost_s'] + row['restart_s']:.1f}",
+            _("ended by"): row["cause"] or "",
+        }
+        for row in attempts(rows)
+    )
+
+
 def _rank(rank: int, steps: list[dict]) -> dict:
     last = steps[-1]
     shown = {_("rank"): rank, _("step"): last.get("step"), _("loss"): last.get("loss")}
@@ -116,6 +141,7 @@ def _word(run: Any) -> str:
     words = {
         "waiting": _("waiting, {place} in the queue", place=run.place),
         "running": _("running"),
+        "recovering": _("recovering: another attempt waits for room"),
         "finished": _("finished"),
         "failed": _("failed"),
         "stopped": _("stopped"),

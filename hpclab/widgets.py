@@ -13,14 +13,17 @@ from hpclab.figures import Figure
 from hpclab.forecast import Forecast
 from hpclab.language import translate as _
 from hpclab.network import Hierarchy, Network
+from hpclab.runs import Run
 from hpclab.tables import Table, markup
 from hpclab.training import Model
+from hpclab.views import answer_in_subshell
 
 
 class RaceStage:
     """A prediction to make, and a race to start by `run` or by the button, as often as one likes.
 
-    Shows a slider for the predicted speed-up and a button. What a race shows is an ordinary output, below the button or
+    Shows a slider for the predicted speed-up, a button, and another that kills a rank of the racer on its way, which
+    goes on from its newest checkpoint. What a race shows is an ordinary output, below the button or
     of the cell that called `run`; a later press of the button replaces it there.
 
     Parameters
@@ -43,11 +46,15 @@ class RaceStage:
         )
         self.button = ipywidgets.Button(description=_("Race"), icon="flag-checkered", button_style="primary")
         self.button.on_click(lambda button: self._race())
+        self.kill = ipywidgets.Button(description=_("Kill a rank"), icon="bolt", button_style="danger", disabled=True)
+        self.kill.on_click(lambda button: self._kill())
+        answer_in_subshell(self.kill)
+        self.racer: Run | None = None
         self.figure = racing.LiveFigure()
         self.text: DisplayHandle | None = None
 
     def _ipython_display_(self) -> None:
-        display(ipywidgets.HBox([self.guess, self.button]))
+        display(ipywidgets.HBox([self.guess, self.button, self.kill]))
         hint = display(HTML(_("Press the button, or run the next cell.")), display_id=True)
         self.figure, self.text = racing.LiveFigure(hint), display(HTML(""), display_id=True)
 
@@ -58,12 +65,19 @@ class RaceStage:
         self._race()
 
     def _race(self) -> None:
-        self.button.disabled = True
+        self.button.disabled, self.kill.disabled = True, False
         try:
-            self.result = racing.race(*self.arguments, show=self.figure, **self.settings)
+            self.result = racing.race(*self.arguments, show=self.figure, begin=self._follow, **self.settings)
             self._tell(self.result)
         finally:
-            self.button.disabled = False
+            self.button.disabled, self.kill.disabled = False, True
+
+    def _follow(self, racer: Run) -> None:
+        self.racer = racer
+
+    def _kill(self) -> None:
+        if self.racer is not None and (left := self.racer.left()):
+            self.racer.kill(left[-1])
 
     def _tell(self, result: racing.Race) -> None:
         trials = result.trials()

@@ -120,9 +120,17 @@ def shoot(page, name):
     page.screenshot(path=SHOTS / f"{name.replace('/', '-')}.png")
 
 
-@pytest.mark.parametrize(
-    "name", ["00_start.ipynb", "zh/00_start.ipynb", "02_ddp_from_scratch.ipynb", "03_cnn.ipynb", "04_scaling.ipynb"]
-)
+NAMES = [
+    "00_start.ipynb",
+    "zh/00_start.ipynb",
+    "02_ddp_from_scratch.ipynb",
+    "03_cnn.ipynb",
+    "04_scaling.ipynb",
+    "13_faults.ipynb",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs_from_top_to_bottom(page, lab, name):
     open_notebook(page, lab, name)
     choose(page, "Run", "Run All Cells")
@@ -158,20 +166,29 @@ def move_a_slider(page):
     shoot(page, "explorer-moved")
 
 
-def test_the_race_button_replaces_the_race(page, lab):
-    """The reader predicts, presses, and finds the new race where the old one was."""
+def test_the_race_button_replaces_the_race(page, lab, home):
+    """The reader predicts, presses, kills a rank of the last racer, and finds the new race where the old one was."""
+    from playwright.sync_api import expect
+
     open_notebook(page, lab, "00_start.ipynb")
     page.locator(".jp-CodeCell").last.click()
     choose(page, "Run", "Run All Above Selected Cell")
     wait_for(page, "document.body.innerText.includes('You predicted 1.0')", "first-race")
     before = race_outputs(page)
+    kill = page.locator("button", has_text="Kill a rank")
+    expect(kill).to_be_disabled()
     page.get_by_role("slider").focus()
     page.keyboard.press("ArrowRight")
     page.locator("button", has_text="Race").click()
+    last_racer = "[...document.querySelectorAll('figcaption')].some(told => told.innerText.includes('2 ranks: '))"
+    wait_for(page, f"!{last_racer}", "second-race")
+    wait_for(page, last_racer, "second-race")
+    kill.click()
     wait_for(page, "document.body.innerText.includes('You predicted 1.1')", "second-race")
     after = race_outputs(page)
     assert len(after) == len(before) == 1
     assert after != before
+    assert any('"restart"' in rows.read_text() for rows in (home / "course").rglob("*race*/rows.jsonl"))
     shoot(page, "00_start-pressed")
 
 

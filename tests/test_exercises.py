@@ -1,5 +1,6 @@
 """Exercise checks: solutions pass, stubs aren't answered yet, each misconception has its message."""
 
+import functools
 import os
 import random
 import re
@@ -12,10 +13,10 @@ from hpclab import exercises, laws, machine
 from hpclab.exercises import check
 
 FUNCTIONS = [
-    *("cnn.order", "cnn.learning_rate", "scaling.curves"),
+    *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
     *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step"),
 ]
-EXERCISES = ["start.gang", *FUNCTIONS]
+EXERCISES = ["start.gang", "faults.state", *FUNCTIONS]
 
 
 def test_every_exercise_is_known_here():
@@ -217,7 +218,6 @@ def with_interval(width):
 
 def test_curves_passes_with_the_solution():
     assert check("scaling.curves", curves_solution)
-    assert check("scaling.curves", lambda n, x: (curves_solution(n, x)[0], None))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,13 @@ def test_curves_passes_with_the_solution():
         (unless_few, "from data so noisy"),
         (lambda n, x: (None, None), "You found no law"),
         (lambda n, x: ("usl", None), "A larger law always fits"),
-        (lambda n, x: ("amdahl", None), "A tight interval is no evidence"),
+        (lambda n, x: ("amdahl", laws.fit_amdahl(n, x).intervals["sigma"]), "A tight interval is no evidence"),
         (with_interval(lambda low, high: (high, high + 0.01)), "misses the planted one"),
         (with_interval(lambda low, high: (0, 1)), "so wide that it says nothing"),
+        (lambda n, x: (curves_solution(n, x)[0], None), "A law without an interval"),
+        (with_interval(lambda low, high: {"low": low, "high": high}), "returns a pair"),
+        (lambda n, x: ("Amdahl", (0, 1)), "'amdahl' or 'usl', or None where no law is told; not 'Amdahl'"),
+        (lambda n, x: ("linear", (0, 1)), "Linear would be as many times as fast"),
         (lambda n, x: "amdahl", "returns a pair"),
         (lambda n, x: ("amdahl", 0.1), "returns a pair"),
     ],
@@ -305,3 +309,71 @@ def test_a_step_passes_with_the_solution_and_by_averaging_what_was_stepped():
 def test_a_step_names_each_misconception(answer, message):
     result = check("ddp-from-scratch.step", answer)
     assert result.status == "fail" and message in result.message
+
+
+def young(save_s, mtbf, restart_s):
+    return (2 * save_s * mtbf) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("interval", "status", "says"),
+    [
+        (young, "pass", "No other interval costs much less"),
+        (lambda save_s, mtbf, restart_s: young(save_s, mtbf, 0) - save_s, "pass", "No other"),
+        (lambda save_s, mtbf, restart_s: 10 * save_s, "fail", "fails less often gets the same"),
+        (lambda save_s, mtbf, restart_s: mtbf / 10, "fail", "takes longer to write gets the same"),
+        (lambda save_s, mtbf, restart_s: 600.0, "fail", "gets the same interval"),
+        (lambda save_s, mtbf, restart_s: young(save_s, mtbf, 0) / 3, "fail", "You write too often"),
+        (lambda save_s, mtbf, restart_s: 3 * young(save_s, mtbf, 0), "fail", "You write too seldom"),
+        (lambda save_s, mtbf, restart_s: save_s * mtbf, "fail", "You write too"),
+        (lambda save_s, mtbf, restart_s: -1, "fail", "a number above 0, not -1"),
+        (lambda save_s, mtbf, restart_s: [1, 2], "fail", r"not \[1, 2\]"),
+    ],
+)
+def test_checkpoint_intervals(interval, status, says):
+    result = check("faults.interval", interval)
+    assert result.status == status
+    assert re.search(says, result.message), result.message
+
+
+def pack(model, optimizer, schedule, step, leave_out=()):
+    found = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "step": step,
+        "random": torch.get_rng_state(),
+    }
+    return {name: value for name, value in found.items() if name not in leave_out}
+
+
+def unpack(state, model, optimizer, schedule):
+    for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+        if name in state:
+            part.load_state_dict(state[name])
+    if "random" in state:
+        torch.set_rng_state(state["random"])
+    return state.get("step", 0)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "says"),
+    [
+        ("", "not a bit differs"),
+        ("step", "goes on at step 0"),
+        ("model", "weights aren't"),
+        ("optimizer", "momentum"),
+        ("schedule", "learning rate"),
+        ("random", "Dropout draws"),
+    ],
+)
+def test_what_a_checkpoint_holds(left_out, says):
+    result = check("faults.state", (functools.partial(pack, leave_out=[left_out]), unpack))
+    assert (result.status, says in result.message) == ("pass" if not left_out else "fail", True), result.message
+
+
+def test_what_can_not_be_written_is_no_checkpoint():
+    assert "can't be written and read again" in check("faults.state", (lambda *parts: {"m": parts[0]}, unpack)).message
+    assert "pair of functions" in check("faults.state", pack).message
+    assert check("faults.state", (lambda *parts: ..., unpack)).message == "Not answered yet."
+    assert "raised KeyError" in check("faults.state", (pack, lambda state, *parts: state["none"])).message

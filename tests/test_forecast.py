@@ -1,5 +1,7 @@
 """Forecasts against other people's machines, and closed forms."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ def resnet(rates):
 
 def test_dlperf_beyond_what_it_was_calibrated_on():
     """At 32 GPUs closer than doubling the 16, and than the USL: in the mean and at worst."""
-    ours, doubled, usl, bare = [], [], [], []
+    ours, doubled, usl, bare, inside = [], [], [], [], {0.01: 0, 0.02: 0}
     for rates in DLPERF.values():
         workload, seconds = resnet(rates)
         found = calibrate(workload, NODES, V100[:3], seconds[:3], noise=0.01)
@@ -44,21 +46,27 @@ def test_dlperf_beyond_what_it_was_calibrated_on():
         doubled.append(abs(2 * rates[2] / rates[3] - 1))
         exact = laws.fit_usl(np.repeat(V100[:3], 2), np.repeat(rates[:3], 2))
         usl.append(abs(exact([32])[0] / rates[3] - 1))
-        row = found.rows([32])[0]
-        assert row["step_low_s"] < row["step_s"] < row["step_high_s"]
-        assert row["source"] == "forecast"
+        assert found.rows([32])[0]["source"] == "forecast"
+        for noise in inside:
+            row = calibrate(workload, NODES, V100[:3], seconds[:3], noise=noise).rows([32])[0]
+            inside[noise] += row["step_low_s"] <= seconds[3] <= row["step_high_s"]
     assert np.mean(ours) < min(np.mean(doubled), np.mean(usl)) < 0.04
     assert max(ours) < min(max(doubled), max(usl)) < 0.073
+    assert inside == {0.01: 2, 0.02: 4}  # of four: each rate was published once, so its noise is a guess
     assert max(bare) < 0.25  # with the data sheet alone: no jitter, and all communication hidden
 
 
-def daint():
-    """One server's link is what gRPC was measured to reach then, 10 Gb/s (tensorflow/tensorflow#6116)."""
-    networks = [Network(50e-6, 10e9, "parameter-server", servers) for servers in SERVERS]
+def daint(gigabits=10, link_error=0.0):
+    """What one server's link carried, nobody recorded; we guess 10 Gb/s.
+
+    In tensorflow/tensorflow#6116, August 2017, one user saw gRPC at 500 MB a second, another filling a link of 10 Gb/s.
+    """
+    networks = [Network(50e-6, gigabits * 1e9, "parameter-server", servers) for servers in SERVERS]
     seconds = 64 * DAINT / DAINT_RATE
     largest = 2048 * 1000 * 4  # bytes of the last layer's weights, which no server can share
-    workload = Workload(seconds[0], 23.83e6 * 4, samples=64, overlap=1.0, largest_bytes=largest)
-    return calibrate(workload, networks[:6], DAINT[:6], seconds[:6], ("compute_s", "jitter_s")), networks, seconds
+    workload = Workload(seconds[0], 23.83e6 * 4, samples=64, overlap=1.0, largest_bytes=largest, buckets=1)
+    fitted = ("compute_s", "jitter_s")
+    return calibrate(workload, networks[:6], DAINT[:6], seconds[:6], fitted, link_error=link_error), networks, seconds
 
 
 def test_parameter_servers_saturate_where_a_law_sees_nothing():
@@ -67,7 +75,20 @@ def test_parameter_servers_saturate_where_a_law_sees_nothing():
         (error,) = found.score(DAINT[place : place + 1], seconds[place : place + 1], network=networks[place])
         assert abs(error) < 0.1
     usl = laws.fit_usl(DAINT[:6], DAINT_RATE[:6])
-    assert usl([128])[0] / DAINT_RATE[7] > 1.3
+    assert usl([128])[0] / DAINT_RATE[7] > 1.2
+    assert not laws.choose(DAINT[:6], DAINT_RATE[:6]).identifiable
+
+
+@pytest.mark.parametrize(
+    ("gigabits", "link_error", "inside"),
+    [(10, 0.0, [False, True]), (10, 0.2, [True, True]), (8, 0.2, [True, True]), (12, 0.2, [False, True])],
+)
+def test_a_forecast_is_as_good_as_the_link_it_is_told(gigabits, link_error, inside):
+    """Whether the records of 64 and 128 nodes fall in the band: 64 are beyond what a faster link would explain."""
+    found, networks, seconds = daint(gigabits, link_error)
+    rows = [found.rows([int(DAINT[place])], network=networks[place])[0] for place in (6, 7)]
+    ends = [(row["step_low_s"], row["step_high_s"]) for row in rows]
+    assert [low <= second <= high for (low, high), second in zip(ends, seconds[6:], strict=True)] == inside
 
 
 def test_it_is_not_scored_on_what_it_knows():
@@ -96,6 +117,73 @@ def test_bands_cover_new_measurements():
     assert 180 <= covered <= 199
 
 
+def test_bands_cover_a_link_that_is_not_as_stated():
+    dice = np.random.default_rng(0)
+    stated, truth = Network(1e-4, 1e9), Workload(compute_s=0.1, gradient_bytes=4e6, overlap=0.0)
+    ranks, covered = np.array([1, 1, 1, 2, 4.0]), {0.0: 0, 0.2: 0}
+    for _ in range(200):
+        real = stated.slower(np.exp(0.2 * dice.standard_normal()))
+        measured = step_s(truth, real, ranks) * np.exp(0.01 * dice.standard_normal(5))
+        new = step_s(truth, real, [64])[0] * np.exp(0.01 * dice.standard_normal())
+        for link_error in covered:
+            row = calibrate(truth, stated, ranks, measured, ["compute_s"], 0.01, link_error).rows([64])[0]
+            covered[link_error] += row["step_low_s"] <= new <= row["step_high_s"]
+    assert 180 <= covered[0.2] <= 199
+    assert covered[0.0] < 150
+
+
+def test_bands_of_the_efficiency_cover_too():
+    """One measurement on 64 ranks over one on a rank; at one rank it is 1, whatever the noise."""
+    dice = np.random.default_rng(0)
+    network, truth = Network(1e-4, 1e9), Workload(compute_s=0.1, gradient_bytes=4e6, visible=0.6)
+    ranks, covered = np.repeat([1, 2, 4, 8.0], 3), 0
+    for _ in range(300):
+        measured = step_s(truth, network, ranks) * np.exp(0.03 * dice.standard_normal(12))
+        alone, row = calibrate(truth, network, ranks, measured, ("compute_s", "visible")).rows([1, 64])
+        one, many = step_s(truth, network, [1, 64]) * np.exp(0.03 * dice.standard_normal(2))
+        covered += row["efficiency_low"] <= one / many <= row["efficiency_high"]
+    assert 275 <= covered <= 297
+    assert alone["efficiency_low"] == alone["efficiency"] == alone["efficiency_high"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("data_s", 0.2), ("overlap", 0.5), ("visible", 0.3), ("jitter_s", 0.01), ("compute_s", 0.15)]
+)
+def test_each_field_can_be_fitted(name, value):
+    base = Workload(0.1, 1e7, bucket_bytes=1e5)
+    network, ranks = Network(1e-4, 1e9), [1, 2, 4, 8, 16]
+    truth = dataclasses.replace(base, **{name: value})
+    found = calibrate(base, network, ranks, step_s(truth, network, ranks), [name], noise=0.01)
+    assert getattr(found.workload, name) == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fitted"),
+    [
+        ([1] * 6, ("compute_s", "jitter_s", "visible")),
+        ([2] * 6, ("compute_s", "jitter_s", "visible")),
+        ([1, 2] * 3, ("compute_s", "jitter_s", "visible")),
+        ([1] * 6, ("visible",)),
+        ([1, 2, 4] * 2, ("compute_s", "overlap")),  # which `visible` makes idle
+    ],
+)
+def test_fields_that_the_points_cannot_tell_are_refused(ranks, fitted):
+    """They had tight bands around whatever the solver began with."""
+    network, truth = Network(1e-4, 1e9), Workload(0.1, 4e6, jitter_s=0.005, visible=0.6)
+    measured = step_s(truth, network, ranks) * np.exp(0.01 * np.random.default_rng(0).standard_normal(6))
+    with pytest.raises(
+        ValueError, match=r"fitted \(=.*can't be told apart at ranks .*measure at more numbers of ranks"
+    ):
+        calibrate(truth, network, ranks, measured, fitted)
+
+
+def test_what_scales_with_the_batch():
+    base, network, ranks = Workload(0.1, 1e7, samples=32, bucket_bytes=1e5), Network(1e-4, 1e9), [1, 2, 4, 8, 16]
+    measured = step_s(base, network, ranks) * [1, 1.01, 0.99, 1.02, 1]
+    found = calibrate(base, network, ranks, measured, ["overlap", "compute_s"])
+    assert found.scaled(320).covariance == pytest.approx(found.covariance * np.outer([1, 10], [1, 10]))
+
+
 def test_slowest_of_many():
     dice = np.random.default_rng(0)
     for count in (2, 16, 256):
@@ -106,8 +194,8 @@ def test_slowest_of_many():
 def test_parts_by_hand():
     """A ring of 4 at 1 Gb/s: 2 * 3 messages, and 1.5 times the bytes."""
     network = Network(latency=1e-3, bandwidth=1e9)
-    found = parts(Workload(0.3, 10e6, bucket_bytes=2e6), network, [1, 4])
-    assert found["comm_s"] == pytest.approx([0, 6e-3 + 1.5 * 10e6 * 8 / 1e9])
+    found = parts(Workload(0.3, 10e6, bucket_bytes=2e6, buckets=5), network, [1, 4])
+    assert found["comm_s"] == pytest.approx([0, 5 * 6e-3 + 1.5 * 10e6 * 8 / 1e9])  # each bucket pays the latency
     assert found["exposed_s"] == pytest.approx([0, 6e-3 + 1.5 * 2e6 * 8 / 1e9])  # the last bucket; the rest is hidden
     assert found["step_s"] == pytest.approx([0.3, 0.3 + 0.03])
     slow = parts(Workload(0.01, 10e6, bucket_bytes=2e6), network, [4])
@@ -121,7 +209,19 @@ def test_buckets_are_those_of_ddp(client):
     logged = hpclab.launch(client, buckets_of, ranks=2).result(60)[0]
     assert made.gradient_bytes == sum(logged)
     assert made.bucket_bytes == logged[-1]
+    assert made.buckets == len(logged) > 1
+    network = Network(1e-3, 1e9)
+    link = sum(float(network.allreduce_s(size, 8)) for size in logged)  # as it is emulated
+    assert parts(made, network, [8])["comm_s"] == pytest.approx([link])
     assert made.bucket_bytes < made.gradient_bytes
+
+
+def test_buckets_by_default():
+    """100 tensors of 1 MB: the first bucket closes at 1 MiB, the others at 25 MiB."""
+    latency = Network(latency=1.0, bandwidth=1e15)
+    made = Workload.of(torch.nn.Sequential(*[torch.nn.Linear(250, 1000, bias=False) for _ in range(100)]), 1.0)
+    assert parts(Workload(1.0, 100e6), latency, [2])["comm_s"] == pytest.approx([2 * made.buckets], rel=1e-3)
+    assert parts(Workload(1.0, 1e6), latency, [2])["comm_s"] == pytest.approx([2], rel=1e-3)
 
 
 def perceptron():
@@ -157,11 +257,29 @@ def test_costs_by_topology():
     assert float(both.allreduce_s(size, 8)) == pytest.approx(1.5e-4 + 2e-4 + 1e-3)
 
 
+def calibrate_two(fitted=("compute_s",), measured=(1, 1.01), network=None, **settings):
+    return calibrate(Workload(1, 1), network or Network(), [1, 2], measured, fitted, **settings)
+
+
+def test_one_name_and_one_number_do_too():
+    found = calibrate_two("compute_s")
+    assert found.columns(8)["step_s"] == found.columns([8])["step_s"]
+    assert found.score(8, 1.0) == found.score([8], [1.0])
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
         (lambda: Workload(0, 1), r"compute_s \(=0\) must be above 0"),
         (lambda: Workload(1, 1, jitter_s=-1), r"jitter_s \(=-1\) must be at least 0"),
+        (lambda: Workload(1, 1, visible=-1), r"visible \(=-1\) must be a share, 0 to 1"),
+        (lambda: Workload(1, 1, visible=float("nan")), r"visible \(=nan\) must be a share"),
+        (lambda: Workload(1, 1, overlap=5), r"overlap \(=5\) must be a share"),
+        (lambda: Workload(1, 1, buckets=0), r"buckets \(=0\) must be at least 1"),
+        (lambda: Hierarchy(Network(), Network(), 0), r"per_node \(=0\) must be at least 1"),
+        (lambda: Network().allreduce_s(1e6, 0), r"ranks \(=0\) must be >= 1"),
+        (lambda: Network().allreduce_s(-1, 2), r"nbytes \(=-1\) must be >= 0"),
+        (lambda: Network().allreduce_s(1, 2, -1), r"largest \(=-1\) must be >= 0"),
         (lambda: Network(latency=-1), r"latency \(=-1\) must be seconds"),
         (lambda: Network(bandwidth=0), r"bandwidth \(=0\) must be bits a second"),
         (lambda: Network(topology="star"), r"topology \(='star'\) must be one of 'ring', 'tree'"),
@@ -174,6 +292,24 @@ def test_costs_by_topology():
             lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, -2], ("compute_s",)),
             "must be pairs of >= 1 and > 0",
         ),
+        (
+            lambda: calibrate_two(["bandwidth"]),
+            r"fitted \(=\['bandwidth'\]\) must be different names out of compute_s, ",
+        ),
+        (lambda: calibrate_two("samples"), r"fitted \(='samples'\) must be different names"),
+        (lambda: calibrate_two([]), r"fitted \(=\[\]\) must be different names"),
+        (lambda: calibrate_two(["compute_s"] * 2), "must be different names"),
+        (lambda: calibrate_two(noise=-1), r"noise \(=-1\) must be above 0"),
+        (lambda: calibrate_two(noise=float("nan")), r"noise \(=nan\) must be above 0"),
+        (lambda: calibrate_two(link_error=-1), r"link_error \(=-1\) must be at least 0"),
+        (lambda: calibrate_two(measured=[1, np.inf]), "must be pairs of >= 1 and > 0"),
+        (lambda: calibrate_two(network=[Network()]), "network holds 1 links for 2 points"),
+        (lambda: calibrate_two().columns([2], level=95), r"level \(=95\) must be between 0 and 1"),
+        (lambda: calibrate_two().rows([2], level=0), r"level \(=0\) must be between 0 and 1"),
+        (lambda: calibrate_two().score([8], [0]), "must be pairs of >= 1 and > 0"),
+        (lambda: calibrate_two().score([8], [float("nan")]), "must be pairs of >= 1 and > 0"),
+        (lambda: calibrate_two().score([], []), "must be pairs of >= 1 and > 0"),
+        (lambda: calibrate_two().scaled(0), r"samples \(=0\) must be above 0"),
     ],
 )
 def test_bad_input(wrong, says):

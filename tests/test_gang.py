@@ -284,7 +284,7 @@ def running(client):
 
 def test_killed_worker(own):
     run = running(own)
-    victim = run._places[1].worker
+    victim = run._attempt.places[1].worker
     os.kill(own.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
     with pytest.raises(hpclab.RankError, match=r"rank 1 of 2 .* was lost with its worker"):
         run.result(60)
@@ -393,7 +393,7 @@ def test_who_waits_is_seated_when_a_lost_worker_is_back(own):
     waiting = hpclab.launch(own, all_reduce, ranks=2, wait=True)
     third = hpclab.launch(own, all_reduce, ranks=2, oversubscribe=True)
     assert third.result(60) == [2, 2], "it takes turns, and nobody's place"
-    victim = run._places[0].worker
+    victim = run._attempt.places[0].worker
     os.kill(own.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
     with pytest.raises(hpclab.RankError, match="was lost with its worker"):
         run.result(60)

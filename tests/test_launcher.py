@@ -364,7 +364,7 @@ def test_a_killed_worker_ends_its_gang():
     with hpclab.connect(workers=2) as client:
         run = hpclab.launch(client, sleep, ranks=2)
         started(run)
-        victim = run._places[1].worker
+        victim = run._attempt.places[1].worker
         os.kill(client.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
         with pytest.raises(hpclab.RankError, match=r"rank 1 of 2 .* (was lost with its worker|its worker .* has gone)"):
             run.result(60)

@@ -25,7 +25,7 @@ RAYTRACER = (
 def test_published_fits_of_the_usl(data, values, errors, residual, peak, limit):
     """As R's usl 2.0 prints them; its intervals are wrong, so ours are compared with Student's t."""
     n, x = zip(*data, strict=True)
-    found = laws.fit_usl(n, x)
+    found = laws.fit_usl(n, x, noise="absolute")
     assert tuple(found.values.values()) == pytest.approx(values, rel=5e-4, abs=5e-9)
     for error, published in zip(found.errors.values(), errors, strict=True):
         assert published is None or error == pytest.approx(published, rel=5e-3)
@@ -108,6 +108,42 @@ def test_sixteen_workers_name_the_law_unless_it_is_noisy(law, values, counts):
     assert named[0.1].count(None) >= 180
 
 
+@pytest.mark.parametrize("counts", [[1, 2, 4, 8, 16], [1, 2, 4, 8, 12, 16], [1, 2, 4, 6, 8, 12, 16]], ids=len)
+def test_counts_measured_once_name_no_law(counts):
+    """The USL's AICc is infinite there, or nearly: without this, data of the USL were named linear."""
+    dice = np.random.default_rng(0)
+    n = np.array(counts, float)
+    for noise in (0.0, 0.003, 0.01, 0.03):
+        verdict = laws.choose(n, planted("usl", n, (100, 0.05, 0.005), noise, dice))
+        assert not verdict.identifiable
+        assert "Measure each count at least twice" in verdict.why
+        assert verdict.measure == counts
+
+
+@pytest.mark.parametrize("speed", [lambda n: n**1.2, lambda n: n**1.05, lambda n: np.where(n > 4, n / 2, n)])
+@pytest.mark.parametrize("counts", [range(1, 17), [1, 2, 4, 8, 16] * 3], ids=["1 to 16", "powers of 2, thrice"])
+def test_data_of_no_law_name_none(speed, counts):
+    """Faster than linear, or a cliff at a node's edge: the best of the laws is named by none of 50 draws."""
+    dice = np.random.default_rng(0)
+    n = np.array(counts, float)
+    named = [laws.choose(n, 100 * speed(n) * (1 + 0.01 * dice.standard_normal(len(n)))) for _ in range(50)]
+    assert {verdict.law for verdict in named} == {None}
+    falling = laws.choose(n, 100 / np.sqrt(n))
+    assert falling.law is None and "bend away from usl" in falling.why
+
+
+def test_exact_data_are_not_rejected():
+    n = np.repeat([1.0, 2, 4, 8, 16], 2)
+    for law, values in (("linear", (0, 0)), ("amdahl", (0.1, 0)), ("usl", (0.05, 0.005))):
+        assert laws.choose(n, 93.1 * laws.usl(n, *values)).law == law
+
+
+def test_advice_is_never_to_measure_for_ever():
+    n = np.repeat([1.0, 2, 4, 8, 16], 2)
+    noisy = laws.choose(n, planted("usl", n, (100, 0.05, 0.005), 0.9, np.random.default_rng(3)).clip(1))
+    assert "Measure further out, at 32" in noisy.why
+
+
 def test_a_tight_interval_is_no_evidence():
     """Amdahl's law, fitted to data of the USL, excludes the truth with confidence; the choice doesn't fall for it."""
     n = np.repeat([1.0, 2, 4, 8, 16], 3)
@@ -133,6 +169,12 @@ def test_closed_forms():
     exact = laws.fit_usl([1, 2, 4, 8, 16], 7 * laws.usl([1, 2, 4, 8, 16], 0.1, 0.01))
     assert tuple(exact.values.values()) == pytest.approx((7, 0.1, 0.01))
     assert exact.peak == pytest.approx(np.sqrt(0.9 / 0.01))
+    assert laws.fit_usl([1, 2, 4, 8], laws.usl([1, 2, 4, 8], 2.0, 0.0)).peak == 1, "a second worker makes it slower"
+    assert laws.fit_amdahl([1, 2, 4], laws.amdahl([1, 2, 4], 0.5)).peak == np.inf
+    assert exact.band(4)[0] == exact.band([4])[0]
+
+
+EXACT = laws.fit_usl([1, 2, 4, 8], [1, 2, 4, 8])
 
 
 @pytest.mark.parametrize(
@@ -148,6 +190,10 @@ def test_closed_forms():
         (lambda: laws.choose([], []), "must hold finite numbers"),
         (lambda: laws.fit_usl([1, 2, 3, 4], [1, 2, 3, 4], noise="pink"), r"noise \(='pink'\) must be 'absolute' or"),
         (lambda: laws.fit_usl([1, 2, 3, 4], [1, 2, 3, 4], level=95), r"level \(=95\) must be between 0 and 1"),
+        (lambda: EXACT.band([4], level=95), r"level \(=95\) must be between 0 and 1"),
+        (lambda: EXACT.band([4], level=0), r"level \(=0\) must be between 0 and 1"),
+        (lambda: EXACT.bootstrap(level=95), r"level \(=95\) must be between 0 and 1"),
+        (lambda: EXACT.bootstrap(0), r"draws \(=0\) must be at least 1"),
     ],
 )
 def test_bad_points(wrong, says):

@@ -32,17 +32,32 @@ def spend(network, floats, steps):
 
 @pytest.mark.parametrize("network", [Network(20e-3, 1e9), Network(10e-3, 50e6), Network(3e-3, 1e9, "tree", ranks=16)])
 def test_it_adds_what_it_says(client, network):
-    """Never less than its line. (How little more, `benchmarks/network.py` shows.)"""
+    """Never less than its line, nor thrice as much. (How little more, `benchmarks/network.py` shows.)"""
     for floats in (1_000, 100_000):
         for times, right in hpclab.launch(client, spend, network, floats, 12, ranks=2).result(60):
             want = float(network.allreduce_s(4 * floats, network.ranks or 2))
             assert want <= min(times) + 1e-3
+            assert min(times) < 3 * want
             assert right
 
 
 def test_a_network_faster_than_the_machine_is_refused(client):
     with pytest.raises(ValueError, match=r"this machine itself takes .* can emulate nothing below .*: raise latency"):
         hpclab.launch(client, spend, Network(1e-9, 1e15), 100_000, 3, ranks=2).result(60)
+
+
+@pytest.mark.parametrize("network", [Network(20e-3, 1e9), Network(20e-3, 1e9, ranks=1)])
+def test_a_network_of_one_rank_adds_nothing(client, network):
+    ranks = 1 if network.ranks is None else 2
+    run = hpclab.launch(client, spend, network, 1_000, 12, ranks=ranks)
+    assert min(run.result(60)[0][0]) < 20e-3
+    assert {row["source"] for row in run.rows if "source" in row} <= {"measured"}
+
+
+def test_networks_that_differ_are_told_apart():
+    told = {str(Network(1e-3, 1e9, "parameter-server", servers, ranks)) for servers in (1, 4) for ranks in (None, 8)}
+    assert len(told) == 4
+    assert "parameter-server of 4 servers for 8 ranks, 1 ms, 1 Gb/s" in told
 
 
 def test_training_over_it_is_emulated_and_the_same(client):
@@ -64,7 +79,15 @@ def test_a_measured_network_forecasts(client):
     assert len(rows) == 10
     assert {row["source"] for row in rows} == {"measured"}
     network = scaling.network(rows)
-    assert forecast.step_s(forecast.Workload(0.05, 1e6), network, [2])[0] > 0.05
+    for nbytes in (1_000, 1_000_000):
+        seconds = [row["duration_s"] for row in rows if row["nbytes"] == nbytes]
+        assert min(seconds) <= float(network.allreduce_s(nbytes, 2)) <= max(seconds)
+    alone = forecast.Workload(0.05, 1e6, overlap=0.0, buckets=1)
+    line = float(network.allreduce_s(1_000_000, 2))
+    assert forecast.step_s(alone, network, [2])[0] == pytest.approx(0.05 + line)
+    for sizes, says in (((), "sizes is empty"), ((-4,), r"sizes \(=-4\)"), ((1_002,), "multiple of 4 bytes")):
+        with pytest.raises(ValueError, match=says):
+            scaling.allreduce(client, sizes=sizes)
     with pytest.raises(ValueError, match="rows are of"):
         scaling.network([*rows, rows[0] | {"ranks": 4}])
 

@@ -57,8 +57,9 @@ def test_the_warm_up_is_found(slow):
     dice = random.Random(slow)
     for _ in range(50):
         seconds = [(3.0 if step < slow else 1.0) + dice.gauss(0, 0.05) for step in range(30)]
-        assert slow <= scaling.warm_up(seconds) <= slow + 9
-    assert scaling.warm_up([1.0, 1.0]) <= 1
+        assert scaling.warm_up(seconds) == slow
+    assert scaling.warm_up([3.0] * 6 + [1.0] * 4) == 5, "at most half of the steps"
+    assert scaling.warm_up([1.0] * 10) == scaling.warm_up([1.0, 1.0]) == 0
     assert scaling.warm_up([]) == 0
 
 
@@ -87,7 +88,7 @@ def trials(counts, speed, batch=lambda count: 64, **more):
 
 
 def test_laws_of_trials():
-    counts = [1, 2, 4, 8, 16]
+    counts = [1, 2, 4, 8, 16] * 2
     strong = trials(counts, lambda n: 100 * laws.amdahl([n], 0.1)[0])
     weak = trials(counts, lambda n: 100 * laws.gustafson([n], 0.1)[0], batch=lambda count: 64 * count)
     assert (scaling.regime(strong), scaling.regime(weak)) == ("strong", "weak")
@@ -98,10 +99,57 @@ def test_laws_of_trials():
         scaling.fit(strong, "gustafson")
     with pytest.raises(ValueError, match="is not for weak scaling, which these rows are; use 'gustafson' or 'usl'"):
         scaling.fit(weak, "amdahl")
+    with pytest.raises(ValueError, match=r"rows are of weak scaling, .*use scaling.fit\(rows, 'gustafson'\)"):
+        scaling.verdict(weak)
+    assert "no law of a machine" not in scaling.verdict(strong).why
+    turns = [row | {"source": "emulated" if row["ranks"] > 2 else "measured"} for row in strong]
+    assert scaling.verdict(turns).why.endswith(
+        "ranks that take turns, or of a dialled network, and no law of a machine."
+    )
+    assert not scaling.verdict(strong[:5]).identifiable, "each was measured once"
     with pytest.raises(ValueError, match="keep neither the batch of all ranks nor that of each"):
         scaling.fit(trials(counts, float, batch=lambda count: 64 + count))
     with pytest.raises(ValueError, match=r"rows differ in threads \(=\[1, 2\]\)"):
         scaling.fit([*strong, strong[0] | {"threads": 2}])
+    alike = {"setting": "network ring, 1 ms, 1 Gb/s"}
+    exact = [row | alike | {"asked": {"network": f"Network({row['ranks'] % 2})"}} for row in strong]
+    with pytest.raises(ValueError, match="rows differ in more than ranks"):
+        scaling.fit(exact)
+
+
+@pytest.mark.parametrize(
+    ("ask", "kind"),
+    [
+        *((scaling.trial, "row of kind 'run'"), (scaling.summary, "trial"), (scaling.remarks, "trial")),
+        *(
+            (scaling.regime, "trial"),
+            (scaling.verdict, "trial"),
+            (scaling.fit, "trial"),
+            (scaling.network, "allreduce"),
+        ),
+        *(
+            (plots.throughput, "summary"),
+            (plots.split, "split"),
+            (plots.timeline, "span"),
+            (plots.allreduce, "allreduce"),
+        ),
+        (lambda rows: plots.law(rows, laws.fit_amdahl([1, 2, 4], [1, 2, 3])), "trial"),
+    ],
+)
+def test_no_rows_are_no_answer(ask, kind):
+    with pytest.raises(ValueError, match=f"rows hold no {kind}; give"):
+        ask([])
+    plt.close("all")
+
+
+def test_messages_of_no_bytes_are_drawn():
+    found = [{"nbytes": size, "duration_s": 1e-4 + size * 1e-7, "source": "measured"} for size in (0, 100, 1000)]
+    fit = laws.fit_alpha_beta([row["nbytes"] for row in found], [row["duration_s"] for row in found])
+    ax = plots.allreduce(found, fit)
+    assert ax.get_lines()[0].get_xdata()[0] == 0
+    assert ax.transData.transform((0, 1e-4))[0] == pytest.approx(ax.transAxes.transform((0, 0))[0], abs=50)
+    assert [float(value) for value in ax.get_lines()[1].get_xdata()[[0, -1]]] == pytest.approx([1, 1000])
+    plt.close(ax.figure)
 
 
 def test_remarks_own_up():
@@ -127,6 +175,10 @@ def test_summary_pairs_the_rounds():
     assert other["efficiency"] == pytest.approx(0.8)
     assert (other["samples_per_s_low"], other["samples_per_s_high"]) == pytest.approx((512, 1024))
     assert other["repeats"] == 3
+    base, other = scaling.summary([row for row in trials if (row["case"], row["repeat"]) not in ((0, 0), (1, 2))])
+    assert (other["repeats"], other["speedup"]) == (1, pytest.approx(1.6)), "the round that both have"
+    with pytest.raises(ValueError, match="rows hold no round with both 1 rank x 2 threads and the baseline"):
+        scaling.summary([row for row in trials if (row["case"], row["repeat"]) in ((0, 0), (1, 2))])
 
 
 def test_sweep_interleaves(client):
@@ -174,6 +226,12 @@ def test_a_sweep_of_a_function_of_ones_own(client):
     found = scaling.sweep(client, job, cases=[{"ranks": 2, "width": 8}], repeats=2, progress=False)
     assert [(row["label"], row["batch"], row["loss"]) for row in found] == [("2 ranks, width 8", 16, None)] * 2
     assert all(row["samples_per_s"] == pytest.approx(16 / row["step_s"], rel=0.5) for row in found)
+    untold = ("compute_s", "comm_s", "straggle_s", "data_s", "data_share", "jitter_s")
+    assert [row[name] for row in found for name in untold] == [None] * 12
+    ax = plots.split([{"rank": 0} | found[0]])
+    assert [bar.get_width() for bar in ax.patches] == [0] * 4
+    assert "None" not in str(hpclab.tables.Table(found))
+    plt.close(ax.figure)
 
 
 def test_steps_without_samples_are_refused():
@@ -204,6 +262,63 @@ def test_an_interrupted_sweep_goes_on(client, tmp_path):
         scaling.sweep(client, job, **settings | {"ranks": [2, 1]})
 
 
+def kept(client, folder, repeats, fixed=None, cases=None):
+    started = []
+
+    def job(client, ranks, width=8, model=None):
+        started.append(ranks)
+        return hpclab.launch(client, count_up, width, ranks=ranks)
+
+    cases = cases or [{"ranks": 1}, {"ranks": 2}]
+    found = scaling.sweep(
+        client, job, cases=cases, fixed=fixed, repeats=repeats, seed=None, folder=folder, progress=False
+    )
+    return found, started
+
+
+def test_a_sweep_that_was_killed_in_a_line_goes_on(client, tmp_path):
+    file = tmp_path / "trials.jsonl"
+    kept(client, tmp_path, repeats=1)
+    file.write_bytes(file.read_bytes()[:-100])
+    found, started = kept(client, tmp_path, repeats=2)
+    assert started == [2, 1, 2]
+    assert from_rows.read(file) == found
+    assert kept(client, tmp_path, repeats=2)[1] == []
+
+
+def test_fewer_repeats_are_those_of_the_first_rounds(client, tmp_path):
+    kept(client, tmp_path, repeats=2)
+    file = tmp_path / "trials.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))  # it was interrupted in the second round
+    found, started = kept(client, tmp_path, repeats=1)
+    assert ([row["repeat"] for row in found], started) == ([0, 0], [])
+    assert [row["repeats"] for row in scaling.summary(found)] == [1, 1]
+    assert len(from_rows.read(file)) == 3
+
+
+def test_what_is_fixed_is_a_part_of_the_sweep(client, tmp_path):
+    found, _started = kept(client, tmp_path, repeats=1, fixed={"width": 8})
+    assert [row["label"] for row in found] == ["1 rank", "2 ranks"]
+    with pytest.raises(ValueError, match=r"holds another sweep, of {'ranks': '1', 'width': '8'}; name a new one"):
+        kept(client, tmp_path, repeats=1, fixed={"width": 16})
+
+
+def test_a_function_is_known_by_its_name(client, tmp_path):
+    def cases():
+        return [{"ranks": 1, "model": lambda: None}, {"ranks": 1, "model": functools.partial(count_up, 1)}]
+
+    kept(client, tmp_path, repeats=1, cases=cases())
+    assert kept(client, tmp_path, repeats=1, cases=cases())[1] == []
+    with pytest.raises(ValueError, match=r"two functions called .*cases.<locals>.<lambda>; define each once"):
+        kept(client, tmp_path, repeats=1, cases=cases() + cases())
+
+
+@pytest.mark.parametrize("returned", [None, 3])
+def test_a_job_that_returns_no_run(client, returned):
+    with pytest.raises(TypeError, match=f"job returned {returned}; it must return its run"):
+        scaling.sweep(client, lambda client, ranks: returned, ranks=[1], progress=False)
+
+
 def test_a_failed_case_raises_its_error(client):
     def fail(client, ranks):
         return hpclab.launch(client, int, "not a number", ranks=ranks)
@@ -226,10 +341,13 @@ def test_a_case_that_cannot_fit_fails_before_any_runs(client):
         ({"ranks": [1], "cases": [{}]}, "give either ranks"),
         ({"ranks": []}, "ranks or cases is empty"),
         ({"ranks": [1], "repeats": 0}, r"repeats \(=0\)"),
+        ({"ranks": 2}, r"ranks \(=2\) must be a list, such as ranks=\[1, 2\]"),
+        ({"cases": {"ranks": 2}}, r"cases \(={'ranks': 2}\) must be a list"),
+        ({"cases": [1]}, r"cases \(=1\) must be dicts of the job's arguments"),
     ],
 )
 def test_bad_arguments(client, arguments, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         scaling.sweep(client, print, **arguments)
 
 

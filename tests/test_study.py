@@ -51,6 +51,26 @@ def test_the_page_says_what_the_rows_prove(tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', text), "one file that needs no other"
 
 
+def test_the_page_draws_the_law_that_it_names(tmp_path):
+    """Not the largest that fits; and where trials don't say their regime, their batches do."""
+    found = [row for row in rows() if row.get("regime") == "strong"]
+    for row in found:
+        del row["regime"]
+        row["samples_per_s"] = 2000 * laws.amdahl([row["ranks"]], 0.05)[0] * (1 + 0.002 * row["repeat"])
+    text = study.write(found, tmp_path / "index.html").read_text("utf-8")
+    assert "amdahl: the smallest law that no larger one beats" in text
+    (caption,) = re.findall(r"<figcaption.*?>(.*?)</figcaption>", text)
+    assert "amdahl: " in caption and "usl: " not in caption
+
+
+def test_ranks_that_took_turns_give_no_law(tmp_path):
+    found = [row | {"source": "emulated"} if row.get("ranks", 0) > 2 else row for row in rows()]
+    text = study.write(found, tmp_path / "index.html").read_text("utf-8")
+    assert "and no law of a machine" in text
+    assert "kappa = " not in text and "gustafson: " not in text
+    assert " law with its band" not in text
+
+
 def test_two_counts_prove_nothing_and_the_page_says_so(tmp_path):
     text = study.write(rows((1, 2)), tmp_path / "index.html").read_text("utf-8")
     assert "not identifiable: 2 different counts up to 2 can" in text
@@ -62,6 +82,8 @@ def test_a_study_of_this_machine(client, tmp_path):
     trials = [(row["regime"], row["ranks"], row["batch"]) for row in found if row["kind"] == "trial"]
     assert sorted(trials) == [("strong", 1, 64), ("strong", 2, 64), ("weak", 1, 64), ("weak", 2, 128)]
     more = study.read(study.measure(client, [2], tmp_path / "s", batch_size=64, steps=8, repeats=2))
+    with pytest.raises(ValueError, match="holds another sweep"):
+        study.measure(client, [2], tmp_path / "s", batch_size=64, steps=9, repeats=1)
     runs = {row["run"] for row in found if row["kind"] == "trial"}
     assert runs < {row["run"] for row in more if row["kind"] == "trial"}, "what was there is kept"
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
@@ -22,7 +21,7 @@ class Place:
 @pytest.fixture
 def explorer():
     measured = [{"ranks": ranks, "efficiency": 1 / ranks**0.1, "source": "measured"} for ranks in (1, 2, 4096)]
-    work = Workload(0.1, 100e6, samples=32, overlap=0.5, bucket_bytes=1.0)
+    work = Workload(0.1, 100e6, samples=32, overlap=0.5, bucket_bytes=1.0, buckets=1)
     known = calibrate(work, Network(), [1, 1, 1], [0.099, 0.1, 0.101], ["compute_s"])
     found = Explorer(known, measured)
     found.figure, found.text = Place(), Place()
@@ -47,14 +46,22 @@ def test_curves_follow_the_sliders(explorer):
 
 
 def test_the_band_is_the_calibrations_noise(explorer):
-    """One rank, three times: a measurement falls within t(.975, 2) s sqrt(1 + 1/3) of the mean of the logarithms."""
-    logs = np.log([0.099, 0.1, 0.101])
-    half = stats.t.ppf(0.975, 2) * logs.std(ddof=1) * np.sqrt(4 / 3)
-    for samples in (32, 1024):
-        explorer.sliders["samples"].value = samples
-        found = explorer.curves()["tree"]
-        assert np.log(found["efficiency_high"][0]) == pytest.approx(half, rel=1e-3)
-        assert np.log(found["efficiency_low"][0]) == pytest.approx(-half, rel=1e-3)
+    """Against draws: what one rank took thrice, and what the two measurements of an efficiency would.
+
+    With t(.975, 2) = 4.303 standard errors either way. Of a step at many ranks only half the computing is left to see.
+    """
+    noise = np.log([0.099, 0.1, 0.101]).std(ddof=1)
+    dice = np.random.default_rng(0)
+    explorer.sliders["bandwidth"].value = 1e12
+    found = explorer.curves()["tree"]
+    comm = 20 * (explorer.sliders["latency"].value + 100e6 * 8 / 1e12)  # 2 x log2(1024) messages of all bytes
+    error, one, many = noise * dice.standard_normal((3, 400_000))
+    compute = 0.1 * np.exp(error / np.sqrt(3))
+    drawn = np.log(compute / 0.1) + one - np.log((compute + np.maximum(0, comm - compute / 2)) / 0.1) - many
+    half = 4.303 * drawn.std()
+    assert np.log(found["efficiency_high"][-1] / found["efficiency"][-1]) == pytest.approx(half, rel=0.02)
+    assert np.log(found["efficiency_low"][-1] / found["efficiency"][-1]) == pytest.approx(-half, rel=0.02)
+    assert found["efficiency_low"][0] == found["efficiency_high"][0] == 1, "one rank over itself"
 
 
 def test_each_move_draws_once_in_the_same_place(explorer):

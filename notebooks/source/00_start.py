@@ -122,7 +122,8 @@ stage
 # ## Run
 #
 # Run this cell, and watch. The picture is drawn anew each second. To race again, move the slider if you like and press
-# *Race* above: this output is then replaced.
+# *Race* above: this output is then replaced. And if you like to see a failure, press *Kill a rank* while they race: the
+# process dies, as on a machine whose power fails, its gang goes on from the newest checkpoint, and the line has a gap.
 
 # %% id="race-do"
 stage.run()

@@ -1,0 +1,77 @@
+"""Failures on purpose: ranks or workers of a run are killed at random, as machines fail."""
+
+import random
+import threading
+import time
+from types import TracebackType
+
+from hpclab.runs import Run
+
+
+class Chaos:
+    """Kills of one run, at random moments with a given mean time between them, until it ends or `stop` is called.
+
+    The time from one to the next is exponential, as that of machines that don't age. Also a context manager, which
+    stops at its end.
+
+    Parameters
+    ----------
+    run : Run
+        From `launch` or `train`; with ``max_restarts`` it goes on.
+    mtbf : float
+        Mean time between failures, in seconds.
+    kill : str, default "rank"
+        "rank" kills a rank's process; "worker" the Dask worker of a rank, and with it all its ranks.
+    seed : int, default 0
+        Of the moments and of whom they meet.
+
+    Attributes
+    ----------
+    rows : list of dict
+        One of kind "kill" for each: ``time_s`` since the start of the chaos, ``rank``, ``what``.
+
+    Raises
+    ------
+    ValueError
+        If `mtbf` isn't above 0, or `kill` is something else.
+
+    Examples
+    --------
+    >>> with Chaos(run, mtbf=5.0):  # doctest: +SKIP
+    ...     fit = run.result()
+    """
+
+    def __init__(self, run: Run, mtbf: float, kill: str = "rank", seed: int = 0):
+        if not mtbf > 0:
+            raise ValueError(f"mtbf (={mtbf!r}) must be seconds above 0.")
+        if kill not in ("rank", "worker"):
+            raise ValueError(f"kill (={kill!r}) must be 'rank' or 'worker'.")
+        self.run = run
+        self.mtbf = mtbf
+        self.what = kill
+        self.rows: list[dict] = []
+        self._dice = random.Random(seed)
+        self._stopped = threading.Event()
+        threading.Thread(target=self._rage, name="hpclab-chaos", daemon=True).start()
+
+    def stop(self) -> None:
+        """Kill no more."""
+        self._stopped.set()
+
+    def __enter__(self) -> "Chaos":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _rage(self) -> None:
+        started = time.monotonic()
+        while not self._stopped.wait(self._dice.expovariate(1 / self.mtbf)) and self.run.going:
+            if left := self.run.left():
+                rank = self._dice.choice(left)
+                (self.run.kill if self.what == "rank" else self.run.kill_worker)(rank)
+                self.rows.append(
+                    {"kind": "kill", "time_s": time.monotonic() - started, "rank": rank, "what": self.what}
+                )

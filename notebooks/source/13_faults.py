@@ -1,0 +1,264 @@
+# %% [markdown] id="title"
+# # Faults: what a failure costs
+#
+# **You will** kill ranks and workers of a training that runs, and watch it go on; see which steps were lost, done again, and
+# kept; check that not a bit of the result differs; and find out how often a checkpoint should be written.
+#
+# | | |
+# |---|---|
+# | objectives | say what a checkpoint must hold; read a timeline of lost and repeated work; choose a checkpoint interval from what a checkpoint costs and how often the machine fails |
+# | prerequisites | the notebooks *start* and *cnn* |
+# | minutes | 40 to read and do, 15 of them for the exercises; under 3 to run |
+# | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import functools
+
+import numpy as np
+import torch
+
+import hpclab
+from hpclab import chaos, figures, plots, rows, views
+
+STEPS, MTBF = {"small": (200, 0.7), "class": (400, 1.0), "cluster": (4000, 10.0)}[SIZE]
+model = functools.partial(hpclab.models.CNN, channels=(8, 16))
+
+# %% id="connect"
+client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
+
+
+def train(**settings):
+    settings = {"ranks": 2, "batch_size": 32, "steps": STEPS, "oversubscribe": True, "progress": False} | settings
+    return hpclab.train(client, model, "fashion_mnist", **settings)
+
+
+undisturbed = train().result()
+
+# %% [markdown] id="die"
+# ## A rank dies
+#
+# A process is killed: since the memory ran out, since a machine lost its power, since somebody's job was more important.
+#
+# **Predict**: two ranks train, and one is killed. What becomes of the other? What does your notebook say, and how soon?
+
+# %% id="die-do"
+run = train()
+run.watch(lambda run, found: len(run.rows) > 50 and run.kill(1))
+try:
+    run.result()
+except hpclab.RankError as error:
+    print(error)
+
+# %% [markdown] id="die-explain"
+# **Explain.** The rank that is left can't go on: in the next all-reduce it would wait for its peer for ever. So the first
+# failure ends the gang, and what you see is its cause, not the "connection closed by peer" of those who followed.
+#
+# ## And goes on
+#
+# All work was lost, though, and that is what **checkpoints** are for. With `max_restarts` the gang is started anew, and
+# goes on from the newest one. Below, failures come at random, about one in `MTBF` seconds (the *mean time between
+# failures*). Ranks start in a tenth of a second here, since they are forked from a process that has imported torch; with
+# most tools this alone takes seconds.
+#
+# If you watch it live, press *Kill this rank* too.
+
+# %% id="go-on-do"
+run = train(max_restarts=100, checkpoint_every=20)
+with chaos.Chaos(run, mtbf=MTBF, seed=2) as wild:
+    fit = run.result()
+print(f"{len(wild.rows)} kills; weights equal to the last bit:", end=" ")
+print(all(torch.equal(fit.weights[name], weight) for name, weight in undisturbed.weights.items()))
+plots.recovery(run.rows)
+views.losses(run.rows)
+
+# %% [markdown] id="go-on-explain"
+# **Explain.** Where the line is thick and red, steps were done that no checkpoint knew of: they were lost, and done again.
+# Grey is the time from a failure to the next step. Everything that counts is blue, and each step is there once.
+#
+# **Not a bit differs** from the training without failures. That asks for more than saving the weights:
+#
+# - the optimiser's momentum, and the place in the schedule of its learning rate;
+# - the place in the epoch, so that no image is seen twice, and none never;
+# - the state of the random numbers, of each rank;
+# - and the *order* in which gradients are added up. Floating-point sums depend on it, and DDP arranges its buckets
+#   anew after the first step. hpclab has them arranged before a run goes on; else, with three ranks or more, the last bits
+#   would differ.
+#
+# ## A worker dies
+#
+# If a whole worker goes, as with a machine, its ranks go with it. Its place is empty until another worker comes. With
+# `min_ranks` the gang would go on with fewer, each of which takes more samples.
+
+# %% id="worker-do"
+run = train(max_restarts=5, checkpoint_every=20)
+struck = []
+run.watch(lambda run, found: len(run.rows) > 100 and not struck and struck.append(run.kill_worker(0)))
+fit = run.result()
+views.losses(run.rows)
+
+# %% [markdown] id="often"
+# ## How often to save?
+#
+# Each checkpoint takes time. Each failure costs what was done since the last one, half an interval on average, and the
+# restart. To write often costs more of the first, to write seldom more of the second.
+#
+# **Predict**: failures come every 10 minutes, and a checkpoint takes 3 seconds. How long should you work between two?
+#
+# The simulation below throws the dice a thousand times: work in pieces, each ended by a checkpoint; a piece that a failure
+# meets is done again.
+
+# %% id="simulate-do"
+saves = [row["save_s"] for row in run.rows if row["kind"] == "checkpoint"]
+save_s = float(np.median(saves))
+restart_s = float(np.median([row["restart_s"] for row in rows.attempts(run.rows)[:-1]]))
+steps = [row for row in undisturbed.rows if row["kind"] == "step" and row["rank"] == 0]
+step_s = float(np.median([row["step_s"] for row in steps]))
+print(f"here a checkpoint takes {1e3 * save_s:.1f} ms, a restart {restart_s:.2f} s, a step {1e3 * step_s:.1f} ms")
+dice = np.random.default_rng(0)
+
+
+def simulate(interval, work, draws=1000):
+    """Seconds for so much work, shape (draws,)."""
+    spent = np.zeros(draws)
+    for piece in [interval + save_s] * max(1, round(work / interval)):
+        failure = dice.exponential(MTBF, draws)
+        while (failed := failure < piece).any():
+            spent[failed] += failure[failed] + restart_s
+            failure = np.where(failed, dice.exponential(MTBF, draws), np.inf)
+        spent += piece
+    return spent
+
+
+work = STEPS * step_s
+every = np.unique(np.geomspace(1, STEPS / 2, 12).round().astype(int))  # steps between checkpoints
+simulated = np.array([simulate(count * step_s, work) / work - 1 for count in every])  # (intervals, draws)
+
+# %% [markdown] id="measure"
+# And measured: the same training under failures, with a checkpoint after every step, at three intervals between, and only
+# halfway.
+
+# %% id="measure-do"
+chosen = [1, 5, 20, 60, STEPS // 2]
+measured = []
+for count in chosen:
+    run = train(max_restarts=100, checkpoint_every=count)
+    with chaos.Chaos(run, mtbf=MTBF, seed=4):
+        run.result()
+    attempts = rows.attempts(run.rows)
+    measured.append((attempts[-1]["end_s"] - attempts[0]["start_s"]) / work - 1)
+figure, ax = figures.subplots()
+low, middle, high = np.quantile(simulated, [0.05, 0.5, 0.95], axis=1)
+ax.fill_between(every, low, high, alpha=0.2)
+ax.plot(every, middle, label="simulated: median, and nine of ten draws")
+ax.plot(chosen, measured, "s", color="#D55E00", label="measured, once each")
+young = np.sqrt(2 * save_s * MTBF) / step_s
+ax.axvline(young, linestyle=":", color="black", label="Young: sqrt(2 x save x MTBF)")
+ax.set_xscale("log")
+told = [figures.curve("simulated", every, middle), figures.cloud("measured", chosen, measured), f"Young: {young:.0f}"]
+figures.finish(ax, [{"source": "mixed"}], "steps between checkpoints", "time lost, as a share of the work", told)
+hpclab.tables.Table(
+    {"steps between": count, "simulated": f"{np.interp(count, every, middle):.0%}", "measured": f"{share:.0%}"}
+    for count, share in zip(chosen, measured, strict=True)
+)
+
+# %% [markdown] id="measure-explain"
+# **Explain.** The left end pays for writing, the right end for failures, and the valley between is wide: half or twice the
+# best interval costs little more. One measurement is one throw of the dice, so expect it within the band, not on the line.
+# Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds a term for machines that fail about as
+# often as they save.
+#
+# The MTBF of a gang is that of one machine, *divided by their number*: a thousand machines that each fail once in three
+# years fail about once a day, together.
+#
+# ## Exercise: the interval
+#
+# Write `interval(save_s, mtbf, restart_s)`, which returns the seconds of work between two checkpoints. Near the best will
+# do, for a laptop as for a supercomputer.
+#
+# <details><summary>Hint</summary>
+#
+# Write down what a second of work costs: a share of a checkpoint, and the chance of a failure times half an interval. Where
+# is the sum smallest?
+#
+# </details>
+
+
+# %% id="interval-answer" exercise=true
+def interval(save_s, mtbf, restart_s):
+    ...
+    ### BEGIN SOLUTION
+    return (2 * save_s * mtbf) ** 0.5
+    ### END SOLUTION
+
+
+# %% id="interval-check" points=1
+hpclab.check("faults.interval", interval)
+
+# %% [markdown] id="state"
+# ## Exercise: what a checkpoint holds
+#
+# Write `pack(model, optimizer, schedule, step)`, which returns a dict to be written, and `unpack(state, model, optimizer,
+# schedule)`, which puts it into fresh ones and returns the step to go on with. The model has dropout. A training that was
+# resumed shall equal one that wasn't, to the last bit.
+#
+# <details><summary>Hint</summary>
+#
+# What in a training remembers something? `state_dict()` gives the memory of most; random numbers have
+# `torch.get_rng_state()`.
+#
+# </details>
+
+
+# %% id="state-answer" exercise=true
+def pack(model, optimizer, schedule, step):
+    ...
+    ### BEGIN SOLUTION
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    held = {name: part.state_dict() for name, part in parts.items()}
+    return held | {"step": step, "random": torch.get_rng_state()}
+    ### END SOLUTION
+
+
+def unpack(state, model, optimizer, schedule):
+    ...
+    ### BEGIN SOLUTION
+    for name, part in {"model": model, "optimizer": optimizer, "schedule": schedule}.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["random"])
+    return state["step"]
+    ### END SOLUTION
+
+
+# %% id="state-check" points=1
+hpclab.check("faults.state", (pack, unpack))
+
+# %% [markdown] id="close"
+# ## Close
+
+# %% id="close-do"
+client.close()
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - The first failure ends a gang; checkpoints decide how much that costs.
+# - A run that goes on can equal one that was never disturbed, bit for bit, if all that has a memory is saved.
+# - The best interval grows with the square root of what a checkpoint costs, and of the time between failures.
+#
+# ### What breaks at scale
+#
+# With ten thousand machines a failure comes every few hours, and a checkpoint of a large model takes minutes: so it is
+# written by all ranks at once, in the background, or to the memory of a neighbour first. And a failure that raises no error
+# (a wrong bit in a sum, a machine that is only slow) is the worst of all.
+#
+# ### References
+#
+# - J. Young, *A first order approximation to the optimum checkpoint interval*, CACM 17(9), 1974.
+# - J. Daly, *A higher order estimate of the optimum checkpoint interval for restart dumps*, FGCS 22(3), 2006.
+# - A. Kokolis and others, *Revisiting Reliability in Large-Scale Machine Learning Research Clusters*, 2024,
+#   arXiv:2410.21680 (how often real machines fail).

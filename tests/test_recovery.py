@@ -1,0 +1,401 @@
+"""Runs that lose ranks, workers, disks: what they end with is what an undisturbed run ends with."""
+
+import functools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import no_rank_left, require
+from torch import nn
+
+import hpclab
+from hpclab import chaos, checkpoint, plots, views
+from hpclab import rows as from_rows
+
+STEPS = 30
+KILLS = int(os.environ.get("HPCLAB_KILLS", "6"))
+"""Kills by number of ranks; by hand more."""
+SMALL = functools.partial(hpclab.models.CNN, channels=(4, 8))
+
+
+@pytest.fixture(scope="module")
+def four():
+    """Workers for gangs of up to 4 ranks; some of them will be killed."""
+    with hpclab.connect(workers=4) as client:
+        yield client
+
+
+class Noisy(nn.Module):
+    """A model of two buckets of gradients that also draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(784, 400), nn.ReLU(), nn.Dropout(0.2), nn.Linear(400, 10))
+
+    def forward(self, images):
+        return self.net(images)
+
+
+class Deadly:
+    """A loss that kills its rank once, at one step: before the forward pass has a loss, or while it goes backward."""
+
+    def __init__(self, folder, rank, step, backward):
+        self.mark = Path(folder, "killed")
+        self.rank, self.step, self.backward = rank, step, backward
+        self.calls = 0
+
+    def __call__(self, scores, labels):
+        self.calls += 1
+        loss = nn.functional.cross_entropy(scores, labels)
+        if os.environ["RANK"] == str(self.rank) and self.calls == self.step + 1 and not self.mark.exists():
+            self.mark.touch()
+            if self.backward:
+                loss.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGKILL))
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+
+def train(client, ranks, model=SMALL, batch=24, **settings):
+    settings = {"steps": STEPS, "checkpoint_every": 7, "lr": 0.1, "progress": False, "max_restarts": 3} | settings
+    return hpclab.train(
+        *(client, model, "fashion_mnist"), ranks=ranks, batch_size=batch // ranks, oversubscribe=True, **settings
+    )
+
+
+def by_step(rows):
+    """Loss of each rank's steps that count."""
+    return {(row["step"], row["rank"]): row["loss"] for row in from_rows.kept(rows) if row["kind"] == "step"}
+
+
+def assert_equal(fit, undisturbed):
+    assert by_step(fit.rows) == by_step(undisturbed.rows)
+    for name, weight in undisturbed.weights.items():
+        assert torch.equal(fit.weights[name], weight), name
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_killed_rank_changes_no_bit(four, ranks, tmp_path):
+    undisturbed = train(four, ranks).result(120)
+    dice = random.Random(ranks)
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rank, step = dice.randrange(ranks), dice.randrange(STEPS)
+        run = train(four, ranks, loss=Deadly(folder, rank, step, backward=number % 2))
+        assert_equal(run.result(120), undisturbed)
+        (restart,) = [row for row in run.rows if row["kind"] == "restart"]
+        assert f"rank {rank} of {ranks} on" in restart["cause"] and "SIGKILL" in restart["cause"]
+        resumed = [row["step"] for row in run.rows if row["kind"] == "resume"]
+        assert resumed == [step // 7 * 7] * (step >= 7)
+    assert no_rank_left()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_random_numbers_go_on_where_they_were(four, ranks, tmp_path):
+    """Dropout, and two buckets."""
+    undisturbed = train(four, ranks, Noisy).result(120)
+    for step in (9, 21):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        run = train(four, ranks, Noisy, loss=Deadly(folder, ranks - 1, step, backward=False))
+        assert_equal(run.result(120), undisturbed)
+
+
+def test_epochs_go_on_in_their_middle(four, tmp_path):
+    """A sampler's place: the rest of the epoch, then the next one's own order; tests and their accuracies too."""
+    settings = {"steps": None, "epochs": 2, "batch": 480, "checkpoint_every": 8}
+    undisturbed = train(four, 2, **settings).result(120)
+    for step in (12, 20, 21, 35):  # 20 steps an epoch
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        run = train(four, 2, loss=Deadly(folder, 1, step, backward=False), **settings)
+        fit = run.result(120)
+        assert_equal(fit, undisturbed)
+        assert fit.accuracy == undisturbed.accuracy
+        tests = [row["test_accuracy"] for row in from_rows.kept(run.rows) if row["kind"] == "epoch"]
+        assert tests == [row["test_accuracy"] for row in undisturbed.rows if row["kind"] == "epoch"]
+
+
+def test_a_killed_worker_comes_back_and_changes_no_bit(four):
+    undisturbed = train(four, 2, steps=60).result(120)
+    run = train(four, 2, steps=60)
+    seen = []
+
+    def strike(run, rows):
+        if not seen and any(row["kind"] == "checkpoint" for row in rows):
+            seen.append(True)
+            run.kill_worker(1)
+
+    run.watch(strike)
+    fit = run.result(120)
+    for name, weight in undisturbed.weights.items():
+        assert torch.equal(fit.weights[name], weight), name
+    missing = by_step(undisturbed.rows).items() - by_step(fit.rows).items()
+    assert {rank for (_step, rank), _loss in missing} <= {1}, "rows that its worker had not passed on"
+    (restart,) = [row for row in run.rows if row["kind"] == "restart"]
+    assert restart["ranks"] == 2 and "worker" in restart["cause"]
+
+
+def test_with_fewer_workers_fewer_ranks_go_on(tmp_path):
+    """A worker without a nanny doesn't come back. The batch of all ranks stays, and so does the number of steps."""
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        hpclab.cluster.ClusterClient(cluster.scheduler_address) as client,
+    ):
+        settings = {"steps": STEPS, "checkpoint_every": 7, "max_restarts": 3, "progress": False, "batch_size": 12}
+        deadly = Deadly(tmp_path, 1, 20, backward=False)
+        run = hpclab.train(client, SMALL, "fashion_mnist", ranks=2, min_ranks=1, loss=deadly, **settings)
+        nannies = {nanny.worker_address: nanny for nanny in cluster.workers.values()}
+        while not deadly.mark.exists():
+            time.sleep(0.001)
+        cluster.sync(nannies[run._attempt.places[1].worker].close)
+        run.result(120)
+    (restart,) = [row for row in run.rows if row["kind"] == "restart"]
+    assert restart["ranks"] == 1
+    steps = [row for row in from_rows.kept(run.rows) if row["kind"] == "step" and row["rank"] == 0]
+    assert [(row["attempt"], row["step"], row["samples"]) for row in steps] == [
+        *((0, step, 12) for step in range(14)),
+        *((1, step, 24) for step in range(14, STEPS)),
+    ]
+
+
+def test_another_number_of_ranks_goes_on_up_to_rounding(four, tmp_path):
+    """Rounding differs by about 1e-7 a step; steps this small don't amplify it to 1e-5."""
+    whole = train(four, 3, lr=0.005).result(120)
+    half = train(four, 3, lr=0.005, loss=Deadly(tmp_path, 0, 20, backward=False), max_restarts=0)
+    with pytest.raises(hpclab.RankError):
+        half.result(120)
+    for ranks in (1, 2, 4):
+        fit = train(four, ranks, lr=0.005, resume=half.folder).result(120)
+        assert min(row["step"] for row in fit.rows if row["kind"] == "step") == 14
+        for name, weight in whole.weights.items():
+            torch.testing.assert_close(fit.weights[name], weight, rtol=0, atol=1e-5)
+    assert_equal(
+        *(train(four, 3, lr=0.005, resume=half.folder).result(120) for _ in range(2)),
+    )
+
+
+def test_a_stopped_run_can_be_resumed_bit_for_bit(four):
+    undisturbed = train(four, 2, steps=200).result(120)
+    run = train(four, 2, steps=200)
+    run.watch(lambda run, rows: any(row["kind"] == "checkpoint" for row in rows) and run._inbox.put(("stop", False)))
+    run.wait(60)
+    assert run.status == "stopped"
+    fit = train(four, 2, steps=200, resume=run.folder).result(120)
+    begun = min(row["step"] for row in fit.rows if row["kind"] == "step")
+    assert begun == max(row["step"] for row in run.rows if row["kind"] == "step") + 1, "not a step is lost"
+    later = {key: loss for key, loss in by_step(undisturbed.rows).items() if key[0] >= begun}
+    assert by_step(fit.rows) == later
+    for name, weight in undisturbed.weights.items():
+        assert torch.equal(fit.weights[name], weight)
+
+
+def test_a_users_error_is_not_tried_again(four):
+    def wrong(scores, labels):
+        raise ValueError("no such loss")
+
+    run = train(four, 2, loss=wrong)
+    with pytest.raises(ValueError, match="no such loss"):
+        run.result(60)
+    assert not [row for row in run.rows if row["kind"] == "restart"]
+
+
+def die():
+    os._exit(7)
+
+
+def test_the_last_attempt_says_that_it_was_the_last(four):
+    run = hpclab.launch(four, die, ranks=2, max_restarts=2)
+    with pytest.raises(hpclab.RankError, match="exited with code 7") as caught:
+        run.result(60)
+    assert "attempt 3, and the last: max_restarts (=2)" in caught.value.__notes__[-1]
+    assert [row["attempt"] for row in run.rows if row["kind"] == "restart"] == [1, 2]
+    assert no_rank_left()
+
+
+def count(steps, folder):
+    """A function of one's own: counts, keeps what it has every 5 steps, and dies once."""
+    state = hpclab.restore()
+    if state is None:
+        state = {"step": 0, "draws": []}
+        np.random.seed(int(os.environ.get("RANK", 0)))  # noqa: NPY002
+        random.seed(int(os.environ.get("RANK", 0)))
+    for step in range(state["step"], steps):
+        state["draws"].append(float(np.random.random()) + random.random())  # noqa: NPY002
+        state["step"] = step + 1
+        hpclab.report(step=step)
+        if state["step"] % 5 == 0:
+            hpclab.save(state, state["step"])
+        mark = Path(folder, "died")
+        if step == 13 and os.environ.get("RANK") == "1" and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return state["draws"]
+
+
+def test_save_and_restore_in_a_function_of_ones_own(four, tmp_path):
+    run = hpclab.launch(four, count, 20, tmp_path, ranks=2, max_restarts=1)
+    first, second = run.result(60)
+    undisturbed = hpclab.launch(four, count, 20, tmp_path, ranks=2).result(60)
+    assert [first[:10], first[10:]] == [undisturbed[0][:10], undisturbed[0][10:]]
+    assert [second[:10], second[10:]] == [undisturbed[0][:10], undisturbed[1][10:]], "rank 0's state, its own numbers"
+    steps = [row["step"] for row in from_rows.kept(run.rows) if row["kind"] == "step" and row["rank"] == 0]
+    assert sorted(steps) == list(range(20))
+    assert count(20, tmp_path), "by itself it runs too, and keeps nothing"
+
+
+def test_under_chaos_nothing_is_lost_but_time(four):
+    undisturbed = train(four, 2, steps=300, batch=96).result(120)
+    run = train(four, 2, steps=300, batch=96, max_restarts=50, checkpoint_every=10)
+    with chaos.Chaos(run, mtbf=1.0, seed=1) as wild:
+        fit = run.result(120)
+    assert wild.rows and any(row["kind"] == "restart" for row in run.rows)
+    assert_equal(fit, undisturbed)
+    found = from_rows.attempts(run.rows)
+    assert sum(row["kept"] for row in found) == 300
+    spent = sum(row["kept_s"] - row["start_s"] + row["lost_s"] + row["restart_s"] for row in found)
+    assert spent == pytest.approx(found[-1]["end_s"] - found[0]["start_s"], abs=1e-6)
+    assert all(row["lost_s"] >= 0 and row["restart_s"] >= 0 for row in found)
+    ax = plots.recovery(run.rows)
+    assert f"attempt {len(found)}: steps" in ax.figure.words()
+    assert "Attempts" in views.page(run)
+    plots.figures.plt.close(ax.figure)
+
+
+def test_bad_arguments(four, tmp_path):
+    for arguments, says in [
+        ({"max_restarts": -1}, r"max_restarts \(=-1\) must be a whole number >= 0"),
+        ({"min_ranks": 3}, r"min_ranks \(=3\) exceeds ranks \(=2\)"),
+        ({"min_ranks": 0}, r"min_ranks \(=0\)"),
+        ({"checkpoint_every": 0}, r"checkpoint_every \(=0\)"),
+        ({"resume": tmp_path}, r"resume \(=.*holds no checkpoints/step"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            train(four, 2, **arguments)
+    with pytest.raises(ValueError, match=r"min_ranks \(=5\) must be from 1 to ranks \(=2\)"):
+        hpclab.launch(four, die, ranks=2, oversubscribe=True, min_ranks=5)
+    with pytest.raises(ValueError, match=r"mtbf \(=0\)"):
+        chaos.Chaos(None, 0)
+    with pytest.raises(ValueError, match=r"kill \(='host'\)"):
+        chaos.Chaos(None, 1, kill="host")
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"batch": 48}, "batch 24, this run 48"),
+        ({"steps": 9}, "steps 8, this run 9"),
+        ({"seed": 1}, "seed 0, this run 1"),
+    ],
+)
+def test_only_the_same_training_is_resumed(four, other, says):
+    train(four, 2, steps=8, folder="first").result(60)
+    with pytest.raises(ValueError, match=f"resume has {says}; they must be the same"):
+        train(four, 2, **{"steps": 8, "resume": "first"} | other).result(60)
+
+
+def state(step):
+    """A state that knows its step."""
+    return {"w": torch.full((300_000,), float(step)), "step": step}
+
+
+def write_on(folder, first):
+    for step in range(first, first + 10_000):
+        checkpoint.write(folder, step, state(step))
+
+
+def test_killed_in_the_middle_of_a_write_none_is_corrupt_or_lost(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hpclab.checkpoint"])
+    dice, newest = random.Random(0), -1
+    for _ in range(50):
+        writer = context.Process(target=write_on, args=(tmp_path, newest + 1))
+        writer.start()
+        while checkpoint.newest(tmp_path) in (None, tmp_path / f"step-{newest:08d}.pt"):
+            time.sleep(0.001)
+        time.sleep(dice.random() * 0.02)
+        writer.kill()
+        writer.join()
+        for path in tmp_path.glob("step-*.pt"):
+            held = checkpoint.load(path)
+            assert torch.equal(held["w"], state(held["step"])["w"])
+        found = checkpoint.load(checkpoint.newest(tmp_path))["step"]
+        assert found > newest, "what was there once is there still"
+        newest = found
+        assert len(list(tmp_path.glob("*.pt"))) <= checkpoint.KEPT + 1
+        assert len(list(tmp_path.glob("*.part"))) <= 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True)
+    require(mounted.returncode == 0, "the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_is_told_and_what_was_there_stays(small_disk):
+    """Room for two checkpoints of 1.2 MB, and not for the third."""
+    for number in range(2):
+        checkpoint.write(small_disk, number, state(number))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        checkpoint.write(small_disk, 2, state(2))
+    assert "The checkpoint of step 2 could not be written" in caught.value.__notes__[0]
+    assert "the newest one there is step-00000001.pt" in caught.value.__notes__[0]
+    assert torch.equal(checkpoint.load(checkpoint.newest(small_disk))["w"], state(1)["w"])
+    assert not list(small_disk.glob("*.part"))
+
+
+def test_a_run_whose_disk_fills_up_ends_clearly_and_can_be_resumed(four, small_disk, tmp_path):
+    undisturbed = train(four, 2, Noisy, steps=20, checkpoint_every=4).result(120)
+    filler = small_disk / "filler"
+    run = train(four, 2, Noisy, steps=20, checkpoint_every=4, folder=small_disk / "run")
+
+    def fill(run, rows):
+        if any(row["kind"] == "checkpoint" for row in rows) and not filler.exists():
+            with open(filler, "wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 16))
+
+    run.watch(fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        run.result(60)
+    filler.unlink()
+    fit = train(four, 2, Noisy, steps=20, checkpoint_every=4, resume=small_disk / "run").result(60)
+    for name, weight in undisturbed.weights.items():
+        assert torch.equal(fit.weights[name], weight)
+
+
+def test_an_unreadable_checkpoint_is_passed_over(four, tmp_path):
+    first = train(four, 2, steps=20)
+    first.result(60)
+    newest = checkpoint.newest(first.folder / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    fit = train(four, 2, steps=20, resume=first.folder).result(60)
+    assert min(row["step"] for row in fit.rows if row["kind"] == "step") == 7
+    assert "the one before it is tried" in hpclab.open_run(fit.folder).logs()
+
+
+def test_kept_rows():
+    def steps(attempt, first, last):
+        return [{"kind": "step", "attempt": attempt, "step": step} for step in range(first, last)]
+
+    rows = [*steps(0, 0, 10), {"kind": "resume", "attempt": 1, "step": 6}, {"kind": "resume", "attempt": 2, "step": 6}]
+    rows += [*steps(2, 6, 9), {"kind": "resume", "attempt": 3, "step": 4}, *steps(3, 4, 12)]
+    counted = [(row["attempt"], row["step"]) for row in from_rows.kept(rows) if row["kind"] == "step"]
+    assert counted == [(0, step) for step in range(4)] + [(3, step) for step in range(4, 12)]
+    assert from_rows.kept(steps(0, 0, 3)) == steps(0, 0, 3)

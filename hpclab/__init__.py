@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hpclab.checkpoint import save as save
     from hpclab.cluster import connect as connect
     from hpclab.exercises import check as check
+    from hpclab.gangs import CellError as CellError
+    from hpclab.gangs import CellInterrupt as CellInterrupt
+    from hpclab.gangs import Gang as Gang
+    from hpclab.gangs import gang as gang
     from hpclab.launcher import launch as launch
     from hpclab.network import Network as Network
     from hpclab.racing import race as race
@@ -25,12 +29,16 @@ if TYPE_CHECKING:
     from hpclab.training import train as train
 
 _HOME = {
+    "CellError": "gangs",
+    "CellInterrupt": "gangs",
+    "Gang": "gangs",
     "HangError": "_progress",
     "Network": "network",
     "RankError": "runs",
     "Run": "runs",
     "check": "exercises",
     "connect": "cluster",
+    "gang": "gangs",
     "launch": "launcher",
     "race": "racing",
     "open_run": "runs",

@@ -111,8 +111,8 @@ class GangProgress:
             self.ask()
         if not (left <= self.stacks.keys() or now - self.asked > ANSWER_SECONDS):
             return None
-        shown = {rank: _with_source(self.stacks.get(rank, "(no answer)")) for rank in sorted(left)}
-        if not any(_WAITS.search(_innermost(stack)) for stack in shown.values()):
+        shown = {rank: with_source(self.stacks.get(rank, "(no answer)")) for rank in sorted(left)}
+        if not any(map(waits, shown.values())):
             return None
         return (
             f"got on for {stuck:.0f} s, longer than hang_after (={self.limit}), and some wait for others."
@@ -121,7 +121,12 @@ class GangProgress:
         )
 
 
-def _with_source(stack: str) -> str:
+def waits(stack: str) -> bool:
+    """Whether the innermost call of a stack, with its line of code, is one that waits for other ranks."""
+    return bool(_WAITS.search(_innermost(stack)))
+
+
+def with_source(stack: str) -> str:
     """A stack with the lines of code, as far as they are here: cells of the notebook are."""
     told = []
     for line in stack.strip("\n").splitlines():

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pickle
+import queue
 import re
 import signal
 import socket
@@ -39,6 +40,8 @@ class Context:
         self.header = header
         self.records = records
         self.lock = threading.Lock()
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        """Orders, with their bodies, for what runs here."""
         self.calls = 0
         """Of `should_stop`."""
         self.stop = threading.Condition()
@@ -54,7 +57,7 @@ class Context:
 
     def obey(self, orders: Iterator[tuple[dict, bytes]]) -> None:
         """Take orders until the owner has gone; then end this process, and all that it started."""
-        for order, _ in orders:
+        for order, body in orders:
             with self.stop:
                 if order["order"] == "stop":
                     # From here on no call goes through before all ranks have told how far they were, and have agreed.
@@ -63,6 +66,8 @@ class Context:
                 elif order["order"] == "stop_at":
                     self.stop_at = order["calls"]
                     self.stop.notify_all()
+                else:
+                    self.inbox.put((order, body))
         if hasattr(os, "killpg"):
             os.killpg(os.getpgrp(), signal.SIGKILL)
         os._exit(1)
@@ -234,7 +239,7 @@ def _run(header: dict, payload: bytes) -> Any:
     if not header["init"]:
         with _environment_of_torchrun(store, rank, ranks):
             return function(*arguments)
-    dist.init_process_group(_backend(), store=store, rank=rank, world_size=ranks)
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=ranks)
     value = function(*arguments)
     if dist.is_initialized():
         dist.barrier()  # a rank that left now would cut the connections of those still in a collective
@@ -259,7 +264,7 @@ def _keep_groups() -> None:
     dist.destroy_process_group = destroy_and_keep
 
 
-def _backend() -> str:
+def backend() -> str:
     """Gloo; for tensors on GPUs NCCL, where each rank of the host has one (conventional, and not run by our tests)."""
     import torch
 
@@ -317,14 +322,13 @@ def _dumps(value: Any) -> bytes:
 
 def _fail(error: BaseException, header: dict) -> None:
     """Tell who failed and how, then leave at once: peers must not wait for a rank that will never answer."""
-    if header["memory"] and (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
-        error.add_note(f"This rank's limit is {header['memory']:,} bytes of memory; launch(memory=...) sets it.")
+    tell_of_limit(error, header["memory"], "launch")
     failure = {
         "type": type(error).__name__,
         "message": str(error),
         "traceback": _traceback(error),
         "time": time.time(),
-        "consequence": _is_consequence(error),
+        "consequence": is_consequence(error),
     }
     try:
         import cloudpickle
@@ -339,6 +343,12 @@ def _fail(error: BaseException, header: dict) -> None:
     os._exit(1)
 
 
+def tell_of_limit(error: BaseException, limit: int | None, verb: str) -> None:
+    """Add to an error of a lack of memory that this rank has a limit, which a verb of hpclab sets."""
+    if limit and (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+        error.add_note(f"This rank's limit is {limit:,} bytes of memory; {verb}(memory=...) sets it.")
+
+
 def _traceback(error: BaseException) -> str:
     """Text of the traceback from the user's function on, without this module's own frames at its top."""
     step = error.__traceback__
@@ -347,7 +357,7 @@ def _traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, step))
 
 
-def _is_consequence(error: BaseException) -> bool:
+def is_consequence(error: BaseException) -> bool:
     """Whether the error only says that a peer has gone."""
     import torch.distributed as dist
 

@@ -30,6 +30,8 @@ BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
 GATHER_SECONDS = 0.1
 """How long rows gather in the pipe before this process wakes to read them: its CPU is one that ranks compute on."""
+CELL_SECONDS = 0.02
+"""As `BATCH_SECONDS`, for what a cell of an interactive gang prints; its answer is sent at once."""
 CHUNK_BYTES = 1 << 16
 CHUNKS = 16
 """Prints of a rank in one batch; one that prints faster waits, as it would for a slow terminal."""
@@ -43,9 +45,11 @@ ANSWER_SECONDS = 0.02
 """How long a worker that is told to die lives on, so that its answer gets away."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
-OURS = re.compile(r'hpclab/_(rank|zygote)\.py"|"<string>"')
+OURS = re.compile(r'hpclab/_(cells|rank|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
 _inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
+_values: dict[tuple[str, int], bytes] = {}
+"""What ranks of interactive gangs were asked for, by run and rank, until it is fetched."""
 
 
 @dataclass
@@ -114,6 +118,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
         outcome.failure = failure("RankDied", f"could not start: {error}")
     finally:
         del _inboxes[place.run, place.rank, place.attempt]
+        _values.pop((place.run, place.rank), None)
         for file in [place.store] * (place.rank == 0) + [_stacks(place)]:
             Path(file).unlink(missing_ok=True)
     return outcome
@@ -123,13 +128,18 @@ def give(run: str, order: dict, rank: int | None = None) -> None:
     """Give the ranks of a run that this worker supervises an order; called on the worker by the driver.
 
     Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
-    "die", which kills the worker itself.
+    "die", which kills the worker itself; "frame" hands ``frame`` to the rank.
     """
     if order["order"] == "die":
         threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
     for (name, number, _attempt), inbox in list(_inboxes.items()):
         if name == run and rank in (None, number):
             inbox.put(("order", order))
+
+
+def fetch(run: str) -> dict[int, bytes]:
+    """Take what the ranks of an interactive gang were asked for, by rank; called on the worker by the driver."""
+    return {rank: _values.pop((name, rank)) for name, rank in list(_values) if name == run}
 
 
 class _Supervisor:
@@ -173,7 +183,7 @@ class _Supervisor:
             "sys_path": sys.path,
         } | {
             name: getattr(place, name)
-            for name in ("threads", "store", "folder", "launched", "init", "memory", "resume")
+            for name in ("threads", "store", "folder", "launched", "init", "memory", "resume", "worker")
         }
         self.orders.put(frame(header, payload))
         for work in (self._read_records, self._read_text, self._write):
@@ -181,8 +191,9 @@ class _Supervisor:
 
     def take(self) -> bool:
         """Take what has come in; False when the rank has ended and all it said is here."""
+        pause = CELL_SECONDS if "said" in self.news else BATCH_SECONDS
         try:
-            kind, content = self.inbox.get(timeout=BATCH_SECONDS)
+            kind, content = self.inbox.get(timeout=pause)
         except queue.Empty:
             kind, content = "quiet", None
         if kind == "text":
@@ -195,7 +206,7 @@ class _Supervisor:
         elif kind == "order":
             self._obey(content)
         self._look()
-        if time.monotonic() - self.sent > BATCH_SECONDS:
+        if time.monotonic() - self.sent > pause:
             self._send()
         return self.streams > 0 and time.monotonic() < self.deadline
 
@@ -221,10 +232,20 @@ class _Supervisor:
                 self.news["emulated"] = True
             case "calls":
                 self.news["calls"] = record["calls"]
+            case "cell":
+                self._relay(record, body)
             case "value":
                 self.outcome.value, self.told = body, True
             case "failure":
                 self.outcome.failure, self.outcome.error, self.told = record["failure"], body, True
+
+    def _relay(self, record: dict, body: bytes) -> None:
+        """Pass on what a rank of an interactive gang says: prints soon, answers at once, values when fetched."""
+        self.news.setdefault("said", []).append(record)
+        if record["said"] != "print":
+            self.sent = -math.inf
+        if body:
+            _values[self.place.run, self.place.rank] = body
 
     def _obey(self, order: dict) -> None:
         match order["order"]:
@@ -234,6 +255,8 @@ class _Supervisor:
             case "end":
                 self.ended_by_driver = not self.told
                 self.process.kill()
+            case "frame":
+                self.orders.put(order["frame"])
             case "stacks":
                 self.news["stack"] = self._stack()
             case "stop" if not self.cooperates:

@@ -145,6 +145,8 @@ class Run(Record):
         self._attempt: Attempt | None = None
         self._launched = 0.0
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.said: queue.SimpleQueue = queue.SimpleQueue()
+        """What ranks of an interactive gang say, as `hpclab.gangs` reads it."""
         self._ended = threading.Event()
         self._lock = threading.RLock()
         self._stopping = False
@@ -327,6 +329,8 @@ class Run(Record):
             self._take_rows([row | {"source": source} for row in news["rows"]], file)
             if self._attempt is not None and news["attempt"] == self._attempt.number:
                 self._attempt.hear(news)
+            if "said" in news or "stack" in news:
+                self.said.put(news)  # last: what a cell reported is here before its answer
         elif "workers" in news and self._attempt is None:
             self._start(news, file)
         elif "crowded" in news:

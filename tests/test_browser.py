@@ -120,7 +120,14 @@ def shoot(page, name):
     page.screenshot(path=SHOTS / f"{name.replace('/', '-')}.png")
 
 
-NAMES = ["00_start.ipynb", "zh/00_start.ipynb", "03_cnn.ipynb", "04_scaling.ipynb", "13_faults.ipynb"]
+NAMES = [
+    "00_start.ipynb",
+    "zh/00_start.ipynb",
+    "02_ddp_from_scratch.ipynb",
+    "03_cnn.ipynb",
+    "04_scaling.ipynb",
+    "13_faults.ipynb",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,6 +196,12 @@ def race_outputs(page):
     return page.locator(".jp-RenderedHTMLCommon p", has_text="You predicted").all_inner_texts()
 
 
+def write_notebook(home, name, sources):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    notebook.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nbformat.write(notebook, home / "course" / name)
+
+
 GANG = [
     """
 import time, hpclab
@@ -212,11 +225,8 @@ client = hpclab.connect(workers=2)
 @pytest.fixture
 def gang(page, lab, home, request):
     """A notebook whose last cell waits for a gang that is shown live in the cell before."""
-    name = f"{request.node.name}.ipynb"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in GANG])
-    notebook.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    nbformat.write(notebook, home / "course" / name)
-    open_notebook(page, lab, name)
+    write_notebook(home, f"{request.node.name}.ipynb", GANG)
+    open_notebook(page, lab, f"{request.node.name}.ipynb")
     choose(page, "Run", "Run All Cells")
     wait_for(page, "/talking and waiting/.test(document.body.innerText)", "gang")
     wait_for(page, "/step [1-9]/.test(document.body.innerText)", "gang")
@@ -243,3 +253,67 @@ def test_kill_a_rank_while_a_cell_waits(gang):
     assert no_rank_left()
     error = gang.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)").inner_text()
     assert re.search("rank 1 of 2 on .* was killed by SIGKILL, on demand", error)
+
+
+RANKS = [
+    "import hpclab\nclient = hpclab.connect(workers=2)\ngang = hpclab.gang(client, ranks=4, oversubscribe=True)",
+    """
+%%ranks
+torch.manual_seed(rank)
+parts = list(torch.randn(8).round(decimals=2).split(2))
+total = torch.cat(parts)
+dist.all_reduce(total)  # what we shall find
+right, left = (rank + 1) % ranks, (rank - 1) % ranks
+def shift(outgoing):
+    incoming = torch.empty_like(outgoing)
+    sent = dist.isend(outgoing, right)
+    dist.recv(incoming, left)
+    sent.wait()
+    return incoming
+print(ranks, "ranks in a ring")
+parts
+""",
+    """
+%%ranks
+for step in range(ranks - 1):
+    arrived = shift(parts[(rank - step) % ranks])
+    parts[(rank - step - 1) % ranks] += arrived
+print("rank", rank, "has the sum of part", (rank + 1) % ranks)
+""",
+    """
+%%ranks
+for step in range(ranks - 1):
+    parts[(rank - step) % ranks] = shift(parts[(rank + 1 - step) % ranks])
+torch.allclose(torch.cat(parts), total), torch.cat(parts)
+""",
+    """
+%%ranks
+print("all receive, and none has sent")
+dist.recv(torch.empty(2), left)
+""",
+    """
+%%ranks
+print("still here:", shift(torch.tensor([float(rank)])).item() == left)
+torch.allclose(torch.cat(parts), total)
+""",
+]
+
+
+def test_a_ring_by_hand_and_a_deadlock_that_is_interrupted(page, lab, home):
+    write_notebook(home, "ranks.ipynb", [source.strip() for source in RANKS])
+    open_notebook(page, lab, "ranks.ipynb")
+    choose(page, "Run", "Run All Cells")
+    wait_for(page, "/ranks 0-3. all receive/.test(document.body.innerText)", "ranks")
+    outputs = page.locator(".jp-OutputArea-output")
+    assert outputs.get_by_text("[ranks 0-3] 4 ranks in a ring").count() == 1
+    assert outputs.get_by_text("[ranks 0-3] (True, tensor(").count() == 1
+    choose(page, "Kernel", "Interrupt Kernel")
+    wait_for(page, "/CellInterrupt: the ranks keep their variables/.test(document.body.innerText)", "ranks-interrupted")
+    told = outputs.last.inner_text().splitlines()
+    assert re.fullmatch(r"\[ranks 0-3\] stood in <ranks cell 5>, line 3: dist.recv\(torch.empty\(2\), left\)", told[1])
+    assert len(told) == 2, "one error, and no wall"
+    page.locator(".jp-CodeCell").last.click()
+    page.keyboard.press("Shift+Enter")
+    wait_for(page, "/ranks 0-3. still here: True/.test(document.body.innerText)", "ranks-after")
+    wait_for(page, "/ranks 0-3. True/.test(document.body.innerText)", "ranks-after")
+    shoot(page, "ranks")

@@ -12,7 +12,11 @@ import hpclab
 from hpclab import exercises, laws, machine
 from hpclab.exercises import check
 
-EXERCISES = ["start.gang", "cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval", "faults.state"]
+FUNCTIONS = [
+    *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
+    *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step"),
+]
+EXERCISES = ["start.gang", "faults.state", *FUNCTIONS]
 
 
 def test_every_exercise_is_known_here():
@@ -21,10 +25,7 @@ def test_every_exercise_is_known_here():
 
 
 def test_an_unknown_exercise_is_answered_with_the_valid_ones():
-    with pytest.raises(
-        ValueError,
-        match=r"exercise_id \(='start.gong'\).*cnn.order, faults.interval, faults.state, scaling.curves, start.gang",
-    ):
+    with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, .*scaling.curves, start.gang"):
         check("start.gong", 1)
 
 
@@ -35,7 +36,7 @@ def test_a_stub_is_not_answered_yet(exercise_id, stub):
     assert (result.status, result.message) == ("fail", "Not answered yet.")
 
 
-@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"])
+@pytest.mark.parametrize("exercise_id", FUNCTIONS)
 def test_a_function_that_is_a_stub_is_not_answered_yet(exercise_id):
     def stub(*arguments): ...
 
@@ -43,7 +44,7 @@ def test_a_function_that_is_a_stub_is_not_answered_yet(exercise_id):
     assert check(exercise_id, lambda *arguments: ...).message == "Not answered yet."
 
 
-@pytest.mark.parametrize("exercise_id", ["cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"])
+@pytest.mark.parametrize("exercise_id", FUNCTIONS)
 def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
     assert (
         check(exercise_id, lambda *arguments: 1 / 0).message
@@ -51,7 +52,7 @@ def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
     )
     assert "takes 0 positional arguments" in check(exercise_id, lambda: 1).message
     assert check(exercise_id, 3).message == "The answer is a function, not 3."
-    assert "not 'a'" in check(exercise_id, lambda *arguments: "a").message
+    assert re.search("not ('a'|this str)", check(exercise_id, lambda *arguments: "a").message)
 
 
 def test_under_nbgrader_only_a_pass_returns(monkeypatch):
@@ -239,6 +240,74 @@ def test_curves_passes_with_the_solution():
 )
 def test_curves_names_each_misconception(answer, message):
     result = check("scaling.curves", answer)
+    assert result.status == "fail" and message in result.message
+
+
+def ring(first=1, add=True, steps=None, own=0, passes_on=True, everything=False):
+    """A reduce-scatter by the number of the part that is sent first, and so on; as given here it is right."""
+
+    def reduce_scatter(parts, shift, rank, ranks):
+        kept = [part.clone() for part in parts]
+        for step in range(ranks - 1 if steps is None else steps(rank, ranks)):
+            send, come = (rank - step - first) % ranks, (rank - step - first - 1) % ranks
+            arrived = shift(torch.stack(parts))[come] if everything else shift((parts if passes_on else kept)[send])
+            parts[come] = parts[come] + arrived if add else arrived
+        return parts[(rank + own) % ranks]
+
+    return reduce_scatter
+
+
+def swapped(parts, shift, rank, ranks):
+    return ring()(parts[::-1], lambda part: shift(part), rank, ranks) + parts[rank]
+
+
+def test_reduce_scatter_passes_with_the_solution():
+    assert check("ddp-from-scratch.reduce_scatter", ring())
+    assert check("ddp-from-scratch.reduce_scatter", lambda *given: ring()(*given).reshape(1, -1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (ring(add=False), "what arrived took its place"),
+        (ring(first=0), "nothing was added to it"),
+        (ring(first=0, own=1), "The sum is whole, but of another part"),
+        (ring(passes_on=False), "Numbers of some ranks are missing"),
+        (ring(steps=lambda rank, ranks: ranks), "has sent more parts than it needs to"),
+        (ring(steps=lambda rank, ranks: 2 * ranks), "in the sum twice"),
+        (ring(everything=True), "has sent more parts than it needs to"),
+        (ring(steps=lambda rank, ranks: rank), "waits for a message that nobody sends"),
+        (swapped, "Numbers of different parts are added"),
+        (lambda *given: ring()(*given) / given[-1], "A sum is wanted here, and no average"),
+        (lambda parts, shift, rank, ranks: parts, "not this list"),
+    ],
+)
+def test_reduce_scatter_names_each_misconception(answer, message, monkeypatch):
+    monkeypatch.setattr(exercises, "PATIENCE_SECONDS", 1.0)
+    result = check("ddp-from-scratch.reduce_scatter", answer)
+    assert result.status == "fail" and message in result.message
+
+
+def test_a_step_passes_with_the_solution_and_by_averaging_what_was_stepped():
+    assert check("ddp-from-scratch.step", lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g) / ranks)
+    assert check("ddp-from-scratch.step", lambda w, g, all_reduce, ranks, lr: w - all_reduce(lr * g / ranks))
+    assert check("ddp-from-scratch.step", lambda w, g, all_reduce, ranks, lr: all_reduce(w - lr * g) / ranks)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g), "The gradients are summed"),
+        (lambda w, g, all_reduce, ranks, lr: w - lr * g, "Each rank goes its own way"),
+        (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g / ranks) / ranks, "Divided by the ranks twice"),
+        (lambda w, g, all_reduce, ranks, lr: w + lr * all_reduce(g) / ranks, "Uphill"),
+        (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g * g), "neither the ranks' gradients nor"),
+        (lambda w, g, all_reduce, ranks, lr: all_reduce(w), "isn't the step of the whole batch"),
+        (lambda w, g, all_reduce, ranks, lr: 3.0, "not this float"),
+    ],
+)
+def test_a_step_names_each_misconception(answer, message):
+    result = check("ddp-from-scratch.step", answer)
     assert result.status == "fail" and message in result.message
 
 

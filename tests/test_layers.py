@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hpclab"
 LAYERS = {
     "__init__": set(),
     "__main__": {"cli"},
+    "_cells": {"_rank"},
     "_fetch": {"_shards"},
     "_agent": {"_zygote"},
     "_ledger": {"_agent", "machine"},
@@ -32,6 +33,7 @@ LAYERS = {
     "doctor": {"language", "machine", "tables"},
     "exercises": {"language", "laws", "machine"},
     "figures": {"language", "rows"},
+    "gangs": {"_cells", "_progress", "_rank", "_supervisor", "launcher", "runs"},
     "forecast": {"laws", "network"},
     "language": set(),
     "laws": set(),

@@ -1,0 +1,251 @@
+"""The inside of an interactive gang: a rank that runs cells, keeps their names between them, and can be interrupted.
+
+The main thread runs the cells. Another one takes the orders, so that an interrupt is heard while a cell runs.
+"""
+
+import _thread
+import ast
+import io
+import linecache
+import os
+import pickle
+import queue
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+
+from hpclab import _rank
+
+CHARACTERS = 20_000
+"""What a rank's cells may print a second before the rest goes to its log, as the prints of other runs do."""
+SHOWN = 20_000
+"""Characters of a value that are shown."""
+
+
+def serve() -> NoReturn:
+    """Run cells for ever; what a rank of an interactive gang does."""
+    assert _rank._context is not None
+    cells = _Cells(_rank._context)
+    cells.context.should_stop = lambda: False  # type: ignore[method-assign]  # a cell is interrupted, and agrees to nothing
+    signal.signal(signal.SIGINT, cells.on_signal)
+    threading.Thread(target=cells.listen, daemon=True).start()
+    cells.say("hello", worker=cells.context.header["worker"])
+    while True:
+        cells.take(*cells.orders.get())
+
+
+class _Cells:
+    """This rank's names, its process group, and the cell that it runs."""
+
+    def __init__(self, context: _rank.Context):
+        self.context = context
+        self.rank, self.ranks = context.header["row"]["rank"], context.header["row"]["ranks"]
+        self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.main = threading.get_ident()
+        self.running: int | None = None
+        self.interrupted = 0
+        """Number of the cell that was interrupted last."""
+        self.signalled = False
+        """Whether the next signal is of an interrupt; else it ends this rank."""
+        self.store = _Store(dist.FileStore(context.header["store"], self.ranks))
+        self.group = 0
+        self.spared: set[int] = set()
+        """Connections that were there before the process group was."""
+        main = sys.modules["__main__"] = types.ModuleType("__main__")  # where pickle looks for a cell's classes
+        self.names = main.__dict__
+        self.names.update(torch=torch, dist=dist, rank=self.rank, ranks=self.ranks)
+        sys.stdout = sys.stderr = self.prints = _Prints(self)
+
+    def say(self, what: str, body: bytes = b"", **content: Any) -> None:
+        """Tell the driver something."""
+        self.context.send({"record": "cell", "said": what} | content, body)
+
+    def listen(self) -> None:
+        """Take orders for ever."""
+        while True:
+            order, body = self.context.inbox.get()
+            if order["order"] == "interrupt":
+                self.interrupt(order["cell"])
+            else:
+                self.orders.put((order, body))
+
+    def take(self, order: dict, body: bytes) -> None:
+        """Run one cell, if this rank was picked for it, and answer."""
+        self.running, picked = order["cell"], self.rank in order["on"]
+        shown, value, failure = None, b"", None
+        try:
+            if self.interrupted == self.running:
+                raise KeyboardInterrupt
+            self.regroup(order["group"])
+            if picked:
+                self.names.update(pickle.loads(body) if body else {})
+                found = self.run(order["code"], order["name"])
+                value = cloudpickle.dumps(found) if order["pull"] else b""
+                shown = repr(found)[:SHOWN] if found is not None and not order["pull"] else None
+            self.running = None  # from here on an interrupt comes too late
+        except BaseException as error:
+            self.running = None
+            failure = self.failure(error, order["cell"])
+        if picked:
+            self.prints.end()
+            self.say("answer", value, cell=order["cell"], value=shown, failure=failure)
+
+    def run(self, code: str, name: str) -> Any:
+        """Run a cell in this rank's names; the value of its last line if that is an expression."""
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+        tree = ast.parse(code, name)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec"), self.names)
+        if not isinstance(last, ast.Expr):
+            return None
+        return eval(compile(ast.Expression(last.value), name, "eval"), self.names)
+
+    def regroup(self, group: int) -> None:
+        """Be in the process group of this number, with all other ranks; the one before it may be broken."""
+        if group == self.group:
+            return
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.spared = {number for number, _ in _connections()}
+        store = dist.PrefixStore(f"cells-{group}", self.store)
+        dist.init_process_group(_rank.backend(), store=store, rank=self.rank, world_size=self.ranks)
+        dist.barrier()  # a rank that dies in the first line of a cell shall find the group made
+        self.group = group
+
+    def interrupt(self, cell: int) -> None:
+        """Have this rank leave a cell: gloo by its connections, since it hears no signal, and Python by a signal."""
+        self.interrupted = cell
+        if self.running != cell:
+            return
+        with suppress(FileNotFoundError):
+            for number, connection in _connections():
+                if number not in self.spared:
+                    connection.shutdown(socket.SHUT_RDWR)
+        self.signalled = True
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(self.main, signal.SIGINT)  # also out of a call that sleeps
+        else:
+            _thread.interrupt_main()
+
+    def on_signal(self, *_: Any) -> None:
+        """Leave the cell; if an interrupt finds none any more, go on."""
+        interrupt, self.signalled = self.signalled, False
+        if self.running is not None or not interrupt:
+            raise KeyboardInterrupt
+
+    def failure(self, error: BaseException, cell: int) -> dict:
+        """What the driver is told of an error in a cell."""
+        _rank.tell_of_limit(error, self.context.header["memory"], "gang")
+        return {
+            "summary": f"{type(error).__name__}: {error}",
+            "traceback": _traceback(error),
+            "missing": error.name if isinstance(error, NameError) else None,
+            "time": time.time(),
+            "interrupted": cell == self.interrupted,
+            "consequence": _rank.is_consequence(error),
+        }
+
+
+class _Prints(io.TextIOBase):
+    """What cells print, line by line to the driver; what is printed between them goes where it went before."""
+
+    encoding = "utf-8"
+
+    def __init__(self, cells: _Cells):
+        self.cells = cells
+        self.usual = sys.stdout
+        self.lock = threading.Lock()
+        self.line = ""
+        self.second, self.room = 0.0, 0
+
+    def write(self, text: str) -> int:
+        """Send whole lines, and keep the rest; of a line that overwrites itself, its last state."""
+        with self.lock:
+            lines, end, rest = (self.line + text).rpartition("\n")
+            self.line = rest.rpartition("\r")[2] or rest
+            self._send(lines + end)
+        return len(text)
+
+    def end(self) -> None:
+        """Send what is left at the end of a cell."""
+        with self.lock:
+            if self.line:
+                self.cells.say("print", text=self.line)
+            self.line = ""
+
+    def fileno(self) -> int:
+        """The descriptor to which C and other programs print."""
+        return self.usual.fileno()
+
+    def _send(self, text: str) -> None:
+        if (now := time.monotonic()) - self.second > 1:
+            self.second, self.room = now, CHARACTERS
+        self.room -= len(text)
+        if self.room < 0 or self.cells.running is None:
+            self.usual.write(text)
+        elif text:
+            self.cells.say("print", text=text)
+
+
+class _Store(dist.Store):
+    """A store in which a rank that waits for others can be interrupted, as torch's own can't."""
+
+    def __init__(self, store: dist.Store):
+        super().__init__()
+        self.set_timeout(timedelta(days=1))
+        self.store = store
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait for as long as it takes."""
+        while not self.store.check(keys):
+            time.sleep(0.002)
+
+    def get(self, key: str) -> bytes:
+        """The value of a key, once it is there."""
+        self.wait([key])
+        return self.store.get(key)
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a key."""
+        self.store.set(key, value)
+
+    def add(self, key: str, number: int) -> int:
+        """Add to a key."""
+        return self.store.add(key, number)
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return self.store.check(keys)
+
+
+def _connections() -> Iterator[tuple[int, socket.socket]]:
+    """This process's TCP connections, each with a number of its own; FileNotFoundError where a system doesn't tell."""
+    for fd in os.listdir("/dev/fd"):
+        with suppress(OSError):  # it has gone meanwhile, or was never connected
+            about = os.fstat(int(fd))
+            if not stat.S_ISSOCK(about.st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(fd))) as found:
+                if found.family in (socket.AF_INET, socket.AF_INET6) and found.getpeername():
+                    yield about.st_ino, found
+
+
+def _traceback(error: BaseException) -> str:
+    """Text of the traceback from the cell's own frames on."""
+    step = error.__traceback__
+    while step is not None and not step.tb_frame.f_code.co_filename.startswith("<ranks "):
+        step = step.tb_next
+    return "".join(traceback.format_exception(type(error), error, step))

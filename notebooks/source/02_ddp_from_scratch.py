@@ -1,0 +1,328 @@
+# %% [markdown] id="title"
+# # Data parallel from scratch
+#
+# **You will** build distributed training from nothing: the layers, the loss and the gradient by hand; then a ring that
+# sums the gradients of four ranks with nothing but *send* and *receive*; count its bytes, time it, and end with the
+# same weights as torch's own `DistributedDataParallel`.
+#
+# | | |
+# |---|---|
+# | objectives | derive a gradient and check it; pass messages between ranks without a deadlock; write a ring all-reduce and say what it costs; take the step of the whole batch |
+# | prerequisites | the notebook *start*; the chain rule |
+# | minutes | 45 to read and do, 25 of them for the exercises; under 2 to run |
+# | needs | 1 CPU (four ranks take turns on fewer than four, and rows say *emulated*), 1.5 GB of memory, 4 ranks, no network |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import torch
+
+import hpclab
+
+RANKS = 4
+STEPS, REPEATS = {"small": (5, 5), "class": (20, 10), "cluster": (100, 50)}[SIZE]
+
+# %% [markdown] id="by-hand"
+# ## Layers, loss and gradient by hand
+#
+# A perceptron of two layers turns 784 pixels into 64 numbers, cuts off those below zero, and turns the rest into ten
+# scores, one a class. The loss is the mean of $-\log p$ of the true class, where $p$ is the softmax of the scores.
+#
+# Backwards, the chain rule begins with a surprise: the derivative of that loss by the scores is just *softmax minus
+# truth*. Each layer then needs two products of matrices: one with what went in gives the gradient of its weights, one
+# with its weights hands the rest on to the layer below.
+#
+# All parameters lie in one long vector, because a vector is easy to send.
+
+
+# %% id="by-hand-do"
+def loss_and_gradient(weights, x, y):
+    """Loss on images x (N, 784) with labels y (N,), and its gradient, a vector as long as the weights."""
+    w1, b1, w2, b2 = weights.split([64 * 784, 64, 10 * 64, 10])
+    w1, w2 = w1.view(64, 784), w2.view(10, 64)
+    above = x @ w1.T + b1  # (N, 64)
+    hidden = above.clamp(min=0)
+    scores = hidden @ w2.T + b2  # (N, 10)
+    log_p, truth = scores.log_softmax(1), torch.eye(10)[y]
+    d_scores = (log_p.exp() - truth) / len(y)  # (N, 10)
+    d_above = (d_scores @ w2) * (above > 0)  # (N, 64)
+    parts = d_above.T @ x, d_above.sum(0), d_scores.T @ hidden, d_scores.sum(0)
+    return -(truth * log_p).sum() / len(y), torch.cat([part.flatten() for part in parts])
+
+
+def batch(images, numbers):
+    pictures, labels = images[list(numbers)]
+    return torch.from_numpy(pictures).flatten(1), torch.from_numpy(labels)
+
+
+torch.manual_seed(0)
+start = 0.05 * torch.randn(64 * 784 + 64 + 10 * 64 + 10)
+images = hpclab.data.load("fashion_mnist", "train")
+
+# %% [markdown] id="autograd"
+# **Predict**: torch's autograd gets the same loss. In which digit will its gradient differ from ours?
+
+# %% id="autograd-do"
+x, y = batch(images, range(128))
+loss, gradient = loss_and_gradient(start, x, y)
+judged = start.clone().requires_grad_()
+loss_and_gradient(judged, x, y)[0].backward()
+apart = (gradient - judged.grad).abs().max()
+print(f"{len(gradient):,} numbers up to {gradient.abs().max():.2f}, apart by {apart:.0e}")
+
+# %% [markdown] id="gang"
+# ## Four ranks that stay
+#
+# A *gang* is a group of processes. This one lives between the cells: a cell that begins with `%%ranks` runs on every
+# rank, and each keeps its own variables. `rank`, `ranks`, `torch` and `dist` (torch.distributed) are there from the
+# start. What they print is shown under their rank; what is equal is shown once.
+
+# %% id="gang-do"
+client = hpclab.connect()
+gang = hpclab.gang(client, ranks=RANKS, oversubscribe=True)
+
+# %% id="hello-do"
+# %%ranks
+print("one of", ranks, "ranks")
+mine = 10.0**rank
+mine
+
+# %% [markdown] id="shift"
+# ## Send and receive
+#
+# Let each rank know only its two neighbours, in a ring. `shift` sends to the right, and returns what comes from the left.
+# `isend` begins to send and returns at once. Why not receive first? Because then every rank would wait for a message,
+# and none would have sent one: a *deadlock*. Try it in a cell of your own, then interrupt it (■ in the toolbar). You are
+# shown on which line each rank stood; their variables are still there, and the next cell works.
+
+# %% id="shift-do"
+# %%ranks
+right, left = (rank + 1) % ranks, (rank - 1) % ranks
+sent = 0
+
+
+def shift(outgoing):
+    global sent
+    incoming = torch.empty_like(outgoing)
+    message = dist.isend(outgoing, right)
+    dist.recv(incoming, left)
+    message.wait()
+    sent += outgoing.nbytes
+    return incoming
+
+
+shift(torch.tensor([mine])).item()
+
+# %% [markdown] id="gather"
+# ### All-gather
+#
+# Each rank has one part of a vector, its own; soon all shall have all of it. In every step each rank sends on what it
+# got last: first its own part, then its left neighbour's, and so on. After `ranks - 1` steps every part has been
+# everywhere.
+
+
+# %% id="gather-do"
+# %%ranks
+def all_gather(parts):
+    for step in range(ranks - 1):
+        parts[(rank - step - 1) % ranks] = shift(parts[(rank - step) % ranks])
+    return torch.cat(parts)
+
+
+all_gather([torch.full((2,), mine if part == rank else 0.0) for part in range(ranks)])
+
+# %% [markdown] id="scatter"
+# ## Exercise: reduce-scatter
+#
+# Now the other half. Each rank has a *whole* vector, its own gradient, cut into `ranks` parts. In the end, rank `r` shall
+# have the sum over all ranks of part `r`, and nobody more than that.
+#
+# Write `reduce_scatter(parts, shift, rank, ranks)`. `parts` is a list of tensors, which you may change; `shift(tensor)`
+# sends a tensor to the right and returns what comes from the left, and all ranks must call it equally often. Return the
+# sum of part `rank`. No rank shall send more than `ranks - 1` parts.
+#
+# <details><summary>Hint</summary>
+#
+# Draw three ranks and three parts on paper, and go backwards: where must part `r` be one step before the end? What
+# travels is a sum that grows on its way.
+#
+# </details>
+
+
+# %% id="scatter-answer" exercise=true
+def reduce_scatter(parts, shift, rank, ranks):
+    ...
+    ### BEGIN SOLUTION
+    for step in range(ranks - 1):
+        arrived = shift(parts[(rank - step - 1) % ranks])
+        parts[(rank - step - 2) % ranks] += arrived
+    return parts[rank]
+    ### END SOLUTION
+
+
+# %% id="scatter-check" points=1
+hpclab.check("ddp-from-scratch.reduce_scatter", reduce_scatter)
+
+# %% [markdown] id="reduce"
+# ## All-reduce
+#
+# A reduce-scatter and an all-gather: together they give every rank the whole sum. (Until yours is written, torch's own
+# all-reduce takes its place below, and no bytes are counted.)
+#
+# **Predict**: how many bytes does each rank send for a vector of $N$ bytes on $p$ ranks? And on a thousand ranks?
+
+# %% id="reduce-push"
+gang.push(reduce_scatter=reduce_scatter, loss_and_gradient=loss_and_gradient, batch=batch, start=start)
+
+
+# %% id="reduce-do"
+# %%ranks
+def all_reduce(x):
+    padded = torch.cat([x, torch.zeros(-len(x) % ranks)])  # to parts of equal size
+    parts = list(padded.chunk(ranks))
+    parts[rank] = reduce_scatter(parts, shift, rank, ranks)
+    if parts[rank] is None:  # not written yet
+        dist.all_reduce(x)
+        return x
+    return all_gather(parts)[: len(x)]
+
+
+sent = 0
+total = all_reduce(torch.full((len(start),), mine))
+print("the sum is right:", bool((total == 1111).all()))
+print(f"{sent:,} bytes sent; 2 (p - 1) / p N is {2 * (ranks - 1) / ranks * total.nbytes:,.0f}")
+
+# %% [markdown] id="reduce-explain"
+# **Explain.** Each half sends $p - 1$ of $p$ parts, so together $2 (p - 1) / p \cdot N$ bytes. That is less than
+# $2 N$, *whatever the number of ranks*: the ring's great virtue. Had each rank sent its vector to every other one, it
+# would be $(p - 1) N$.
+#
+# ## The cost of a message
+#
+# Bytes aren't all. A message also has a latency, $\alpha$, however short it is; each byte then costs $\beta$. A ring sends
+# $2 (p - 1)$ messages in turn: $T = 2 (p - 1) \alpha + 2 \frac{p - 1}{p} \beta N$. Measure it, and fit both.
+
+# %% id="time-push"
+sizes = [4_000, 40_000, 400_000, 4_000_000] * REPEATS  # bytes
+gang.push(sizes=sizes)
+
+# %% id="time-do"
+# %%ranks
+import time
+
+import hpclab
+
+for number, nbytes in enumerate(sizes):
+    x = torch.zeros(nbytes // 4)
+    dist.barrier()
+    begun = time.perf_counter()
+    all_reduce(x)
+    hpclab.report(kind="allreduce", step=number, nbytes=nbytes, duration_s=time.perf_counter() - begun)
+
+# %% id="time-fit"
+slowest = {}
+for row in sorted(gang.rows[1:], key=lambda row: row["duration_s"]):
+    slowest[row["step"]] = row
+rows = [row | {name: gang.rows[0][name] for name in ("cpu", "cpus", "torch", "started")} for row in slowest.values()]
+line = hpclab.laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["duration_s"] for row in rows])
+hpclab.plots.allreduce(rows, line)
+alpha, beta = line.values["alpha"] / (2 * (RANKS - 1)), line.values["beta"] / (2 * (RANKS - 1) / RANKS)
+print(f"a message: alpha {1e6 * alpha:.0f} microseconds, and {1e-9 / beta:.2f} GB a second (1 / beta)")
+
+# %% [markdown] id="time-explain"
+# **Explain.** Short vectors cost their latency, $2 (p - 1)$ times; that grows with the ranks, and no faster network
+# helps. So DDP gathers many small gradients into *buckets* of 25 MB before it sends them. On fewer CPUs than
+# ranks, most of $\alpha$ is the wait for one's turn, and the points scatter (that is why the figure says *emulated*):
+# two ranks on two CPUs needed about 120 microseconds when this was written.
+#
+# ## Exercise: the step
+#
+# Each rank has the same weights, and the gradient of the mean loss on *its* part of the batch. Write
+# `step(weights, gradient, all_reduce, ranks, lr)`: it returns the weights after the step that one process would take
+# with the whole batch. `all_reduce(tensor)` returns the sum over the ranks.
+#
+# <details><summary>Hint</summary>
+#
+# All parts are equally large. What is the mean of a batch, as made from the means of its parts?
+#
+# </details>
+
+
+# %% id="step-answer" exercise=true
+def step(weights, gradient, all_reduce, ranks, lr):
+    ...
+    ### BEGIN SOLUTION
+    return weights - lr * all_reduce(gradient) / ranks
+    ### END SOLUTION
+
+
+# %% id="step-check" points=1
+hpclab.check("ddp-from-scratch.step", step)
+
+# %% [markdown] id="ddp"
+# ## The same as torch's
+#
+# Everything together: your gradient, your ring, your step, beside torch's layers, autograd and DDP, from the same weights
+# and with the same pictures. **Predict**: how far apart are the weights in the end? And are they *equal* on all ranks?
+
+# %% id="ddp-push"
+gang.push(step=step, STEPS=STEPS)
+
+# %% id="ddp-do"
+# %%ranks
+from torch.nn.parallel import DistributedDataParallel
+
+images = hpclab.data.load("fashion_mnist", "train")
+model = torch.nn.Sequential(torch.nn.Linear(784, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+torch.nn.utils.vector_to_parameters(start, model.parameters())
+ddp, weights = DistributedDataParallel(model), start.clone()
+optimizer = torch.optim.SGD(ddp.parameters(), lr=0.2)
+for number in range(STEPS):
+    x, y = batch(images, range(128 * number + rank, 128 * (number + 1), ranks))
+    weights = step(weights, loss_and_gradient(weights, x, y)[1], all_reduce, ranks, lr=0.2)
+    if weights is None:
+        print("the step isn't written yet")
+        break
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(ddp(x), y).backward()
+    optimizer.step()
+else:
+    apart = (weights - torch.nn.utils.parameters_to_vector(model.parameters())).abs().max()
+    print(f"{STEPS} steps: at most {apart:.1e} apart from torch's; ours sum up to {weights.double().sum().item()}")
+
+# %% [markdown] id="ddp-explain"
+# **Explain.** The difference is rounding: sums taken in another order. But between the ranks there is *none*: each part
+# was summed once, by one rank, and the others have a copy. If every rank summed for itself, in its own order, the
+# weights would drift apart, a little more with every step, and nobody would notice.
+#
+# Why wasn't ours faster? DDP starts to send the last layers' gradients while it still computes those of the first; we
+# wait for all of them. The notebook *scaling* shows that overlap on a timeline.
+
+# %% id="close"
+gang.close()
+client.close()
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - A gradient by hand is a few products of matrices, and autograd is there to check it.
+# - Who sends and who receives must match on all ranks; else all wait for ever.
+# - Ring all-reduce = reduce-scatter + all-gather: $2 (p - 1) / p \cdot N$ bytes a rank, whatever $p$; $2 (p - 1)$
+#   latencies, which grow with $p$.
+# - The mean of the parts' gradients is the whole batch's. Sum without dividing, and the step is $p$ times too long.
+#
+# ### What breaks at scale
+#
+# A ring of a thousand ranks pays two thousand latencies a bucket: there, trees and hierarchies (rings of few hosts,
+# inside which ranks share memory) take over. And reduce-scatter *alone* is what ZeRO and FSDP are built of: why
+# should every rank keep all the optimiser's state, if each could own one part? See the notebook *too-big*.
+#
+# ### References
+#
+# - P. Patarasuk, X. Yuan, *Bandwidth optimal all-reduce algorithms for clusters of workstations*, 2009.
+# - A. Gibiansky, *Bringing HPC techniques to deep learning*, 2017 (the ring, for neural networks).
+# - S. Li and others, *PyTorch Distributed: Experiences on Accelerating Data Parallel Training*, 2020, arXiv:2006.15704.
+# - R. Thakur, R. Rabenseifner, W. Gropp, *Optimization of collective communication operations in MPICH*, 2005.

@@ -31,6 +31,8 @@ from hpclab import _rank
 
 CHARACTERS = 20_000
 """What a rank's cells may print a second before the rest goes to its log, as the prints of other runs do."""
+QUIET_SECONDS = 0.2
+"""How long after the signal of an interrupt all ranks that still talk stand still, since some have left."""
 SHOWN = 20_000
 """Characters of a value that are shown."""
 
@@ -126,19 +128,29 @@ class _Cells:
         self.group = group
 
     def interrupt(self, cell: int) -> None:
-        """Have this rank leave a cell: gloo by its connections, since it hears no signal, and Python by a signal."""
+        """Have this rank leave a cell: Python by a signal, and gloo, which hears none, by its connections.
+
+        Not at once: gloo (torch 2.13) may forget a send whose peer got ready for it just as the connection was shut,
+        and waits for its end for ever. One in ten loops of DDP steps hung so.
+        """
         self.interrupted = cell
         if self.running != cell:
             return
-        with suppress(FileNotFoundError):
-            for number, connection in _connections():
-                if number not in self.spared:
-                    connection.shutdown(socket.SHUT_RDWR)
         self.signalled = True
         if hasattr(signal, "pthread_kill"):
             signal.pthread_kill(self.main, signal.SIGINT)  # also out of a call that sleeps
         else:
             _thread.interrupt_main()
+        time.sleep(QUIET_SECONDS)
+        if self.running == cell:
+            self.cut()
+
+    def cut(self) -> None:
+        """Shut the connections of the process groups, so that what waits for them fails."""
+        with suppress(FileNotFoundError):
+            for number, connection in _connections():
+                if number not in self.spared:
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def on_signal(self, *_: Any) -> None:
         """Leave the cell; if an interrupt finds none any more, go on."""

@@ -231,6 +231,20 @@ def test_one_rank_is_interrupted_wherever_it_is(gang, line):
     assert works(gang)
 
 
+DDP = """
+from torch.nn.parallel import DistributedDataParallel
+model = DistributedDataParallel(torch.nn.Linear(500, 500))
+while True:
+    model(torch.randn(64, 500)).sum().backward()
+"""
+
+
+def test_training_is_interrupted_in_the_midst_of_its_messages(gang):
+    for number in range(12):
+        assert "has not left" not in interrupted(gang, DDP, 0.2 + 0.03 * number)
+        assert works(gang)
+
+
 def test_an_interrupt_of_some_ranks_gives_all_a_new_group(gang):
     interrupt_after(0.5)
     with pytest.raises(KeyboardInterrupt, match=r"\[rank 3\] stood in"):

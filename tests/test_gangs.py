@@ -283,8 +283,10 @@ def test_an_interrupt_that_comes_too_late_harms_nothing(gang):
 )
 def test_a_rank_that_dies_in_a_cell(gang, capsys, line, cause):
     with pytest.raises(hpclab.CellError, match=rf"rank 2 of 4 on .* {cause}.*hpclab.gang\(...\) makes a new one"):
-        gang.run(f"import os\nprint('words')\nif rank == 2:\n    print('last words')\n    {line}\ndist.barrier()")
-    assert capsys.readouterr().out == "[ranks 0-3] words\n[rank 2] last words\n"
+        gang.run(
+            f"import os\nprint('all')\ndist.barrier()\nif rank == 2:\n    print('last')\n    {line}\ndist.barrier()"
+        )
+    assert capsys.readouterr().out == "[ranks 0-3] all\n[rank 2] last\n"
     with pytest.raises(hpclab.CellError, match=cause):
         gang.run("1")
     assert no_rank_left()

@@ -181,7 +181,7 @@ class Attempt:
 
         def send() -> None:
             with suppress(Exception):  # with a client that closes, its futures end, and the workers end their ranks
-                self.client.run(give, self.run, order, rank, workers=workers, on_error="ignore")
+                self.client.run(give, self.run, order, rank, self.number, workers=workers, on_error="ignore")
 
         if workers:
             threading.Thread(target=send, name=f"{self.run}-order", daemon=True).start()

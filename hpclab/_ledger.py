@@ -29,6 +29,8 @@ class Gang:
     threads: int
     oversubscribe: bool
     """Whether to be admitted beyond the CPUs that are free."""
+    goes_on: bool = False
+    """Whether it is seated anew when workers of its go; until then nobody else gets its CPUs."""
     workers: list[str] = field(default_factory=list)
     """Address of each rank's worker, once admitted."""
     host: str = ""
@@ -90,12 +92,16 @@ def release(ledger: "Ledger", run: str) -> dict:
     return {}
 
 
-def reseat(ledger: "Ledger", run: str, sizes: tuple[int, ...]) -> dict:
-    """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing."""
+def reseat(ledger: "Ledger", run: str, sizes: tuple[int, ...], patient: bool) -> dict:
+    """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing.
+
+    One that oversubscribes finds room anywhere; a `patient` one waits all the same for as many workers as it had.
+    """
     gang = ledger.gangs.pop(run)
     for ranks in sizes:
         again = replace(gang, ranks=ranks, workers=[])
-        if (host := ledger._host_for(again)) is not None:
+        host = ledger._host_for(again)
+        if host is not None and (not patient or ledger.workers(host) >= len(set(gang.workers))):
             ledger._seat(again, host)
             return ledger.seats(again)
     ledger.gangs[run] = gang  # it keeps the seats that are left to it
@@ -146,15 +152,19 @@ class Ledger(SchedulerPlugin):
         return {host: min(cpus, threads[host]) for host, cpus in self.cpus().items()}
 
     def load(self, host: str) -> int:
-        """Seats that are taken on a host; those under a worker that has gone are free."""
+        """Seats that are taken on a host; those under a worker that has gone are free, unless the gang will go on."""
         there = self.scheduler.workers
         return sum(
             gang.threads
             for gang in self.gangs.values()
             if gang.host == host
             for address in gang.workers
-            if address in there
+            if address in there or gang.goes_on
         )
+
+    def workers(self, host: str) -> int:
+        """Workers that run on a host."""
+        return sum(worker.host == host for worker in self._running().values())
 
     def advance(self) -> None:
         """Admit from the head of the queue for as long as there is room."""
@@ -162,9 +172,6 @@ class Ledger(SchedulerPlugin):
             gang = self.queue.pop(0)
             self._seat(gang, host)
             self._tell(gang, self.seats(gang))
-            for other in self.gangs.values():
-                if other.host == host and self._crowded(host):
-                    self._tell(other, {"crowded": True})
         for number, gang in enumerate(self.queue, 1):
             self._tell(gang, {"place": number})
 
@@ -249,6 +256,9 @@ class Ledger(SchedulerPlugin):
         gang.workers.sort(key=lambda address: str(here[address].name))
         gang.host = host
         self.gangs[gang.run] = gang
+        for other in self.gangs.values():
+            if other.host == host and self._crowded(host):
+                self._tell(other, {"crowded": True})
 
     def _crowded(self, host: str) -> bool:
         return self.load(host) > self.cpus().get(host, 0)

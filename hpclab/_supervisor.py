@@ -124,7 +124,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     return outcome
 
 
-def give(run: str, order: dict, rank: int | None = None) -> None:
+def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> None:
     """Give the ranks of a run that this worker supervises an order; called on the worker by the driver.
 
     Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
@@ -132,8 +132,8 @@ def give(run: str, order: dict, rank: int | None = None) -> None:
     """
     if order["order"] == "die":
         threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    for (name, number, _attempt), inbox in list(_inboxes.items()):
-        if name == run and rank in (None, number):
+    for (name, number, of), inbox in list(_inboxes.items()):
+        if (name, of) == (run, attempt) and rank in (None, number):
             inbox.put(("order", order))
 
 

@@ -1,5 +1,6 @@
 """Failures on purpose: ranks or workers of a run are killed at random, as machines fail."""
 
+import math
 import random
 import threading
 import time
@@ -42,7 +43,7 @@ class Chaos:
     """
 
     def __init__(self, run: Run, mtbf: float, kill: str = "rank", seed: int = 0):
-        if not mtbf > 0:
+        if not 0 < mtbf < math.inf:
             raise ValueError(f"mtbf (={mtbf!r}) must be seconds above 0.")
         if kill not in ("rank", "worker"):
             raise ValueError(f"kill (={kill!r}) must be 'rank' or 'worker'.")

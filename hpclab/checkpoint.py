@@ -10,6 +10,7 @@ import random
 import re
 import time
 import warnings
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def restore() -> dict[str, Any] | None:
     for path in found:
         try:
             held = load(path)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:
             warnings.warn(f"checkpoint {path} can't be read ({error}); the one before it is tried.", stacklevel=2)
             continue
         rank, ranks = _place()
@@ -80,13 +81,15 @@ def restore() -> dict[str, Any] | None:
         if len(held["random"]) == ranks:
             _set_random_state(held["random"][rank])
         return held["state"]
+    if found:
+        raise OSError(f"none of the checkpoints {', '.join(found)} can be read; without `resume`, a run begins anew.")
     return None
 
 
 def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
     """Write ``step-NNNNNNNN.pt`` atomically: under its name stands a whole checkpoint or none, also after a crash.
 
-    Of those there, the newest `KEPT` stay.
+    Of those there, the newest `KEPT` up to this step stay: later ones are of an attempt that was given up.
 
     Parameters
     ----------
@@ -99,6 +102,8 @@ def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
 
     Raises
     ------
+    TypeError
+        If the state holds something else, such as numpy's numbers.
     OSError
         If it can't be written; those written before stay as they were.
     """
@@ -106,6 +111,7 @@ def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
     part = path.with_name("next.part")
     memory = io.BytesIO()
     torch.save(state, memory)  # not to the file: of a full disk it would say "unexpected pos 704 vs 598"
+    _check_readable(memory)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -121,8 +127,10 @@ def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
         raise
     finally:
         part.unlink(missing_ok=True)
-    for old in _all(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
+    there = _all(folder)
+    place = there.index(path)
+    for other in there[:place] + there[place + KEPT :]:
+        other.unlink(missing_ok=True)
     return path
 
 
@@ -135,8 +143,32 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint that `write` wrote, without running any code that it might hold.
 
     One that `save` wrote is a dict of ``state``, ``step`` and ``random``.
+
+    Raises
+    ------
+    OSError
+        If it is damaged: the file of a checkpoint has a checksum of each of its parts.
     """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"checkpoint {path} is damaged: {error}") from error
+    if damaged is not None:
+        raise OSError(f"checkpoint {path} is damaged: {damaged} has another checksum")
     return torch.load(path, weights_only=True)
+
+
+def _check_readable(written: io.BytesIO) -> None:
+    """Raise a TypeError if `load` couldn't read this."""
+    written.seek(0)
+    try:
+        torch.load(written, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TypeError(
+            "state holds what can't be read again without running code; use tensors, plain numbers (float(x) makes one of"
+            f" numpy's) and strings: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _all(folder: str | os.PathLike) -> list[Path]:

@@ -489,9 +489,9 @@ def _best_interval(save_s: float, mtbf: float, restart_s: float) -> float:
 def _seconds(returned: Any) -> float:
     try:
         seconds = float(returned)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
+    if not 0 < seconds < 1e9:  # thirty years
         message = _("The function returns seconds, a number above 0, not {returned!r}.", returned=returned)
         raise _Verdict(failed(message))
     return seconds
@@ -519,7 +519,11 @@ def _resume(pack: Any, unpack: Any) -> Result:
     written = _written(packed)
     draws = torch.get_rng_state()
     resumed = _Training(seed=2)
-    resumed.step = _call(unpack, written, resumed.model, resumed.optimizer, resumed.schedule)
+    step = _call(unpack, written, resumed.model, resumed.optimizer, resumed.schedule)
+    try:
+        resumed.step = index(step)
+    except (TypeError, ValueError, RuntimeError):  # what numpy and torch raise of several numbers
+        return failed(_("unpack returns the step to go on with, a whole number, not {step!r}.", step=step))
     for message, same in {
         _("It goes on at step {step!r}, and the checkpoint was after 5.", step=resumed.step): resumed.step == 5,
         _("Its weights aren't those of the checkpoint."): _same(resumed.model, undisturbed.model),

@@ -97,14 +97,14 @@ def launch(
     PermissionError
         If the folder can't be written.
     """
+    whole_number("max_restarts", max_restarts, least=0)
     ranks = gang_size(client, ranks, threads, oversubscribe)
     payload = _pickle(function, args)
     title = str(name or getattr(function, "__name__", type(function).__name__))
     title = re.sub(r"[^\w.=-]+", "-", title).strip("-")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
-    gang = Gang(run, client.id, ranks, threads, oversubscribe)
-    restarts = whole_number("max_restarts", max_restarts, least=0)
-    settings = Settings(init, _bytes(memory), hang_after, restarts, _sizes(ranks, min_ranks), _resumable(resume))
+    gang = Gang(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
+    settings = Settings(init, _bytes(memory), hang_after, max_restarts, _sizes(ranks, min_ranks), _resumable(resume))
     return Run(client, gang, settings, payload, Path(folder or Path("results", run)), wait)
 
 

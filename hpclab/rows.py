@@ -73,7 +73,9 @@ def kept(rows: list[dict]) -> list[dict]:
     return [
         row
         for row in rows
-        if row["kind"] not in ("step", "epoch") or row.get("step") is None or _counts(row, ends[row.get("attempt", 0)])
+        if row["kind"] not in ("step", "epoch")
+        or row.get("step") is None
+        or _counts(row, ends.get(row.get("attempt", 0), math.inf))
     ]
 
 
@@ -91,11 +93,13 @@ def attempts(rows: list[dict]) -> list[dict]:
     """
     ends = _ends(rows)
     restarts = {row["attempt"]: row for row in rows if row["kind"] == "restart"}
+    broken = next((row for row in rows if row["kind"] == "end" and "error" in row), None)
+    all_steps = [row for row in rows if row["kind"] == "step" and row.get("step") is not None]
     found = []
-    for attempt in sorted({row.get("attempt", 0) for row in rows if row["kind"] == "step"}):
-        steps = [row for row in rows if row["kind"] == "step" and row.get("attempt", 0) == attempt]
+    for attempt in sorted({row["attempt"] for row in all_steps}):
+        steps = [row for row in all_steps if row["attempt"] == attempt]
         kept_at = [row["time_s"] for row in steps if row["step"] < ends[attempt]]
-        start_s = min(row["time_s"] - row["step_s"] for row in steps)
+        start_s = min(row["time_s"] - (row.get("step_s") or 0.0) for row in steps)
         failure = next((restarts[later] for later in sorted(restarts) if later > attempt), None)
         end_s = max(row["time_s"] for row in steps) if failure is None else failure["failed_s"]
         kept_s = max(kept_at, default=start_s)
@@ -115,7 +119,7 @@ def attempts(rows: list[dict]) -> list[dict]:
                     row["save_s"] for row in rows if row["kind"] == "checkpoint" and row["attempt"] == attempt
                 ),
                 "restart_s": 0.0,
-                "cause": failure and failure["cause"],
+                "cause": failure["cause"] if failure else broken["error"].splitlines()[0] if broken else None,
                 "source": source(steps),
             }
         )
@@ -126,11 +130,12 @@ def attempts(rows: list[dict]) -> list[dict]:
 
 def _ends(rows: list[dict]) -> dict[int, float]:
     """By attempt, the step at which a later one began; infinite for the last."""
-    starts: dict[int, int] = {}
+    firsts: dict[str, dict[int, int]] = {"resume": {}, "step": {}}
     for row in rows:
-        if row["kind"] in ("step", "resume") and row.get("step") is not None:
-            attempt = row.get("attempt", 0)
-            starts[attempt] = min(row["step"], starts.get(attempt, row["step"]))
+        if row["kind"] in firsts and row.get("step") is not None:
+            of_kind, attempt = firsts[row["kind"]], row.get("attempt", 0)
+            of_kind[attempt] = min(row["step"], of_kind.get(attempt, row["step"]))
+    starts = firsts["resume"] | firsts["step"]  # its first step tells, once it has taken one
     return {attempt: min((s for later, s in starts.items() if later > attempt), default=math.inf) for attempt in starts}
 
 

@@ -348,6 +348,7 @@ class Run(Record):
         number = 0 if before is None else before.number + 1
         self._launched = self._launched or time.time()
         self._emulated |= seats["emulated"]
+        self._gone -= set(seats["workers"]) if before else set()  # a worker that came back at its old address
         gang = replace(self._gang, ranks=len(seats["workers"]))
         places = plan(gang, self.folder, self._settings, seats, number, self._launched)
         self._attempt = Attempt(self._client, gang, self._settings, number, places)
@@ -375,8 +376,11 @@ class Run(Record):
         started = time.monotonic()
         while (waited := time.monotonic() - started) < ROOM_SECONDS and not self._stopping:
             sizes = self._settings.sizes if waited > RETURN_SECONDS else self._settings.sizes[:1]
-            with suppress(OSError):  # of a client that has gone; it is cut off soon
-                if "workers" in (answer := consult(self._client, reseat, self.name, sizes)):
+            with suppress(Exception):  # of a client that has gone; it is cut off soon
+                patient = waited < RETURN_SECONDS
+                if self._client.status == "running" and (
+                    answer := consult(self._client, reseat, self.name, sizes, patient)
+                ):
                     return answer
             with suppress(queue.Empty):
                 kind, content = self._inbox.get(timeout=AGAIN_SECONDS)
@@ -464,6 +468,7 @@ class Run(Record):
         error = self._attempt.blame()
         if self._attempt.lost() and (most := self._settings.max_restarts):
             why = f"max_restarts (={most})" if self._attempt.number == most else "no room was left for another"
+            why = "the run was stopped" if self._stopping else why
             error.add_note(f"It was attempt {self._attempt.number + 1}, and the last: {why}.")
         return error
 

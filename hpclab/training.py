@@ -110,7 +110,8 @@ def train(
     min_ranks : int, optional
         The fewest ranks to go on with when workers don't come back; see `launch`. Each then takes more samples a step,
         so that all together take as many as before: only numbers that divide these are used. The result is that of a
-        run without losses up to rounding, if the model draws no random numbers (dropout).
+        run without losses up to rounding, if the model neither draws random numbers (dropout) nor looks at its share
+        of a batch as a whole (batch norm).
     resume : path, optional
         Folder of an earlier run, to go on from its newest checkpoint. Model, data, samples a step of all ranks, number
         of steps and seed must be the same.
@@ -154,7 +155,7 @@ def train(
         whole_number("checkpoint_every", checkpoint_every)
     batch = batch_size * ranks
     job = Job(
-        *(model, str(found.absolute()), epochs, batch, lr, seed, steps, optimizer, loss, network, trace),
+        *(model, str(found.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
         checkpoint_every,
     )
     sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)

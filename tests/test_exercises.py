@@ -326,6 +326,7 @@ def young(save_s, mtbf, restart_s):
         (lambda save_s, mtbf, restart_s: young(save_s, mtbf, 0) / 3, "fail", "You write too often"),
         (lambda save_s, mtbf, restart_s: 3 * young(save_s, mtbf, 0), "fail", "You write too seldom"),
         (lambda save_s, mtbf, restart_s: save_s * mtbf, "fail", "You write too"),
+        (lambda save_s, mtbf, restart_s: 10**400, "fail", "a number above 0"),
         (lambda save_s, mtbf, restart_s: -1, "fail", "a number above 0, not -1"),
         (lambda save_s, mtbf, restart_s: [1, 2], "fail", r"not \[1, 2\]"),
     ],
@@ -376,4 +377,6 @@ def test_what_can_not_be_written_is_no_checkpoint():
     assert "can't be written and read again" in check("faults.state", (lambda *parts: {"m": parts[0]}, unpack)).message
     assert "pair of functions" in check("faults.state", pack).message
     assert check("faults.state", (lambda *parts: ..., unpack)).message == "Not answered yet."
+    for step in (5.0, torch.tensor([5, 5]), "5"):
+        assert "a whole number, not" in check("faults.state", (pack, lambda *parts, step=step: step)).message
     assert "raised KeyError" in check("faults.state", (pack, lambda state, *parts: state["none"])).message

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -67,7 +68,7 @@ class Deadly:
 def train(client, ranks, model=SMALL, batch=24, **settings):
     settings = {"steps": STEPS, "checkpoint_every": 7, "lr": 0.1, "progress": False, "max_restarts": 3} | settings
     return hpclab.train(
-        *(client, model, "fashion_mnist"), ranks=ranks, batch_size=batch // ranks, oversubscribe=True, **settings
+        *(client, model, "fashion_mnist"), ranks=ranks, batch_size=batch // ranks, **{"oversubscribe": True} | settings
     )
 
 
@@ -264,9 +265,6 @@ def test_under_chaos_nothing_is_lost_but_time(four):
     assert_equal(fit, undisturbed)
     found = from_rows.attempts(run.rows)
     assert sum(row["kept"] for row in found) == 300
-    spent = sum(row["kept_s"] - row["start_s"] + row["lost_s"] + row["restart_s"] for row in found)
-    assert spent == pytest.approx(found[-1]["end_s"] - found[0]["start_s"], abs=1e-6)
-    assert all(row["lost_s"] >= 0 and row["restart_s"] >= 0 for row in found)
     ax = plots.recovery(run.rows)
     assert f"attempt {len(found)}: steps" in ax.figure.words()
     assert "Attempts" in views.page(run)
@@ -399,3 +397,109 @@ def test_kept_rows():
     counted = [(row["attempt"], row["step"]) for row in from_rows.kept(rows) if row["kind"] == "step"]
     assert counted == [(0, step) for step in range(4)] + [(3, step) for step in range(4, 12)]
     assert from_rows.kept(steps(0, 0, 3)) == steps(0, 0, 3)
+
+
+def test_what_a_failure_cost():
+    """Steps of a second, a checkpoint after the second one, a failure in the fourth, two seconds to restart."""
+    of_rank = {"kind": "step", "rank": 0, "ranks": 2, "step_s": 1.0, "source": "measured"}
+    rows = [of_rank | {"attempt": 0, "step": step, "time_s": 11.0 + step} for step in range(3)]
+    rows += [{"kind": "checkpoint", "attempt": 0, "step": 2, "save_s": 0.25}]
+    rows += [{"kind": "restart", "attempt": 1, "ranks": 2, "cause": "it died", "failed_s": 13.5, "time_s": 14.0}]
+    rows += [{"kind": "resume", "attempt": 1, "step": 2}]
+    rows += [of_rank | {"attempt": 1, "step": step, "time_s": 16.5 + step - 2} for step in range(2, 5)]
+    first, second = from_rows.attempts(rows)
+    assert (first["first"], first["last"], first["kept"], first["cause"]) == (0, 2, 2, "it died")
+    assert (first["lost_s"], first["restart_s"], first["save_s"]) == (1.5, 2.0, 0.25)
+    assert (second["first"], second["kept"], second["lost_s"], second["cause"]) == (2, 3, 0.0, None)
+    broken = [*rows, {"kind": "end", "status": "failed", "error": "RankError: it died again\nnotes"}]
+    assert from_rows.attempts(broken)[-1]["cause"] == "RankError: it died again"
+
+
+def count_from_one(folder):
+    """Without the seconds of its steps, which it counts from 1."""
+    state = hpclab.restore() or {"step": 0}
+    for step in range(state["step"] + 1, 13):
+        hpclab.report(step=step)
+        if step % 5 == 0:
+            hpclab.save({"step": step}, step)
+        if step == 8 and not Path(folder, "died").exists():
+            Path(folder, "died").touch()
+            os._exit(3)
+
+
+def test_any_steps_are_kept_once_and_shown(four, tmp_path):
+    run = hpclab.launch(four, count_from_one, tmp_path, ranks=1, max_restarts=1)
+    run.result(60)
+    assert [row["step"] for row in from_rows.kept(run.rows) if row["kind"] == "step"] == list(range(1, 13))
+    assert "Attempts" in views.page(run)
+
+
+def test_a_worker_that_comes_back_at_its_old_address():
+    from distributed import LocalCluster
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, worker_port=port, dashboard_address="127.0.0.1:0") as cluster,
+        hpclab.cluster.ClusterClient(cluster.scheduler_address) as client,
+    ):
+        run = hpclab.launch(client, wait_for_the_second_attempt, ranks=1, max_restarts=1)
+        run.watch(lambda run, rows: any(row["kind"] == "step" for row in rows) and run.kill_worker(0))
+        run.result(60)
+    assert [row["attempt"] for row in run.rows if row["kind"] == "restart"] == [1]
+
+
+def wait_for_the_second_attempt():
+    while hpclab._rank._context.header["row"]["attempt"] == 0:
+        hpclab.report(step=0)
+        time.sleep(0.1)
+
+
+def test_who_waits_gets_no_seat_of_a_gang_that_goes_on():
+    """Two seats, one of which is lost and comes back, and two runs that wait for any."""
+    with hpclab.connect(workers=2) as client:
+        run = train(client, 2, steps=100, oversubscribe=False)
+        waiting = [hpclab.launch(client, int, ranks=1, wait=True) for _ in range(2)]
+        struck = []
+        run.watch(lambda run, rows: len(run.rows) > 20 and not struck and struck.append(run.kill_worker(1)))
+        run.result(60)
+        assert [row["ranks"] for row in run.rows if row["kind"] == "restart"] == [2]
+        ended = run.rows[-1]["time_s"] + run._launched
+        for other in waiting:
+            assert other.result(60) == [0]
+            assert other._launched > ended - 0.5
+
+
+def test_what_restore_could_not_read_is_not_written(tmp_path):
+    checkpoint.write(tmp_path, 1, {"x": 1.0})
+    with pytest.raises(TypeError, match="can't be read again without running code"):
+        checkpoint.write(tmp_path, 2, {"x": np.float64(2.0)})
+    assert checkpoint.newest(tmp_path).name == "step-00000001.pt"
+
+
+def test_a_run_that_began_anew_keeps_what_it_writes(tmp_path):
+    for step in (10, 20, 1, 2, 3):
+        assert checkpoint.write(tmp_path, step, {"step": step}).exists()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002.pt", "step-00000003.pt"]
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    path = checkpoint.write(tmp_path, 1, state(1))
+    whole = bytearray(path.read_bytes())
+    dice = random.Random(0)
+    for _ in range(40):
+        place = dice.randrange(2000, len(whole) - 2000)  # in the weights
+        flipped = whole.copy()
+        flipped[place] ^= 1 << dice.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(OSError, match="is damaged"):
+            checkpoint.load(path)
+
+
+def test_nothing_readable_to_resume_is_an_error(four):
+    first = train(four, 2, steps=20)
+    first.result(60)
+    for path in (first.folder / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(OSError, match=r"none of the checkpoints .* can be read"):
+        train(four, 2, steps=20, resume=first.folder).result(60)

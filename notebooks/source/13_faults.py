@@ -65,12 +65,15 @@ except hpclab.RankError as error:
 # failures*). Ranks start in a tenth of a second here, since they are forked from a process that has imported torch; with
 # most tools this alone takes seconds.
 #
-# If you watch it live, press *Kill this rank* too.
+# Press *Kill this rank* too, while it goes.
 
 # %% id="go-on-do"
 run = train(max_restarts=100, checkpoint_every=20)
-with chaos.Chaos(run, mtbf=MTBF, seed=2) as wild:
-    fit = run.result()
+wild = chaos.Chaos(run, mtbf=MTBF, seed=2)
+run
+
+# %% id="went-on-do"
+fit = run.result()
 print(f"{len(wild.rows)} kills; weights equal to the last bit:", end=" ")
 print(all(torch.equal(fit.weights[name], weight) for name, weight in undisturbed.weights.items()))
 plots.recovery(run.rows)
@@ -125,7 +128,8 @@ dice = np.random.default_rng(0)
 def simulate(interval, work, draws=1000):
     """Seconds for so much work, shape (draws,)."""
     spent = np.zeros(draws)
-    for piece in [interval + save_s] * max(1, round(work / interval)):
+    whole, rest = divmod(work, interval)
+    for piece in [interval + save_s] * int(whole) + [rest]:
         failure = dice.exponential(MTBF, draws)
         while (failed := failure < piece).any():
             spent[failed] += failure[failed] + restart_s

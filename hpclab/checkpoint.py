@@ -166,7 +166,7 @@ def _check_readable(written: io.BytesIO) -> None:
         torch.load(written, weights_only=True)
     except pickle.UnpicklingError as error:
         raise TypeError(
-            "state holds what can't be read again without running code; use tensors, plain numbers (float(x) makes one of"
+            "state holds what can't be read again without running code; use tensors, plain numbers (float(x) for one of"
             f" numpy's) and strings: {str(error).splitlines()[0]}"
         ) from error
 

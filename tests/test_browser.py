@@ -103,7 +103,7 @@ def choose(page, menu, item):
 def wait_for(page, condition, name):
     """Wait for a condition, a JavaScript expression; what the page showed instead is kept."""
     try:
-        page.wait_for_function(f"() => {condition}", timeout=120_000)
+        page.wait_for_function(f"() => {condition}", timeout=300_000)  # patience for a loaded machine
     except Exception:
         shoot(page, f"failed-{name}")
         raise

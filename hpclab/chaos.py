@@ -36,10 +36,9 @@ class Chaos:
     ValueError
         If `mtbf` isn't above 0, or `kill` is something else.
 
-    Examples
-    --------
-    >>> with Chaos(run, mtbf=5.0):  # doctest: +SKIP
-    ...     fit = run.result()
+    Notes
+    -----
+    Use it as ``with Chaos(run, mtbf=5.0): run.result()``.
     """
 
     def __init__(self, run: Run, mtbf: float, kill: str = "rank", seed: int = 0):

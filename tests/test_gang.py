@@ -541,7 +541,7 @@ def test_launches_in_a_row_leave_no_trace(own):
 
     launch_some(20)
     before = state()
-    launch_some(180)
+    launch_some(100)
     after = state()
     assert after[0] == before[0]
     assert after[1] <= before[1] + 5

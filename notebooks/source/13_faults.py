@@ -76,8 +76,9 @@ run
 fit = run.result()
 print(f"{len(wild.rows)} kills; weights equal to the last bit:", end=" ")
 print(all(torch.equal(fit.weights[name], weight) for name, weight in undisturbed.weights.items()))
-plots.recovery(run.rows)
-views.losses(run.rows)
+killed = run.rows
+plots.recovery(killed)
+views.losses(killed)
 
 # %% [markdown] id="go-on-explain"
 # **Explain.** Where the line is thick and red, steps were done that no checkpoint knew of: they were lost, and done again.
@@ -118,7 +119,7 @@ views.losses(run.rows)
 # %% id="simulate-do"
 saves = [row["save_s"] for row in run.rows if row["kind"] == "checkpoint"]
 save_s = float(np.median(saves))
-restart_s = float(np.median([row["restart_s"] for row in rows.attempts(run.rows)[:-1]]))
+restart_s = min(row["restart_s"] for found in (killed, run.rows) for row in rows.attempts(found)[:-1])
 steps = [row for row in undisturbed.rows if row["kind"] == "step" and row["rank"] == 0]
 step_s = float(np.median([row["step_s"] for row in steps]))
 print(f"here a checkpoint takes {1e3 * save_s:.1f} ms, a restart {restart_s:.2f} s, a step {1e3 * step_s:.1f} ms")

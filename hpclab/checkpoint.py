@@ -41,6 +41,8 @@ def save(state: dict[str, Any], step: int) -> None:
 
     Raises
     ------
+    TypeError
+        If the state holds what can't be read again, such as numpy's numbers.
     OSError
         If it can't be written; those written before stay as they were.
     """
@@ -61,6 +63,11 @@ def restore() -> dict[str, Any] | None:
 
     There is, in a run that was restarted (``max_restarts``) or resumes another (``resume``). If there are as many ranks
     as wrote it, each also goes on with its own random numbers. Called by every rank.
+
+    Raises
+    ------
+    OSError
+        If there are checkpoints, and none can be read.
     """
     folders = _rank.restore_folders()
     if not folders:

@@ -41,8 +41,11 @@ class Figure(matplotlib.figure.Figure):
 
     def picture(self) -> str:
         """The figure as HTML that needs no other file, with what it says below it."""
+        return self._around(png(self))
+
+    def _around(self, image: bytes) -> str:
         alt = html.escape("; ".join(title for title, *_series in self.told.values()))
-        data = base64.b64encode(png(self)).decode()
+        data = base64.b64encode(image).decode()
         caption = html.escape(self.words()).replace("\n", "<br>")
         return (
             f'<figure style="margin: 0"><img style="max-width: 100%" alt="{alt}" src="data:image/png;base64,{data}">'
@@ -50,8 +53,9 @@ class Figure(matplotlib.figure.Figure):
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        image = base64.b64encode(png(self)).decode()
-        return {"text/plain": self.words(), "text/html": self.picture(), "image/png": image}
+        image = png(self)
+        data = base64.b64encode(image).decode()
+        return {"text/plain": self.words(), "text/html": self._around(image), "image/png": data}
 
 
 def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Any]:

@@ -289,12 +289,16 @@ class Run(Record):
             self._take(kind, content, file)
 
     def _complete(self) -> bool:
+        if self._is_cut_off() or self._attempt is None:
+            return self._cut_off or self._stopping
+        return self._attempt.complete()
+
+    def _is_cut_off(self) -> bool:
+        """Whether the scheduler has been out of reach for too long."""
         if self._client.status == "running":
             self._connected = time.monotonic()
         self._cut_off = time.monotonic() - self._connected > LOST_SECONDS
-        if self._cut_off or self._attempt is None:
-            return self._cut_off or self._stopping
-        return self._attempt.complete()
+        return self._cut_off
 
     def _take(self, kind: str, content: Any, file: TextIO) -> None:
         attempt = self._attempt
@@ -302,8 +306,10 @@ class Run(Record):
             self._take_news(content, file)
         elif kind == "stop":
             self._stopping = True
-            if attempt is not None:
-                attempt.end_all() if content else attempt.stop()
+            if attempt is not None and content:
+                attempt.end_all()
+            elif attempt is not None:
+                attempt.stop()
         elif attempt is not None:
             self._take_up(attempt, kind, content)
         if self._attempt is not None:
@@ -353,7 +359,7 @@ class Run(Record):
         places = plan(gang, self.folder, self._settings, seats, number, self._launched)
         self._attempt = Attempt(self._client, gang, self._settings, number, places)
         self.status = "running"
-        first = _about(gang, self._launched) if before is None else self._restart(before, gang.ranks)
+        first = _about(gang, self._launched) if before is None else self._restart(before, self._attempt)
         self._take_rows([first], file)
         self._attempt.start(self._payload, self._inbox)
         self._attempt.lose(self._gone)
@@ -374,29 +380,31 @@ class Run(Record):
         self._attempt.close()
         self.status = "recovering"
         started = time.monotonic()
-        while (waited := time.monotonic() - started) < ROOM_SECONDS and not self._stopping:
-            sizes = self._settings.sizes if waited > RETURN_SECONDS else self._settings.sizes[:1]
-            with suppress(Exception):  # of a client that has gone; it is cut off soon
-                patient = waited < RETURN_SECONDS
-                if self._client.status == "running" and (
-                    answer := consult(self._client, reseat, self.name, sizes, patient)
-                ):
-                    return answer
+        while (waited := time.monotonic() - started) < ROOM_SECONDS and not self._stopping and not self._is_cut_off():
+            if seats := self._reseat(patient=waited < RETURN_SECONDS):
+                return seats
             with suppress(queue.Empty):
                 kind, content = self._inbox.get(timeout=AGAIN_SECONDS)
                 self._take(kind, content, file)
-            if self._complete() and self._cut_off:
-                break
         return None
 
-    def _restart(self, before: Attempt, ranks: int) -> dict:
+    def _reseat(self, patient: bool) -> dict:
+        """Seats that there are now, or nothing; if `patient`, only for as many ranks as before."""
+        sizes = self._settings.sizes[:1] if patient else self._settings.sizes
+        try:
+            return consult(self._client, reseat, self.name, sizes, patient) if self._client.status == "running" else {}
+        except Exception as error:
+            if self._client.status == "running" and not isinstance(error, OSError):
+                raise
+            return {}  # the client has gone, and is cut off soon
+
+    def _restart(self, before: Attempt, after: Attempt) -> dict:
         """The row that tells of a new attempt."""
         cause = str(before.blame()).rstrip(".")
-        number = before.number + 1
         if not self.quiet and ON_DEMAND not in cause:
             with suppress(OSError, ValueError):
-                tqdm.write(f"[{self.name}] {cause}. Attempt {number + 1} goes on, with {ranks} ranks.")
-        about = {"kind": "restart", "run": self.name, "attempt": number, "ranks": ranks, "cause": cause}
+                tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} goes on, with {after.ranks} ranks.")
+        about = {"kind": "restart", "run": self.name, "attempt": after.number, "ranks": after.ranks, "cause": cause}
         return about | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
 
     def _take_rows(self, rows: list[dict], file: TextIO) -> None:

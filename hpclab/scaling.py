@@ -387,8 +387,8 @@ def allreduce(
     found: dict[int, dict] = {}
     for row in run.rows:
         if row["kind"] == "allreduce":
-            kept = found.setdefault(row["step"], {name: row[name] for name in ("kind", "ranks", "nbytes", "source")})
-            kept["duration_s"] = max(row["duration_s"], kept.get("duration_s", 0.0))
+            one = found.setdefault(row["step"], {name: row[name] for name in ("kind", "ranks", "nbytes", "source")})
+            one["duration_s"] = max(row["duration_s"], one.get("duration_s", 0.0))
     return [row | about for row in found.values()]
 
 

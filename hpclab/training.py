@@ -141,16 +141,9 @@ def train(
     whole_number("epochs", epochs)
     whole_number("batch_size", batch_size)
     found = datasets.find(data)
-    size = len(datasets.load(found, "train"))
-    datasets.load(found, "test")
-    shard = size // ranks
-    if batch_size > shard:
-        raise ValueError(
-            f"batch_size (={batch_size}) exceeds the {shard} samples of a rank's shard"
-            f" ({size} over ranks (={ranks})); use batch_size<={shard}."
-        )
+    an_epoch = _steps_of_an_epoch(found, ranks, batch_size)
     whole_number("trace", trace, least=0)
-    total = epochs * (shard // batch_size) if steps is None else whole_number("steps", steps)
+    total = epochs * an_epoch if steps is None else whole_number("steps", steps)
     if checkpoint_every is not None:
         whole_number("checkpoint_every", checkpoint_every)
     batch = batch_size * ranks
@@ -169,6 +162,19 @@ def train(
     if progress:
         run.watch(_Bar(total, f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
     return run.then(lambda values: _fit(run, values[0]))
+
+
+def _steps_of_an_epoch(data: Path, ranks: int, batch_size: int) -> int:
+    """How many steps an epoch takes, if the data set is whole and a rank's shard fills a batch."""
+    size = len(datasets.load(data, "train"))
+    datasets.load(data, "test")
+    shard = size // ranks
+    if batch_size > shard:
+        raise ValueError(
+            f"batch_size (={batch_size}) exceeds the {shard} samples of a rank's shard"
+            f" ({size} over ranks (={ranks})); use batch_size<={shard}."
+        )
+    return shard // batch_size
 
 
 def _divisors(batch: int, ranks: int, least: int) -> list[int]:

@@ -95,7 +95,7 @@ def page(run: Any) -> str:
     if any(row["kind"] == "step" for row in rows):
         parts += [_figure(rows).picture(), markup(ranks(rows))]
     if any(row["kind"] == "restart" for row in every):
-        parts += [f"<p>{_('Attempts')}</p>", markup(losses(every))]
+        parts += [f"<p>{_('Attempts')}</p>", markup(recovery(every))]
     if lines := _newest(run):
         parts.append(f"<pre>{html.escape(lines)}</pre>")
     if rows and "error" in rows[-1]:
@@ -112,7 +112,7 @@ def ranks(rows: list[dict]) -> Table:
     return Table(_rank(rank, steps[rank]) for rank in sorted(steps))
 
 
-def losses(rows: list[dict]) -> Table:
+def recovery(rows: list[dict]) -> Table:
     """One row an attempt: the steps that it did, those that were lost, and why it ended."""
     return Table(
         {

@@ -78,7 +78,7 @@ print(f"{len(wild.rows)} kills; weights equal to the last bit:", end=" ")
 print(all(torch.equal(fit.weights[name], weight) for name, weight in undisturbed.weights.items()))
 killed = run.rows
 plots.recovery(killed)
-views.losses(killed)
+views.recovery(killed)
 
 # %% [markdown] id="go-on-explain"
 # **Explain.** Where the line is thick and red, steps were done that no checkpoint knew of: they were lost, and done again.
@@ -103,7 +103,7 @@ run = train(max_restarts=5, checkpoint_every=20)
 struck = []
 run.watch(lambda run, found: len(run.rows) > 100 and not struck and struck.append(run.kill_worker(0)))
 fit = run.result()
-views.losses(run.rows)
+views.recovery(run.rows)
 
 # %% [markdown] id="often"
 # ## How often to save?

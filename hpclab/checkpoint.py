@@ -172,10 +172,11 @@ def _check_readable(written: io.BytesIO) -> None:
     try:
         torch.load(written, weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
         raise TypeError(
-            "state holds what can't be read again without running code; use tensors, plain numbers (float(x) for one of"
-            f" numpy's) and strings: {str(error).splitlines()[0]}"
-        ) from error
+            f"state holds {named[1] if named else 'an object'}, which can't be read again without running code; use"
+            " tensors, plain numbers (float(x) for one of numpy's), strings, and dicts and lists of them."
+        ) from None
 
 
 def _all(folder: str | os.PathLike) -> list[Path]:

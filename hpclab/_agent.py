@@ -7,16 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from distributed import Worker, WorkerPlugin
 
+from hpclab import _private
 from hpclab._zygote import MESSAGE_BYTES
 
 FORK = sys.platform == "linux"
@@ -217,11 +216,14 @@ class _Standby(Process):
 
 
 def _call_zygote(cluster: str) -> socket.socket:
-    """Connect to this host's zygote of a cluster, which is started if it isn't there."""
-    folder = _private_folder()
-    path = folder / hashlib.sha256(f"{cluster} {socket.gethostname()}".encode()).hexdigest()[:16]
+    """Connect to the zygote of this worker and its siblings in a cluster, which is started if it isn't there.
+
+    Siblings have one parent, and so are of one job: with it a job queue ends all that it started.
+    """
+    folder = _private.folder()
+    path = folder / hashlib.sha256(f"{cluster} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16]
     caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with _locked(folder):
+    with _private.locked(folder):
         try:
             caller.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
@@ -243,28 +245,3 @@ def _start_zygote(path: Path) -> None:
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )
-
-
-def _private_folder() -> Path:
-    """A folder for sockets that only this user can enter."""
-    folder = Path(tempfile.gettempdir(), f"hpclab-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    about = folder.lstat()
-    if about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise PermissionError(
-            f"folder {folder} must belong to this user alone; remove it, or set TMPDIR to a folder of yours."
-        )
-    return folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder; the kernel frees it, however its holder ends."""
-    import fcntl  # Windows has none, and needs none
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

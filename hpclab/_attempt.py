@@ -40,6 +40,8 @@ class Settings:
     init: bool = True
     memory: int | None = None
     hang_after: float | None = 60.0
+    wait: bool = False
+    """Whether to wait for room, first and after a loss, for as long as it takes."""
     max_restarts: int = 0
     sizes: tuple[int, ...] = ()
     """Numbers of ranks to go on with, largest first, when workers don't come back."""
@@ -80,6 +82,9 @@ class Attempt:
         self._futures: list[Future] = []
         self._batches = [0] * gang.ranks
         self._stopping = False
+        self._expires = ""
+        """Whose job ends, and when, once that is near."""
+        self._agreed = False
         self._ending = False
         self._progress = GangProgress(settings.hang_after, lambda: self.order({"order": "stacks"}))
 
@@ -154,6 +159,13 @@ class Attempt:
             self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
         self._stopping = True
 
+    def expire(self, rank: int, when: float) -> None:
+        """Have ranks that ask `should_stop` end before a rank's job does; others may still get done in time."""
+        if not self._expires and not self._stopping:
+            whose, at = self.places[rank].worker, time.strftime("%H:%M:%S", time.localtime(when))
+            self._expires = f"the walltime of rank {rank}'s worker {whose} is over at {at}"
+            self.order({"order": "expire"})
+
     def end_all(self) -> None:
         """Have the workers end the ranks that are left; asked again after a while, let go of those who didn't."""
         if not self.left():
@@ -204,8 +216,14 @@ class Attempt:
         failures = [outcome.failure for outcome in self.outcomes.values() if outcome.failure]
         return self.hang is not None or any(not found["consequence"] for found in failures)
 
+    def expired(self) -> str:
+        """Why its ranks ended early, all at one step, if they did so before a job's end; or nothing."""
+        return self._expires if self._agreed and not self._stopping and not self.failed() else ""
+
     def lost(self) -> bool:
-        """Whether it failed since something beneath it went away: a rank's process, a worker, a host."""
+        """Whether it ended early since something beneath it went away: a rank's process, a worker, a host, a job."""
+        if self.expired():
+            return True
         first = self._first()
         return self.hang is None and first is not None and first.failure["type"] in LOST  # type: ignore[index]
 
@@ -217,6 +235,8 @@ class Attempt:
     def blame(self) -> BaseException:
         """The error of the rank that failed first; what followed from it counts only if nothing else is known."""
         first = self._first()
+        if why := self.expired():
+            return RankError(why)
         if self.hang is not None or first is None:
             return self.hang or RankError(f"run {self.run} broke off.")
         error = _error(first, self.ranks)
@@ -241,7 +261,8 @@ class Attempt:
         None has got further than that meanwhile, and none waits for one that has ended.
         """
         left = self.left()
-        if self._stopping and left and left <= self.calls.keys():
+        if (self._stopping or self._expires) and left and left <= self.calls.keys():
+            self._agreed = True
             self.order({"order": "stop_at", "calls": max(self.calls.values()) + 1})
             self.deadline = time.monotonic() + SAVE_SECONDS
 
@@ -251,6 +272,8 @@ def plan(
 ) -> list[Place]:
     """The places of an attempt's ranks, on the seats that the ledger gave."""
     launched = time.time() if launched is None else launched
+    hosts = seats["hosts"]
+    nodes = list(dict.fromkeys(hosts))
     return [
         Place(
             run=gang.run,
@@ -259,11 +282,14 @@ def plan(
             rank=rank,
             ranks=gang.ranks,
             worker=worker,
-            local_rank=rank,
-            local_ranks=gang.ranks,
+            local_rank=hosts[:rank].count(hosts[rank]),
+            local_ranks=hosts.count(hosts[rank]),
+            node=nodes.index(hosts[rank]),
+            nodes=len(nodes),
+            main=hosts[0],
             threads=gang.threads,
             launched=launched,
-            store=f"{seats['store']}-{attempt}",
+            store=seats["store"] and f"{seats['store']}-{attempt}",
             init=settings.init,
             memory=settings.memory or memory,
             resume=settings.resume,

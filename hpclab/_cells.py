@@ -62,7 +62,7 @@ class _Cells:
         """Number of the cell that was interrupted last."""
         self.signalled = False
         """Whether the next signal is of an interrupt; else it ends this rank."""
-        self.store = _Store(dist.FileStore(context.header["store"], self.ranks))
+        self.store = _Store(_rank.store())
         self.group = 0
         self.spared: set[int] = set()
         """Connections that were there before the process group was."""

@@ -1,11 +1,12 @@
 """The scheduler's side of gangs: a ledger of who sits where, so that a gang is admitted whole or not at all.
 
-It lives in the scheduler's event loop and never waits, so no two admissions can interleave. What it has to say to a
-gang's driver goes out on the run's topic, as what the workers say does.
+It lives in the scheduler's event loop and admits without waiting, so no two admissions can interleave. What it has to
+say to a gang's driver goes out on the run's topic, as what the workers say does.
 """
 
-from collections import deque
-from collections.abc import Callable
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,14 +14,26 @@ from distributed import Client, Scheduler, SchedulerPlugin, Status
 
 from hpclab import machine
 from hpclab._agent import Warmth
+from hpclab._rendezvous import Keys
 
 TOPIC_SECONDS = 5.0
 """How long the events of an ended run stay with the scheduler: what is still under way would bring its topic back."""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits; known also when the worker has gone."""
+
+    worker: str
+    host: str
+    """Address of the host, on which its ranks find each other."""
+    pool: tuple[str, str]
+    """The machine and which of its CPUs; workers that may use the same ones share them."""
+
+
 @dataclass
 class Gang:
-    """A gang that asks for seats: CPUs, on one host, under workers that run there."""
+    """A gang that asks for seats: CPUs under workers."""
 
     run: str
     client: str
@@ -31,9 +44,12 @@ class Gang:
     """Whether to be admitted beyond the CPUs that are free."""
     goes_on: bool = False
     """Whether it is seated anew when workers of its go; until then nobody else gets its CPUs."""
-    workers: list[str] = field(default_factory=list)
-    """Address of each rank's worker, once admitted."""
-    host: str = ""
+    seats: list[Seat] = field(default_factory=list)
+    """By rank, once admitted."""
+
+    def workers(self) -> list[str]:
+        """Address of each rank's worker."""
+        return [seat.worker for seat in self.seats]
 
 
 def topic(run: str) -> str:
@@ -41,9 +57,9 @@ def topic(run: str) -> str:
     return f"hpclab-{run}"
 
 
-def consult(client: Client, question: Callable[..., dict], *args: Any) -> dict:
-    """Put a question to the ledger of a client's cluster, one of the functions below; the first question makes it."""
-    pools: dict[str, tuple[str, int] | None] = {}
+def consult(client: Client, question: Callable[..., dict | None], *args: Any) -> dict:
+    """Put a question to the ledger of a client's cluster, one of its methods; the first question makes it."""
+    pools: dict[str, tuple[str, str, int] | None] = {}
     while True:
         answer = client.run_on_scheduler(_answer, question, args, pools)
         unknown = answer.get("unknown")
@@ -53,69 +69,15 @@ def consult(client: Client, question: Callable[..., dict], *args: Any) -> dict:
         pools = dict.fromkeys(unknown) | client.run(machine.cpu_pool, workers=unknown, on_error="ignore")
 
 
-def prepare(ledger: "Ledger") -> dict:
-    """Ask for nothing: what ranks start from is made ready in the background."""
-    return {}
-
-
-def admit(ledger: "Ledger", gang: Gang, wait: bool) -> dict:
-    """Seat a gang and tell its `seats`, or else its ``place`` in the queue, what is ``wrong`` with it, or ``busy``."""
-    if wrong := ledger.wrong(gang):
-        return {"wrong": wrong}
-    if gang.oversubscribe:
-        ledger.queue.insert(0, gang)  # it takes no CPU that others wait for
-    else:
-        ledger.queue.append(gang)
-    ledger.advance()
-    if gang.run in ledger.gangs or wait:
-        ledger.subscribe(gang)
-        return ledger.seats(gang) if gang.run in ledger.gangs else {"place": len(ledger.queue)}
-    ledger.queue.remove(gang)
-    return {"busy": ledger.busy(gang)}
-
-
-def room(ledger: "Ledger", gang: Gang) -> dict:
-    """Whether a gang would fit if no other were there: ``ranks``, the most that do, and ``wrong``, or None."""
-    most = max(1, max(ledger.slots().values(), default=0) // gang.threads)
-    return {"ranks": most, "wrong": ledger.wrong(gang)}
-
-
-def remind(ledger: "Ledger") -> dict:
-    """Look whether there is room for those who wait, as workers may have come."""
-    ledger.advance()
-    return {}
-
-
-def release(ledger: "Ledger", run: str) -> dict:
-    """Free a gang's seats, or its place in the queue."""
-    ledger.release(run)
-    return {}
-
-
-def reseat(ledger: "Ledger", run: str, sizes: tuple[int, ...], patient: bool) -> dict:
-    """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing.
-
-    One that oversubscribes finds room anywhere; a `patient` one waits all the same for as many workers as it had.
-    """
-    gang = ledger.gangs.pop(run)
-    for ranks in sizes:
-        again = replace(gang, ranks=ranks, workers=[])
-        host = ledger._host_for(again)
-        if host is not None and (not patient or ledger.workers(host) >= len(set(gang.workers))):
-            ledger._seat(again, host)
-            return ledger.seats(again)
-    ledger.gangs[run] = gang  # it keeps the seats that are left to it
-    return {}
-
-
-def _answer(question: Callable[..., dict], args: tuple, pools: dict, dask_scheduler: Scheduler) -> dict:
+def _answer(question: Callable[..., dict | None], args: tuple, pools: dict, dask_scheduler: Scheduler) -> dict:
     ledger: Any = dask_scheduler.plugins.get(Ledger.name)
     if ledger is None:
         ledger = Ledger(dask_scheduler)
         dask_scheduler.add_plugin(ledger)
+        dask_scheduler.handlers["hpclab_rendezvous"] = ledger.rendezvous
     ledger.pools |= pools
     unknown = [address for address in dask_scheduler.workers if address not in ledger.pools]
-    return {"unknown": unknown} if unknown else question(ledger, *args)
+    return {"unknown": unknown} if unknown else question(ledger, *args) or {}
 
 
 class Ledger(SchedulerPlugin):
@@ -127,8 +89,13 @@ class Ledger(SchedulerPlugin):
         self.scheduler = scheduler
         self.gangs: dict[str, Gang] = {}
         self.queue: list[Gang] = []
-        self.pools: dict[str, tuple[str, int] | None] = {}
-        """By worker: the name of the CPUs it may use, and their number; None if it didn't answer."""
+        self.pools: dict[str, tuple[str, str, int] | None] = {}
+        """By worker: its machine, the name of the CPUs there that it may use, and their number; None: it didn't answer.
+        """
+        self.expiring: set[str] = set()
+        """Workers that end soon."""
+        self.keys: dict[str, Keys] = {}
+        """By run: what the ranks of its newest attempt tell each other."""
 
     def subscribe(self, gang: Gang) -> None:
         """Send the gang's driver what is said on its topic, and keep no more than the last of it."""
@@ -136,66 +103,123 @@ class Ledger(SchedulerPlugin):
         # Dask keeps the last thousand events of a topic, of up to a megabyte here, and has no public way to keep fewer.
         self.scheduler._broker._topics[topic(gang.run)].events = deque(maxlen=1)
 
-    def cpus(self) -> dict[str, int]:
-        """CPUs of each host; workers that may use the same ones share them."""
-        pools: dict[str, dict[str, int]] = {}
-        for address, worker in self._running().items():
-            if (pool := self.pools.get(address)) is not None:
-                pools.setdefault(worker.host, {})[pool[0]] = pool[1]
-        return {host: sum(found.values()) for host, found in pools.items()}
+    def running(self) -> dict[Seat, int]:
+        """Threads of each worker that runs, and told which CPUs it may use."""
+        return {
+            Seat(address, worker.host, pool[:2]): worker.nthreads
+            for address, worker in self.scheduler.workers.items()
+            if worker.status == Status.running and address not in self.expiring
+            if (pool := self.pools.get(address)) is not None
+        }
 
-    def slots(self) -> dict[str, int]:
-        """Ranks of one thread that each host takes: a thread of a worker and a CPU for each."""
-        threads: dict[str, int] = {}
-        for worker in self._running().values():
-            threads[worker.host] = threads.get(worker.host, 0) + worker.nthreads
-        return {host: min(cpus, threads[host]) for host, cpus in self.cpus().items()}
+    def cpus(self) -> dict[tuple[str, str], int]:
+        """CPUs of each pool."""
+        return {pool[:2]: pool[2] for pool in self.pools.values() if pool is not None}
 
-    def load(self, host: str) -> int:
-        """Seats that are taken on a host; those under a worker that has gone are free, unless the gang will go on."""
-        there = self.scheduler.workers
-        return sum(
-            gang.threads
-            for gang in self.gangs.values()
-            if gang.host == host
-            for address in gang.workers
-            if address in there or gang.goes_on
-        )
+    def most(self, threads: int = 1, beside: Iterable[Gang] = ()) -> int:
+        """Ranks that this cluster takes, beside other gangs: each takes a CPU and a thread of a worker per thread."""
+        every = sum(self.running().values())
+        return len(self._find(Gang("", "", every, threads, oversubscribe=False), beside))
 
-    def workers(self, host: str) -> int:
-        """Workers that run on a host."""
-        return sum(worker.host == host for worker in self._running().values())
+    def admit(self, gang: Gang, wait: bool) -> dict:
+        """Seat a gang and tell its seats, or else its ``place`` in the queue, what is ``wrong``, or who is ``busy``."""
+        if wrong := self.wrong(gang):
+            return {"wrong": wrong}
+        if gang.oversubscribe:
+            self.queue.insert(0, gang)  # it takes no CPU that others wait for
+        else:
+            self.queue.append(gang)
+        self.advance()
+        if gang.run in self.gangs or wait:
+            self.subscribe(gang)
+            return self.told(gang) if gang.run in self.gangs else {"place": len(self.queue)}
+        self.queue.remove(gang)
+        return {"busy": self.busy(gang)}
+
+    def room(self, gang: Gang) -> dict:
+        """Whether a gang would fit if no other were there: ``ranks``, the most that do, and ``wrong``, or None."""
+        return {"ranks": max(1, self.most(gang.threads)), "wrong": self.wrong(gang)}
+
+    def expire(self, worker: str) -> None:
+        """Seat nobody any more under a worker whose job ends soon."""
+        self.expiring.add(worker)
+
+    def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> dict:
+        """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing.
+
+        One that oversubscribes finds room anywhere; a `patient` one waits all the same for as many workers as it had.
+        """
+        gang = self.gangs.pop(run)
+        workers = len(self.running())
+        for ranks in sizes:
+            again = replace(gang, ranks=ranks)
+            if (not patient or workers >= len(set(gang.workers()))) and self.seat(again):
+                return self.told(again)
+        self.gangs[run] = gang  # it keeps the seats that are left to it
+        return {}
 
     def advance(self) -> None:
-        """Admit from the head of the queue for as long as there is room."""
-        while self.queue and (host := self._host_for(self.queue[0])) is not None:
+        """Admit from the head of the queue for as long as there is room; also for workers that have come."""
+        while self.queue and self.seat(self.queue[0]):
             gang = self.queue.pop(0)
-            self._seat(gang, host)
-            self._tell(gang, self.seats(gang))
+            self._tell(gang, self.told(gang))
         for number, gang in enumerate(self.queue, 1):
             self._tell(gang, {"place": number})
 
-    def seats(self, gang: Gang) -> dict:
-        """What an admitted gang is told."""
-        first = self.scheduler.workers[gang.workers[0]]
-        store = f"{first.local_directory}/{gang.run}"  # in a folder that only this user can enter
-        memory = [
-            self.scheduler.workers[worker].memory_limit // gang.workers.count(worker) or None for worker in gang.workers
-        ]
-        return {"workers": gang.workers, "emulated": self._crowded(gang.host), "store": store, "memory": memory}
+    def seat(self, gang: Gang) -> bool:
+        """Admit a gang if there is room for all of it."""
+        found = self._find(gang, self.gangs.values())
+        if len(found) < gang.ranks:
+            return False
+        gang.seats = found
+        self.gangs[gang.run] = gang
+        for other in self.gangs.values():
+            if self._crowded(other):
+                self._tell(other, {"crowded": True})
+        return True
+
+    def told(self, gang: Gang) -> dict:
+        """What an admitted gang is told: for each rank the worker, its host and memory; and a file for the rendezvous.
+
+        Over several hosts there is no such file: `rendezvous` serves them.
+        """
+        workers = gang.workers()
+        first = self.scheduler.workers[workers[0]]
+        hosts = [seat.host for seat in gang.seats]
+        # The folder of a worker is one that only this user can enter.
+        store = f"{first.local_directory}/{gang.run}" if len(set(hosts)) == 1 else ""
+        memory = [self.scheduler.workers[worker].memory_limit // workers.count(worker) or None for worker in workers]
+        emulated = self._crowded(gang) or len(set(hosts)) > len({seat.pool[0] for seat in gang.seats})
+        return {"workers": workers, "hosts": hosts, "emulated": emulated, "store": store, "memory": memory}
 
     def release(self, run: str) -> None:
-        """Free what a run holds."""
+        """Free a gang's seats, or its place in the queue."""
         self.gangs.pop(run, None)
         self.queue = [gang for gang in self.queue if gang.run != run]
+        if run in self.keys:
+            self.keys.pop(run).close()
         self.scheduler.loop.call_later(TOPIC_SECONDS, self.scheduler._broker._topics.pop, topic(run), None)
         self.advance()
+
+    async def rendezvous(self, run: str, attempt: int, question: dict, value: bytes) -> dict:
+        """Answer a rank that looks for the others of its gang; called by its worker."""
+        if run not in self.gangs:
+            raise LookupError(f"run {run} has ended")
+        keys = self.keys.get(run)
+        if keys is None or keys.attempt < attempt:
+            if keys is not None:
+                keys.close()
+            keys = self.keys[run] = Keys(attempt)
+        if keys.attempt > attempt:
+            raise LookupError(f"attempt {attempt} of run {run} has ended")
+        return await keys.answer(question, value)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Tell the gangs that have ranks there; called by Dask when a worker has gone."""
         self.pools.pop(worker, None)
+        self.expiring.discard(worker)
         for gang in self.gangs.values():
-            if worker in gang.workers:
+            if worker in gang.workers():
                 self._tell(gang, {"lost": worker})
         self.advance()
 
@@ -207,64 +231,108 @@ class Ledger(SchedulerPlugin):
 
     def wrong(self, gang: Gang) -> str | None:
         """What forbids this gang, however long it waited; None if nothing does."""
-        slots = self.slots()
-        if not slots:
+        there = self.running()
+        if not there:
             return "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
-        host = max(slots, key=lambda host: slots[host])
-        need, most, cpus = gang.ranks * gang.threads, slots[host] // gang.threads, self.cpus()[host]
-        if gang.oversubscribe or need <= slots[host]:
+        most = self.most(gang.threads)
+        if gang.oversubscribe or gang.ranks <= most:
             return None
-        here = [worker for worker in self._running().values() if worker.host == host]
+        need, cpus, hosts = gang.ranks * gang.threads, sum(self.cpus().values()), len({seat.host for seat in there})
         ways = [f"ranks<={most}"] * (most > 0) + [f"connect(workers={need})"] * (need <= cpus)
+        here = f"{len(there)} workers" + f" on {hosts} hosts" * (hosts > 1)
         return (
             f"ranks (={gang.ranks}) with threads (={gang.threads}) take {need} CPUs; this cluster gives a gang"
-            f" {slots[host]} ({len(here)} workers, {cpus} CPUs); use"
+            f" {self.most()} ({here}, {cpus} CPUs); use"
             f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}."
         )
 
     def busy(self, gang: Gang) -> str:
         """What stands in this gang's way for now."""
-        slots = self.slots()
-        free = max(slots[host] - self.load(host) for host in slots)
-        held = ", ".join(f"{run} holds {len(other.workers) * other.threads}" for run, other in self.gangs.items())
+        held = ", ".join(f"{run} holds {other.ranks * other.threads}" for run, other in self.gangs.items())
         held += f", and {len(self.queue) - 1} wait before it" * (len(self.queue) > 1)
         return (
-            f"ranks (={gang.ranks}) with threads (={gang.threads}) take {gang.ranks * gang.threads} CPUs, and {free} of"
-            f" {max(slots.values())} are free now: {held}; stop or await that run, or launch with wait=True."
+            f"ranks (={gang.ranks}) with threads (={gang.threads}) take {gang.ranks * gang.threads} CPUs, and"
+            f" {self.most(beside=self.gangs.values())} of {self.most()} are free now: {held}; stop or await that run,"
+            " or launch with wait=True."
         )
 
-    def _host_for(self, gang: Gang) -> str | None:
-        """The fullest host that still takes all of a gang; to one that oversubscribes, the emptiest."""
-        free = {host: slots - self.load(host) for host, slots in self.slots().items()}
-        if gang.oversubscribe:
-            return max(free, key=lambda host: free[host], default=None)
-        fitting = [host for host in free if free[host] >= gang.ranks * gang.threads]
-        return min(fitting, key=lambda host: free[host], default=None)
+    def _find(self, gang: Gang, beside: Iterable[Gang]) -> list[Seat]:
+        """Seats for a gang beside others, or for as much of it as there is room for.
 
-    def _seat(self, gang: Gang, host: str) -> None:
-        """Give each rank the worker that has the fewest ranks for its threads; then count ranks along the workers."""
-        here = {address: worker for address, worker in self._running().items() if worker.host == host}
-        ranks = dict.fromkeys(here, 0)
+        All on the fullest host that takes it, else on as few hosts as do. One that oversubscribes takes the emptiest,
+        and CPUs that others have.
+        """
+        there = self.running()
+        room = _Room(there, {} if gang.oversubscribe else self.cpus(), gang.threads)
+        for other in beside:
+            for seat in other.seats:
+                if seat.worker in self.scheduler.workers or other.goes_on:  # else it is free
+                    room.take(seat, other.threads)
+        names = {seat: str(self.scheduler.workers[seat.worker].name) for seat in there}
+        hosts = sorted(
+            dict.fromkeys(seat.host for seat in sorted(there, key=names.__getitem__)), key=room.on, reverse=True
+        )
+        fitting = [host for host in hosts if room.on(host) >= gang.ranks]
+        if fitting and not gang.oversubscribe:
+            hosts = fitting[-1:]
+        found: list[Seat] = []
+        for host in hosts:
+            for _ in range(min(room.on(host), gang.ranks - len(found))):
+                found.append(room.least(host))
+                room.take(found[-1], gang.threads)
+        while gang.oversubscribe and there and len(found) < gang.ranks:
+            found.append(room.least())
+            room.take(found[-1], gang.threads)
+        return sorted(found, key=lambda seat: (hosts.index(seat.host), names[seat]))
+
+    def _crowded(self, gang: Gang) -> bool:
+        """Whether the gang's CPUs have more ranks than they are."""
+        load: Counter = Counter()
         for other in self.gangs.values():
-            for address in other.workers:
-                if address in ranks:
-                    ranks[address] += 1
-        for _ in range(gang.ranks):
-            address = min(here, key=lambda address: ranks[address] / here[address].nthreads)
-            ranks[address] += 1
-            gang.workers.append(address)
-        gang.workers.sort(key=lambda address: str(here[address].name))
-        gang.host = host
-        self.gangs[gang.run] = gang
-        for other in self.gangs.values():
-            if other.host == host and self._crowded(host):
-                self._tell(other, {"crowded": True})
-
-    def _crowded(self, host: str) -> bool:
-        return self.load(host) > self.cpus().get(host, 0)
-
-    def _running(self) -> dict:
-        return {address: w for address, w in self.scheduler.workers.items() if w.status == Status.running}
+            for seat in other.seats:
+                load[seat.pool] += other.threads * (seat.worker in self.scheduler.workers or other.goes_on)
+        return any(load[seat.pool] > self.cpus().get(seat.pool, 0) for seat in gang.seats)
 
     def _tell(self, gang: Gang, news: dict) -> None:
         self.scheduler.log_event(topic(gang.run), news)
+
+
+class _Room:
+    """What is free under some workers while gangs are seated.
+
+    Parameters
+    ----------
+    workers : dict of Seat to int
+        Threads of each.
+    cpus : dict of pool to int
+        CPUs of each pool; one that is missing has no bound.
+    threads : int
+        Of each rank that is to be seated.
+    """
+
+    def __init__(self, workers: dict[Seat, int], cpus: dict[tuple[str, str], int], threads: int):
+        self.workers = workers
+        self.cpus = cpus
+        self.threads = threads
+        self.ranks = Counter(dict.fromkeys((seat.worker for seat in workers), 0))
+        """Of each worker."""
+        self.taken: Counter = Counter()
+        """Threads, of each host and each pool."""
+
+    def take(self, seat: Seat, threads: int) -> None:
+        """Seat one rank."""
+        self.ranks[seat.worker] += 1
+        self.taken[seat.host] += threads
+        self.taken[seat.pool] += threads
+
+    def on(self, host: str) -> int:
+        """Ranks for which there is room on a host."""
+        here = {seat: threads for seat, threads in self.workers.items() if seat.host == host}
+        pools = {seat.pool for seat in here}
+        cpus = sum(self.cpus[pool] - self.taken[pool] for pool in pools) if pools <= self.cpus.keys() else math.inf
+        return max(0, int(min(sum(here.values()) - self.taken[host], cpus) // self.threads))
+
+    def least(self, host: str | None = None) -> Seat:
+        """The worker, of a host or of all, that has the fewest ranks for its threads."""
+        here = [seat for seat in self.workers if host in (None, seat.host)]
+        return min(here, key=lambda seat: self.ranks[seat.worker] / self.workers[seat])

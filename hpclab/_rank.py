@@ -6,6 +6,8 @@ carries records (see `frame`). Standard error carries all that is printed, by Py
 
 import faulthandler
 import functools
+import importlib
+import itertools
 import json
 import os
 import pickle
@@ -42,6 +44,9 @@ class Context:
         self.lock = threading.Lock()
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         """Orders, with their bodies, for what runs here."""
+        self.answers: dict[int, queue.SimpleQueue] = {}
+        """Where questions wait for their answers, by number."""
+        self.numbers = itertools.count()
         self.calls = 0
         """Of `should_stop`."""
         self.stop = threading.Condition()
@@ -66,11 +71,22 @@ class Context:
                 elif order["order"] == "stop_at":
                     self.stop_at = order["calls"]
                     self.stop.notify_all()
+                elif order["order"] == "answer":
+                    self.answers[order["to"]].put((order, body))
                 else:
                     self.inbox.put((order, body))
         if hasattr(os, "killpg"):
             os.killpg(os.getpgrp(), signal.SIGKILL)
         os._exit(1)
+
+    def ask(self, question: dict, body: bytes = b"") -> tuple[dict, bytes]:
+        """Put a question about the other ranks to the scheduler, and wait for its answer, or what is the ``error``."""
+        number = next(self.numbers)
+        self.answers[number] = queue.SimpleQueue()
+        self.send({"record": "store", "number": number, "question": question}, body)
+        answer, value = self.answers[number].get()
+        del self.answers[number]
+        return answer, value
 
     def beat(self) -> None:
         """Show for ever that Python runs here."""
@@ -234,16 +250,30 @@ def _run(header: dict, payload: bytes) -> Any:
     _keep_groups()
     function, arguments = pickle.loads(payload)
     rank, ranks = header["row"]["rank"], header["row"]["ranks"]
-    store = dist.FileStore(header["store"], ranks)
-    store.set_timeout(timedelta(days=1))  # a gang that hangs is found by its progress
+    meeting = store()
     if not header["init"]:
-        with _environment_of_torchrun(store, rank, ranks):
+        with _environment_of_torchrun(meeting, rank, ranks):
             return function(*arguments)
-    dist.init_process_group(backend(), store=store, rank=rank, world_size=ranks)
+    dist.init_process_group(backend(), store=meeting, rank=rank, world_size=ranks)
     value = function(*arguments)
     if dist.is_initialized():
         dist.barrier()  # a rank that left now would cut the connections of those still in a collective
     return value
+
+
+def store() -> Any:
+    """Where this gang's ranks find each other: a file that only this user can open; over several hosts the ledger."""
+    import torch.distributed as dist
+
+    from hpclab._store import GangStore
+
+    assert _context is not None
+    header = _context.header
+    if not header["store"]:
+        return GangStore(_context.ask)
+    found = dist.FileStore(header["store"], header["row"]["ranks"])
+    found.set_timeout(timedelta(days=1))  # a gang that hangs is found by its progress
+    return found
 
 
 def _keep_groups() -> None:
@@ -278,27 +308,20 @@ def backend() -> str:
 def _environment_of_torchrun(store: Any, rank: int, ranks: int) -> Iterator[None]:
     """Let a function start its own process group by env://, as one written for torchrun does.
 
-    Rank 0 serves the TCPStore that it looks for, on a port that the system chose, and stays until all have ended.
+    It gets this gang's store: torchrun's TCPStore would let in whoever reaches its port. MASTER_PORT is free, for those
+    who serve something there themselves. All stay until all have ended.
     """
-    import torch.distributed as dist
-
+    handlers = importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers
+    main = _context.header["main"]  # type: ignore[union-attr]
     if rank == 0:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-            server = dist.TCPStore(
-                *("127.0.0.1", port, ranks, True), wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-        store.set("port", str(port))
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.get("port").decode(),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # else rank 0's process group would bind the port again
-    }
+        with socket.create_server((main, 0)) as listener:
+            store.set("port", str(listener.getsockname()[1]))
+    os.environ |= {"MASTER_ADDR": main, "MASTER_PORT": store.get("port").decode()}
+    # torch's `register_rendezvous_handler` refuses a scheme that is there.
+    handlers["env"] = lambda url, **_: iter([(store, rank, ranks)])
     yield
     store.set(f"ended-{rank}", "")
-    if rank == 0:
-        store.wait([f"ended-{other}" for other in range(ranks)], timedelta(days=365))
-        del server
+    store.wait([f"ended-{other}" for other in range(ranks)], timedelta(days=365))
 
 
 def _limit_memory(limit: int | None) -> None:

@@ -21,6 +21,7 @@ import psutil
 from dask.typing import Key
 from distributed import Status, Worker, get_worker, secede
 
+from hpclab import machine
 from hpclab._agent import MALLOC, Process, start
 from hpclab._ledger import topic
 from hpclab._progress import RankProgress
@@ -45,7 +46,11 @@ ANSWER_SECONDS = 0.02
 """How long a worker that is told to die lives on, so that its answer gets away."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
-OURS = re.compile(r'hpclab/_(cells|rank|zygote)\.py"|"<string>"')
+ENDS = "HPCLAB_ENDS"
+"""Environment variable of a worker that is a job of a queue: when its walltime is over, in seconds since the epoch."""
+NOTICE = (0.2, 60.0)
+"""How long before that ranks are told to save: this part of the worker's time, and at most so many seconds."""
+OURS = re.compile(r'hpclab/_(cells|rank|store|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
 _inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
 _values: dict[tuple[str, int], bytes] = {}
@@ -67,11 +72,16 @@ class Place:
     local_rank: int
     local_ranks: int
     """Ranks on the same host."""
+    node: int
+    """Number of the host among those of the gang."""
+    nodes: int
+    main: str
+    """Address of rank 0's host."""
     threads: int
     launched: float
     """When the driver launched the gang, seconds since the epoch."""
     store: str
-    """File of the rendezvous."""
+    """File of the rendezvous; "" over several hosts, as the scheduler then keeps it."""
     init: bool
     """Whether torch.distributed is initialised for the function; else the environment is torchrun's."""
     memory: int | None
@@ -101,7 +111,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     inbox = _inboxes[place.run, place.rank, place.attempt] = queue.SimpleQueue()
-    outcome = Outcome(place.rank, socket.gethostname(), place.attempt)
+    outcome = Outcome(place.rank, machine.node(), place.attempt)
     try:
         process = start(_environment(place, worker.address), worker.scheduler.address)
         try:
@@ -119,7 +129,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     finally:
         del _inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
-        for file in [place.store] * (place.rank == 0) + [_stacks(place)]:
+        for file in [place.store] * (place.rank == 0 and bool(place.store)) + [_stacks(place, worker)]:
             Path(file).unlink(missing_ok=True)
     return outcome
 
@@ -128,7 +138,8 @@ def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> No
     """Give the ranks of a run that this worker supervises an order; called on the worker by the driver.
 
     Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
-    "die", which kills the worker itself; "frame" hands ``frame`` to the rank.
+    "die", which kills the worker itself; "expire" stops ranks that ask `should_stop`, and leaves the others alone;
+    "frame" hands ``frame`` to the rank.
     """
     if order["order"] == "die":
         threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -163,6 +174,8 @@ class _Supervisor:
         self.sent = 0.0
         self.streams = 2
         self.cooperates = False
+        self.notice = _notice()
+        """When the rank is to be told that its job ends."""
         self.told = False
         """Whether the rank told how it ended."""
         self.ended_by_driver = False
@@ -179,11 +192,11 @@ class _Supervisor:
         place = self.place
         header = {
             "row": {"run": place.run, "attempt": place.attempt, "rank": place.rank, "ranks": place.ranks},
-            "stacks": _stacks(place),
+            "stacks": _stacks(place, self.worker),
             "sys_path": sys.path,
         } | {
             name: getattr(place, name)
-            for name in ("threads", "store", "folder", "launched", "init", "memory", "resume", "worker")
+            for name in ("threads", "store", "main", "folder", "launched", "init", "memory", "resume", "worker")
         }
         self.orders.put(frame(header, payload))
         for work in (self._read_records, self._read_text, self._write):
@@ -234,6 +247,8 @@ class _Supervisor:
                 self.news["calls"] = record["calls"]
             case "cell":
                 self._relay(record, body)
+            case "store":
+                self.worker.loop.add_callback(self._find_others, record, body)
             case "value":
                 self.outcome.value, self.told = body, True
             case "failure":
@@ -246,6 +261,17 @@ class _Supervisor:
             self.sent = -math.inf
         if body:
             _values[self.place.run, self.place.rank] = body
+
+    async def _find_others(self, record: dict, body: bytes) -> None:
+        """Put a rank's question about the others to the scheduler's ledger, and hand it the answer."""
+        try:
+            answer = await self.worker.scheduler.hpclab_rendezvous(
+                run=self.place.run, attempt=self.place.attempt, question=record["question"], value=body
+            )
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        value = answer.pop("value", b"")
+        self.orders.put(frame({"order": "answer", "to": record["number"]} | answer, value))
 
     def _obey(self, order: dict) -> None:
         match order["order"]:
@@ -263,6 +289,9 @@ class _Supervisor:
                 self.ended_by_driver = True
                 self.process.interrupt()
                 self.deadline = time.monotonic() + GRACE_SECONDS
+            case "expire":
+                if self.cooperates:
+                    self.orders.put(frame({"order": "stop"}))
             case _:
                 self.orders.put(frame(order))
 
@@ -272,6 +301,8 @@ class _Supervisor:
             self.deadline = min(self.deadline, time.monotonic() + CLOSE_SECONDS)
         elif self.progress.due():
             self.news["stuck_s"] = self.progress.stuck_s()
+        if time.time() > self.notice:
+            self.notice, self.news["expires"] = math.inf, float(os.environ[ENDS])
 
     def _send(self) -> None:
         self.sent = time.monotonic()
@@ -291,7 +322,7 @@ class _Supervisor:
 
     def _stack(self) -> str:
         """The main thread's Python stack; asked for by a signal, since a rank that hangs answers nothing else."""
-        file = Path(_stacks(self.place))
+        file = Path(_stacks(self.place, self.worker))
         if not file.exists() or not self.process.dump():
             return "(this system can't show it)"
         time.sleep(0.1)
@@ -332,11 +363,11 @@ def _environment(place: Place, address: str) -> dict[str, str]:
         "WORLD_SIZE": str(place.ranks),
         "LOCAL_RANK": str(place.local_rank),
         "LOCAL_WORLD_SIZE": str(place.local_ranks),
+        "GROUP_RANK": str(place.node),
+        "GROUP_WORLD_SIZE": str(place.nodes),
     }
     if not place.init:
         env |= {
-            "GROUP_RANK": "0",
-            "GROUP_WORLD_SIZE": "1",
             "ROLE_NAME": "default",
             "ROLE_RANK": str(place.rank),
             "ROLE_WORLD_SIZE": str(place.ranks),
@@ -349,18 +380,27 @@ def _environment(place: Place, address: str) -> dict[str, str]:
     return env
 
 
-def _stacks(place: Place) -> str:
+def _stacks(place: Place, worker: Worker) -> str:
     """File that a rank's stack is written to on demand."""
-    return f"{place.store}-{place.rank}.stacks"
+    return f"{worker.local_directory}/{place.run}-{place.attempt}-{place.rank}.stacks"
 
 
 def _interface(address: str) -> str | None:
     """Name of the network interface that owns the worker's address, so that gloo neither guesses nor looks up names."""
     host = address.rsplit("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    loopback = host.startswith("127.")  # all of 127.0.0.0/8 is there, and only 127.0.0.1 listed
     for name, owned in psutil.net_if_addrs().items():
-        if any(a.address == host for a in owned if a.family in (socket.AF_INET, socket.AF_INET6)):
+        mine = [a.address for a in owned if a.family in (socket.AF_INET, socket.AF_INET6)]
+        if host in mine or (loopback and "127.0.0.1" in mine):
             return name
     return None
+
+
+def _notice() -> float:
+    """When ranks are to be told that the job of this worker ends, in seconds since the epoch; never, if none does."""
+    ends = float(os.environ.get(ENDS, "inf"))
+    part, most = NOTICE
+    return ends - min(most, part * (ends - psutil.Process().create_time()))
 
 
 def _cancelled(worker: Worker, key: Key) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpclab import _rank
+from hpclab import _rank, machine
 
 KEPT = 2
 """Checkpoints that stay: the newest, and the one before it, should a disk lose the newest."""
@@ -44,13 +44,15 @@ def save(state: dict[str, Any], step: int) -> None:
     TypeError
         If the state holds what can't be read again, such as numpy's numbers.
     OSError
-        If it can't be written; those written before stay as they were.
+        If it can't be written, or the run's folder isn't on a disk that the nodes of a cluster share; those written
+        before stay as they were.
     """
     if not _rank.in_gang():
         return
     started = time.perf_counter()
     draws = _gather(_random_state())
     if draws is not None:
+        _check_shared()
         path = write(_rank.run_folder() / "checkpoints", step, {"state": state, "random": draws, "step": step})
         spent = time.perf_counter() - started
         _rank.report(kind="checkpoint", step=step, save_s=spent, nbytes=path.stat().st_size)
@@ -67,11 +69,12 @@ def restore() -> dict[str, Any] | None:
     Raises
     ------
     OSError
-        If there are checkpoints, and none can be read.
+        If there are checkpoints, and none can be read, or the run's folder isn't on a disk that the nodes share.
     """
     folders = _rank.restore_folders()
     if not folders:
         return None
+    _check_shared()
     found = [str(path) for folder in folders for path in _all(folder / "checkpoints")]
     if dist.is_initialized():
         dist.broadcast_object_list(listed := [found], src=0)
@@ -221,6 +224,16 @@ def _gather(state: dict[str, Any]) -> list[dict] | None:
     found: list[Any] | None = [None] * ranks if rank == 0 else None
     dist.gather_object(state, found)
     return found
+
+
+def _check_shared() -> None:
+    """Raise if this rank doesn't see the folder that the run's driver made."""
+    folder = _rank.run_folder()
+    if not (folder / "rows.jsonl").exists():
+        raise FileNotFoundError(
+            f"folder (={str(folder)!r}) isn't there on {machine.node()}; name one on a disk that all nodes share, as"
+            " home directories of clusters are."
+        )
 
 
 def _place() -> tuple[int, int]:

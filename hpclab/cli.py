@@ -3,6 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpclab.slurm import Slurm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +72,24 @@ def _parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="check a data set against its checksums")
     verify.add_argument("source", nargs="?", default="fashion_mnist")
     verify.set_defaults(run=_verify)
+
+    slurm = commands.add_parser("slurm", help="a private Slurm on this machine, without root")
+    verbs = slurm.add_subparsers(dest="verb", required=True, metavar="verb")
+    up = verbs.add_parser("up", help="start one, which outlives this shell")
+    up.add_argument("--nodes", type=int, default=4, help="virtual nodes (default: 4)")
+    up.add_argument("--cpus", type=int, default=2, help="CPUs of each; may exceed the real ones (default: 2)")
+    up.add_argument("--memory", default="2GB", help="memory of each (default: 2GB)")
+    up.add_argument("--scheduler", default="backfill", help="backfill or builtin (default: backfill)")
+    up.add_argument("--walltime", help="the longest that a job may ask for, such as 00:30:00 (default: no limit)")
+    up.set_defaults(run=_slurm_up)
+    for name, what, run in (
+        ("down", "end it, and all of its jobs", _slurm_down),
+        ("status", "its nodes and jobs", _slurm_status),
+        ("shell", "a shell whose Slurm commands use it", _slurm_shell),
+    ):
+        verbs.add_parser(name, help=what).set_defaults(run=run)
+    for verb in verbs.choices.values():
+        verb.add_argument("--folder", help="where it lies (default: a private folder, chosen for you)")
     return parser
 
 
@@ -126,3 +148,47 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> None:
 
     data.verify(options.source)
     print(f"{data.find(options.source)}: every file is as it was made")
+
+
+def _slurm_up(options: argparse.Namespace, rest: list[str]) -> None:
+    from hpclab import slurm
+
+    there = slurm.find(options.folder)
+    if there and (there.owner is None or options.folder):
+        raise RuntimeError(f"a private Slurm is up already, in {there.folder}; end it with: hpclab slurm down")
+    settings = {name: getattr(options, name) for name in ("nodes", "cpus", "memory", "scheduler", "walltime", "folder")}
+    up = slurm.start(**settings, detached=True)
+    print(f"A private Slurm of {options.nodes} nodes is up in {up.folder}. Use it in a shell of its own:\n")
+    print("  hpclab slurm shell\n\nor in this one, after\n")
+    print(f"  export SLURM_CONF={up.env['SLURM_CONF']} PATH={up.folder}/bin:$PATH\n")
+    print("It stays until\n\n  hpclab slurm down" + (f" --folder {up.folder}" if options.folder else ""))
+
+
+def _slurm_down(options: argparse.Namespace, rest: list[str]) -> None:
+    up = _slurm_found(options)
+    if up.owner and not options.folder:
+        raise RuntimeError(
+            f"the one in {up.folder} was started by process {up.owner}, and ends with it; to end it all the same:"
+            f" hpclab slurm down --folder {up.folder}"
+        )
+    up.stop()
+    print(f"the private Slurm in {up.folder} has ended")
+
+
+def _slurm_status(options: argparse.Namespace, rest: list[str]) -> None:
+    print(_slurm_found(options).status())
+
+
+def _slurm_shell(options: argparse.Namespace, rest: list[str]) -> None:
+    import os
+
+    shell = os.environ.get("SHELL", "/bin/sh")
+    os.execvpe(shell, [shell], _slurm_found(options).env)
+
+
+def _slurm_found(options: argparse.Namespace) -> "Slurm":
+    from hpclab import slurm
+
+    if up := slurm.find(options.folder):
+        return up
+    raise RuntimeError("no private Slurm is up" + f" in {options.folder}" * bool(options.folder) + "; hpclab slurm up")

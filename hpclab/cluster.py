@@ -3,29 +3,34 @@
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import format_bytes, parse_bytes
-from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
+from distributed import Client, LocalCluster, Security, SpecCluster, Worker, WorkerPlugin
 
 from hpclab import machine
-from hpclab._ledger import consult, prepare
+from hpclab._ledger import Ledger, consult
+from hpclab._tls import refusal
+from hpclab.queues import LEAST_MEMORY, QUIET
 from hpclab.runs import stop_all
 
-# Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
-# wake-up makes a rank late, and the others wait for it.
-QUIET = {
-    "distributed.worker.profile.enabled": False,
-    "distributed.admin.tick.interval": "200ms",
-}
-
-
-LEAST_MEMORY = 128 * 2**20
-"""Bytes below which Dask would pause or restart a worker that does nothing."""
+if TYPE_CHECKING:
+    from hpclab.slurm import Slurm
 
 
 class ClusterClient(Client):
     """A `distributed.Client` whose `close` stops its runs, and ends the cluster that `connect` made for it, if any."""
+
+    def __del__(self):
+        """Close one that was forgotten, in a thread: the collector may run while this one holds a lock of Dask's."""
+        if getattr(self, "status", "closed") not in ("closed", "newly-created") and not sys.is_finalizing():
+            threading.Thread(target=self.close, name="hpclab-forgotten", daemon=True).start()
+
+    def _ipython_display_(self) -> None:
+        from hpclab import cards
+
+        cards.show(self)
 
     def close(self, *args, **kwargs):
         """Stop the runs, close the client, then its cluster; see `distributed.Client.close`."""
@@ -40,7 +45,7 @@ class ClusterClient(Client):
                 _close(cluster)
 
 
-def _close(cluster: LocalCluster) -> None:
+def _close(cluster: SpecCluster) -> None:
     """Close a cluster, whole, also under Ctrl-C: what Dask's `close` left halfway could never be closed."""
     closing = threading.Thread(target=cluster.close, name="hpclab-close")
     closing.start()
@@ -52,47 +57,71 @@ def _close(cluster: LocalCluster) -> None:
 
 
 def connect(
-    where: str = "local",
+    where: "str | Slurm" = "local",
     *,
     workers: int | None = None,
     memory: int | str | None = None,
     security: Security | bool = True,
+    **options: Any,
 ) -> ClusterClient:
-    """Start a cluster on this machine, or join a running one.
+    """Start a cluster on this machine or on a job queue, or join a running one.
 
     Parameters
     ----------
-    where : str, default "local"
+    where : str or hpclab.slurm.Slurm, default "local"
         "local" starts one worker process for each CPU that this machine really gives (affinity and cgroups counted).
+        A job queue, "slurm", "pbs", "sge", "lsf", "oar", "htcondor" or "moab", or the name of a site's profile
+        (`hpclab.sites`), starts each worker in a job of its own. So does a private Slurm; "slurm" finds one that is up,
+        where the site has none.
         An address such as "tls://head:8786" joins the scheduler there.
     workers : int, optional
-        Number of workers, each with one thread and so with room for one rank. Default: what fits (`machine.fits`).
-        More workers than CPUs are allowed; what they measure is then marked as emulated.
+        Number of workers. Default: what fits (`machine.fits`); on a queue, 2. On this machine, each has one thread and
+        so room for one rank, and more workers than CPUs are allowed; what they measure is then marked as emulated.
     memory : int or str, optional
-        Memory of each worker, in bytes or as "2GB". Default: an equal share of what this machine gives.
+        Memory of each worker, in bytes or as "2GB". Default: an equal share of what this machine gives; on a queue,
+        2 GB.
     security : bool or distributed.Security, default True
         True encrypts and authenticates every connection with fresh certificates, as loopback isn't private on a shared
         host; False turns that off. For a "tls://" address, the Security object of that scheduler; for one that isn't
         encrypted, False.
+    **options
+        For a queue: ``cores`` (1), ``walltime`` ("00:30:00"), ``queue``, ``account``, ``resources``, ``disk``,
+        ``directives``, ``prologue``, ``env``, ``interface``, ``folder``, ``timeout`` (600), ``private`` (False). The
+        fields of `hpclab.queues.Request` say what each means; not every queue has all. They go before a profile's. What
+        neither says is up to Dask's own ``jobqueue.yaml``, which is read and never written. Workers find modules in the
+        working folder, and in others with ``env={"PYTHONPATH": ...}``.
 
     Returns
     -------
     ClusterClient
         A `distributed.Client`. Use it in a `with` block, or call its `close`: both end the cluster it started. In a
         script, call this under ``if __name__ == "__main__":``, since workers import the script (as Dask's own clusters
-        do).
+        do). On a queue, a worker whose job is lost gets a new job; ``client.cluster.scale`` and ``adapt`` change their
+        number.
 
     Raises
     ------
     ValueError
-        If an argument can't be met by this machine; the message says what can.
+        If an argument can't be met by this machine or this Slurm; the message says what can.
     OSError
-        If no scheduler answers at the address.
+        If no scheduler answers at the address, or lets this client in, or no such queue is here; the message tells why.
+    TimeoutError
+        If not all workers come within `timeout` seconds; what was submitted is cancelled.
+    RuntimeError
+        If a queue refuses a job, or a worker dies again and again; the message has the end of its log.
+
+    See Also
+    --------
+    hpclab.queues.script : Shows the job script, without starting anything.
     """
-    if "://" in where:
-        return _join(where, workers, memory, security)
+    mine = {"workers": workers, "memory": memory}
+    given = {name: value for name, value in mine.items() if value is not None}
+    if not isinstance(where, str) or (where != "local" and "://" not in where):
+        return _submit(where, security, given | options)
+    for name, value in options.items():
+        raise ValueError(f"{name} (={value!r}) is an option of job queues; {where!r} has workers, memory, security.")
     if where != "local":
-        raise ValueError(f"where (={where!r}) must be 'local' or the address of a Dask scheduler, 'tls://host:port'.")
+        return _join(where, given, security)
     workers, limit = _fit(workers, memory)
     with dask.config.set(QUIET):
         cluster = LocalCluster(
@@ -103,10 +132,26 @@ def connect(
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
         )
+    return _client(cluster)
+
+
+def _submit(where: "str | Slurm", security: Security | bool, options: dict[str, Any]) -> ClusterClient:
+    from hpclab import _jobs  # its import lets dask-jobqueue put a template into the user's configuration of Dask
+
+    cluster = _jobs.submit(where, security, options)
+    try:
+        cluster.wait()
+    except BaseException:
+        _close(cluster)
+        raise
+    return _client(cluster)
+
+
+def _client(cluster: SpecCluster) -> ClusterClient:
     try:
         client = ClusterClient(cluster)
         client.register_plugin(IgnoreInterrupt())
-        consult(client, prepare)
+        consult(client, Ledger.advance)  # nobody waits yet, but what ranks start from is made ready meanwhile
         return client
     except BaseException:
         _close(cluster)
@@ -123,10 +168,9 @@ class IgnoreInterrupt(WorkerPlugin):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _join(address: str, workers: int | None, memory: int | str | None, security: Security | bool) -> ClusterClient:
-    for name, value in (("workers", workers), ("memory", memory)):
-        if value is not None:
-            raise ValueError(f"{name} (={value!r}) can't be chosen for a running cluster ({address}); leave it out.")
+def _join(address: str, given: dict[str, Any], security: Security | bool) -> ClusterClient:
+    for name, value in given.items():
+        raise ValueError(f"{name} (={value!r}) can't be chosen for a running cluster ({address}); leave it out.")
     if not address.startswith("tls://") and security is not False:
         raise ValueError(
             f"security (={security!r}) can't be had at {address}, which is not encrypted: who can listen can also run"
@@ -134,13 +178,16 @@ def _join(address: str, workers: int | None, memory: int | str | None, security:
         )
     if address.startswith("tls://") and not isinstance(security, Security):
         raise ValueError(f"security (={security!r}) must be the distributed.Security of the scheduler at {address}.")
-    return ClusterClient(address, security=security if isinstance(security, Security) else None)
+    certificates = security if isinstance(security, Security) else None
+    if why := refusal(address, certificates):
+        raise OSError(f"the scheduler at {address} doesn't let this client in: {why}.")
+    return ClusterClient(address, security=certificates)
 
 
 def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
     """Check the wish against the machine, and return workers and bytes a worker."""
     there = machine.memory()
-    most = max(1, (there - machine.BASE_MEMORY) // machine.RANK_MEMORY)
+    most = machine.most()
     if workers is None:
         workers = machine.fits()
     elif not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:

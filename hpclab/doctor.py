@@ -3,7 +3,7 @@
 import shutil
 import socket
 
-from hpclab import machine
+from hpclab import machine, slurm
 from hpclab.language import cjk_font
 from hpclab.language import translate as _
 from hpclab.tables import Table
@@ -46,13 +46,12 @@ def _gpus() -> str:
 
 
 def _slurm() -> tuple[str, str]:
-    there = [program for program in ("sbatch", "slurmctld") if shutil.which(program)]
-    match there:
-        case ["sbatch", "slurmctld"]:
-            return _("commands and daemons"), ""
-        case ["sbatch"]:
-            return _("commands"), _("of a site")
-    return _("missing"), _("optional; Debian and Ubuntu: apt install slurm-wlm munge")
+    commands = shutil.which("sbatch")
+    if lacks := slurm.missing():
+        return _("commands") if commands else _("missing"), _(
+            "a private one needs {what}: {line}", what=", ".join(lacks), line=slurm.install_line()
+        )
+    return _("commands and daemons"), _("a private one can start: hpclab slurm up")
 
 
 def _loopback() -> tuple[str, str]:

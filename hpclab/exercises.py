@@ -1,87 +1,26 @@
 """Exercise checks: three answers, each naming a misconception and never the solution.
 
-A check never depends on time, and an answer that isn't there yet, or that breaks, is a verdict and no error.
+A check never depends on absolute time, and an answer that isn't there yet, or that breaks, is a verdict and no error.
 """
 
-import html
 import os
 import queue
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from operator import index
 from typing import Any
 
 import numpy as np
 
+from hpclab import _exercises_dask as _exercises_dask  # those that need a cluster to try have a file of their own
+from hpclab import _exercises_queues as _exercises_queues
+from hpclab import _exercises_security as _exercises_security
 from hpclab import machine
+from hpclab._verdicts import CHECKS, Result, Verdict, answered, call, exercise, failed, passed
+from hpclab._verdicts import inconclusive as inconclusive
 from hpclab.language import translate as _
-
-
-@dataclass(frozen=True)
-class Result:
-    """Verdict on an answer: `status` is "pass", "fail" or "inconclusive"; true only if it passed."""
-
-    status: str
-    message: str
-
-    def __bool__(self) -> bool:
-        return self.status == "pass"
-
-    def __repr__(self) -> str:
-        symbol, label, _colour = self._look()
-        return f"{symbol} {label}: {self.message}"
-
-    def _repr_html_(self) -> str:
-        symbol, label, colour = self._look()
-        return (
-            f'<div class="hpclab-result" role="status" data-status="{self.status}" '
-            f'style="border-left: 5px solid {colour}; padding: 4px 10px">'
-            f'<span aria-hidden="true" style="color: {colour}">{symbol}</span> '
-            f"<strong>{label}</strong>: {html.escape(self.message)}</div>"
-        )
-
-    def _look(self) -> tuple[str, str, str]:
-        """Symbol, label and colour (Okabe and Ito's, told apart by colour-blind readers)."""
-        return {
-            "pass": ("✓", _("pass"), "#0072B2"),
-            "fail": ("✗", _("fail"), "#D55E00"),
-            "inconclusive": ("?", _("inconclusive"), "#CC79A7"),
-        }[self.status]
-
-
-class _Verdict(Exception):
-    """Ends a check early, from any depth, with its result."""
-
-    def __init__(self, result: Result):
-        self.result = result
-
-
-def passed(message: str) -> Result:
-    return Result("pass", message)
-
-
-def failed(message: str) -> Result:
-    return Result("fail", message)
-
-
-def inconclusive(message: str) -> Result:
-    return Result("inconclusive", message)
-
-
-_CHECKS: dict[str, Callable[[Any], Result]] = {}
-
-
-def exercise(exercise_id: str) -> Callable:
-    """Decorate the function `answer -> Result` that checks an exercise; ids are "slug.name"."""
-
-    def register(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
-        _CHECKS[exercise_id] = function
-        return function
-
-    return register
 
 
 def check(exercise_id: str, answer: object) -> Result:
@@ -106,35 +45,15 @@ def check(exercise_id: str, answer: object) -> Result:
     AssertionError
         Under nbgrader (it sets `NBGRADER_EXECUTION` when it grades or validates), for anything but a pass.
     """
-    if exercise_id not in _CHECKS:
-        raise ValueError(f"exercise_id (={exercise_id!r}) is no exercise; use one of {', '.join(sorted(_CHECKS))}.")
+    if exercise_id not in CHECKS:
+        raise ValueError(f"exercise_id (={exercise_id!r}) is no exercise; use one of {', '.join(sorted(CHECKS))}.")
     try:
-        result = _CHECKS[exercise_id](_answered(answer))
-    except _Verdict as verdict:
+        result = CHECKS[exercise_id](answered(answer))
+    except Verdict as verdict:
         result = verdict.result
     if "NBGRADER_EXECUTION" in os.environ and not result:
         raise AssertionError(result.message)
     return result
-
-
-def _answered(answer: object) -> object:
-    if answer is None or answer is ...:
-        raise _Verdict(failed(_("Not answered yet.")))
-    return answer
-
-
-def _call(answer: Any, *arguments: object) -> Any:
-    """What the reader's function returns; what it raises is a verdict."""
-    if not callable(answer):
-        raise _Verdict(failed(_("The answer is a function, not {answer!r}.", answer=answer)))
-    try:
-        returned = answer(*arguments)
-    except _Verdict:
-        raise
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        raise _Verdict(failed(_("Your function raised {error}", error=text))) from error
-    return _answered(returned)
 
 
 @exercise("start.gang")
@@ -192,7 +111,7 @@ class _Neighbour:
             return self.inbox.get(timeout=PATIENCE_SECONDS)
         except queue.Empty:
             message = _("A rank waits for a message that nobody sends: all must exchange equally often.")
-            raise _Verdict(failed(message)) from None
+            raise Verdict(failed(message)) from None
 
 
 def _scattered(answer: object, ranks: int, one: _Neighbour) -> Any:
@@ -203,10 +122,10 @@ def _scattered(answer: object, ranks: int, one: _Neighbour) -> Any:
     import torch
 
     places = torch.eye(ranks * ranks).reshape(ranks, ranks, -1)  # (rank, part, place)
-    returned = _call(answer, list(places[one.rank].clone()), one.shift, one.rank, ranks)
+    returned = call(answer, list(places[one.rank].clone()), one.shift, one.rank, ranks)
     if not isinstance(returned, torch.Tensor) or returned.numel() != one.part:
         kind = type(returned).__name__
-        raise _Verdict(failed(_("The function returns one part, a tensor of its size, not this {kind}.", kind=kind)))
+        raise Verdict(failed(_("The function returns one part, a tensor of its size, not this {kind}.", kind=kind)))
     return returned.reshape(ranks, ranks).numpy()
 
 
@@ -251,12 +170,12 @@ def _step(step: object) -> Result:
         known = torch.stack([weights, gradients[rank]], 1)  # (6, 2)
         shares = torch.linalg.lstsq(known, tensor[:, None]).solution[:, 0]
         if not torch.allclose(known @ shares, tensor, atol=1e-5):
-            raise _Verdict(failed(_("What is summed is neither the ranks' gradients nor their weights after a step.")))
+            raise Verdict(failed(_("What is summed is neither the ranks' gradients nor their weights after a step.")))
         return shares[0] * ranks * weights + shares[1] * gradients.sum(0)
 
     stepped = []
     for rank in range(ranks):
-        found = _call(step, weights.clone(), gradients[rank].clone(), partial(all_reduce, rank), ranks, rate)
+        found = call(step, weights.clone(), gradients[rank].clone(), partial(all_reduce, rank), ranks, rate)
         if not isinstance(found, torch.Tensor) or found.shape != weights.shape:
             kind = type(found).__name__
             return failed(
@@ -311,7 +230,7 @@ def _orders(epoch_order: object, length: int, seed: int, epochs: list[int]) -> l
 
     images: Any = range(length)  # of a data set, a sampler asks no more than its length
     samplers: list = [DistributedSampler(images, num_replicas=2, rank=rank, seed=seed) for rank in range(2)]
-    return [[_indices(_call(epoch_order, sampler, epoch)) for sampler in samplers] for epoch in epochs]
+    return [[_indices(call(epoch_order, sampler, epoch)) for sampler in samplers] for epoch in epochs]
 
 
 def _indices(returned: Any) -> list[int]:
@@ -319,13 +238,13 @@ def _indices(returned: Any) -> list[int]:
         return [index(item) for item in returned]
     except TypeError:
         message = _("The function returns a list of indices (ints), not {returned!r}.", returned=returned)
-        raise _Verdict(failed(message)) from None
+        raise Verdict(failed(message)) from None
 
 
 @exercise("cnn.learning_rate")
 def _learning_rate(scaled_lr: object) -> Result:
     variants = list(_recipes())
-    rates = np.array([_rate(_call(scaled_lr, *variant)) for variant in variants])
+    rates = np.array([_rate(call(scaled_lr, *variant)) for variant in variants])
     ratios = np.array([_moved(rate, *variant) for rate, variant in zip(rates, variants, strict=True)])
     if np.allclose(ratios, 1):
         return passed(_("One large step moves the weights as far as the small ones together."))
@@ -363,7 +282,7 @@ def _rate(returned: Any) -> float:
         return float(returned)
     except (TypeError, ValueError):
         message = _("The function returns a learning rate (a float), not {returned!r}.", returned=returned)
-        raise _Verdict(failed(message)) from None
+        raise Verdict(failed(message)) from None
 
 
 def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) -> float:
@@ -382,7 +301,7 @@ def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) ->
 @exercise("scaling.curves")
 def _curves(judge: object) -> Result:
     for n, x, law, sigma in _planted_curves():
-        named, interval = _judged(_call(judge, n, x))
+        named, interval = _judged(call(judge, n, x))
         if named == "linear":
             return failed(_("Linear would be as many times as fast as there are workers: look at the last points."))
         if named not in ("amdahl", "usl", None):
@@ -441,17 +360,17 @@ def _judged(returned: Any) -> tuple[Any, tuple[float, float] | None]:
         low, high = interval
         return law, (float(low), float(high))
     except (TypeError, ValueError):
-        raise _Verdict(failed(message)) from None
+        raise Verdict(failed(message)) from None
 
 
 @exercise("faults.interval")
 def _interval(interval: object) -> Result:
     cases = [(5.0, 3600.0, 30.0), (60.0, 86400.0, 300.0), (0.01, 5.0, 0.3), (120.0, 3600.0, 600.0)]
-    found = [_seconds(_call(interval, *case)) for case in cases]
+    found = [_seconds(call(interval, *case)) for case in cases]
     for (save_s, mtbf, restart_s), seconds in zip(cases, found, strict=True):
-        if np.isclose(seconds, _seconds(_call(interval, 3 * save_s, mtbf, restart_s))):
+        if np.isclose(seconds, _seconds(call(interval, 3 * save_s, mtbf, restart_s))):
             return failed(_("A checkpoint that takes longer to write gets the same interval from you."))
-        if np.isclose(seconds, _seconds(_call(interval, save_s, 3 * mtbf, restart_s))):
+        if np.isclose(seconds, _seconds(call(interval, save_s, 3 * mtbf, restart_s))):
             return failed(_("A machine that fails less often gets the same interval from you."))
         best = _best_interval(save_s, mtbf, restart_s)
         cost, least = (_cost(at, save_s, mtbf, restart_s) - 1 for at in (seconds, best))
@@ -493,7 +412,7 @@ def _seconds(returned: Any) -> float:
         seconds = 0.0
     if not 0 < seconds < 1e9:  # thirty years
         message = _("The function returns seconds, a number above 0, not {returned!r}.", returned=returned)
-        raise _Verdict(failed(message))
+        raise Verdict(failed(message))
     return seconds
 
 
@@ -515,11 +434,11 @@ def _resume(pack: Any, unpack: Any) -> Result:
 
     undisturbed = _Training(seed=1)
     undisturbed.train(until=5)
-    packed = _call(pack, undisturbed.model, undisturbed.optimizer, undisturbed.schedule, undisturbed.step)
+    packed = call(pack, undisturbed.model, undisturbed.optimizer, undisturbed.schedule, undisturbed.step)
     written = _written(packed)
     draws = torch.get_rng_state()
     resumed = _Training(seed=2)
-    step = _call(unpack, written, resumed.model, resumed.optimizer, resumed.schedule)
+    step = call(unpack, written, resumed.model, resumed.optimizer, resumed.schedule)
     try:
         resumed.step = index(step)
     except (TypeError, ValueError, RuntimeError):  # what numpy and torch raise of several numbers
@@ -581,7 +500,7 @@ def _written(packed: Any) -> Any:
         message = _(
             "What you packed can't be written and read again as plain tensors and numbers: {error}", error=error
         )
-        raise _Verdict(failed(message)) from error
+        raise Verdict(failed(message)) from error
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -13,7 +13,7 @@ from dask.utils import parse_bytes
 from distributed import Client
 
 from hpclab._attempt import Settings
-from hpclab._ledger import Gang, consult, room
+from hpclab._ledger import Gang, Ledger, consult
 from hpclab.runs import Run
 
 
@@ -37,7 +37,8 @@ def launch(
     """Run a function on every rank of a gang, and return at once.
 
     Each rank is a process of its own, started and watched by a worker of the cluster. In it, torch.distributed is
-    initialised (gloo) and the environment holds RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+    initialised (gloo) and the environment holds RANK and WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (on the same host)
+    and, as torchrun has it, GROUP_RANK and GROUP_WORLD_SIZE (the host's number, and how many there are).
 
     Parameters
     ----------
@@ -48,18 +49,20 @@ def launch(
     *args
         Its arguments; they must be picklable.
     ranks : int, optional
-        Number of ranks. Each takes as many CPUs as it has threads, all on one host; the gang gets all or none.
-        Default: as many as the cluster takes.
+        Number of ranks. Each takes as many CPUs as it has threads; the gang gets all or none, on one host if that takes
+        it, else on as few as do. Default: as many as the cluster takes.
     threads : int, default 1
         Threads that torch may use in each rank.
     oversubscribe : bool, default False
         Start the gang even where there are fewer CPUs than it takes, or other gangs hold them. Its ranks then take
         turns, and its rows say "emulated".
     wait : bool, default False
-        If other gangs hold the CPUs, wait in a queue for them; else that is an error.
+        If other gangs hold the CPUs, wait in a queue for them; else that is an error. One that was lost then waits too
+        for as long as it takes, such as for a job in a site's queue, else a minute.
     init : bool, default True
         Initialise torch.distributed. False leaves that to the function: it then finds what torchrun sets (MASTER_ADDR,
-        MASTER_PORT and so on), so one that was written for torchrun, Accelerate or Lightning runs as it is.
+        MASTER_PORT and so on), so one that was written for torchrun, Accelerate or Lightning runs as it is. Its ranks
+        still find each other by a private file, or over Dask's connections, not by torch's open TCPStore.
     memory : int or str, optional
         What each rank may allocate beyond its start, in bytes or as "2GB"; what goes beyond raises an error in it.
         Default: its share of its worker's limit. Only Linux enforces it.
@@ -67,7 +70,8 @@ def launch(
         End the gang when for so many seconds no rank has got on (reported, printed, or used a CPU), and one waits in a
         collective; the error shows where each stands. None waits for ever.
     max_restarts : int, default 0
-        How often to begin another attempt when a rank's process, its worker or its host is lost: with the same
+        How often to begin another attempt when a rank's process, its worker or its host is lost, or the walltime of its
+        worker's job is nearly over (ranks that ask `should_stop` then end in time, and can save): with the same
         function, which goes on from what it gave to `save` if it asks `restore`. An exception of the function is never
         a reason for one. What a lost worker had not yet passed on of its ranks' rows and prints is lost too, up to some
         tenths of a second.
@@ -77,7 +81,8 @@ def launch(
     resume : path, optional
         Folder of an earlier run; `restore` gives the newest checkpoint there.
     folder : path, optional
-        Where ``rows.jsonl`` and the ranks' logs go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
+        Where ``rows.jsonl``, the ranks' logs and checkpoints go; must be new or empty, and for checkpoints of a gang on
+        other hosts on a disk that they share. Default: ``results/<time>-<name>-<id>``.
     name : str, optional
         Name of the run. Default: the function's.
 
@@ -104,8 +109,10 @@ def launch(
     title = re.sub(r"[^\w.=-]+", "-", title).strip("-")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     gang = Gang(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
-    settings = Settings(init, _bytes(memory), hang_after, max_restarts, _sizes(ranks, min_ranks), _resumable(resume))
-    return Run(client, gang, settings, payload, Path(folder or Path("results", run)), wait)
+    settings = Settings(
+        init, _bytes(memory), hang_after, wait, max_restarts, _sizes(ranks, min_ranks), _resumable(resume)
+    )
+    return Run(client, gang, settings, payload, Path(folder or Path("results", run)))
 
 
 def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe: bool = False) -> int:
@@ -114,7 +121,7 @@ def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe
         raise ValueError(f"client is {client.status}; open a new one with hpclab.connect().")
     whole_number("threads", threads)
     wish = 1 if ranks is None else whole_number("ranks", ranks)
-    found = consult(client, room, Gang("", client.id, wish, threads, oversubscribe))
+    found = consult(client, Ledger.room, Gang("", client.id, wish, threads, oversubscribe))
     if found["wrong"]:
         raise ValueError(found["wrong"])
     return found["ranks"] if ranks is None else ranks

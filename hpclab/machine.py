@@ -20,9 +20,14 @@ def cpus() -> int:
     return max(1, min(len(_affinity()), math.floor(_cpu_quota())))
 
 
-def cpu_pool() -> tuple[str, int]:
-    """Which CPUs this process may use, as a name that processes with the same ones share, and their number."""
-    return ",".join(map(str, _affinity())), cpus()
+def cpu_pool() -> tuple[str, str, int]:
+    """The machine, which of its CPUs this process may use, and their number.
+
+    The first two are names that processes on the same machine, with the same CPUs, share.
+    """
+    allowed = _affinity()
+    bound = _own_cgroup() if _cpu_quota() < len(allowed) else ""  # what a quota gives, only its cgroup shares
+    return _boot(), ",".join(map(str, allowed)) + bound, cpus()
 
 
 def memory() -> int:
@@ -35,7 +40,12 @@ def fits() -> int:
 
     The smaller of the CPUs and of what the memory allows, at `RANK_MEMORY` a rank beside `BASE_MEMORY`.
     """
-    return max(1, min(cpus(), (memory() - BASE_MEMORY) // RANK_MEMORY))
+    return min(cpus(), most())
+
+
+def most() -> int:
+    """Ranks for which this machine has memory, whatever its CPUs, at least 1."""
+    return max(1, (memory() - BASE_MEMORY) // RANK_MEMORY)
 
 
 def describe() -> dict:
@@ -61,6 +71,23 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def node() -> str:
+    """Name of the node that this process is on: a job queue's own name for it, as one machine may be several."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def _boot() -> str:
+    """Name of this machine since its start, the same in all its containers."""
+    return " ".join(_lines(Path("/proc/sys/kernel/random/boot_id"))) or platform.node()
+
+
+def _own_cgroup() -> str:
+    try:
+        return os.readlink("/proc/self/ns/cgroup") + " ".join(_lines(Path("/proc/self/cgroup")))
+    except OSError:
+        return ""
 
 
 def _affinity() -> list[int]:

@@ -3,6 +3,7 @@
 Without an `ax` they draw in a `figures.Figure`, which also says what it shows in words.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from hpclab.rows import attempts, kept, some, source, span
 if TYPE_CHECKING:
     from hpclab.laws import Fit
 
+JOBS = 40
+"""Jobs that a Gantt chart has room for."""
 
-def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
+
+def loss(runs: dict[str, list[dict]], ax: Axes | None = None, *, ghosts: dict[str, list[dict]] | None = None) -> Axes:
     """Draw the training loss against the seconds of training, a line a run.
 
     Parameters
@@ -26,6 +30,8 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
         Rows of `train` by the name to show, such as ``{"2 ranks": run.rows}``.
     ax : matplotlib.axes.Axes, optional
         Where to draw. Default: a new figure.
+    ghosts : dict of str to list of dict, optional
+        Runs to draw in grey, behind the others.
 
     Returns
     -------
@@ -35,10 +41,12 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None) -> Axes:
     """
     ax = figures.axes(ax)
     told = []
-    for place, (name, rows) in enumerate(runs.items()):
+    looks = [(name, rows, look(place)) for place, (name, rows) in enumerate(runs.items())]
+    looks += [(name, rows, {"color": "0.7", "zorder": 1}) for name, rows in (ghosts or {}).items()]
+    for name, rows, style in looks:
         seconds, losses = loss_curve(rows)
         shown = figures.series_name(name, rows)
-        ax.plot(seconds, losses, label=shown or None, markevery=max(1, len(losses) // 8), **look(place))
+        ax.plot(seconds, losses, label=shown or None, markevery=max(1, len(losses) // 8), **style)
         told.append(curve(shown, seconds, losses))
     every = [row for rows in runs.values() for row in rows]
     return finish(ax, every, _("seconds of training"), _("training loss"), told)
@@ -268,6 +276,118 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
     return finish(ax, rows, _("seconds since the launch"), _("steps done"), told)
 
 
+def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw what each worker did when: a bar a task.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `tasks.spans`.
+    """
+    ax = figures.axes(ax)
+    workers = sorted({row["worker"] for row in some(rows, "task")})
+    titles = {"compute": _("computing"), "transfer": _("fetching what a task needs")}
+    unnamed, told = dict(titles), []
+    for place, worker in enumerate(workers):
+        own = [row for row in rows if row["worker"] == worker]
+        for number, action in enumerate(titles):
+            parts = [(1e3 * row["start_s"], 1e3 * row["duration_s"]) for row in own if row["action"] == action]
+            if parts:
+                label = unnamed.pop(action, None)  # each is named once
+                ax.broken_barh(parts, (place - 0.4, 0.8), label=label, linewidth=0.3, **_bar(number))
+        busy = [row["duration_s"] for row in own if row["action"] == "compute"]
+        about = {"worker": worker, "tasks": len(busy), "busy": figures.number(1e3 * sum(busy))}
+        told.append(_("worker {worker}: computing for {busy} ms, tasks: {tasks}", **about))
+    ax.set_yticks(range(len(workers)), [_("worker {worker}", worker=worker) for worker in workers])
+    ax.invert_yaxis()
+    finish(ax, rows, _("milliseconds"), "", told)
+    return figures.legend_above(ax, columns=2)
+
+
+def grain(rows: list[dict], fit: "Fit", unseen: list[dict] | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the seconds of the same work against the size of its tasks, and a law with its band and its knee.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `tasks.sweep`.
+    fit : laws.Fit
+        As from `laws.fit_alpha_beta`, of the seconds against the number of tasks. Its knee is where handing out takes
+        as long as all the rest.
+    unseen : list of dict, optional
+        Rows that the law hasn't seen, to look whether it foretells them.
+    """
+    ax = figures.axes(ax)
+    items, told = rows[0]["items"], []
+    for place, (word, some_rows) in enumerate(
+        {_("measured"): some(rows, "grain"), _("not seen by the law"): unseen}.items()
+    ):
+        if some_rows:
+            sizes, seconds = zip(*((items / row["tasks"], row["duration_s"]) for row in some_rows), strict=True)
+            ax.plot(sizes, seconds, alpha=0.7, label=word, **figures.points(place))
+            told.append(cloud(word, sizes, seconds))
+    counts = [row["tasks"] for row in rows + (unseen or [])]
+    n = np.geomspace(max(2, min(fit.n)), max(counts), 100)
+    low, high = fit.band(n, new=True)
+    ax.fill_between(items / n, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
+    ax.plot(items / n, fit(n), color=COLOURS[2], label=_("alpha + beta x tasks, and its band for one more run"))
+    knee = items * fit.values["beta"] / fit.values["alpha"] if fit.values["alpha"] else float("inf")
+    told.append(curve(_("the law"), items / n, fit(n)) + _(", its band from {low} to {high}", **_ends(low, high)))
+    if knee < items:
+        ax.axvline(knee, color="black", linestyle=":", label=_("as long to hand out as to work"))
+        told.append(_("as long to hand out as to work: tasks of {knee}", knee=figures.number(knee)))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter("{x:,g}")
+    ax.yaxis.set_major_formatter("{x:g}")
+    finish(ax, rows, _("items in a task"), _("seconds for all"), told)
+    ax.legend(fontsize="small", edgecolor="none", framealpha=0.9)
+    return figures.set_font(ax)
+
+
+def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) -> Axes:
+    """Draw when each job of a queue waited (a thin line), and when and on which nodes it ran (a bar).
+
+    Parameters
+    ----------
+    jobs : list of dict
+        As from ``Slurm.jobs()``; the newest `JOBS` are shown.
+    now : float, optional
+        Seconds since the epoch up to which jobs that have not ended are drawn. Default: this moment.
+    """
+    ax = figures.axes(ax)
+    jobs, now = jobs[-JOBS:], time.time() if now is None else now
+    first = min((job["submitted_s"] for job in jobs), default=now)
+    nodes = sorted({job["nodes"] for job in jobs if job["nodes"]})
+    told = []
+    for line, job in enumerate(jobs):
+        name = f"{job['job']} {job['name']}"
+        submitted = job["submitted_s"] - first
+        end = (now if job["ended_s"] is None else job["ended_s"]) - first
+        start = end if job["started_s"] is None else job["started_s"] - first
+        about = {"job": name, "seconds": figures.number(start - submitted)}
+        ax.plot([submitted, start], [line, line], color="0.5", linewidth=1.5, label=None if line else _("waits"))
+        if job["started_s"] is None:
+            told.append(_("{job}: waited {seconds} s", **about))
+            continue
+        place = nodes.index(job["nodes"])
+        style: dict[str, Any] = {
+            "facecolor": COLOURS[place % len(COLOURS)],
+            "hatch": HATCHES[place // len(COLOURS) % len(HATCHES)],
+            "alpha": 0.6 if job["ended_s"] is None else 1.0,
+        }
+        ax.barh(line, end - start, left=start, height=0.7, edgecolor="0.2", **style)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+        label: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": "x-small", "bbox": box}
+        ax.annotate(job["nodes"], (start, line), (4, 0), **label)
+        about |= {"state": job["state"], "ran": figures.number(end - start), "nodes": job["nodes"]}
+        told.append(_("{job}: waited {seconds} s, ran {ran} s on {nodes} ({state})", **about))
+    ax.set_yticks(range(len(jobs)), [f"{job['job']} {job['name']}" for job in jobs], fontsize="small")
+    ax.invert_yaxis()
+    ax.set_xlim(left=0)
+    return finish(ax, jobs, _("seconds since the first was submitted"), _("job"), told)
+
+
 def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None) -> Axes:
     """Draw the seconds of all-reduces against their bytes, and the alpha-beta line.
 
@@ -291,6 +411,25 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
     ax.set_xscale("log" if size.min() > 0 else "symlog")
     ax.set_yscale("log")
     return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), told)
+
+
+def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
+    """Ratios with their intervals, one below the other; rows are those of `security.paired`.
+
+    Parameters
+    ----------
+    label : str
+        What is over what.
+    """
+    ax = figures.subplots(size=(6.4, 0.8 + 0.6 * len(rows)))[1] if ax is None else ax
+    for place, row in enumerate(rows):
+        ends = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
+        ax.errorbar(row["ratio"], place, xerr=ends, capsize=4, **figures.points(0))
+    ax.set_yticks(range(len(rows)), [row["measure"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.axvline(1, color="black", linestyle=":")
+    told = [f"{row['measure']}: {row['ratio']:.4g} ({row['low']:.4g}-{row['high']:.4g})" for row in rows]
+    return figures.finish(ax, rows, label, "", told)
 
 
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:

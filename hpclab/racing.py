@@ -1,7 +1,6 @@
 """The race: the same training by one rank, by one process with all threads, and by two ranks, watched as it goes."""
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from hpclab.rows import source
 from hpclab.runs import Run
 from hpclab.tables import Table
 from hpclab.training import Model, train
+from hpclab.views import in_notebook
 
 Rows = list[dict]
 Show = Callable[[dict[str, Rows]], None]
@@ -130,7 +130,7 @@ def race(
         raise ValueError(f"batch_size (={batch_size}) must be even, as 2 ranks share it.")
     gang_size(client, 2, oversubscribe=True)
     result = Race()
-    show = show or (LiveFigure() if _in_notebook() else LiveText(epochs))
+    show = show or (LiveFigure() if in_notebook() else LiveText(epochs))
 
     def job(client: Client, ranks: int, threads: int, oversubscribe: bool = False) -> Run:
         run = train(
@@ -240,8 +240,3 @@ def lines(runs: dict[str, Rows]) -> dict[str, Rows]:
         if source(rows) == "emulated":
             shown[_("{label}, a CPU each", label=label)] = own_cpu(rows)
     return shown
-
-
-def _in_notebook() -> bool:
-    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
-    return hasattr(shell, "kernel")

@@ -20,6 +20,8 @@ summary     the trials of one case; see `scaling.summary`
 split       where the time of a rank's steps went; see `scaling.split`
 allreduce   one sum of an array over the ranks; see `scaling.allreduce`
 span        what a rank did for a time; see `timeline.spans`
+grain       one run of work that was cut into tasks; see `tasks.sweep`
+task        what a worker did for a task; see `tasks.spans`
 forecast    a step on some number of ranks; see `forecast.Forecast.rows`
 ==========  ============================================================================================================
 """

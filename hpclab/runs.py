@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from hpclab import machine
 from hpclab._attempt import Attempt, RankError, Settings, plan
-from hpclab._ledger import Gang, admit, consult, release, remind, reseat, topic
+from hpclab._ledger import Gang, Ledger, consult, topic
 from hpclab._supervisor import ON_DEMAND
 from hpclab.rows import line, read
 
@@ -136,7 +137,7 @@ def open_run(folder: str | os.PathLike) -> Record:
 class Run(Record):
     """A gang at work, or what it left; see `Record` for its attributes."""
 
-    def __init__(self, client: Client, gang: Gang, settings: Settings, payload: bytes, folder: Path, wait: bool):
+    def __init__(self, client: Client, gang: Gang, settings: Settings, payload: bytes, folder: Path):
         super().__init__(gang.run, folder.absolute(), gang.ranks, [], "waiting")
         self._client = client
         self._gang = gang
@@ -160,7 +161,7 @@ class Run(Record):
         self._finish: Callable[[list], Any] = list
         client.subscribe_topic(topic(self.name), lambda event: self._inbox.put(("news", event[1])))
         try:
-            answer = consult(client, admit, gang, wait)
+            answer = consult(client, Ledger.admit, gang, settings.wait)
             if refusal := answer.get("wrong") or answer.get("busy"):
                 raise ValueError(refusal) if "wrong" in answer else RuntimeError(refusal)
             occupy(self.folder)
@@ -195,7 +196,8 @@ class Run(Record):
         Notes
         -----
         Interrupted (Ctrl-C) while it waits, it stops the run and raises KeyboardInterrupt; interrupted again, it kills
-        the ranks. What a stopped run's ranks have returned all the same, a second call of ``result()`` returns.
+        the ranks. What a stopped run's ranks have returned all the same, a second call of ``result()`` returns. Of one
+        that was stopped since the walltime of a job was over, it is returned with a warning.
         """
         try:
             if not self.wait(timeout):
@@ -208,6 +210,11 @@ class Run(Record):
             raise
         if self._attempt is None or self._failed():
             raise self._blame()
+        if why := self._attempt.expired():
+            goes_on = f"resume={str(self.folder)!r} goes on from its checkpoint"
+            warnings.warn(
+                f"run {self.name} was stopped before its end: {why}; {goes_on}, if it saved one.", stacklevel=2
+            )
         return self._finish(self._attempt.values())
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -317,7 +324,7 @@ class Run(Record):
         elif time.monotonic() - self._reminded > REMIND_SECONDS:
             self._reminded = time.monotonic()
             with suppress(Exception):  # tried again soon, and given up when the client is cut off
-                consult(self._client, remind)
+                consult(self._client, Ledger.advance)
 
     def _take_up(self, attempt: Attempt, kind: str, content: Any) -> None:
         """Take in what concerns the ranks at work."""
@@ -335,6 +342,8 @@ class Run(Record):
             self._take_rows([row | {"source": source} for row in news["rows"]], file)
             if self._attempt is not None and news["attempt"] == self._attempt.number:
                 self._attempt.hear(news)
+                if "expires" in news:
+                    self._expire(self._attempt, news)
             if "said" in news or "stack" in news:
                 self.said.put(news)  # last: what a cell reported is here before its answer
         elif "workers" in news and self._attempt is None:
@@ -347,6 +356,12 @@ class Run(Record):
             self._gone.add(news["lost"])
             if self._attempt is not None:
                 self._attempt.lose(self._gone)
+
+    def _expire(self, attempt: Attempt, news: dict) -> None:
+        """Have an attempt end before a job does, and no other begin under its worker."""
+        attempt.expire(news["rank"], news["expires"])
+        with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
+            consult(self._client, Ledger.expire, attempt.places[news["rank"]].worker)
 
     def _start(self, seats: dict, file: TextIO) -> None:
         """Begin an attempt: the first, or one that goes on after a loss."""
@@ -380,7 +395,8 @@ class Run(Record):
         self._attempt.close()
         self.status = "recovering"
         started = time.monotonic()
-        while (waited := time.monotonic() - started) < ROOM_SECONDS and not self._stopping and not self._is_cut_off():
+        patience = math.inf if self._settings.wait else ROOM_SECONDS
+        while (waited := time.monotonic() - started) < patience and not self._stopping and not self._is_cut_off():
             if seats := self._reseat(patient=waited < RETURN_SECONDS):
                 return seats
             with suppress(queue.Empty):
@@ -392,7 +408,8 @@ class Run(Record):
         """Seats that there are now, or nothing; if `patient`, only for as many ranks as before."""
         sizes = self._settings.sizes[:1] if patient else self._settings.sizes
         try:
-            return consult(self._client, reseat, self.name, sizes, patient) if self._client.status == "running" else {}
+            going = self._client.status == "running"
+            return consult(self._client, Ledger.reseat, self.name, sizes, patient) if going else {}
         except Exception as error:
             if self._client.status == "running" and not isinstance(error, OSError):
                 raise
@@ -441,7 +458,8 @@ class Run(Record):
         attempt = self._attempt
         at_fault = attempt is not None and attempt.at_fault()
         agreed = attempt is not None and bool(attempt.calls)
-        if self._stopping and not self._broken and not at_fault and (self._failed() or agreed):
+        expired = attempt is not None and bool(attempt.expired())
+        if expired or (self._stopping and not self._broken and not at_fault and (self._failed() or agreed)):
             self.status = "stopped"
         else:
             self.status = "failed" if self._failed() else "finished"
@@ -464,7 +482,7 @@ class Run(Record):
             return  # the ledger sees it go
         with suppress(Exception):  # a client that has closed: the ledger saw it go
             self._client.unsubscribe_topic(topic(self.name))
-            consult(self._client, release, self.name)
+            consult(self._client, Ledger.release, self.name)
 
     def _blame(self) -> BaseException:
         if self._broken is not None:

@@ -105,8 +105,8 @@ def train(
         Write a checkpoint after every so many steps, besides that of each epoch; the newest two stay. See
         `checkpoint.save`.
     max_restarts : int, default 0
-        How often to go on from the newest checkpoint when a rank, a worker or a host is lost. With as many ranks as
-        before, the result is that of a run without losses, bit for bit.
+        How often to go on from the newest checkpoint when a rank, a worker or a host is lost, or its job in a queue
+        reaches its walltime. With as many ranks as before, the result is that of a run without losses, bit for bit.
     min_ranks : int, optional
         The fewest ranks to go on with when workers don't come back; see `launch`. Each then takes more samples a step,
         so that all together take as many as before: only numbers that divide these are used. The result is that of a

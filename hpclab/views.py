@@ -3,19 +3,24 @@
 import html
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from IPython import get_ipython
 from IPython.display import HTML, display
 
 from hpclab import plots
+from hpclab._slurm_rows import job_table, node_table
 from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
-from hpclab.rows import attempts, kept, source
+from hpclab.rows import attempts, kept, source, span
 from hpclab.tables import Table, markup
 
 SHARE = 0.1
 """Share of the time that drawing may take: the CPU is the ranks'."""
-LEAST_SECONDS = 0.5
+LEAST_SECONDS, MOST_SECONDS = 0.5, 2.0
+"""Between two drawings: the first one takes long, as fonts are looked for."""
 LINES = 12
 """Newest lines of the logs that are shown."""
 
@@ -31,6 +36,11 @@ def show(run: Any) -> None:
         LiveView(run).show()
     else:
         display(HTML(page(run)))
+
+
+def pause(started: float) -> float:
+    """Seconds to wait before the next drawing, after one that began at this time of the monotonic clock."""
+    return min(MOST_SECONDS, max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
 
 
 class LiveView:
@@ -73,9 +83,61 @@ class LiveView:
             self.news.clear()
             started = time.monotonic()
             self.content.value = page(self.run)
-            time.sleep(max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
+            time.sleep(pause(started))
         self.handle.update(HTML(page(self.run)))
         self.controls.close()
+
+
+_followed: dict[Any, Any] = {}
+"""By what is shown, the display that follows it: the newest only, as each costs time."""
+
+
+def keep_up(key: Any, page: Callable[[], str]) -> None:
+    """Show a page as the output of a cell, and anew when it changes, until it can't be had or is shown elsewhere."""
+    shown = page()
+    handle = _followed[key] = display(HTML(shown), display_id=True)
+
+    def watch(shown: str) -> None:
+        with suppress(OSError, RuntimeError):  # it has ended
+            while _followed.get(key) is handle:
+                started = time.monotonic()
+                if (new := page()) != shown:
+                    handle.update(HTML(new))  # type: ignore[union-attr]
+                shown = new
+                time.sleep(pause(started))
+        if _followed.get(key) is handle:
+            del _followed[key]
+
+    threading.Thread(target=watch, args=[shown], name="hpclab-view", daemon=True).start()
+
+
+def follow(slurm: Any) -> None:
+    """Show a private Slurm as the output of a cell, and keep it up to date while it is up; without a kernel, as text.
+
+    When it has ended, or is shown elsewhere, the output stays as it was.
+    """
+    try:
+        if in_notebook():
+            keep_up(slurm.folder, lambda: queue(slurm))
+        else:
+            print(slurm.status())
+    except RuntimeError as error:  # it has ended, and says so
+        print(error)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return hasattr(get_ipython(), "kernel")
+
+
+def queue(slurm: Any) -> str:
+    """A private Slurm as HTML: its jobs in time, and its nodes and jobs as tables."""
+    jobs = slurm.jobs()
+    shown = Figure(figsize=(8.5, 1.2 + 0.22 * min(len(jobs), plots.JOBS)))
+    plots.gantt(jobs, shown.subplots())
+    shown.set_layout_engine("constrained")
+    parts = [shown.picture()] * bool(jobs)
+    return "\n".join([*parts, markup(node_table(slurm.nodes())), markup(job_table(jobs))])
 
 
 def answer_in_subshell(control: Any) -> None:
@@ -112,6 +174,21 @@ def ranks(rows: list[dict]) -> Table:
     return Table(_rank(rank, steps[rank]) for rank in sorted(steps))
 
 
+def gang(rows: list[dict]) -> dict:
+    """All ranks of a run in one row: how far they are, what they do a second, their loss, what their time went into."""
+    steps = [row for row in kept(rows) if row["kind"] == "step"]
+    first, last = span(steps)
+    samples = sum(row.get("samples") or 0 for row in steps)
+    losses = plots.loss_curve(steps)[1]
+    return {
+        _("step"): max(row["step"] for row in steps),
+        _("samples a second"): f"{samples / (last - first):,.0f}" if last > first else None,
+        _("loss"): losses[-1] if losses else None,
+        **_spent(steps),
+        _("source"): source_word(source(steps)),
+    }
+
+
 def recovery(rows: list[dict]) -> Table:
     """One row an attempt: the steps that it did, those that were lost, and why it ended."""
     return Table(
@@ -130,11 +207,19 @@ def recovery(rows: list[dict]) -> Table:
 def _rank(rank: int, steps: list[dict]) -> dict:
     last = steps[-1]
     shown = {_("rank"): rank, _("step"): last.get("step"), _("loss"): last.get("loss")}
-    spent = sum(row.get("step_s") or 0.0 for row in steps)
-    for name, title in (("compute_s", _("computing")), ("data_s", _("data")), ("wait_s", _("talking and waiting"))):
-        if spent and name in last:
-            shown[title] = f"{sum(row.get(name) or 0.0 for row in steps) / spent:.0%}"
-    return shown | {_("seconds"): round(last["time_s"], 1), _("source"): source_word(source(steps))}
+    about = {_("seconds"): round(last["time_s"], 1), _("source"): source_word(source(steps))}
+    return shown | _spent(steps) | about
+
+
+def _spent(steps: list[dict]) -> dict[str, str]:
+    """What the time of steps went into, as shares."""
+    whole = sum(row.get("step_s") or 0.0 for row in steps)
+    titles = {"compute_s": _("computing"), "data_s": _("data"), "wait_s": _("talking and waiting")}
+    return {
+        title: f"{sum(row.get(name) or 0.0 for row in steps) / whole:.0%}"
+        for name, title in titles.items()
+        if whole and name in steps[-1]
+    }
 
 
 def _word(run: Any) -> str:

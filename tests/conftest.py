@@ -1,4 +1,5 @@
 import os
+import signal
 import time
 import uuid
 
@@ -8,6 +9,7 @@ import pytest
 import hpclab
 
 os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
 
 
 def require(present: bool, what: str) -> None:

@@ -1,18 +1,23 @@
 """One contract for every kind of cluster that `connect` gives; and its errors."""
 
-import socket
+import gc
+import os
 import subprocess
 import sys
+import threading
+import weakref
 
 import psutil
 import pytest
+from conftest import require
 from distributed import LocalCluster, Security
+from distributed.utils import LoopRunner
 
 import hpclab
-from hpclab import machine
+from hpclab import machine, slurm
 
 
-@pytest.fixture(params=["local", "local without TLS", "address"])
+@pytest.fixture(params=["local", "local without TLS", "address", "slurm", "slurm without TLS"])
 def connected(request):
     """Clients of two workers, however they came by them."""
     if request.param == "local":
@@ -20,6 +25,12 @@ def connected(request):
             yield client
     elif request.param == "local without TLS":
         with hpclab.connect(workers=2, security=False) as client:
+            yield client
+    elif "slurm" in request.param:
+        require(not slurm.missing(), "Slurm")
+        security = "without" not in request.param
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # of this module, whose functions the ranks run
+        with hpclab.connect("slurm", workers=2, private=True, security=security, env=paths) as client:
             yield client
     else:
         security = Security.temporary()
@@ -68,20 +79,6 @@ def test_close_ends_everything():
     assert not [process for process in alive if "spawn_main" in " ".join(process.cmdline())]
 
 
-def test_a_stranger_without_certificate_gets_nothing(client):
-    host, port = client.scheduler.address.removeprefix("tls://").rsplit(":", 1)
-    with socket.create_connection((host, int(port)), timeout=5) as stranger:
-        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        try:
-            answer = stranger.recv(100)
-        except ConnectionError:
-            answer = b""
-    assert b"dask" not in answer.lower()
-    assert answer == b"" or answer[0] == 21  # nothing, or a TLS alert
-    with pytest.raises(OSError, match=r"Timed out|TLS|failed"):
-        hpclab.connect("tls://" + f"{host}:{port}", security=Security.temporary())
-
-
 def test_works_in_a_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -106,16 +103,41 @@ def test_works_in_a_script(tmp_path):
         ({"memory": "many"}, r"memory \(='many'\) must be bytes or a size such as '2GB'"),
         ({"memory": "1PB"}, r"memory \(='1PB'\) for each of \d+ workers"),
         ({"memory": -1}, r"memory \(=-1\)"),
-        ({"where": "slrum"}, r"where \(='slrum'\) must be 'local' or the address"),
+        ({"where": "slrum"}, r"where \(='slrum'\) must be 'local', the address"),
         ({"where": "tcp://127.0.0.1:1", "workers": 2}, r"workers \(=2\) can't be chosen for a running cluster"),
         ({"memory": "60MB"}, r"memory \(='60MB'\) for each of \d+ workers must be at least 128.00 MiB"),
         (
             {"where": "tcp://127.0.0.1:1"},
             r"security \(=True\) can't be had at tcp://127.0.0.1:1, which is not encrypted",
         ),
+        ({"where": "tcp://head", "security": False}, r"where \(='tcp://head'\) must be an address with a port"),
         ({"where": "tls://127.0.0.1:1"}, r"security \(=True\) must be the distributed.Security of the scheduler"),
     ],
 )
 def test_bad_arguments(arguments, says):
     with pytest.raises(ValueError, match=says):
         hpclab.connect(**arguments)
+
+
+def test_a_host_that_nobody_knows_is_told_at_once():
+    with pytest.raises(OSError, match=r"its host no-such-host.invalid isn't known here: "):
+        hpclab.connect("tcp://no-such-host.invalid:8786", security=False)
+
+
+def test_a_closed_client_may_be_collected_at_any_time():
+    """Also while another starts, which holds a lock that closing takes."""
+    client = hpclab.connect(workers=1)
+    client.close()
+    gone = weakref.ref(client)
+    collected = threading.Event()
+
+    def collect():
+        nonlocal client
+        with LoopRunner._lock:
+            del client
+            gc.collect()
+        collected.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert collected.wait(30)
+    assert gone() is None

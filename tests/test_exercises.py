@@ -1,31 +1,39 @@
 """Exercise checks: solutions pass, stubs aren't answered yet, each misconception has its message."""
 
 import functools
+import itertools
 import os
 import random
 import re
+import shutil
+import ssl
+from pathlib import Path
+from types import SimpleNamespace
 
+import dask
+import numpy as np
 import pytest
 import torch
+from distributed import Security
 
 import hpclab
-from hpclab import exercises, laws, machine
+from hpclab import _exercises_dask, _verdicts, exercises, laws, machine, slurm
 from hpclab.exercises import check
 
 FUNCTIONS = [
     *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
-    *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step"),
+    *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step", "dask.chunk", "dask.bytes", "security.masks"),
 ]
-EXERCISES = ["start.gang", "faults.state", *FUNCTIONS]
+EXERCISES = ["start.gang", "faults.state", "security.harden", "queues.array", "queues.backfill", *FUNCTIONS]
 
 
 def test_every_exercise_is_known_here():
     """A new exercise is added to this list, and so to the tests of stubs below."""
-    assert sorted(exercises._CHECKS) == sorted(EXERCISES)
+    assert sorted(_verdicts.CHECKS) == sorted(EXERCISES)
 
 
 def test_an_unknown_exercise_is_answered_with_the_valid_ones():
-    with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, .*scaling.curves, start.gang"):
+    with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, .*scaling.curves, .*, start.gang"):
         check("start.gong", 1)
 
 
@@ -380,3 +388,333 @@ def test_what_can_not_be_written_is_no_checkpoint():
     for step in (5.0, torch.tensor([5, 5]), "5"):
         assert "a whole number, not" in check("faults.state", (pack, lambda *parts, step=step: step)).message
     assert "raised KeyError" in check("faults.state", (pack, lambda state, *parts: state["none"])).message
+
+
+def pieces(size):
+    """An answer that cuts items into pieces of a size, which may depend on all that it is given."""
+
+    def chunks(items, workers, item_s, task_s):
+        step = max(1, round(size(len(items), workers, item_s, task_s)))
+        return [items[start : start + step] for start in range(0, len(items), step)]
+
+    return chunks
+
+
+def root(count, workers, item_s, task_s):
+    return (count * task_s / item_s) ** 0.5
+
+
+def losing_the_rest(items, workers, item_s, task_s):
+    size = 7
+    return [items[start : start + size] for start in range(0, len(items) - size, size)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (pieces(lambda count, workers, item_s, task_s: 1), "Too fine: 2000 items for 2 workers as 2000 tasks"),
+        (pieces(lambda count, workers, item_s, task_s: count / workers), "Too coarse: 2000 items for 2 workers"),
+        (pieces(lambda count, workers, item_s, task_s: 50), "Too fine: 20000 items for 16 workers"),
+        (pieces(lambda *given: 4 * root(*given)), "Too coarse"),
+        (pieces(lambda *given: root(*given) / 4), "Too fine"),
+        (losing_the_rest, "Not the serial result: 5 of 2000 items are in no chunk"),
+        (lambda items, *given: [items, items[:1]], "in another order, or in two chunks"),
+        (lambda items, *given: [items[1000:], items[:1000]], "in another order"),
+        (lambda items, *given: items, "a list of lists of items"),
+        (lambda items, *given: [[[1]]], "a list of lists of items"),
+        (lambda items, *given: [[], items], "Too coarse"),
+    ],
+)
+def test_chunks_name_each_misconception(answer, message):
+    result = check("dask.chunk", answer)
+    assert result.status == "fail" and message in result.message, result
+
+
+def test_chunks_that_are_good_by_the_model_race_their_baselines():
+    result = check("dask.chunk", pieces(root))
+    assert result.status == "pass" or "the noise hides the difference" in result.message, result
+
+
+@pytest.mark.parametrize(
+    ("seconds", "status", "message"),
+    [
+        ({}, "pass", "a task for each item took 3.0 (2.9-3.2) times as long"),
+        ({4: [3.0, 0.2, 2.9, 0.3, 1.5]}, "inconclusive", "but in this run a task for each worker took"),
+        ({300: [0.5, 0.4, 0.5, 0.6, 0.5]}, "fail", "In this run a task for each item took 0.50 times as long"),
+    ],
+)
+def test_a_race_of_chunks_is_judged_by_its_turns_and_their_noise(monkeypatch, seconds, status, message):
+    """On a clock that goes on by what the test says that so many tasks take."""
+    taken = {4: [2.0, 2.1, 2.2, 1.9, 2.0], 300: [3.0, 3.1, 3.2, 2.9, 3.0]} | seconds
+    left = {tasks: itertools.cycle(values) for tasks, values in taken.items()}
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now, sleep=lambda seconds: None)
+
+    class Client:
+        def map(self, function, pieces, waits, pure):
+            clock.now += next(left.get(len(pieces), iter([1.0])))
+            return [function(piece, wait) for piece, wait in zip(pieces, waits, strict=True)]
+
+        def gather(self, found):
+            return found
+
+    monkeypatch.setattr(_exercises_dask, "time", clock)
+    result = _exercises_dask._race_chunks(Client(), pieces(lambda *given: 20), workers=4)
+    assert result.status == status and message in result.message, result
+
+
+def gathered(submit):
+    """An answer that makes futures in some way, and gathers them."""
+    return lambda client, table, queries, look_up: client.gather(submit(client, table, queries, look_up))
+
+
+def scattered(client, table, queries, look_up, again=1, **settings):
+    held = client.scatter(table, **settings)
+    for _ in range(again):
+        futures = [client.submit(look_up, held, query, pure=False) for query in queries]
+    return client.gather(futures)
+
+
+def delayed_once(client, table, queries, look_up):
+    held = dask.delayed(table)
+    return list(dask.compute(*[dask.delayed(look_up)(held, query) for query in queries]))
+
+
+def in_a_closure(client, table, queries, look_up):
+    return client.map(lambda query: look_up(table, query), queries)
+
+
+def one_task(client, table, queries, look_up):
+    held = client.scatter(table)
+    return client.submit(lambda table: [look_up(table, query) for query in queries], held).result()
+
+
+@pytest.mark.parametrize("answer", [functools.partial(scattered, broadcast=True), scattered, delayed_once])
+def test_what_is_sent_once_passes(answer):
+    assert check("dask.bytes", answer), check("dask.bytes", answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (gathered(lambda client, table, queries, f: [client.submit(f, table, query) for query in queries]), "160 MB"),
+        (gathered(lambda client, table, queries, f: client.map(functools.partial(f, table), queries)), "was packed 4"),
+        (gathered(in_a_closure), "was packed 4"),
+        (lambda client, table, queries, f: [f(table, query) for query in queries], "in the notebook's own process"),
+        (functools.partial(scattered, again=2, broadcast=True), "some work is done twice"),
+        (one_task, "One worker did all of it"),
+        (lambda client, table, queries, f: [client.submit(f, table, queries[0])], "a list of numbers, one a query"),
+        (lambda client, table, queries, f: [0.0] * len(queries), "aren't the numbers"),
+        (lambda client, table, queries, f: client.submit(f, None, queries[0]).result(), "raised AttributeError"),
+    ],
+)
+def test_what_is_sent_too_often_is_counted(answer, message):
+    result = check("dask.bytes", answer)
+    assert result.status == "fail" and message in result.message, result
+
+
+def job(line="train --token-file {file}", mode=0o600, text=str):
+    """A job that keeps its token in a file; as given here nobody else sees it."""
+
+    def write(token, folder):
+        file = Path(folder, "token")
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT, mode), "w") as opened:
+            opened.write(text(token))
+        return "#!/bin/bash\n" + line.format(file=file, token=token)
+
+    return write
+
+
+ONE = Security.temporary()
+
+
+class Lax(Security):
+    """Encrypts, and asks nobody for a certificate."""
+
+    def get_listen_args(self, role):
+        found = super().get_listen_args(role)
+        found["ssl_context"].verify_mode = ssl.CERT_NONE
+        return found
+
+
+def keys_for_all():
+    for name in ("key.pem", "cert.pem"):
+        Path(name).write_text(ONE.tls_client_key if name == "key.pem" else ONE.tls_client_cert)
+        Path(name).chmod(0o644)
+    Path.cwd().chmod(0o755)
+    files = {
+        f"tls_{role}_{kind}": f"{kind}.pem" for role in ("client", "scheduler", "worker") for kind in ("key", "cert")
+    }
+    return Security(require_encryption=True, tls_ca_file="cert.pem", **files)
+
+
+def keyless():
+    return Security(require_encryption=True, tls_ca_file=ONE.tls_ca_file)
+
+
+def mixed():
+    """Its client has certificates of another authority than its scheduler."""
+    found, other = Security.temporary(), Security.temporary()
+    found.tls_client_key, found.tls_client_cert = other.tls_client_key, other.tls_client_cert
+    return found
+
+
+@pytest.mark.parametrize(
+    "answer", [job(), job("TRAIN_TOKEN=$(cat {file}) train"), job("train --token-file $(ls {file})")]
+)
+def test_harden_passes_where_nobody_sees_the_token(answer):
+    result = check("security.harden", (Security.temporary, answer))
+    assert (result.status, "Strangers are refused" in result.message) == ("pass", True)
+
+
+@pytest.mark.parametrize(
+    ("security", "message"),
+    [
+        (lambda: False, "was let in, and ran code"),
+        (lambda: Security(), "was let in, and ran code"),
+        (lambda: Lax.temporary(), "A socket without a certificate was greeted at tls://"),
+        (lambda: ONE, "One certificate for all"),
+        (mixed, "not even your own client"),
+        (keyless, "it lacks something: tls_client_cert"),
+        (lambda: Security(require_encryption=True, tls_ca_file="gone"), "it lacks something"),
+        (keys_for_all, "Others can read the file of a private key: key.pem"),
+        (lambda: True, "a distributed.Security, not True"),
+        (lambda: ..., "Not answered yet"),
+        (lambda: 1 / 0, "raised ZeroDivisionError"),
+    ],
+)
+def test_harden_names_each_way_in(security, message):
+    result = check("security.harden", (security, job()))
+    assert result.status == "fail" and message in result.message, result
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (job("train --token {token}"), "stands in the job script"),
+        (job("export TRAIN_TOKEN='{token}'\ntrain"), "stands in the job script"),
+        (lambda token, folder: f"TRAIN_TOKEN=$(echo {token[::-1]} | rev) train", "stands in the job script"),
+        (lambda token, folder: ONE.tls_client_key, "A private key stands in"),
+        (job(mode=0o644), "that others can read, of mode 0644"),
+        (job("train --token $(cat {file})"), "ps shows it to everybody"),
+        (job("cat {file}; train --token-file {file}"), "it is in its log"),
+        (job("set -x; TRAIN_TOKEN=$(cat {file}) train"), "it is in its log"),
+        (job("train --token-file {file}", text=lambda token: token[:-1]), "no token either"),
+        (job("train"), "no token either"),
+        (job("python train.py"), "never ran its program"),
+        (lambda token, folder: ["train"], "text of a job script, not ['train']"),
+        (lambda token, folder: None, "Not answered yet"),
+    ],
+)
+def test_harden_names_each_leak(answer, message):
+    result = check("security.harden", (Security.temporary, answer))
+    assert result.status == "fail" and message in result.message, result
+
+
+def test_harden_is_inconclusive_where_nothing_can_be_tried(monkeypatch):
+    assert "a pair of functions, (certificates, job)" in check("security.harden", job()).message
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "which", lambda name: None)
+        result = check("security.harden", (Security.temporary, job()))
+    assert (result.status, "needs bash" in result.message) == ("inconclusive", True)
+
+
+def masking(
+    sign=lambda rank, other: 1 if rank < other else -1, peers=lambda rank, other: True, span=2**64 - 1, step=None
+):
+    """Masks each share with what is shared with some peers; as given here it is right."""
+
+    def mask(numbers, rank, seeds, at, prg):
+        for other, seed in seeds.items():
+            if peers(rank, other):
+                drawn = prg(seed, at if step is None else step, len(numbers)) & np.uint64(span)
+                numbers = numbers + drawn if sign(rank, other) > 0 else numbers - drawn
+        return numbers
+
+    return mask
+
+
+def in_floats(numbers, rank, seeds, step, prg):
+    return masking()(numbers, rank, seeds, step, prg).astype(float)
+
+
+def own_mask(numbers, rank, seeds, step, prg):
+    return numbers + np.random.default_rng(rank).integers(0, 2**64, len(numbers), dtype=np.uint64)
+
+
+def test_masks_pass_with_the_solution():
+    assert check("security.masks", masking())
+    assert check("security.masks", masking(sign=lambda rank, other: rank - other))
+    assert check(
+        "security.masks", masking(peers=lambda rank, other: abs(rank - other) in (1, 3))
+    )  # a ring: two, not one
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda numbers, *others: numbers, "is its gradient, as it is"),
+        (masking(span=2**20 - 1), "isn't uniform"),
+        (masking(span=2**64 - 2**20), "isn't uniform"),
+        (masking(sign=lambda rank, other: 1), "The masks don't cancel"),
+        (own_mask, "The masks don't cancel"),
+        (masking(peers=lambda rank, other: rank ^ 1 == other), "take a mask off by itself"),
+        (masking(step=0), "Two steps have the same masks"),
+        (in_floats, r"not this float64 (4096,)"),
+        (lambda numbers, *others: masking()(numbers, *others)[:-1], "not this uint64 (4095,)"),
+        (lambda numbers, *others: numbers.tolist(), "not this list"),
+    ],
+)
+def test_masks_name_each_misconception(answer, message):
+    result = check("security.masks", answer)
+    assert result.status == "fail" and message in result.message, result
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ("--ntasks=1 --time=2", "pass", "delayed nobody"),
+        ("-n1 -t 1", "pass", "delayed nobody"),
+        ("--time=2 --cpus-per-task=2", "fail", "holds a CPU that it can't use"),
+        ("--ntasks=1", "fail", "might have run too long"),
+        ("--ntasks=1 --time=10", "fail", "might have run too long"),
+        ("--ntasks=4 --time=2", "fail", "asks for more than it can use"),
+        ("--time=2 --nice=-5", "fail", "--nice=-5 would change whose turn it is"),
+        ("--time=2 --nodes=7", "fail", "Slurm doesn't take these options"),
+        (4, "fail", "is a text, not 4"),
+    ],
+)
+def test_what_slips_through_a_queue(options, status, message):
+    result = check("queues.backfill", options)
+    assert result.status == status and message in result.message, result
+
+
+def array(numbers="3-8%2", line="./square $SLURM_ARRAY_TASK_ID"):
+    return f"#!/bin/bash\n#SBATCH --array={numbers}\n#SBATCH --ntasks=1 --time=1\n{line}\n"
+
+
+LOOP = "#!/bin/bash\n#SBATCH --time=1\nfor n in 3 4 5 6 7 8; do ./square $n; done\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "message"),
+    [
+        (array(), "pass", "Six squares"),
+        (array("3,4,5,6,7,8%1"), "pass", "Six squares"),
+        (LOOP, "fail", "no array"),
+        (array("3-8"), "fail", "ran at the same time"),
+        (array("3-7%2"), "fail", "square of 8 is missing"),
+        (array("0-5%2"), "fail", "square of 6 is missing"),
+        (array("3-9%2"), "fail", "more than was asked for"),
+        (array("3-8%2", "./square $SLURM_ARRAY_JOB_ID"), "fail", "square of 3 is missing"),
+        ("./square 3", "fail", "Slurm doesn't take this script"),
+    ],
+)
+def test_an_array_is_handed_in_and_counted(script, status, message):
+    result = check("queues.array", script)
+    assert result.status == status and message in result.message, result
+
+
+def test_without_slurm_its_exercises_tell_what_is_missing(monkeypatch):
+    monkeypatch.setattr(slurm, "missing", lambda: ["slurmctld"])
+    result = check("queues.backfill", "--time=1")
+    assert result.status == "inconclusive" and "slurmctld" in result.message

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.core.formatters import DisplayFormatter
 
-from hpclab import figures, laws, plots
+from hpclab import figures, laws, plots, tasks
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
 
@@ -30,6 +30,35 @@ STEPS = [
     {"kind": "step", "step": step, "rank": 0, "time_s": step + 1.0, "step_s": 1.0, "samples": 8, "loss": loss}
     for step, loss in enumerate((2.0, 3.0, 1.0))
 ]
+STREAM = [
+    {
+        "key": f"squeeze-{number}",
+        "worker": f"tls://127.0.0.1:{port}",
+        "startstops": [
+            {"action": "transfer", "start": start - 0.005, "stop": start},
+            {"action": "compute", "start": start, "stop": start + duration},
+        ],
+    }
+    for number, (port, start, duration) in enumerate([(40002, 10.01, 0.03), (40001, 10.0, 0.02)])
+]
+JOB = {"source": "measured", "nodes": None, "started_s": None, "ended_s": None}
+JOBS = [
+    JOB
+    | {
+        "job": "1",
+        "name": "a",
+        "submitted_s": 5.0,
+        "started_s": 7.0,
+        "ended_s": 10.0,
+        "nodes": "n1",
+        "state": "FAILED",
+    },
+    JOB | {"job": "2", "name": "b", "submitted_s": 6.0, "started_s": 8.0, "nodes": "n2", "state": "RUNNING"},
+    JOB | {"job": "3", "name": "c", "submitted_s": 7.0, "state": "PENDING"},
+]
+COUNTS = [2, 2, 10, 10, 100, 100, 1000, 1000, 10_000]
+GRAIN_S = [0.3 + 0.001 * count + 0.002 * place for place, count in enumerate(COUNTS)]
+GRAIN = [ABOUT | {"tasks": n, "items": 10_000, "duration_s": s} for n, s in zip(COUNTS, GRAIN_S, strict=True)]
 AHEAD = calibrate(Workload(0.1, 1e6), Network(), [1, 1, 1], [0.099, 0.1, 0.101], ["compute_s"])
 FIGURES = {
     "loss": (lambda: plots.loss({"a": STEPS}), "a (of unknown origin): 2 at 1, 3 at 2, 1 at 3"),
@@ -40,11 +69,23 @@ FIGURES = {
         lambda: plots.forecasts({"ring": AHEAD.columns([1, 2])}, [{"ranks": 1, "efficiency": 1.0}]),
         "; of unknown origin: 1 at 1",
     ),
+    "gantt": (
+        lambda: plots.gantt(JOBS, now=15.0),
+        "1 a: waited 2 s, ran 3 s on n1 (FAILED); 2 b: waited 2 s, ran 7 s on n2 (RUNNING); 3 c: waited 8 s",
+    ),
     "split": (
         lambda: plots.split([ABOUT | {"rank": 0} | SPLIT]),
         "rank 0: computing 20 ms, communication 3 ms, waiting for others 1 ms",
     ),
     "timeline": (lambda: plots.timeline(SPANS), "rank 1: forward 10 ms, backward 10 ms, waiting"),
+    "tasks": (
+        lambda: plots.tasks(tasks.spans(STREAM)),
+        "milliseconds (measured). worker 0: computing for 20 ms, tasks: 1; worker 1: computing for 30 ms, tasks: 1",
+    ),
+    "grain": (
+        lambda: plots.grain(GRAIN[:-1], laws.fit_alpha_beta(COUNTS[:-1], GRAIN_S[:-1]), GRAIN[-1:]),
+        "not seen by the law: 10.3 at 1; ",
+    ),
     "allreduce": (
         lambda: plots.allreduce([ABOUT | {"nbytes": 1000, "duration_s": 0.5}]),
         "seconds of an all-reduce against bytes (measured: c, 2 CPU, torch 2, 2026-01-01). measured: 0.5 at 1,000",

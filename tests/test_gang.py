@@ -81,7 +81,8 @@ def test_all_ranks_raise(client):
 
 
 def hold_the_gil():
-    ctypes.PyDLL(None).sleep(1000)
+    while True:
+        ctypes.PyDLL(None).sleep(1000)  # returns when a signal comes, such as the one that asks for the stack
 
 
 def broadcast():

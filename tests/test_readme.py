@@ -23,7 +23,9 @@ def test_the_program_runs(tmp_path, name):
     assert re.search(r"<Fit 50,186 weights, accuracy 0.[78]\d+", done.stdout)
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "data/fashion_mnist/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/security.md", "data/fashion_mnist/README.md"]
+)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     links = re.findall(r"\]\(([^)#]+)", page.read_text("utf-8"))

@@ -235,8 +235,8 @@ print(f"a message: alpha {1e6 * alpha:.0f} microseconds, and {1e-9 / beta:.2f} G
 # %% [markdown] id="time-explain"
 # **Explain.** Short vectors cost their latency, $2 (p - 1)$ times; that grows with the ranks, and no faster network
 # helps. So DDP gathers many small gradients into *buckets* of 25 MB before it sends them. On fewer CPUs than
-# ranks, most of $\alpha$ is the wait for one's turn, and the points scatter (that is why the figure says *emulated*):
-# two ranks on two CPUs needed about 120 microseconds when this was written.
+# ranks, most of $\alpha$ is the wait for one's turn, and the points scatter (that is why the figure says *emulated*).
+# Make `RANKS` as many as your CPUs, and run again: how much of it is left?
 #
 # ## Exercise: the step
 #

@@ -230,6 +230,24 @@ def scaled_lr(base_lr, base_batch, batch_size, ranks):
 # %% id="rate-check" points=1
 hpclab.check("cnn.learning_rate", scaled_lr)
 
+# %% [markdown] id="play"
+# ## Play
+#
+# Each move of a control below trains anew, with a real gang; the curve of before stays, in grey. **Predict** before each
+# move: what becomes of the samples a second, and where does the time go,
+#
+# - if the same samples a step are shared by one rank more? If they are half as many?
+# - if a slow network lies between the ranks (its waiting is *emulated*, all else is real)? And which batch helps then?
+#
+# The second cell waits for the first run, for those who run all cells.
+
+# %% id="play-do"
+play = hpclab.playground.Playground(client, hpclab.models.CNN, "fashion_mnist", steps=STEPS * 5)
+play
+
+# %% id="play-wait"
+done = play.wait()
+
 # %% [markdown] id="look"
 # ## What it learned
 #

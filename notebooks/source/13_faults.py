@@ -69,7 +69,7 @@ except hpclab.RankError as error:
 
 # %% id="go-on-do"
 run = train(max_restarts=100, checkpoint_every=20)
-wild = chaos.Chaos(run, mtbf=MTBF, seed=2)
+wild = chaos.Chaos(run, mtbf=MTBF, seed=11)
 run
 
 # %% id="went-on-do"

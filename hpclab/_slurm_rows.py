@@ -1,0 +1,153 @@
+"""What a private Slurm's commands say, as rows."""
+
+import math
+import time
+from collections.abc import Callable
+
+from hpclab.language import translate as _
+from hpclab.tables import Table
+
+NEVER_SECONDS = 365 * 86400
+"""What Slurm gives a job where there is no limit."""
+_MARK = "\x1f"  # no name holds it
+_WIDTH = 255
+_NODE_FIELDS = (
+    *("nodelist", "nodeaddr", "statelong", "reason", "timestamp", "cpusstate", "memory", "allocmem", "partitionname"),
+)
+_JOB_FIELDS = (
+    *("jobid", "jobarrayid", "name", "partition", "state", "reason", "nodelist", "submittime", "starttime", "endtime"),
+    *("timelimit", "tres-alloc", "prioritylong", "restartcnt", "exit_code"),
+)
+_NOT_ENDED = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "REQUEUED", "REQUEUE_HOLD"}
+_UNITS = {"K": 2**-10, "M": 1.0, "G": 2.0**10, "T": 2.0**20}
+
+Run = Callable[..., str]
+"""Runs a command, with further variables in its environment, and returns what it prints."""
+
+
+def nodes(run: Run) -> list[dict]:
+    """See `hpclab.slurm.Slurm.nodes`."""
+    rows: dict[str, dict] = {}
+    for name, address, state, reason, since, cpus, memory, used, partition in _fields(run, "sinfo", "-N", _NODE_FIELDS):
+        if name in rows:  # once for each of its partitions
+            rows[name]["partitions"] = ",".join(sorted([*rows[name]["partitions"].split(","), partition]))
+            continue
+        allocated, *_others, total = cpus.split("/")
+        rows[name] = {
+            "node": name,
+            "address": address,
+            "state": state,
+            "reason": None if reason == "none" else reason,
+            "since_s": _number(since),
+            "cpus": int(total),
+            "cpus_used": int(allocated),
+            "memory_mb": int(memory),
+            "memory_used_mb": _number(used),
+            "partitions": partition,
+        }
+    return list(rows.values())
+
+
+def jobs(run: Run) -> list[dict]:
+    """See `hpclab.slurm.Slurm.jobs`."""
+    return sorted(map(_job, _fields(run, "squeue", "-artall", _JOB_FIELDS)), key=lambda row: row["job"])
+
+
+def node_table(rows: list[dict]) -> Table:
+    """Nodes for people to read."""
+    return Table(
+        {
+            _("node"): row["node"],
+            _("address"): row["address"],
+            _("state"): row["state"],
+            _("CPUs in use"): f"{row['cpus_used']}/{row['cpus']}",
+            _("MB in use"): f"{row['memory_used_mb']}/{row['memory_mb']}",
+            _("partitions"): row["partitions"],
+            _("reason"): row["reason"],
+        }
+        for row in rows
+    )
+
+
+def job_table(rows: list[dict]) -> Table:
+    """Jobs for people to read."""
+    return Table(
+        {
+            _("job"): row["array"] or row["job"],
+            _("name"): row["name"],
+            _("partition"): row["partition"],
+            _("state"): row["state"],
+            _("nodes"): row["nodes"],
+            _("CPUs"): row["cpus"],
+            _("submitted"): _clock(row["submitted_s"]),
+            _("started"): _clock(row["started_s"]),
+            _("ended"): _clock(row["ended_s"]),
+            _("reason"): row["reason"],
+        }
+        for row in rows
+    )
+
+
+def seconds(limit: str) -> float:
+    """Seconds of Slurm's "1-02:03:04", "03:04" or "infinite"."""
+    if not limit[:1].isdigit():
+        return math.inf
+    days, _dash, clock = limit.rpartition("-")
+    total = 0
+    for part in clock.split(":"):
+        total = total * 60 + int(part)
+    return int(days or 0) * 86400 + total
+
+
+def _clock(epoch: int | None) -> str | None:
+    return None if epoch is None else time.strftime("%H:%M:%S", time.localtime(epoch))
+
+
+def _fields(run: Run, command: str, options: str, fields: tuple[str, ...]) -> list[list[str]]:
+    wanted = ",".join(f"{name}:{_WIDTH}{_MARK}" for name in fields)
+    lines = run([command, "--noheader", options, "-O", wanted], SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
+    return [[value.strip() for value in line.split(_MARK)] for line in lines]
+
+
+def _job(values: list[str]) -> dict:
+    row = dict(zip(_JOB_FIELDS, values, strict=True))
+    state, start = row["state"], _number(row["starttime"])
+    going, pending = state in _NOT_ENDED, state == "PENDING"
+    return {
+        "job": int(row["jobid"]),
+        "array": row["jobarrayid"] if "_" in row["jobarrayid"] else None,
+        "name": row["name"],
+        "partition": row["partition"],
+        "state": state,
+        "reason": None if row["reason"] == "None" else row["reason"],
+        "nodes": row["nodelist"] or None,
+        "submitted_s": _number(row["submittime"]),
+        "expected_s": start if pending else None,
+        "started_s": start if row["nodelist"] else None,  # one that was cancelled in the queue has a start too
+        "ended_s": None if going else _number(row["endtime"]),
+        "walltime_s": limit if (limit := seconds(row["timelimit"])) < NEVER_SECONDS else None,
+        **_resources(row["tres-alloc"]),
+        "priority": _number(row["prioritylong"]),
+        "restarts": _number(row["restartcnt"]),
+        "exit_code": None if going else _status(int(row["exit_code"])),
+        "source": "measured",
+    }
+
+
+def _resources(tres: str) -> dict:
+    """CPUs and memory from "cpu=2,mem=1.50G,node=1,billing=2"."""
+    found = dict(part.partition("=")[::2] for part in tres.split(","))
+    memory = found.get("mem", "")
+    return {
+        "cpus": _number(found.get("cpu", "")),
+        "memory_mb": round(float(memory[:-1]) * _UNITS[memory[-1]]) if memory[-1:] in _UNITS and memory else None,
+    }
+
+
+def _status(raw: int) -> str:
+    """A status of wait() as "code:signal"."""
+    return f"{raw >> 8}:{raw & 127}"
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdigit() else None

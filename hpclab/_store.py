@@ -1,0 +1,73 @@
+"""The rank's side of a rendezvous over several hosts: a store of torch's kind, kept by the scheduler.
+
+A rank asks its supervisor, and that the scheduler; see `_rendezvous`.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+
+class GangStore(dist.Store):
+    """Keys and values that all ranks of a gang share; see ``torch.distributed.Store``.
+
+    It waits for as long as it takes: a gang that hangs is found by its progress.
+
+    Parameters
+    ----------
+    ask : callable
+        Puts a question, with bytes, and returns the answer, with bytes.
+    """
+
+    def __init__(self, ask: Callable[..., tuple[dict, bytes]]):
+        super().__init__()
+        self.set_timeout(timedelta(days=1))
+        self.ask = ask
+
+    def _ask(self, question: dict, value: bytes = b"") -> tuple[dict, bytes]:
+        answer, found = self.ask(question, value)
+        if "error" in answer:
+            raise dist.DistStoreError(f"the scheduler doesn't answer this rank: {answer['error']}")
+        return answer, found
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Set a key."""
+        self._ask({"do": "set", "keys": [key]}, _bytes(value))
+
+    def get(self, key: str) -> bytes:
+        """The value of a key, once it is there."""
+        return self._ask({"do": "get", "keys": [key]})[1]
+
+    def add(self, key: str, number: int) -> int:
+        """Add to a key, which is 0 if it isn't there, and return the sum."""
+        return int(self._ask({"do": "add", "keys": [key]}, b"%d" % number)[1])
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return self._ask({"do": "check", "keys": keys})[0]["found"]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait until all keys are there."""
+        self._ask({"do": "wait", "keys": keys})
+
+    def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
+        """Set a key if its value is the expected one, or "" and it isn't there; return its value then."""
+        return self._ask({"do": "compare_set", "keys": [key], "expected": _text(expected)}, _bytes(desired))[1]
+
+    def delete_key(self, key: str) -> bool:
+        """Remove a key; whether it was there."""
+        return self._ask({"do": "delete", "keys": [key]})[0]["found"]
+
+    def num_keys(self) -> int:
+        """How many keys there are."""
+        return self._ask({"do": "count", "keys": []})[0]["found"]
+
+
+def _bytes(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else bytes(value).decode("latin-1")

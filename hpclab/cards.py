@@ -1,0 +1,98 @@
+"""A cluster in a notebook: who is there, where its dashboard is, and a control to grow and shrink it."""
+
+import html
+import os
+import threading
+from typing import Any
+from urllib.parse import urlsplit
+
+import dask
+from dask.utils import format_bytes
+from distributed import Client
+from IPython.display import display
+
+from hpclab import machine, views
+from hpclab.language import translate as _
+from hpclab.tables import Table, markup
+
+MOST_JOBS = 1000
+"""Workers that the control asks a queue for at most, as a slip of the finger is not to fill a site's."""
+PLAIN_LINK = "{scheme}://{host}:{port}/status"
+"""Dask's own setting, if nobody has set another."""
+
+
+def show(client: Client) -> None:
+    """Show a client's cluster as the output of a cell, and keep it up to date; without a kernel, as text."""
+    if not views.in_notebook():
+        print(f"{_word(client)}\n\n{workers(client)}")
+        return
+    if client.cluster is not None:
+        display(_size(client))
+    views.keep_up(client.id, lambda: page(client))
+
+
+def page(client: Client) -> str:
+    """A client's cluster as HTML.
+
+    Raises
+    ------
+    OSError
+        If the client is closed.
+    """
+    if client.status != "running":
+        raise OSError(f"client is {client.status}")
+    link = html.escape(dashboard(client))
+    seen = f'<a href="{link}" target="_blank">{_("dashboard")}</a>'
+    return f"<p><strong>{html.escape(_word(client))}</strong> {seen}</p>{markup(workers(client))}"
+
+
+def workers(client: Client) -> Table:
+    """One row a worker."""
+    there = client.scheduler_info(n_workers=-1)["workers"]
+    return Table(
+        {
+            _("worker"): str(about["name"]),
+            _("host"): about["host"],
+            _("threads"): about["nthreads"],
+            _("memory in use"): format_bytes(about["metrics"]["memory"]),
+            _("memory limit"): format_bytes(about["memory_limit"]) if about["memory_limit"] else None,
+            _("tasks"): about["metrics"].get("executing", 0),
+        }
+        for _address, about in sorted(there.items())
+    )
+
+
+def dashboard(client: Client) -> str:
+    """Address of the dashboard as this notebook's browser reaches it, behind a Hub by its proxy."""
+    link, prefix = client.dashboard_link, os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+    if prefix and dask.config.get("distributed.dashboard.link") == PLAIN_LINK:
+        return f"{prefix}proxy/{urlsplit(link).port}/status"
+    return link
+
+
+def _word(client: Client) -> str:
+    there = client.scheduler_info(n_workers=-1)
+    hosts = {about["host"] for about in there["workers"].values()}
+    request: Any = getattr(client.cluster, "request", None)
+    where = there["address"] if client.cluster is None else request.kind if request else _("this machine")
+    count = len(there["workers"])
+    told = _("{count} workers ({where})", count=count, where=where)
+    if len(hosts) > 1:
+        told = _("{count} workers on {hosts} hosts ({where})", count=count, hosts=len(hosts), where=where)
+    return told if there["address"].startswith("tls://") else f"{told}, {_('not encrypted')}"
+
+
+def _size(client: Client) -> Any:
+    import ipywidgets
+
+    cluster: Any = client.cluster
+    most = machine.most() if getattr(cluster, "request", None) is None else MOST_JOBS
+    size = ipywidgets.BoundedIntText(len(cluster.worker_spec), min=0, max=most, description=_("workers"))
+    size.continuous_update = False
+
+    def scale(change: dict) -> None:
+        threading.Thread(target=cluster.scale, args=[change["new"]], daemon=True).start()
+
+    size.observe(scale, "value")
+    views.answer_in_subshell(size)
+    return size

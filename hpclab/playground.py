@@ -1,0 +1,216 @@
+"""A playground: a move of a slider trains anew, for real, and the curve answers while one looks."""
+
+import html
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+from distributed import Client
+from IPython.display import HTML, DisplayHandle, display
+
+from hpclab import plots, views
+from hpclab.figures import Figure
+from hpclab.language import translate as _
+from hpclab.launcher import gang_size, whole_number
+from hpclab.network import Network
+from hpclab.runs import Run
+from hpclab.tables import Table, markup
+from hpclab.training import Model, train
+
+Rows = list[dict]
+
+LOOK_SECONDS = 0.05
+"""How often is looked whether a control was moved, or a run has something new."""
+STEPS = 400
+"""Of a run that nobody replaces."""
+BATCHES = (32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be trained."""
+
+    label: str
+    settings: dict[str, Any]
+    """Of `train`."""
+
+
+class Playground:
+    """Controls for ranks, batch and network, and the loss of the run that they ask for.
+
+    A control acts when it is released: the run of before ends at once, and its curve stays as a ghost behind that of
+    the new one. The figure and the table below it are an ordinary output, so a saved notebook shows them too.
+
+    Parameters
+    ----------
+    client, model, data
+        As for `train`.
+    networks : dict of str to Network or None, optional
+        What may lie between the ranks, by the name to show. Default: the machine's own, and emulated links of 1 Gb/s
+        and 100 Mb/s.
+    steps : int, default 400
+        Steps of a run.
+    **settings
+        Further ones of `train`.
+
+    Attributes
+    ----------
+    run : Run or None
+        The newest one.
+
+    Raises
+    ------
+    ValueError
+        If an argument can't be.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: Model,
+        data: str,
+        *,
+        networks: dict[str, Network | None] | None = None,
+        steps: int = STEPS,
+        **settings: Any,
+    ) -> None:
+        self.arguments = (client, model, data)
+        self.settings = settings | {"steps": whole_number("steps", steps)}
+        links = networks or {
+            _("this machine's network"): None,
+            "1 Gb/s": Network(1e-4, 1e9),
+            "100 Mb/s": Network(1e-4, 1e8),
+        }
+        most = max(2, gang_size(client, None, 1, True))
+        self.controls = {
+            "ranks": ipywidgets.SelectionSlider(options=range(1, most + 1), value=2, description=_("ranks")),
+            "batch": ipywidgets.SelectionSlider(options=BATCHES, value=128, description=_("samples a step")),
+            "network": ipywidgets.Dropdown(options=links, description=_("network")),
+        }
+        for control in self.controls.values():
+            control.continuous_update = False
+            control.style.description_width = "9em"
+            control.layout.width = "28em"
+            control.observe(lambda change: self.train(), "value")
+            views.answer_in_subshell(control)
+        self.stop = ipywidgets.Button(description=_("Stop"), icon="stop", button_style="warning", disabled=True)
+        self.stop.on_click(lambda button: self._ask(None))
+        views.answer_in_subshell(self.stop)
+        self.run: Run | None = None
+        self.label = ""
+        self.before: dict[str, Rows] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="playground-")
+        self._runs = 0
+        self._lock = threading.Lock()
+        self._asked: list[Wish | None] = []
+        self._thread: threading.Thread | None = None
+        self.place: DisplayHandle | None = None
+
+    def train(self) -> None:
+        """Train as the controls say, in place of what is under way; returns at once."""
+        ranks, samples, network = self.controls.values()
+        share = max(1, samples.value // ranks.value)
+        label = _(
+            "{ranks} ranks, {batch} a step, {network}",
+            ranks=ranks.value,
+            batch=share * ranks.value,
+            network=network.label,
+        )
+        self._ask(Wish(label, {"ranks": ranks.value, "batch_size": share, "network": network.value}))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait up to `timeout` seconds (default: no limit) until nothing is under way; return whether that is so."""
+        if thread := self._thread:
+            thread.join(timeout)
+        return self._thread is None
+
+    def _ask(self, wish: "Wish | None") -> None:
+        """Take note of what is wanted, None if nothing; of several wishes the newest counts."""
+        with self._lock:
+            self._asked = [wish]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._follow, name="hpclab-playground", daemon=True)
+                self._thread.start()
+
+    def _follow(self) -> None:
+        """Do what is asked, and show what comes of it, until there is nothing left to do."""
+        drawn, due = 0, 0.0
+        while True:
+            with self._lock:
+                asked, self._asked = self._asked, []
+            if asked:
+                self._begin(asked[0])
+                drawn, due = 0, 0.0
+            going = self.run is not None and self.run.going  # before the rows, so that the last are drawn
+            rows = [] if self.run is None else self.run.rows.copy()
+            if len(rows) != drawn and (not going or (stepped(rows) and time.monotonic() >= due)):
+                started, drawn = time.monotonic(), len(rows)
+                self._show(self.page(rows))
+                due = time.monotonic() + views.pause(started)
+            if going:
+                time.sleep(LOOK_SECONDS)
+                continue
+            self.stop.disabled = True
+            with self._lock:
+                if not self._asked:
+                    self._thread = None
+                    return
+
+    def _begin(self, wish: "Wish | None") -> None:
+        """End what is under way, and start what is wanted."""
+        if self.run is not None:
+            self.run.stop(now=True)
+        if wish is None:
+            return
+        if self.run is not None:
+            if stepped(self.run.rows):
+                self.before = {_("before: {run}", run=self.label): self.run.rows}
+            shutil.rmtree(self.run.folder)
+        self._runs += 1
+        try:
+            self.run = train(
+                *self.arguments,
+                oversubscribe=True,
+                folder=Path(self._folder.name, str(self._runs)),
+                name="playground",
+                progress=False,
+                **wish.settings | self.settings,
+            )
+        except Exception as error:  # the next move may be met
+            self.run = None
+            self._show(f"<pre>{html.escape(str(error))}</pre>")
+        else:
+            self.label, self.stop.disabled = wish.label, False
+
+    def _show(self, page: str) -> None:
+        if self.place is not None:
+            self.place.update(HTML(page))
+
+    def page(self, rows: Rows) -> str:
+        """The newest run, and in grey the one before it, as HTML: figure, table, and the error of one that failed."""
+        runs = {name: rows for name, rows in ({self.label: rows} | self.before).items() if stepped(rows)}
+        parts = []
+        if runs:
+            shown = Figure(figsize=(7, 3.4))
+            plots.loss({self.label: rows}, shown.subplots(), ghosts=self.before)
+            shown.subplots_adjust(left=0.1, right=0.99, bottom=0.15, top=0.92)
+            table = Table({_("run"): name} | views.gang(rows) for name, rows in runs.items())
+            parts = [shown.picture(), markup(table)]
+        if rows and "error" in rows[-1]:
+            parts.append(f"<pre>{html.escape(rows[-1]['error'])}</pre>")
+        return "\n".join(parts)
+
+    def _ipython_display_(self) -> None:
+        display(ipywidgets.VBox([*self.controls.values(), self.stop]))
+        self.place = display(HTML(_("Training begins ...")), display_id=True)
+        self.train()
+
+
+def stepped(rows: Rows) -> bool:
+    """Whether a run has taken a step."""
+    return any(row["kind"] == "step" for row in rows)

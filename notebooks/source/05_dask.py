@@ -1,0 +1,370 @@
+# %% [markdown] id="title"
+# # Dask, two ways
+#
+# **You will** use one cluster in two ways: as a scheduler that hands out *tasks*, and as the seats of a *gang* that
+# starts together and talks. You will see that nothing runs until it must, watch who works when, measure what a task costs
+# and choose its size, send data once and not a thousand times, and find the same costs on a job queue.
+#
+# | | |
+# |---|---|
+# | objectives | say when tasks and when a gang; predict a run's time from the size of its tasks; know what threads share and what processes must be sent; count the bytes and the work of a graph |
+# | prerequisites | the notebook *start* |
+# | minutes | 40 to read and do, 15 of them for the exercises; under 3 to run |
+# | needs | 2 CPUs (with one, rows say *emulated*), 2 GB of memory, 2 ranks, no network; for one part Slurm's programs, else it is skipped |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import operator
+import pickle
+import time
+import zlib
+
+import dask
+import dask.array as da
+import numpy as np
+import torch
+from distributed import Client, get_task_stream, get_worker
+
+import hpclab
+from hpclab import figures, laws, plots, tasks
+from hpclab.tables import Table
+
+MOST, REPEATS = {"small": (1000, 3), "class": (10_000, 4), "cluster": (10_000, 10)}[SIZE]
+
+# %% id="connect"
+begin = time.perf_counter()
+client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
+connect_s = {"local": time.perf_counter() - begin}
+workers = len(client.scheduler_info()["workers"])
+images = hpclab.data.load("fashion_mnist", "train")
+print(
+    f"{workers} workers; the dashboard: {client.dashboard_link if hpclab.machine.installed('bokeh') else 'needs bokeh'}"
+)
+
+# %% [markdown] id="lazy"
+# ## Tasks, and when they run
+#
+# 10,000 images lie on a disk. We cut them into ten pieces, each to be read by a task, and ask for the mean and the
+# deviation of their pixels. Dask's arrays look like numpy's.
+#
+# **Predict**: how many tasks will have run when the first line is printed? And how often will each piece be read, if we
+# ask for the mean, then for the deviation, then for both at once?
+
+
+# %% id="lazy-do"
+def read(start, stop):
+    get_worker().log_event("reads", start)  # for the scheduler to count
+    return raw(images, start, stop)
+
+
+def raw(images, start, stop):
+    return (images[start:stop][0] * 255).astype(np.uint8)  # (N, 1, 28, 28), as on the disk
+
+
+def reads():
+    return len(client.get_events("reads"))
+
+
+pieces = [dask.delayed(read)(start, start + 1000) for start in range(0, 10_000, 1000)]
+pixels = da.concatenate([da.from_delayed(piece, (1000, 1, 28, 28), np.uint8) for piece in pieces])
+mean, deviation = pixels.mean(axis=0), pixels.std()
+print(f"the graph of the mean has {len(mean.dask)} tasks; pieces read so far: {reads()}")
+read_by = [reads() for _ in map(dask.compute, (mean, deviation))]
+found, spread = dask.compute(mean, deviation)
+print(f"after the mean {read_by[0]}, after the deviation {read_by[1]}, after both at once {reads()}")
+whole = raw(images, 0, 10_000)
+print("the mean equals numpy's to the last bit:", np.array_equal(found, whole.mean(axis=0)))
+print(f"the deviation: {spread:.12f}, numpy's {whole.std():.12f}")
+
+# %% [markdown] id="lazy-explain"
+# **Explain.** `delayed` and `dask.array` write down what is to be done, a *graph*, and do nothing. `compute` has it done.
+# Afterwards nobody remembers the pieces: who asks twice has everything read twice. Asked for together, both results share
+# what they have in common.
+#
+# The pieces' sums are whole numbers, which add up exactly in any order, so the mean is numpy's, bit for bit. The deviation
+# is put together from fractions, and may differ in its last digits.
+#
+# No piece knew of another. So the scheduler may give any of them to whoever is free, and give it to another if that worker
+# dies. This is the first way to use a cluster, and right for whatever falls into independent pieces: reading, cleaning,
+# searching, trying out parameters.
+#
+# ## A gang, on the same workers
+#
+# Training doesn't fall apart like that: in every step all ranks average their gradients, so each needs all others *now*. If
+# ranks were tasks, and there was a free worker for all but one, they would wait for the one, which waits for a worker.
+# `hpclab.train` and `hpclab.launch` seat a **gang**: all ranks at once, or none. This one learns from the same images, with
+# the mean and the deviation that the tasks have found.
+
+
+# %% id="gang-do"
+class Perceptron(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(784, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+
+    def forward(self, x):
+        return super().forward((x - torch.tensor(found / 255).float()) / (spread / 255))
+
+
+with get_task_stream() as stream:
+    run = hpclab.train(client, Perceptron, "fashion_mnist", ranks=2, oversubscribe=True, progress=False)
+    print(f"accuracy {run.result().accuracy:.3f} after one epoch, which was {len(stream.data)} tasks for Dask")
+
+# %% [markdown] id="when"
+# **Explain.** For Dask the gang was no task at all: its ranks are processes of their own, under the workers, and talk to
+# each other without the scheduler.
+#
+# | | tasks | a gang |
+# |---|---|---|
+# | the pieces | don't know of each other | talk in every step |
+# | they start | when a worker is free | all together, or not at all |
+# | more of them than workers | is normal, and evens out the load | wait for seats, or take turns and are *emulated* |
+# | one is lost | it alone is done again, elsewhere | all stop, and go on from a checkpoint |
+# | the slowest | delays nobody but the end | delays everybody, in every step |
+# | with Dask | `delayed`, `map`, `dask.array`, `dask.bag` | `hpclab.launch`, `hpclab.train`, `%%ranks` |
+#
+# ## Who works when
+#
+# Another job: how well can each image be compressed? The first fifth of the images we try four times as hard. All images
+# are sent to the workers *once*, with `scatter`; each task gets only where its piece begins and ends.
+#
+# **Predict**: cut into 2, 20 and 400 tasks, in which case is everything done first? Who is idle, and when?
+
+
+# %% id="stream-do"
+def squeeze(images, start, stop, hard=0):
+    """Bytes of each image, compressed; as many as `hard` at the front take four times as long."""
+    tries = [4 if number < hard else 1 for number in range(start, stop)]
+    pictures = zip(raw(images, start, stop), tries, strict=True)
+    return [min(len(zlib.compress(picture, 9)) for _ in range(often)) for picture, often in pictures]
+
+
+def squeeze_all(count, total=MOST, **settings):
+    """Seconds to compress so many images in so many tasks."""
+    edges = np.linspace(0, total, count + 1).astype(int).tolist()
+    return tasks.clock(client, squeeze, [held] * count, edges[:-1], edges[1:], **settings)
+
+
+held = client.scatter(images, broadcast=True)
+squeeze_all(100, 1000)  # whoever comes first opens the connections
+figure, axes = figures.subplots(3, 1, size=(9, 7))
+for ax, count in zip(axes, (workers, 10 * workers, 200 * workers), strict=True):
+    ax.sharex(axes[0])
+    with get_task_stream() as stream:
+        squeeze_all(count, 4000, hard=800)
+    plots.tasks(tasks.spans(stream.data), ax)
+
+# %% [markdown] id="stream-explain"
+# **Explain.** With a task a worker, one has all the hard images, and the other waits: nobody can take over half a task.
+# With twenty, whoever is done takes the next, and both end at nearly the same time. With 400 the load is even, and white
+# gaps have come: between two tasks a worker waits for the scheduler. (This is what Dask's dashboard shows live, as its *task
+# stream*.)
+#
+# So there are two costs. Too few tasks leave workers idle at the end; too many are paid for one by one.
+#
+# ## What a task costs
+#
+# Now all images are equally hard, and the work is the same however it is cut: into 1, 2, 4, ... tasks. In the simplest
+# model, $p$ workers share the work $W$, and each of $n$ tasks costs $o$ to hand out, one after the other:
+#
+# $$t = W/p + n\,o$$
+#
+# That is the law of a message, alpha + beta times its size, with tasks in place of bytes. We measure some hundred tasks at
+# most, in turns, fit, and let the model predict a number of tasks that it hasn't seen.
+#
+# **Predict**: what does a task cost: a microsecond, a millisecond, a second?
+
+# %% id="grain-do"
+cuts = [1] + [workers * many for many in (1, 2, 5, 15, 50, 200)]
+rows = tasks.sweep(squeeze_all, cuts, items=MOST, repeats=REPEATS)
+seen = [(row["tasks"], row["duration_s"]) for row in rows if row["tasks"] > 1]
+model = laws.fit_alpha_beta(*zip(*seen, strict=True))
+cost, ends = model.values["beta"], model.intervals["beta"]
+print(f"a task costs {1e3 * cost:.1f} ms ({1e3 * ends[0]:.1f} to {1e3 * ends[1]:.1f}, 95 %)")
+unseen = tasks.sweep(squeeze_all, [MOST], items=MOST, repeats=1)
+low, high = np.ravel(model.band([MOST], new=True))
+print(f"{MOST:,} tasks: {low:.1f} to {high:.1f} s by the model, {unseen[0]['duration_s']:.1f} s measured")
+figure = plots.grain(rows, model, unseen).figure
+
+# %% [markdown] id="grain-explain"
+# **Explain.** At the right end there is one task, and one worker works. With two, both do, if there is a CPU for each.
+# Further left the line is flat for a while: tasks are cheap compared with what is in them. Beyond the knee (dotted), where
+# handing out takes as long as the work, it rises: ten times as many tasks, ten times as long, for the same work. The band
+# is that of one more measurement; a machine that others use makes it wide.
+#
+# What costs so much? For each task the client writes down what is to be done, the scheduler finds a worker, two
+# encrypted messages travel, a worker unpacks, packs and reports. (On two CPUs they also take these from the
+# workers; with a scheduler on a machine of its own less would be lost.)
+#
+# There is *one* scheduler. Whatever the number of workers, it hands out no more than $1/o$ tasks a second. So a task of $s$
+# seconds keeps no more than $s/o$ workers busy:
+
+# %% id="reach-do"
+Table(
+    {"a task takes": f"{task_s:g} s", "workers kept busy, at most (forecast)": f"{task_s / cost:,.0f}"}
+    for task_s in (0.01, 0.1, 1, 10, 60)
+)
+
+# %% [markdown] id="share"
+# ## Threads or processes?
+#
+# Workers can also be threads of one process. Then nothing needs to be sent: all see the same memory. But Python lets only
+# one thread run Python code at a time, the one that holds the *global interpreter lock*, the GIL. Code in C, as in numpy,
+# can let go of it while it computes.
+#
+# **Predict**: two workers compute four pieces. How many times as fast as one process by itself is that: for a loop in
+# Python with threads, with processes? For numpy's sort with threads, with processes?
+
+
+# %% id="share-do"
+def loop(piece):
+    return sum(number * number % 7 for number in range(1_000_000))
+
+
+def sort(piece):
+    numbers = np.random.default_rng(piece).random(300_000)
+    return sum(np.sort(numbers)[0] for _ in range(5))
+
+
+where = {"n_workers": 1, "threads_per_worker": workers, "dashboard_address": None, "silence_logs": False}
+threads = Client(processes=False, set_as_default=False, **where)
+Table(tasks.race([loop, sort], {"threads": threads, "processes": client}, pieces=2 * workers, repeats=REPEATS))
+
+# %% [markdown] id="bytes"
+# **Explain.** Threads can't help the loop: whoever runs Python holds the GIL, and the others wait. They can help the sort,
+# which lets go of it. Processes have a GIL each, and can help both. (If all four are near 1, there was no second CPU for
+# them: somebody else's program had it. *speedup* is the median over the turns, beside the lowest and the highest.) What
+# processes don't have is the same memory.
+#
+# **Predict**: an array of a million numbers is given to a task. How many bytes travel to a thread, how many to a process?
+# How many come back, if the task returns the sum?
+
+# %% id="bytes-do"
+block = np.random.default_rng(0).random(1_000_000)
+address, kept = operator.attrgetter("ctypes.data"), client.scatter(block, broadcast=True)
+for name, where, given in ("thread", threads, block), ("process", client, block), ("process, scattered", client, kept):
+    spent = [tasks.clock(where, np.sum, [given]) for _ in range(5 * REPEATS)]
+    same = where.submit(address, given).result() == address(block)
+    print(f"{name}: {1e3 * np.median(spent):.0f} ms to sum up", "this very array" if same else "a copy")
+print(f"packed, the array has {len(pickle.dumps(block)):,} bytes, its sum {len(pickle.dumps(block.sum())):,}")
+threads.close()
+
+# %% [markdown] id="queue"
+# **Explain.** So: send data once (`scatter`), or better not at all (let the task read it, as `read` above did), and return
+# what is small. A task's arguments are sent with *each* task that has them.
+#
+# ## The same on a job queue
+#
+# On a supercomputer workers don't start when you like. You hand in a *job*, a queue decides when it runs, and only then is
+# there a worker. Here is a real queue, a Slurm of your own; `connect` submits a job for each worker, waits for them, and
+# gives a client like any other. On a site, leave out `private=True`.
+#
+# **Predict**: what takes longer than on the local cluster: to connect, or each task?
+
+# %% id="queue-do"
+clusters = {"local": client}
+begin = time.perf_counter()
+try:
+    clusters["slurm"] = hpclab.connect("slurm", private=True, workers=workers, memory="1GB")
+    connect_s["slurm"] = time.perf_counter() - begin
+except OSError as error:
+    print("Skipped, as there is no Slurm here:", error)
+print("seconds to connect:", {name: round(seconds, 1) for name, seconds in connect_s.items()})
+Table(tasks.overhead(clusters, repeats=REPEATS))
+
+# %% [markdown] id="queue-explain"
+# **Explain.** Once the jobs run, a worker is a worker: scheduler, messages and encryption are the same. Do the two
+# intervals of a task's cost overlap? (These tasks have nothing in them, and fewer arguments than those above.) What a queue
+# adds comes before: to submit, to wait, to start. On this Slurm nobody stands before you; on a site it may take hours.
+# Hence one connects once, and hands out many tasks.
+#
+# ## Exercise: choose the chunk
+#
+# Write `chunks(items, workers, item_s, task_s)`. It cuts the list `items` into a list of lists, each of which becomes a
+# task. An item takes `item_s` seconds on average; some, and you don't know which, take several times that. To hand out a
+# task takes `task_s`. The result must be that of the serial code, so each item is needed once, in order. It is tried on
+# four planted jobs, from a laptop to a thousand workers, and then on a real one, in turns with a task for each item and a
+# task for each worker.
+#
+# <details><summary>Hint</summary>
+#
+# Write down both costs for chunks of `k` items: how many tasks are there, and how long may the last one let the others wait?
+# Where is the sum smallest? In the notebook *faults* checkpoints pose the same question.
+#
+# </details>
+
+
+# %% id="chunk-answer" exercise=true
+def chunks(items, workers, item_s, task_s):
+    ...
+    ### BEGIN SOLUTION
+    size = max(1, round((len(items) * task_s / item_s) ** 0.5))
+    return [items[start : start + size] for start in range(0, len(items), size)]
+    ### END SOLUTION
+
+
+# %% id="chunk-check" points=1
+hpclab.check("dask.chunk", chunks)
+
+# %% [markdown] id="bytes-exercise"
+# ## Exercise: send it once
+#
+# This is how it is often written:
+#
+# ```python
+# def look_up_all(client, table, queries, look_up):
+#     futures = [client.submit(look_up, table, query) for query in queries]
+#     return client.gather(futures)
+# ```
+#
+# It is right, and all workers help. But how often does the table travel? Write a `look_up_all` that returns the same list,
+# with the look-ups done by all workers, and the table sent no more often than needed. The check counts.
+#
+# <details><summary>Hint</summary>
+#
+# Who has the table after `client.scatter(table, broadcast=True)`, and what does that return?
+#
+# </details>
+
+
+# %% id="bytes-answer" exercise=true
+def look_up_all(client, table, queries, look_up):
+    ...
+    ### BEGIN SOLUTION
+    held = client.scatter(table, broadcast=True)
+    return client.gather([client.submit(look_up, held, query) for query in queries])
+    ### END SOLUTION
+
+
+# %% id="bytes-check" points=1
+hpclab.check("dask.bytes", look_up_all)
+
+# %% [markdown] id="close"
+# ## Close
+
+# %% id="close-do"
+for where in reversed(clusters.values()):
+    where.close()
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - Independent pieces are *tasks*; what must talk is a *gang*. Both use the same workers.
+# - A graph is a plan. Compute together what shares work.
+# - A task costs a fixed time. It should take many times that, and there should be many more tasks than workers.
+# - Threads share memory and the GIL; processes have neither, and what they need is sent: so send it once.
+# - A queue costs waiting before, and nothing after.
+#
+# ### What breaks at scale
+#
+# By the table above, thousands of workers need tasks of ten seconds or more; and at 2 ms a task, a million tasks take half
+# an hour to hand out, with any number of workers. Then tasks become larger, or the workers are seated as a gang.
+#
+# ### References
+#
+# - M. Rocklin, *Dask: parallel computation with blocked algorithms and task scheduling*, SciPy 2015.
+# - [Dask: best practices](https://docs.dask.org/en/stable/best-practices.html), on sizes of tasks, and on large data in graphs.
+# - D. Beazley, *Understanding the Python GIL*, PyCon 2010.

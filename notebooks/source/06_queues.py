@@ -1,0 +1,264 @@
+# %% [markdown] id="title"
+# # Queues: your turn on a shared machine
+#
+# **You will** start a real Slurm that is yours alone; give it scripts, an array, and a dozen jobs, first come first served
+# and then with backfill; watch who waits for whom; train a network over two of its nodes, and kill one of them.
+#
+# | | |
+# |---|---|
+# | objectives | write a job script and an array; read the queue and a Gantt chart; say why a job waits, and what makes it start sooner; run a training on a queue as you would on your laptop |
+# | prerequisites | the notebooks *start* and *faults* |
+# | minutes | 45 to read and do, 20 of them for the exercises; under 3 to run |
+# | needs | Linux with Slurm's programs (Debian, Ubuntu: `apt install slurm-wlm munge libnss-wrapper`; Binder has them), 2 CPUs, 1.5 GB of memory, no network, no root |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import functools
+import time
+from pathlib import Path
+
+from IPython.display import display
+
+import hpclab
+from hpclab import plots, slurm, views
+
+STEPS = {"small": 100, "class": 200, "cluster": 2000}[SIZE]
+
+# %% [markdown] id="up"
+# ## A Slurm of your own
+#
+# On a supercomputer hundreds of people share thousands of nodes, and a *job queue* says who runs when. Most use Slurm. So
+# does this notebook: the same daemons and the same commands, of which you are root, user and victim. Its *nodes* are
+# virtual: they share this machine's CPUs, so jobs that compute would slow each other down. (Ours mostly sleep.) `mine.run("sinfo")` runs the
+# command `sinfo` on it; in a terminal `hpclab slurm up` and `hpclab slurm shell` give you one to type at.
+
+# %% id="up-do"
+mine = slurm.start(nodes=2, cpus=2)
+print(mine.run("sinfo"))
+
+# %% [markdown] id="script"
+# ## A script
+#
+# A job is a shell script. Its `#SBATCH` lines say what it needs: **n**ame, **n**odes, CPUs, memory, and how long at most.
+# You hand it in and go; what it prints goes to a file.
+#
+# On a site a script would also load software (`module load python/3.11`), name who pays (`--account`), and choose a queue
+# (`--partition`). What exactly, its documentation tells.
+
+# %% id="script-do"
+hello = """#!/bin/bash
+#SBATCH --job-name=hello
+#SBATCH --nodes=2 --ntasks=4
+#SBATCH --time=00:01:00
+#SBATCH --output=hello.out
+echo "the script runs once, on $SLURMD_NODENAME, the first node of $SLURM_JOB_NODELIST"
+srun bash -c 'echo "task $SLURM_PROCID of $SLURM_NTASKS runs on $SLURMD_NODENAME"'
+"""
+print(mine.run("sbatch", "--wait", input=hello))
+print(Path("hello.out").read_text())
+
+# %% [markdown] id="array"
+# ## An array
+#
+# The same script for many inputs is an *array*: one script, a job a number, and `%3` lets at most three run at once.
+
+# %% id="array-do"
+square = "sleep 1; echo $((SLURM_ARRAY_TASK_ID * SLURM_ARRAY_TASK_ID))"
+print(mine.run("sbatch", "--wait", "--job-name=array", "--array=1-8%3", "--output=square-%a.out", "--wrap", square))
+print([Path(f"square-{number}.out").read_text().strip() for number in range(1, 9)])
+
+# %% id="array-show-do"
+ax = plots.gantt(mine.jobs()[1:])
+
+# %% [markdown] id="array-explain"
+# **Explain.** A thin line is waiting, a bar is running, with its node. Never more than three run at once, and the next
+# starts a moment after one has ended: the scheduler looks about once a second.
+#
+# ## Who goes first?
+#
+# A dozen jobs come at once. The first takes half of the machine. The second, *wide*, needs all of it. Then come eight
+# short ones, a *greedy* one, and one that is wide again.
+#
+# **Predict**: first come, first served. The short jobs need one CPU, and two are idle. When do they start?
+
+# %% id="jobs"
+mine.stop()
+#        name  nodes  CPUs  minutes asked for  seconds taken
+DOZEN = [("long", 1, 2, 3, 8), ("wide", 2, 4, 2, 2)]
+DOZEN += [("short", 1, 1, 1, 2)] * 8
+DOZEN += [("greedy", 1, 1, 10, 2), ("wide", 2, 4, 1, 1)]
+
+
+def run_dozen(queue):
+    """Hand them all in, wait for the last, and return what became of each."""
+    for name, nodes, cpus, minutes, seconds in DOZEN:
+        asks = f"--job-name={name}", f"--nodes={nodes}", f"--ntasks={cpus}", f"--time={minutes}"
+        queue.run("sbatch", *asks, "--output=/dev/null", "--wrap", f"sleep {seconds}")
+    while any(job["ended_s"] is None for job in queue.jobs()):
+        time.sleep(0.5)
+    time.sleep(1)  # for a last look
+    return queue.jobs()
+
+
+# %% id="fifo-do"
+with slurm.start(nodes=2, cpus=2, scheduler="builtin") as queue:
+    display(queue)  # live
+    fifo = run_dozen(queue)
+
+# %% [markdown] id="backfill"
+# **Explain.** *wide* is next, and can't start. So nobody behind it may, though two CPUs have nothing to do.
+#
+# Now the same dozen with *backfill*: a job may overtake if that delays nobody before it. The scheduler can know only if each
+# job has said how long it takes at most.
+#
+# **Predict** which jobs overtake *wide* now, and which one, though just as short, does not.
+
+# %% id="backfill-do"
+with slurm.start(nodes=2, cpus=2, scheduler="backfill") as queue:
+    display(queue)
+    filled = run_dozen(queue)
+
+
+# %% id="compare-do"
+def summary(name, jobs):
+    first, last = min(job["submitted_s"] for job in jobs), max(job["ended_s"] for job in jobs)
+    used = sum(job["cpus"] * (job["ended_s"] - job["started_s"]) for job in jobs)
+    return {
+        "order": name,
+        "mean wait (s)": sum(job["started_s"] - job["submitted_s"] for job in jobs) / len(jobs),
+        "wait of the first wide one (s)": jobs[1]["started_s"] - first,
+        "all done after (s)": last - first,
+        "CPUs in use": f"{used / (4 * (last - first)):.0%}",
+    }
+
+
+hpclab.tables.Table([summary("first come, first served", fifo), summary("backfill", filled)])
+
+# %% [markdown] id="compare-explain"
+# **Explain.** The short jobs fill the hole beside *long*: they asked for one minute, and *long* holds its CPUs for up to
+# three. *greedy* takes two seconds as they do, but asked for ten minutes: the scheduler must believe it, and ten minutes
+# don't fit before *wide*. **To ask for less is to start sooner.** Ask for too little, though, and your job is killed when
+# its time is over.
+#
+# (Slurm's clock counts whole seconds, and it looks at its queue about once a second: read the differences, not the digits.)
+#
+# ## The same cell on a queue
+#
+# A cluster of workers on a queue is one word away. Each worker is a job; the training doesn't know. On a site with Slurm it
+# is `hpclab.connect("slurm", workers=2, walltime="00:30:00", account=...)`; here we hand over our own Slurm, with three
+# nodes, one of them to spare.
+
+# %% id="connect-do"
+model = functools.partial(hpclab.models.CNN, channels=(8, 16))
+site = slurm.start(nodes=3, cpus=1)
+client = hpclab.connect(site, workers=2, memory="1GB", walltime="00:10:00")
+print(hpclab.queues.script("slurm", workers=2, memory="1GB", walltime="00:10:00"))
+
+
+def train(**settings):
+    settings = {"ranks": 2, "batch_size": 32, "steps": STEPS, "oversubscribe": True, "progress": False} | settings
+    return hpclab.train(client, model, "fashion_mnist", **settings)
+
+
+undisturbed = train().result()
+print(site.status())
+
+# %% [markdown] id="kill"
+# ## A node dies
+#
+# **Predict**: the node of one worker loses its power in the middle of the training. What do you have to do?
+
+# %% id="kill-do"
+run = train(checkpoint_every=20, max_restarts=3)
+while len(run.rows) < STEPS:
+    time.sleep(0.05)
+node = next(job["nodes"] for job in site.jobs() if job["state"] == "RUNNING")
+site.kill(node)
+fit = run.result()
+views.recovery(run.rows)
+
+# %% id="kill-show-do"
+same = all(bool((fit.weights[name] == value).all()) for name, value in undisturbed.weights.items())
+print(f"{node} was killed; every weight equals that of the undisturbed training: {same}")
+ax = plots.gantt(site.jobs())
+
+# %% [markdown] id="kill-explain"
+# **Explain.** Nothing. Slurm saw its node down, and the job on it failed. hpclab asked for another worker, which Slurm gave
+# a place on the spare node, and the gang went on there from its last checkpoint: to the last bit as if nothing had been.
+# When a job's *walltime* is about to end, it goes the same way, with a checkpoint just before.
+
+# %% id="close-do"
+client.close()
+site.stop()
+
+# %% [markdown] id="backfill-exercise"
+# ## Exercise: slip through
+#
+# The machine of above again (2 nodes, 2 CPUs each, backfill): *long* runs on one node and has asked for 3 minutes; *wide*
+# waits for both. Your job simulates three molecules: `simulate` takes 2 seconds with one CPU, and it can't know more than one.
+# You have no right to set priorities. Write the options with which your job is done before *wide* starts.
+#
+# <details><summary>Hint</summary>
+#
+# Which hole is there, how wide is it, and for how long? What does a job get that says nothing about its time?
+#
+# </details>
+
+# %% id="backfill-answer" exercise=true
+options = ...
+### BEGIN SOLUTION
+options = "--ntasks=1 --time=2"
+### END SOLUTION
+
+# %% id="backfill-check" points=1
+hpclab.check("queues.backfill", options)
+
+# %% [markdown] id="array-exercise"
+# ## Exercise: an array that is a good neighbour
+#
+# In the folder of the job lies a program, `./square`, which takes a number and writes its square to `out-<number>`. Write
+# a job script for the numbers 3 to 8 as an array, of which at most two run at the same time: it has to be one script, handed
+# in once.
+#
+# <details><summary>Hint</summary>
+#
+# `#SBATCH` lines take every option of `sbatch`. Which variable tells a job of an array its number?
+#
+# </details>
+
+# %% id="array-answer" exercise=true
+script = ...
+### BEGIN SOLUTION
+script = """#!/bin/bash
+#SBATCH --array=3-8%2
+#SBATCH --ntasks=1 --time=1
+./square $SLURM_ARRAY_TASK_ID
+"""
+### END SOLUTION
+
+# %% id="array-check" points=1
+hpclab.check("queues.array", script)
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - A job says what it needs, and for how long at most; the queue decides when it gets it.
+# - First come, first served leaves holes. Backfill fills them with jobs that are short *and say so*.
+# - Many small things are one array, with a limit that leaves room for others.
+# - A training on a queue is the same cell; nodes that die and walltimes that end cost what was done since the last
+#   checkpoint.
+#
+# ### What breaks at scale
+#
+# Real queues don't go by arrival: they weigh waiting, size, and how much your group has used lately (*fair share*). A wide
+# job may wait for days while its nodes drain, idle. And ten thousand tiny jobs are an attack on the scheduler: bundle them.
+#
+# ### References
+#
+# - Slurm's documentation: `man sbatch`, and slurm.schedmd.com (*Scheduling Configuration Guide*).
+# - Mu'alem and Feitelson (2001): *Utilization, predictability, workloads, and user runtime estimates in scheduling the IBM
+#   SP2 with backfilling*. IEEE TPDS 12(6).

@@ -294,8 +294,8 @@ class Footprint(threading.Thread):
             return 0
 
 
-def execute(notebook, folder, capsys, label) -> dict[str, str]:
-    """Run a notebook in a fresh kernel, print time and memory; what each check shows, by cell id."""
+def execute(notebook, folder, tell, label) -> dict[str, str]:
+    """Run a notebook in a fresh kernel, tell time and memory; what each check shows, by cell id."""
     folder.mkdir(parents=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("HPCLAB_LANG", "NBGRADER_EXECUTION")}
     environment |= {"PYTHONPATH": str(ROOT), "HPCLAB_SIZE": "class"}  # this tree, whatever is installed
@@ -307,8 +307,7 @@ def execute(notebook, folder, capsys, label) -> dict[str, str]:
     finally:
         footprint.done.set()
         footprint.join()
-    with capsys.disabled():
-        print(f"\n{label}: {time.perf_counter() - start:.0f} s, peak {footprint.peak / 1e6:.0f} MB")
+    tell("measured", f"{label}: {time.perf_counter() - start:.0f} s, peak {footprint.peak / 1e6:.0f} MB")
     _, left = psutil.wait_procs(footprint.seen, timeout=10)
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
     checks = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
@@ -316,7 +315,7 @@ def execute(notebook, folder, capsys, label) -> dict[str, str]:
 
 
 @every_source
-def test_the_solutions_pass(path, tmp_path, capsys):
+def test_the_solutions_pass(path, tmp_path, record_property):
     """In English; other editions differ in prose only. What students get, all editions, runs in a real browser."""
-    shown = execute(build.solution(path), tmp_path / "notebooks", capsys, path.stem)
+    shown = execute(build.solution(path), tmp_path / "notebooks", record_property, path.stem)
     assert {cell_id: html for cell_id, html in shown.items() if 'data-status="pass"' not in html} == {}

@@ -1,6 +1,7 @@
 """A run in a notebook: live while it goes, with buttons; an ordinary output when it has ended."""
 
 import html
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -44,32 +45,31 @@ def pause(started: float) -> float:
 
 
 class LiveView:
-    """What `page` shows, drawn anew as rows come, with a Stop button and one that kills a rank.
+    """What `page` shows, drawn anew as rows come, below a Stop button and one that kills a rank.
 
     The buttons work while a cell waits in ``run.result()``, as the kernel has subshells (ipykernel 7, JupyterLab 4.4).
-    When the run has ended, an ordinary output takes the place of the controls, so that a saved notebook shows it too.
+    They go when the run has ended; the page is an ordinary output from the start, which a notebook keeps if its kernel
+    goes first.
     """
 
     def __init__(self, run: Any):
         import ipywidgets
 
         self.run = run
-        self.content = ipywidgets.HTML()
         self.stop = ipywidgets.Button(description=_("Stop"), icon="stop", button_style="warning")
         self.rank = ipywidgets.Dropdown(options=list(range(run.ranks)), description=_("rank"))
         self.kill = ipywidgets.Button(description=_("Kill this rank"), icon="bolt", button_style="danger")
         self.stop.on_click(lambda button: self._stop())
         self.kill.on_click(lambda button: run.kill(self.rank.value))
-        for control in (self.stop, self.rank, self.kill):
+        self.controls = ipywidgets.HBox([self.stop, self.rank, self.kill])
+        for control in self.controls.children:
             answer_in_subshell(control)
-        self.controls = ipywidgets.VBox([ipywidgets.HBox([self.stop, self.rank, self.kill]), self.content])
-        self.handle: Any = None
         self.news = threading.Event()
 
     def show(self) -> None:
         """Display it here, and begin to follow the run."""
-        self.content.value = page(self.run)
-        self.handle = display(self.controls, display_id=True)
+        self.buttons = display(self.controls, display_id=True)
+        self.place = display(HTML(page(self.run)), display_id=True)
         self.run.watch(lambda run, rows: self.news.set())
         threading.Thread(target=self._follow, name="hpclab-view", daemon=True).start()
 
@@ -82,10 +82,12 @@ class LiveView:
             self.news.wait()
             self.news.clear()
             started = time.monotonic()
-            self.content.value = page(self.run)
+            self.place.update(HTML(page(self.run)))
             time.sleep(pause(started))
-        self.handle.update(HTML(page(self.run)))
-        self.controls.close()
+        self.place.update(HTML(page(self.run)))
+        self.buttons.update(HTML(""))
+        for control in (*self.controls.children, self.controls):
+            control.close()
 
 
 _followed: dict[Any, Any] = {}
@@ -154,6 +156,8 @@ def page(run: Any) -> str:
     every = run.rows.copy()
     rows = kept(every)
     parts = [f"<p><strong>{html.escape(run.name)}</strong>: {_word(run)}</p>"]
+    if run.going:
+        parts.append(f"<p>{_seen(run)}</p>")
     if any(row["kind"] == "step" for row in rows):
         parts += [_figure(rows).picture(), markup(ranks(rows))]
     if any(row["kind"] == "restart" for row in every):
@@ -233,6 +237,17 @@ def _word(run: Any) -> str:
         "interrupted": _("interrupted: its kernel went before it"),
     }
     return words[run.status]
+
+
+def _seen(run: Any) -> str:
+    """When a run that goes on was seen, for a reader whose kernel has gone since."""
+    call = f"hpclab.open_run({os.path.relpath(run.folder)!r})"
+    told = _(
+        "Seen at {time}. If its kernel has gone since, {call} shows what came after.",
+        time=time.strftime("%H:%M:%S"),
+        call=call,
+    )
+    return html.escape(told, quote=False)
 
 
 def _figure(rows: list[dict]) -> Figure:

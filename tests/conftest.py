@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import uuid
 
@@ -66,6 +67,49 @@ def no_rank_left(seconds: float = 10) -> bool:
     while ranks_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     return not ranks_alive()
+
+
+class Footprint:
+    """Samples the memory of a process and all its descendants while a block runs: the peak, in bytes.
+
+    Parameters
+    ----------
+    pid : callable
+        Returns the process's id; None as long as it isn't there.
+    """
+
+    def __init__(self, pid):
+        self.pid, self.done, self.peak, self.seen = pid, threading.Event(), 0, set()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self):
+        while not self.done.wait(0.3):
+            self.peak = max(self.peak, self._sample())
+
+    def _sample(self) -> int:
+        try:
+            first = psutil.Process(self.pid())
+            processes = [first, *first.children(recursive=True)]
+        except (psutil.Error, TypeError):  # not started yet, or ended
+            return 0
+        self.seen.update(processes)
+        return sum(map(self._memory, processes))
+
+    @staticmethod
+    def _memory(process) -> int:
+        """Proportional set size where there is one: forked ranks share most of their pages."""
+        try:
+            return getattr(process.memory_full_info(), "pss", 0) or process.memory_info().rss
+        except psutil.Error:
+            return 0
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import no_rank_left, require
+from axe_playwright_python.sync_playwright import Axe
+from conftest import Footprint, no_rank_left, require
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -32,8 +33,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lab(home):
-    """Address, up to the notebook's name, and token of a JupyterLab that `hpclab lab` opened on a fresh course."""
+def server(home):
+    """A JupyterLab, as `hpclab lab` opens it on a fresh course with Binder's settings."""
     require(CHROMIUM is not None, "chromium")
     for name, settings in SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -56,11 +57,17 @@ def lab(home):
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, cwd=home, stdout=log, stderr=log, env=env)
     try:
-        yield opened(server, home / "log")
+        yield server
     finally:
         server.terminate()
         server.wait(30)
     assert no_rank_left()
+
+
+@pytest.fixture(scope="module")
+def lab(home, server):
+    """Address of that JupyterLab, up to the notebook's name, and its token."""
+    return opened(server, home / "log")
 
 
 def opened(server, log):
@@ -133,6 +140,13 @@ def shoot(page, name):
     page.screenshot(path=SHOTS / f"{name.replace('/', '-')}.png")
 
 
+def check_accessible(page):
+    """No serious violation in what cells show, by axe's rules; JupyterLab's own frame around it isn't ours."""
+    found = Axe().run(page, context=".jp-OutputArea-output", options={"resultTypes": ["violations"]}).response
+    serious = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+    assert [(one["id"], node["html"]) for one in serious for node in one["nodes"]] == []
+
+
 NAMES = [
     "00_start.ipynb",
     "zh/00_start.ipynb",
@@ -146,13 +160,23 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_notebook_runs_from_top_to_bottom(page, lab, name):
-    open_notebook(page, lab, name)
+def run_all(page, name):
     choose(page, "Run", "Run All Cells")
     prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
     wait_for(page, f"{prompts}.every(prompt => /\\[\\d+\\]/.test(prompt.innerText))", name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_runs_from_top_to_bottom(page, lab, server, name, record_property):
+    with Footprint(lambda: server.pid) as footprint:
+        open_notebook(page, lab, name)
+        run_all(page, name)
+    told = f"{name}: peak {footprint.peak / 1e6:.0f} MB of JupyterLab, kernel, cluster and ranks together"
+    record_property("measured", told)
+    if name == "00_start.ipynb":
+        assert footprint.peak < 1e9, "what Binder grants"
     shoot(page, name)
+    check_accessible(page)
     outputs = page.locator(".jp-OutputArea-output")
     assert outputs.get_by_text("Traceback (most recent call last)").count() == 0
     assert outputs.get_by_text("Error displaying widget").count() == 0
@@ -263,6 +287,7 @@ def gang(page, lab, home, request):
 
 def test_stop_while_a_cell_waits(gang):
     shoot(gang, "gang-live")
+    check_accessible(gang)
     gang.locator(".widget-button", has_text="Stop").click()
     wait_for(gang, "/: stopped/.test(document.body.innerText)", "gang-stopped")
     shoot(gang, "gang-stopped")
@@ -280,6 +305,22 @@ def test_kill_a_rank_while_a_cell_waits(gang):
     assert no_rank_left()
     error = gang.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)").inner_text()
     assert re.search("rank 1 of 2 on .* was killed by SIGKILL, on demand", error)
+
+
+def test_a_kernel_restarted_in_mid_run_leaves_what_was_seen(gang, lab):
+    """Its ranks end; the notebook says when the run was seen, also when it is opened again, and runs anew."""
+    choose(gang, "Kernel", "Restart Kernel…")
+    gang.get_by_role("button", name="Confirm Kernel Restart").click()
+    assert no_rank_left(60)
+    seen = gang.locator(".jp-OutputArea-output", has_text="If its kernel has gone since")
+    assert "talking and waiting" in seen.inner_text()
+    shoot(gang, "gang-restarted")
+    choose(gang, "File", "Save Notebook")
+    gang.wait_for_timeout(1000)
+    gang.reload()
+    gang.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
+    assert "talking and waiting" in seen.inner_text()
+    shoot(gang, "gang-reopened")
 
 
 RANKS = [
@@ -354,18 +395,32 @@ client
 play = hpclab.playground.Playground(client, hpclab.models.CNN, "fashion_mnist", steps=2000)
 play
 ---
+import gc, comm, matplotlib.figure
+from IPython.display import HTML
+def held():
+    gc.collect()
+    figures = [one for one in gc.get_objects() if isinstance(one, matplotlib.figure.Figure)]
+    return len(comm.get_comm_manager().comms), len(figures)
+before = held()
+for number in range(500):
+    play.place.update(HTML(play.page(play.run.rows)))
+held() == before
+---
 client.close()
 """
 
 
 def test_the_playground_and_the_card_answer_the_keyboard(page, lab, home):
-    """A slider relaunches the gang while the run of before goes on; Stop ends it; the card follows its control."""
+    """A slider relaunches the gang while the run of before goes on; Stop ends it; the card follows its control.
+
+    And 500 updates leave no comm, no figure and no second picture behind.
+    """
     from playwright.sync_api import expect
 
     name = "playground.ipynb"
     write_notebook(home, name, [source.strip() for source in PLAY.split("---")])
     open_notebook(page, lab, name)
-    card, play, close = (page.locator(".jp-Notebook .jp-CodeCell").nth(number) for number in range(3))
+    card, play, many, close = (page.locator(".jp-Notebook .jp-CodeCell").nth(number) for number in range(4))
     run_cell(page, card)
     expect(card.get_by_text("2 workers (this machine)")).to_be_visible(timeout=60_000)
     expect(card.get_by_role("link", name="dashboard")).to_be_visible()
@@ -378,16 +433,20 @@ def test_the_playground_and_the_card_answer_the_keyboard(page, lab, home):
     expect(table).to_contain_text("2 ranks, 256 a step", timeout=60_000)
     expect(table).to_contain_text("before: 2 ranks, 128 a step")
     shoot(page, "playground")
+    check_accessible(page)
     play.get_by_role("button", name="Stop").click()
     expect(play.get_by_role("button", name="Stop")).to_be_disabled()
     assert no_rank_left()
+    run_cell(page, many)
+    expect(many.locator(".jp-OutputArea-output")).to_have_text("True", timeout=300_000)
+    assert play.locator("img").count() == 1
     size = card.get_by_role("spinbutton")
     size.fill("3")
     size.press("Enter")
     expect(card.get_by_text("3 workers (this machine)")).to_be_visible(timeout=60_000)
     shoot(page, "card")
     run_cell(page, close)
-    expect(close.locator(".jp-InputPrompt")).to_contain_text("[3]", timeout=60_000)
+    expect(close.locator(".jp-InputPrompt")).to_contain_text("[4]", timeout=60_000)
 
 
 def run_cell(page, cell):

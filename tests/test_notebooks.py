@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import threading
 import time
 from pathlib import Path
 from string import Formatter
@@ -13,6 +12,7 @@ from string import Formatter
 import nbformat
 import psutil
 import pytest
+from conftest import Footprint
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,49 +265,17 @@ def test_the_editions_differ_in_prose_only(path):
     assert [cell.id for cell in prose if not re.search("[\u4e00-\u9fff]", cell.source)] == []
 
 
-class Footprint(threading.Thread):
-    """Samples the memory of a running client's kernel and all its descendants: the peak, in bytes."""
-
-    def __init__(self, client):
-        super().__init__(daemon=True)
-        self.client, self.done, self.peak, self.seen = client, threading.Event(), 0, set()
-
-    def run(self):
-        while not self.done.wait(0.3):
-            if provisioner := getattr(self.client.km, "provisioner", None):
-                self.peak = max(self.peak, self.sample(provisioner.pid))
-
-    def sample(self, pid) -> int:
-        try:
-            processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        except (psutil.Error, TypeError):  # not started yet, or ended
-            return 0
-        self.seen.update(processes)
-        return sum(map(self.memory, processes))
-
-    @staticmethod
-    def memory(process) -> int:
-        """Proportional set size where there is one: forked ranks share most of their pages."""
-        try:
-            return getattr(process.memory_full_info(), "pss", 0) or process.memory_info().rss
-        except psutil.Error:
-            return 0
-
-
 def execute(notebook, folder, tell, label) -> dict[str, str]:
     """Run a notebook in a fresh kernel, tell time and memory; what each check shows, by cell id."""
     folder.mkdir(parents=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("HPCLAB_LANG", "NBGRADER_EXECUTION")}
     environment |= {"PYTHONPATH": str(ROOT), "HPCLAB_SIZE": "class"}  # this tree, whatever is installed
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    footprint, start = Footprint(client), time.perf_counter()
-    footprint.start()
-    try:
+    start = time.perf_counter()
+    with Footprint(lambda: getattr(client.km, "provisioner", None) and client.km.provisioner.pid) as footprint:
         client.execute(env=environment)
-    finally:
-        footprint.done.set()
-        footprint.join()
     tell("measured", f"{label}: {time.perf_counter() - start:.0f} s, peak {footprint.peak / 1e6:.0f} MB")
+    assert footprint.peak < 2e9
     _, left = psutil.wait_procs(footprint.seen, timeout=10)
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
     checks = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]

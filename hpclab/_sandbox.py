@@ -19,8 +19,8 @@ import psutil
 
 from hpclab import data
 
-TASKS = 1024
-"""Threads of all processes in the sandbox together; a Dask cluster with two ranks has about 150."""
+TASKS = 256
+"""Threads of all processes in the sandbox together, and 16 more for each CPU of the host: libraries start one for each."""
 PROCESSES = 128
 """Processes at which a notebook is stopped: no training here needs so many."""
 STRAY = 2**24
@@ -189,7 +189,7 @@ def _limit(memory: int, trust: bool) -> None:
     lower(resource.RLIMIT_DATA, memory)
     lower(resource.RLIMIT_CORE, 0)
     if not trust:
-        lower(resource.RLIMIT_NPROC, TASKS + _tasks())
+        lower(resource.RLIMIT_NPROC, TASKS + 16 * (os.cpu_count() or 1) + _tasks())
 
 
 def _tasks() -> int:

@@ -126,7 +126,7 @@ def of(path: Path, notebook: dict, course: list[Assignment]) -> Assignment:
             return one
     ids = {_id(cell) for cell in _cells(notebook)}
     best = max(course, key=lambda one: len(ids & set(one.checks)) * 1000 + len(ids & set(one.ids)))
-    if not ids & set(best.checks):
+    if not ids & set(best.checks) and 2 * len(ids & set(best.ids)) < len(best.ids):
         raise Unreadable("it is none of the course's notebooks")
     return best
 

@@ -207,7 +207,7 @@ class _Session:
                 raise ValueError
         except (KeyError, ValueError, SyntaxError, TypeError):
             return "fail", self._with_trouble(f"{found.get('ename', '')}: {found.get('evalue', '')}")
-        return status, message if status == "pass" else self._with_trouble(message)
+        return status, self._with_trouble(message)
 
     def _with_trouble(self, message: str) -> str:
         return f"{message} ({self.trouble})" if self.trouble and self.trouble not in message else message

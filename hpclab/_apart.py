@@ -1,4 +1,4 @@
-"""Work in a fork that can be stopped as a whole: what a reader's function does there can't harm the notebook's kernel."""
+"""Work in a fork that can be stopped as a whole: what a reader's function does there can't harm the kernel."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from hpclab import machine
 
 PATIENCE_SECONDS = 30.0
-"""How long the work may take, unless `HPCLAB_PATIENCE` says otherwise; on a machine with more to do than CPUs, longer."""
+"""How long the work may take, unless `HPCLAB_PATIENCE` says otherwise; longer where programs wait for CPUs."""
 MEMORY = 2**30
 """Bytes that the work may take on top of what the kernel holds already."""
 SAID = 4_000
@@ -30,6 +30,7 @@ class Outcome:
     answer: Any = None
     signal: int = 0
     said: str = ""
+    seconds: float = 0.0
 
 
 def possible() -> bool:
@@ -155,7 +156,7 @@ def _followed(child: int, answers: int, prints: int, seconds: float) -> Outcome:
             break
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if not ended and time.monotonic() - began > seconds * _crowded():
-            outcome = Outcome("patience")
+            outcome = Outcome("patience", seconds=time.monotonic() - began)
             break
     while len(said) <= SAID and select.select([prints], [], [], 0)[0] and (part := os.read(prints, 2**16)):
         said += part

@@ -1,4 +1,4 @@
-"""A notebook's kernel where it can do no harm: bubblewrap's namespaces, another user, limits, and an end for all of it."""
+"""A notebook's kernel where it can do no harm: bubblewrap's namespaces, another user, limits, and an end for all."""
 
 import contextlib
 import json
@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import psutil
 from hpclab import data
 
 TASKS = 256
-"""Threads of all processes in the sandbox together, and 16 more for each CPU of the host: libraries start one for each."""
+"""Threads of all processes in the sandbox together, beside 16 for each CPU: libraries start one for each."""
 PROCESSES = 128
 """Processes at which a notebook is stopped: no training here needs so many."""
 STRAY = 2**24
@@ -79,6 +78,8 @@ def _share(process: psutil.Process) -> int:
 
 def missing() -> str | None:
     """Why no sandbox can be made here, in English; None if one can."""
+    if sys.platform != "linux":
+        return "bubblewrap is for Linux"
     if shutil.which("bwrap") is None:
         return f"bubblewrap is missing; {INSTALL}"
     if os.getuid() == 0 and shutil.which("setpriv") is None:
@@ -228,9 +229,9 @@ def wrapped(folder: Path, hidden: list[Path]) -> list[str]:
         line += ["--perms", "0755", "--dir", path]  # bubblewrap itself makes some of them for root only
     for path in _seen():
         line += ["--ro-bind", path, path]
-    for path in hidden:
-        if any(Path(seen) in (path, *path.parents) for seen in [*_seen(), "/usr", "/opt"]):
-            line += ["--tmpfs", str(path)]
+    for masked in hidden:
+        if any(Path(seen) in (masked, *masked.parents) for seen in [*_seen(), "/usr", "/opt"]):
+            line += ["--tmpfs", str(masked)]
     line += ["--bind", str(folder), str(folder), "--chdir", HOME, "--"]
     if os.getuid() == 0:
         line += ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--inh-caps=-all", "--no-new-privs"]
@@ -256,16 +257,7 @@ def _seen() -> list[str]:
     paths += [path for path in [data.share() / "data"] if path.is_dir()]
     paths += [path for entry in sys.path if (path := Path(entry)).name in ("site-packages", "dist-packages")]
     found: list[str] = []
-    for path in sorted({str(path) for path in paths if path.is_dir()}):
-        inside = any(Path(known) in (Path(path), *Path(path).parents) for known in [*found, "/usr"])
-        if not inside:
-            found.append(path)
+    for name in sorted({str(path) for path in paths if path.is_dir()}):
+        if not any(Path(known) in (Path(name), *Path(name).parents) for known in [*found, "/usr"]):
+            found.append(name)
     return found
-
-
-def waited(one: Kernel, until: Callable[[], bool], deadline: float) -> None:
-    """Wait until something is so; `Stopped` if a limit or the time ends it first."""
-    while not until():
-        one.look()
-        if time.monotonic() > deadline:
-            raise Stopped("time")

@@ -108,8 +108,8 @@ def apart(work: Callable[[], Result]) -> Result:
         case "done":
             return Result(*outcome.answer)
         case "patience":
-            seconds = _apart.patience()
-            return failed(_("Your function didn't end: it was stopped after {seconds:g} s.", seconds=seconds))
+            seconds = outcome.seconds
+            return failed(_("Your function didn't end: it was stopped after {seconds:.2g} s.", seconds=seconds))
         case "memory":
             return failed(_too_much())
     if outcome.signal == signal.SIGKILL:

@@ -58,7 +58,7 @@ def check(exercise_id: str, answer: object) -> Result:
 
 
 def judged(nonce: str, exercise_id: str, seed: str, answer: Callable[[], object]) -> str:
-    """For `hpclab grade`, in the student's kernel: a verdict on what `answer` returns, as JSON, with the word asked for.
+    """For `hpclab grade`, in a student's kernel: a verdict on what `answer` returns, as JSON, with the word asked for.
 
     The seed is there only while the check runs, and nbgrader's way of failing isn't.
     """
@@ -292,9 +292,9 @@ def _misconceptions(variants: list[tuple[float, int, int, int]]) -> dict[str, np
 def _recipes() -> Iterator[tuple[float, int, int, int]]:
     """Base rate, base batch, batch a rank, ranks; only the global batch is a multiple of the base batch."""
     hidden = dice("cnn.learning_rate")
-    for ranks in (2, 4, 6):
+    for ranks, halves in zip((2, 4, 6), hidden.sample((3, 5, 7), 3), strict=True):
         base_batch = hidden.choice((4, 8, 16))
-        yield hidden.uniform(0.01, 0.2), base_batch, base_batch // 2 * hidden.choice((3, 5, 7)), ranks
+        yield hidden.uniform(0.01, 0.2), base_batch, base_batch // 2 * halves, ranks
 
 
 def _rate(returned: Any) -> float:

@@ -152,9 +152,7 @@ class _Limits:
         }[str(stopped)]
 
 
-def _judged(
-    path: Path, course: list[_submissions.Assignment], limits: _Limits
-) -> list[tuple[str, str, str]]:
+def _judged(path: Path, course: list[_submissions.Assignment], limits: _Limits) -> list[tuple[str, str, str]]:
     """Exercise, verdict and reason of all that a file should have answered."""
     try:
         notebook = _submissions.read(path)

@@ -318,7 +318,7 @@ def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) ->
     return float(rate * gradients.mean(axis=0) @ small / (small @ small))
 
 
-@exercise("scaling.curves")
+@exercise("scaling.curves", imports=("scipy.optimize", "scipy.stats"))
 def _curves(judge: object) -> Result:
     for n, x, law, sigma in _planted_curves():
         named, interval = _judged(call(judge, n, x))
@@ -396,7 +396,7 @@ def _judged(returned: Any) -> tuple[Any, tuple[float, float] | None]:
         raise Verdict(failed(message)) from None
 
 
-@exercise("faults.interval")
+@exercise("faults.interval", imports=("scipy.optimize",))
 def _interval(interval: object) -> Result:
     cases = [(5.0, 3600.0, 30.0), (60.0, 86400.0, 300.0), (0.01, 5.0, 0.3), (120.0, 3600.0, 600.0)]
     hidden = dice("faults.interval")

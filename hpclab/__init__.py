@@ -56,6 +56,7 @@ _MODULES = (
     "exercises",
     "figures",
     "forecast",
+    "grading",
     "language",
     "laws",
     "machine",

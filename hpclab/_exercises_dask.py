@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hpclab._verdicts import Result, Verdict, call, exercise, failed, inconclusive, passed
+from hpclab._verdicts import Result, Verdict, apart, call, dice, exercise, failed, inconclusive, numpy_dice, passed
 from hpclab.language import translate as _
 
 
@@ -44,14 +44,25 @@ def _small_cluster(workers: int) -> Iterator[Any]:
         yield client
 
 
-@exercise("dask.chunk")
+@exercise("dask.chunk", fork=False)
 def _chunk(cut: object) -> Result:
+    result = apart(lambda: _plan_chunks(cut))
+    if result.status != "pass":
+        return result
+    with _small_cluster(4) as client:
+        return _race_chunks(client, cut, workers=4)
+
+
+def _plan_chunks(cut: object) -> Result:
+    """What chunks cost by the notebook's model."""
+    hidden = dice("dask.chunk")
     for count, workers, item_s, task_s in [
         (2_000, 2, 2e-4, 1e-3),  # a laptop
         (20_000, 16, 1e-5, 1e-3),  # the same with tiny items
         (10_000, 100, 0.1, 5e-4),  # a cluster
         (100_000, 1000, 1e-3, 5e-4),  # more workers than one scheduler can feed
     ]:
+        item_s, task_s = item_s * hidden.uniform(0.9, 1.1), task_s * hidden.uniform(0.9, 1.1)
         sizes = _sizes(call(cut, list(range(count)), workers, item_s, task_s), count)
         cost = _planned(sizes, workers, item_s, task_s)
         trials = [_even(count, size) for size in np.unique(np.geomspace(1, count, 40).astype(int))]
@@ -75,8 +86,7 @@ def _chunk(cut: object) -> Result:
                     **told,
                 )
             )
-    with _small_cluster(4) as client:
-        return _race_chunks(client, cut, workers=4)
+    return passed("")
 
 
 def _sizes(chunks: Any, count: int) -> np.ndarray:
@@ -202,10 +212,10 @@ def _ratio(seconds: list[float], others: list[float]) -> tuple[float, float, flo
     return float(ratio), float(low), float(high)
 
 
-@exercise("dask.bytes")
+@exercise("dask.bytes", fork=False)
 def _bytes(look_up_all: object) -> Result:
     workers = 2
-    table = _Table(np.random.default_rng(5).random(250_000))  # 2 MB
+    table = _Table(numpy_dice("dask.bytes").random(250_000))  # 2 MB
     queries = [list(range(start, start + 50)) for start in range(0, 4_000, 100)]
     expected = [_look_up(table, query) for query in queries]
     with _small_cluster(workers) as client:

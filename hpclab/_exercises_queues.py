@@ -17,7 +17,7 @@ SECONDS = 60.0
 """How long jobs of a check may take, which take some seconds."""
 
 
-@exercise("queues.backfill")
+@exercise("queues.backfill", fork=False)
 def _backfill(options: object) -> Result:
     words = shlex.split(_text(options))
     if said := [word for word in words if re.match(r"--(priority|nice|qos|reservation|begin|partition)|-p", word)]:
@@ -45,7 +45,7 @@ def _backfill(options: object) -> Result:
     return failed(_("It waited behind the wide one: as far as Slurm knows, it might have run too long for the hole."))
 
 
-@exercise("queues.array")
+@exercise("queues.array", fork=False)
 def _array(script: object) -> Result:
     text = _text(script)
     with _site() as site, TemporaryDirectory(dir=site.folder) as folder:

@@ -21,14 +21,14 @@ from urllib.parse import quote
 
 import numpy as np
 
-from hpclab._verdicts import Result, Verdict, call, exercise, failed, inconclusive, passed
+from hpclab._verdicts import Result, Verdict, call, exercise, failed, inconclusive, numpy_dice, passed
 from hpclab.language import translate as _
 
 PATIENCE_SECONDS = 60.0
 """How long a job, a greeting or a refusal may take; no answer depends on it, unless something hangs."""
 
 
-@exercise("security.harden")
+@exercise("security.harden", fork=False)
 def _harden(functions: Any) -> Result:
     try:
         certificates, job = functions
@@ -250,10 +250,10 @@ def _others_read(file: str | Path, below: Path | None = None) -> bool:
     return bool(file.stat().st_mode & 0o044) and all(folder.stat().st_mode & 0o011 for folder in folders)
 
 
-@exercise("security.masks")
+@exercise("security.masks", imports=("scipy.stats",))
 def _masks(mask: object) -> Result:
     ranks, count = 4, 4096
-    dice = np.random.default_rng(11)
+    dice = numpy_dice("security.masks")
     drawn = {frozenset(pair): dice.bytes(32) for pair in combinations(range(ranks), 2)}
     seeds = [
         {other: drawn[frozenset((rank, other))] for other in range(ranks) if other != rank} for rank in range(ranks)

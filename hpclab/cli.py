@@ -62,6 +62,19 @@ def _parser() -> argparse.ArgumentParser:
     lab.add_argument("--folder", default="hpclab-course", help="the copy (default: hpclab-course)")
     lab.set_defaults(run=_lab)
 
+    grade = commands.add_parser("grade", help="run a class's notebooks, each in a sandbox, and judge them")
+    grade.add_argument("folder", help="with FOLDER/*.ipynb, or FOLDER/STUDENT/*.ipynb")
+    grade.add_argument("--csv", metavar="FILE", help="write the rows there, too")
+    grade.add_argument("--seed", default="", help="draws hidden variants of the checks (default: those of the class)")
+    grade.add_argument("--inconclusive", type=float, default=0.0, help="points where a check can't tell (default: 0)")
+    grade.add_argument("--time", type=float, default=600.0, help="seconds for a notebook (default: 600)")
+    grade.add_argument("--memory", default="2GB", help="for all processes of a notebook together (default: 2GB)")
+    grade.add_argument("--course", metavar="FOLDER", help="the notebooks as handed out (default: this course's)")
+    grade.add_argument(
+        "--trust", action="store_true", help="without a sandbox: only for what you have written yourself"
+    )
+    grade.set_defaults(run=_grade)
+
     data = commands.add_parser("data", help="get larger data sets, and check those that are here")
     verbs = data.add_subparsers(dest="verb", required=True, metavar="verb")
     fetch = verbs.add_parser("fetch", help="get the full Fashion-MNIST, 60,000 + 10,000 images")
@@ -135,6 +148,37 @@ def _lab(options: argparse.Namespace, rest: list[str]) -> None:
     from hpclab.course import open_lab
 
     open_lab(options.folder, rest)
+
+
+def _grade(options: argparse.Namespace, rest: list[str]) -> None:
+    from pathlib import Path
+
+    from dask.utils import parse_bytes
+
+    from hpclab import grading
+
+    csv = Path(options.csv).resolve() if options.csv else None
+    if csv and not csv.parent.is_dir():
+        raise ValueError(f"--csv (={options.csv}) lies in no folder that is there.")
+
+    def told(row: dict) -> None:
+        print(f"{row['submission']}: {row['exercise']} {row['verdict']}", file=sys.stderr, flush=True)
+
+    rows = grading.grade(
+        options.folder,
+        course=options.course,
+        seed=options.seed,
+        inconclusive=options.inconclusive,
+        time_s=options.time,
+        memory=parse_bytes(options.memory),
+        trust=options.trust,
+        skip=(csv,) if csv else (),
+        told=told,
+    )
+    print(f"{rows}\n\n{grading.totals(rows)}")
+    if csv:
+        grading.write(rows, csv)
+        print(f"\nwritten to {csv}")
 
 
 def _fetch(options: argparse.Namespace, rest: list[str]) -> None:

@@ -3,7 +3,7 @@
 import shutil
 import socket
 
-from hpclab import machine, slurm
+from hpclab import _sandbox, machine, slurm
 from hpclab.language import cjk_font
 from hpclab.language import translate as _
 from hpclab.tables import Table
@@ -21,6 +21,7 @@ def examine() -> Table:
         ("JupyterLab", machine.installed("jupyterlab") or _("missing"), "hpclab lab"),
         (_("dashboard"), machine.installed("bokeh") or _("missing"), _("optional: pip install 'hpclab[dashboard]'")),
         ("Slurm", *_slurm()),
+        (_("sandbox"), *_sandboxed()),
         (_("loopback"), *_loopback()),
         (_("Chinese font"), *_font()),
     ]
@@ -52,6 +53,12 @@ def _slurm() -> tuple[str, str]:
             "a private one needs {what}: {line}", what=", ".join(lacks), line=slurm.install_line()
         )
     return _("commands and daemons"), _("a private one can start: hpclab slurm up")
+
+
+def _sandboxed() -> tuple[str, str]:
+    if why := _sandbox.missing():
+        return _("missing"), _("to grade a class, hpclab grade: {why}", why=why)
+    return "bubblewrap", _("keeps what students wrote apart: hpclab grade FOLDER")
 
 
 def _loopback() -> tuple[str, str]:

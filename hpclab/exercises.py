@@ -3,9 +3,9 @@
 A check never depends on absolute time, and an answer that isn't there yet, or that breaks, is a verdict and no error.
 """
 
+import json
 import os
 import queue
-import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +18,7 @@ from hpclab import _exercises_dask as _exercises_dask  # those that need a clust
 from hpclab import _exercises_queues as _exercises_queues
 from hpclab import _exercises_security as _exercises_security
 from hpclab import machine
-from hpclab._verdicts import CHECKS, Result, Verdict, answered, call, exercise, failed, passed
+from hpclab._verdicts import CHECKS, Result, Verdict, answered, call, dice, exercise, failed, numpy_dice, passed
 from hpclab._verdicts import inconclusive as inconclusive
 from hpclab.language import translate as _
 
@@ -48,7 +48,8 @@ def check(exercise_id: str, answer: object) -> Result:
     if exercise_id not in CHECKS:
         raise ValueError(f"exercise_id (={exercise_id!r}) is no exercise; use one of {', '.join(sorted(CHECKS))}.")
     try:
-        result = CHECKS[exercise_id](answered(answer))
+        answered(answer)
+        result = CHECKS[exercise_id](answer)
     except Verdict as verdict:
         result = verdict.result
     if "NBGRADER_EXECUTION" in os.environ and not result:
@@ -56,7 +57,25 @@ def check(exercise_id: str, answer: object) -> Result:
     return result
 
 
-@exercise("start.gang")
+def judged(nonce: str, exercise_id: str, seed: str, answer: Callable[[], object]) -> str:
+    """For `hpclab grade`, in a student's kernel: a verdict on what `answer` returns, as JSON, with the word asked for.
+
+    The seed is there only while the check runs, and nbgrader's way of failing isn't.
+    """
+    before = {name: os.environ.pop(name, None) for name in ("HPCLAB_SEED", "NBGRADER_EXECUTION")}
+    os.environ["HPCLAB_SEED"] = seed
+    try:
+        result = check(exercise_id, answer())
+        return json.dumps([nonce, result.status, result.message])
+    except NameError as error:
+        message = _("{name} isn't there: the cell that makes it is missing, or raised an error.", name=error.name)
+        return json.dumps([nonce, "fail", message])
+    finally:
+        del os.environ["HPCLAB_SEED"]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@exercise("start.gang", fork=False)
 def _gang(answer: object) -> Result:
     if isinstance(answer, bool) or not isinstance(answer, int | np.integer):
         return failed(_("The answer is a whole number of ranks (an int), not {answer!r}.", answer=answer))
@@ -78,9 +97,9 @@ PATIENCE_SECONDS = 5.0
 """How long a simulated rank waits for a message; one that is sent is there at once."""
 
 
-@exercise("ddp-from-scratch.reduce_scatter")
+@exercise("ddp-from-scratch.reduce_scatter", imports=("torch",))
 def _reduce_scatter(reduce_scatter: object) -> Result:
-    for ranks in (4, 3, 2):
+    for ranks in (4, 3, 2, dice("ddp-from-scratch.reduce_scatter").choice((5, 6, 7))):
         ring = [_Neighbour(rank, ranks) for rank in range(ranks)]
         for one, other in zip(ring, ring[1:] + ring[:1], strict=True):
             one.right = other.inbox
@@ -154,14 +173,15 @@ def _together(work: Callable[[Any], Any], ranks: list) -> list:
         return list(pool.map(work, ranks))
 
 
-@exercise("ddp-from-scratch.step")
+@exercise("ddp-from-scratch.step", imports=("torch",))
 def _step(step: object) -> Result:
     import torch
 
-    ranks, rate = 4, 0.3
-    dice = torch.Generator().manual_seed(7)
-    weights = torch.randn(6, generator=dice)
-    gradients = torch.randn(ranks, 6, generator=dice)
+    hidden = dice("ddp-from-scratch.step")
+    ranks, rate = hidden.choice((3, 4, 5)), round(hidden.uniform(0.1, 0.5), 2)
+    draws = torch.Generator().manual_seed(hidden.getrandbits(32))
+    weights = torch.randn(6, generator=draws)
+    gradients = torch.randn(ranks, 6, generator=draws)
     asked: list = []
 
     def all_reduce(rank: int, tensor: Any) -> Any:
@@ -198,7 +218,7 @@ def _step(step: object) -> Result:
     return failed(_("That isn't the step of the whole batch."))
 
 
-@exercise("cnn.order")
+@exercise("cnn.order", imports=("torch.utils.data",))
 def _order(epoch_order: object) -> Result:
     for length, seed in _datasets():
         orders = _orders(epoch_order, length, seed, epochs=[0, 1, 2])
@@ -219,7 +239,7 @@ def _order(epoch_order: object) -> Result:
 
 def _datasets() -> Iterator[tuple[int, int]]:
     """Number of images (even, so that the sampler pads nothing) and the sampler's seed."""
-    hidden = random.Random("cnn.order")
+    hidden = dice("cnn.order")
     for _variant in range(3):
         yield 2 * hidden.randint(12, 40), hidden.randint(0, 999)
 
@@ -271,10 +291,10 @@ def _misconceptions(variants: list[tuple[float, int, int, int]]) -> dict[str, np
 
 def _recipes() -> Iterator[tuple[float, int, int, int]]:
     """Base rate, base batch, batch a rank, ranks; only the global batch is a multiple of the base batch."""
-    hidden = random.Random("cnn.learning_rate")
-    for ranks in (2, 4, 6):
+    hidden = dice("cnn.learning_rate")
+    for ranks, halves in zip((2, 4, 6), hidden.sample((3, 5, 7), 3), strict=True):
         base_batch = hidden.choice((4, 8, 16))
-        yield hidden.uniform(0.01, 0.2), base_batch, base_batch // 2 * hidden.choice((3, 5, 7)), ranks
+        yield hidden.uniform(0.01, 0.2), base_batch, base_batch // 2 * halves, ranks
 
 
 def _rate(returned: Any) -> float:
@@ -298,7 +318,7 @@ def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) ->
     return float(rate * gradients.mean(axis=0) @ small / (small @ small))
 
 
-@exercise("scaling.curves")
+@exercise("scaling.curves", imports=("scipy.optimize", "scipy.stats"))
 def _curves(judge: object) -> Result:
     for n, x, law, sigma in _planted_curves():
         named, interval = _judged(call(judge, n, x))
@@ -333,19 +353,32 @@ def _curves(judge: object) -> Result:
 
 def _planted_curves() -> Iterator[tuple[list[int], list[float], str | None, float]]:
     """Workers, throughput, the law that can be named, and its sigma."""
+    many, few = sorted([1, 2, 4, 8, 16] * 4), sorted([1, 2, 4] * 4)
+    draws = numpy_dice("scaling.curves")
+    yield many, *_curve(draws, many, 0.01, "amdahl", (0.1, 0.0))
+    yield many, *_curve(draws, many, 0.01, "usl", (0.05, 0.005))
+    yield few, *_curve(draws, few, 0.01, None, (0.05, 0.005))
+    yield many, *_curve(draws, many, 0.12, None, (0.08, 0.0))
+
+
+def _curve(
+    draws: np.random.Generator, n: list[int], noise: float, law: str | None, values: tuple[float, float]
+) -> tuple[list[float], str | None, float]:
+    """A noisy curve of which can be told what is told of it: with other noise an honest answer would be wrong."""
     from hpclab import laws
 
-    many, few = sorted([1, 2, 4, 8, 16] * 4), sorted([1, 2, 4] * 4)
-    for number, (n, noise, law, values) in enumerate(
-        [
-            (many, 0.01, "amdahl", (0.1, 0.0)),
-            (many, 0.01, "usl", (0.05, 0.005)),
-            (few, 0.01, None, (0.05, 0.005)),
-            (many, 0.12, None, (0.08, 0.0)),
-        ]
-    ):
-        noisy = 1 + noise * np.random.default_rng(number).standard_normal(len(n))
-        yield n, (250 * laws.usl(n, *values) * noisy).tolist(), law, values[0]
+    sigma, kappa = values[0] * draws.uniform(0.9, 1.1), values[1]
+    speed = draws.uniform(100, 400) * laws.usl(n, sigma, kappa)
+    while True:
+        x = (speed * (1 + noise * draws.standard_normal(len(n)))).tolist()
+        verdict = laws.choose(n, x)
+        if law is None and not verdict.identifiable:
+            return x, law, sigma
+        best = min(verdict.fits, key=lambda fit: fit.aicc).law
+        if verdict.identifiable and verdict.law == best == law:
+            low, high = verdict.fit.intervals["sigma"]
+            if abs(sigma - (low + high) / 2) < 0.4 * (high - low) < 0.016:
+                return x, law, sigma
 
 
 def _judged(returned: Any) -> tuple[Any, tuple[float, float] | None]:
@@ -363,9 +396,11 @@ def _judged(returned: Any) -> tuple[Any, tuple[float, float] | None]:
         raise Verdict(failed(message)) from None
 
 
-@exercise("faults.interval")
+@exercise("faults.interval", imports=("scipy.optimize",))
 def _interval(interval: object) -> Result:
     cases = [(5.0, 3600.0, 30.0), (60.0, 86400.0, 300.0), (0.01, 5.0, 0.3), (120.0, 3600.0, 600.0)]
+    hidden = dice("faults.interval")
+    cases = [(save_s, mtbf * hidden.uniform(0.8, 1.2), restart_s) for save_s, mtbf, restart_s in cases]
     found = [_seconds(call(interval, *case)) for case in cases]
     for (save_s, mtbf, restart_s), seconds in zip(cases, found, strict=True):
         if np.isclose(seconds, _seconds(call(interval, 3 * save_s, mtbf, restart_s))):
@@ -416,7 +451,7 @@ def _seconds(returned: Any) -> float:
     return seconds
 
 
-@exercise("faults.state")
+@exercise("faults.state", imports=("torch",))
 def _state(functions: Any) -> Result:
     import torch
 
@@ -429,22 +464,26 @@ def _state(functions: Any) -> Result:
 
 
 def _resume(pack: Any, unpack: Any) -> Result:
-    """Train, pack after the fifth step, unpack into another training, and compare them to the twelfth."""
+    """Train, pack after some steps, unpack into another training, and compare them to the twelfth."""
     import torch
 
-    undisturbed = _Training(seed=1)
-    undisturbed.train(until=5)
+    hidden = dice("faults.state")
+    crash = hidden.randint(4, 8)
+    undisturbed = _Training(seed=hidden.getrandbits(32))
+    undisturbed.train(until=crash)
     packed = call(pack, undisturbed.model, undisturbed.optimizer, undisturbed.schedule, undisturbed.step)
     written = _written(packed)
     draws = torch.get_rng_state()
-    resumed = _Training(seed=2)
+    resumed = _Training(seed=hidden.getrandbits(32))
     step = call(unpack, written, resumed.model, resumed.optimizer, resumed.schedule)
     try:
         resumed.step = index(step)
     except (TypeError, ValueError, RuntimeError):  # what numpy and torch raise of several numbers
         return failed(_("unpack returns the step to go on with, a whole number, not {step!r}.", step=step))
     for message, same in {
-        _("It goes on at step {step!r}, and the checkpoint was after 5.", step=resumed.step): resumed.step == 5,
+        _(
+            "It goes on at step {step!r}, and the checkpoint was after {crash}.", step=resumed.step, crash=crash
+        ): resumed.step == crash,
         _("Its weights aren't those of the checkpoint."): _same(resumed.model, undisturbed.model),
         _("The optimiser has forgotten its momentum."): _same(resumed.optimizer, undisturbed.optimizer),
         _("The learning rate is where it was at the start."): _same(resumed.schedule, undisturbed.schedule),
@@ -457,7 +496,7 @@ def _resume(pack: Any, unpack: Any) -> Result:
     undisturbed.train(until=12)
     if not _same(resumed.model, undisturbed.model):
         return failed(_("It begins as it should, and ends with other weights: something else went on changing."))
-    return passed(_("Twelve steps with a crash after the fifth, and not a bit differs."))
+    return passed(_("Twelve steps with a crash among them, and not a bit differs."))
 
 
 class _Training:

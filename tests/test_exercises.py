@@ -718,3 +718,26 @@ def test_without_slurm_its_exercises_tell_what_is_missing(monkeypatch):
     monkeypatch.setattr(slurm, "missing", lambda: ["slurmctld"])
     result = check("queues.backfill", "--time=1")
     assert result.status == "inconclusive" and "slurmctld" in result.message
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "teacher"])
+def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
+    monkeypatch.setenv("HPCLAB_SEED", seed)
+    right_and_wrong = {
+        "cnn.order": (order_solution, (half, "don't visit every image")),
+        "cnn.learning_rate": (lr_solution, (lambda lr, base, batch, ranks: lr * ranks, "ranks alone")),
+        "scaling.curves": (curves_solution, (unless_few, "from data so noisy")),
+        "ddp-from-scratch.reduce_scatter": (ring(), (ring(first=0), "nothing was added to it")),
+        "ddp-from-scratch.step": (
+            lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g) / ranks,
+            (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g), "The gradients are summed"),
+        ),
+        "faults.interval": (young, (lambda *given: 3 * young(*given), "You write too seldom")),
+        "faults.state": ((pack, unpack), ((functools.partial(pack, leave_out=["random"]), unpack), "Dropout draws")),
+        "security.masks": (masking(), (masking(step=0), "Two steps have the same masks")),
+    }
+    for exercise_id, (right, (wrong, message)) in right_and_wrong.items():
+        assert check(exercise_id, right), exercise_id
+        result = check(exercise_id, wrong)
+        assert result.status == "fail" and message in result.message, result
+    assert _exercises_dask._plan_chunks(pieces(root))

@@ -1,0 +1,263 @@
+"""A notebook's kernel where it can do no harm: bubblewrap's namespaces, another user, limits, and an end for all."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hpclab import data
+
+TASKS = 256
+"""Threads of all processes in the sandbox together, beside 16 for each CPU: libraries start one for each."""
+PROCESSES = 128
+"""Processes at which a notebook is stopped: no training here needs so many."""
+STRAY = 2**24
+"""Bytes that may be written into the folder of the sockets, the only one that is not private to the sandbox."""
+HOME = "/home/student"
+USER = 61234
+"""User and group in a sandbox made by root: nobody's, from the range that systemd keeps for such."""
+INSTALL = "apt install bubblewrap"
+
+
+class Stopped(Exception):
+    """A limit ended the notebook's kernel, or the kernel is dead; says why."""
+
+
+@dataclass
+class Kernel:
+    """A kernel in a sandbox: the client that talks to it, and its first process."""
+
+    client: Any
+    process: subprocess.Popen
+    folder: Path
+    memory: int
+    seen: list[psutil.Process] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Raise `Stopped` if the kernel has ended, or all of its processes together take too much."""
+        if self.process.poll() is not None:
+            raise Stopped("dead")
+        processes = self.family()
+        if len(processes) > PROCESSES:
+            raise Stopped("processes")
+        if sum(map(_memory, processes)) > self.memory and sum(map(_share, processes)) > self.memory:
+            raise Stopped("memory")
+        if sum(file.lstat().st_size for file in self.folder.iterdir()) > STRAY:
+            raise Stopped("disk")
+
+    def family(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            self.seen = [root, *root.children(recursive=True)]
+        return self.seen
+
+
+def _memory(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return process.memory_info().rss
+    return 0
+
+
+def _share(process: psutil.Process) -> int:
+    """Memory of a process where forks share most of their pages: slower to find out than `_memory`."""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return process.memory_full_info().pss
+    return _memory(process)
+
+
+def missing() -> str | None:
+    """Why no sandbox can be made here, in English; None if one can."""
+    if sys.platform != "linux":
+        return "bubblewrap is for Linux"
+    if shutil.which("bwrap") is None:
+        return f"bubblewrap is missing; {INSTALL}"
+    if os.getuid() == 0 and shutil.which("setpriv") is None:
+        return "setpriv is missing; apt install util-linux"
+    with _folder() as folder:
+        try:
+            tried = [*wrapped(folder, []), sys.executable, "-c", ""]
+            done = subprocess.run(tried, capture_output=True, text=True, timeout=120, env={})
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"bubblewrap doesn't work here: {error}"
+    if done.returncode:
+        return f"bubblewrap doesn't work here: {done.stderr.strip()[-200:]}"
+    return None
+
+
+@contextlib.contextmanager
+def kernel(memory: int, hidden: list[Path], environment: dict[str, str], trust: bool) -> Iterator[Kernel]:
+    """A fresh kernel, in a sandbox unless it is trusted, which ends with this context, and all that it has started.
+
+    Parameters
+    ----------
+    memory : int
+        Bytes, for all of its processes together.
+    hidden : list of Path
+        Folders that stay hidden even where they lie within what the kernel must see.
+    environment : dict of str
+        Variables beside those that a kernel needs.
+    trust : bool
+        Run it without a sandbox, but with a folder and a session of its own.
+    """
+    from jupyter_client import BlockingKernelClient
+    from jupyter_client.connect import write_connection_file
+
+    with _folder() as folder:
+        file, settings = write_connection_file(
+            str(folder / "kernel.json"), ip=str(folder / "s"), transport="ipc", key=os.urandom(24).hex().encode()
+        )
+        home = HOME
+        if trust:
+            (folder / "home").mkdir()
+            home = str(folder / "home")
+        elif os.getuid() == 0:
+            for path in (folder, folder / "kernel.json"):
+                os.chown(path, USER, USER)
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", file]
+        process = subprocess.Popen(
+            command if trust else [*wrapped(folder, hidden), *command],
+            env=_environment(home) | environment,
+            cwd=home if trust else "/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=partial(_limit, memory, trust),
+        )
+        client = BlockingKernelClient()
+        one = Kernel(client, process, folder, memory)
+        try:
+            client.load_connection_info(json.loads(Path(file).read_text()) | {"key": settings["key"]})
+            client.start_channels()
+            yield one
+        finally:
+            _end(one)
+
+
+def _end(one: Kernel) -> None:
+    """End the kernel and all that it has started; in a sandbox, the end of its first process is the end of all."""
+    family = one.family()
+    with contextlib.suppress(Exception):
+        one.client.stop_channels()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(one.process.pid, signal.SIGKILL)
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    one.process.wait()
+    psutil.wait_procs(family, timeout=30)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A private folder with a short name: a socket's path has at most 107 bytes."""
+    base = "/tmp" if os.access("/tmp", os.W_OK) else None
+    folder = tempfile.mkdtemp(prefix="hpclab-grade-", dir=base)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(home: str) -> dict[str, str]:
+    """What a kernel needs; nothing else of the grader's own environment, where secrets may be."""
+    kept = ("PATH", "LANG", "LC_ALL", "TZ", "HPCLAB_LANG", "HPCLAB_PATIENCE", "HPCLAB_TESTS")
+    own = {"HOME": home, "USER": "student", "LOGNAME": "student", "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    own |= {"PYTHONDONTWRITEBYTECODE": "1", "HPCLAB_SIZE": "small"}
+    return {name: os.environ[name] for name in kept if name in os.environ} | own
+
+
+def _limit(memory: int, trust: bool) -> None:
+    """Limits that the kernel and all its children inherit; runs between fork and exec."""
+    import resource
+
+    def lower(kind: int, wanted: int) -> None:
+        hard = resource.getrlimit(kind)[1]
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(kind, (limit, limit))
+
+    lower(resource.RLIMIT_DATA, memory)
+    lower(resource.RLIMIT_CORE, 0)
+    if not trust:
+        lower(resource.RLIMIT_NPROC, TASKS + 16 * (os.cpu_count() or 1) + _tasks())
+
+
+def _tasks() -> int:
+    """Threads that the user of the sandbox has already, where that user is the grader: they count to its limit."""
+    if os.getuid() == 0:
+        return 0
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid():
+                count += len(os.listdir(folder / "task"))
+    return count
+
+
+def wrapped(folder: Path, hidden: list[Path]) -> list[str]:
+    """Command line that runs another one in a sandbox with a read-only system and Python, and `folder`."""
+    passwd, group = folder / "passwd", folder / "group"
+    user = USER if os.getuid() == 0 else os.getuid()
+    passwd.write_text(f"root:x:0:0::/root:/bin/sh\nstudent:x:{user}:{user}::{HOME}:/bin/sh\n")
+    group.write_text(f"root:x:0:\nstudent:x:{user}:\n")
+    line = ["bwrap", "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+    line += ["--unshare-uts", "--unshare-cgroup-try"]
+    if os.getuid() == 0:
+        line += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        line += ["--unshare-user"]
+    for place in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt"):
+        line += ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
+    for place in _ETC:
+        line += ["--ro-bind-try", f"/etc/{place}", f"/etc/{place}"]
+    line += ["--ro-bind", str(passwd), "/etc/passwd", "--ro-bind", str(group), "/etc/group"]
+    line += ["--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
+    for place in ("/tmp", "/var/tmp", "/run", HOME, "/dev/shm"):
+        line += ["--perms", "1777", "--size", str(2**30), "--tmpfs", place]
+    for path in _above([*_seen(), str(folder)]):
+        line += ["--perms", "0755", "--dir", path]  # bubblewrap itself makes some of them for root only
+    for path in _seen():
+        line += ["--ro-bind", path, path]
+    for masked in hidden:
+        if any(Path(seen) in (masked, *masked.parents) for seen in [*_seen(), "/usr", "/opt"]):
+            line += ["--tmpfs", str(masked)]
+    line += ["--bind", str(folder), str(folder), "--chdir", HOME, "--"]
+    if os.getuid() == 0:
+        line += ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--inh-caps=-all", "--no-new-privs"]
+    return line
+
+
+def _above(paths: list[str]) -> list[str]:
+    """Folders that paths lie in, the outer ones first; not those that the sandbox has anyway."""
+    found = {str(folder) for path in paths for folder in Path(path).parents}
+    return sorted(found - {"/", "/tmp", "/usr", "/opt", "/var", "/var/tmp", "/run", HOME})
+
+
+_ETC = (
+    *("alternatives", "fonts", "host.conf", "hosts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d"),
+    *("localtime", "nsswitch.conf", "services", "protocols", "ssl/certs", "ssl/openssl.cnf", "mime.types"),
+)
+
+
+def _seen() -> list[str]:
+    """Folders that a kernel needs beside the system's: Python, its packages, and hpclab without its notebooks."""
+    package = Path(data.__file__).parent
+    paths = [Path(sys.prefix), Path(sys.base_prefix), Path(os.path.realpath(sys.executable)).parents[1], package]
+    paths += [path for path in [data.share() / "data"] if path.is_dir()]
+    paths += [path for entry in sys.path if (path := Path(entry)).name in ("site-packages", "dist-packages")]
+    found: list[str] = []
+    for name in sorted({str(path) for path in paths if path.is_dir()}):
+        if not any(Path(known) in (Path(name), *Path(name).parents) for known in [*found, "/usr"]):
+            found.append(name)
+    return found

@@ -1,0 +1,319 @@
+"""A class's notebooks, good and bad, graded for real: in fresh kernels, in bubblewrap, under limits."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ours, require
+
+import hpclab
+from hpclab import _sandbox, _submissions, cli, grading
+from hpclab._submissions import Unreadable
+
+ROOT = Path(hpclab.__file__).parents[1]
+RIGHT = "def scaled_lr(base_lr, base_batch, batch_size, ranks):\n    return base_lr * batch_size * ranks / base_batch"
+WRONG = "def scaled_lr(base_lr, base_batch, batch_size, ranks):\n    return base_lr"
+CHECK = 'hpclab.check("cnn.learning_rate", scaled_lr)'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _linux():
+    if sys.platform != "linux":
+        pytest.skip("needs Linux")
+
+
+@pytest.fixture
+def sandbox():
+    require(_sandbox.missing() is None, f"a sandbox: {_sandbox.missing()}")
+
+
+def notebook(*codes, check=CHECK) -> str:
+    """A notebook with a cell that imports, cells of the student's, and a check cell unless that is gone."""
+    new = nbformat.v4.new_code_cell
+    cells = [new("import hpclab", id="setup"), *(new(code, id=f"cell-{n}") for n, code in enumerate(codes))]
+    if check:
+        metadata = {"grade_id": "rate-check", "grade": True, "solution": False, "locked": True, "points": 1}
+        cells.append(new(check, id="rate-check", metadata={"nbgrader": metadata}))
+    return nbformat.writes(nbformat.v4.new_notebook(cells=cells))
+
+
+@pytest.fixture
+def course(tmp_path):
+    folder = tmp_path / "course"
+    folder.mkdir()
+    (folder / "rate.ipynb").write_text(notebook("def scaled_lr(*given): ..."))
+    return folder
+
+
+def handed_in(folder: Path, **codes: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in codes.items():
+        (folder / f"{name}.ipynb").write_text(text)
+    return folder
+
+
+def graded(folder, course, **settings) -> dict[str, tuple[str, float, str]]:
+    """Verdict, points and reason by submission; no process and no folder stays."""
+    folders = set(Path("/tmp").glob("hpclab-grade-*"))
+    rows = grading.grade(folder, course=course, **settings)
+    assert set(Path("/tmp").glob("hpclab-grade-*")) <= folders
+    assert ours("ipykernel_launcher") == []
+    return {Path(row["submission"]).stem: (row["verdict"], row["points"], row["reason"]) for row in rows}
+
+
+SPY = """
+import os, socket
+seen = []
+for way in ({ways}):
+    try:
+        seen.append(way())
+    except OSError as error:
+        seen.append(type(error).__name__)
+print(seen)
+assert all(isinstance(one, str) and one.endswith("Error") for one in seen), seen
+"""
+
+
+def test_a_class_of_thirty_is_graded_and_each_is_told_apart(tmp_path, course, sandbox, monkeypatch):
+    monkeypatch.setenv("HPCLAB_PATIENCE", "2")
+    monkeypatch.setenv("TEACHERS_SECRET", "s3cret")
+    (tmp_path / "secret").write_text("marks")
+    folder = tmp_path / "class"
+    ways = ", ".join(
+        f"lambda: {way}"
+        for way in (
+            "open('../right0.ipynb').read()",
+            f"open({str(folder / 'right0.ipynb')!r}).read()",
+            f"open({str(tmp_path / 'secret')!r}).read()",
+            f"os.listdir({str(ROOT / 'notebooks')!r})",
+            f"os.listdir({str(ROOT / 'tests')!r})",
+            f"open({hpclab.__file__!r}, 'a')",
+            "open('/etc/hosts', 'a')",
+            "open('/etc/shadow').read()",
+            "socket.create_connection(('192.0.2.1', 80), 5)",
+        )
+    )
+    handed_in(
+        folder,
+        **{f"right{number}": notebook(RIGHT) for number in range(9)},
+        **{f"wrong{number}": notebook(WRONG) for number in range(4)},
+        stub=notebook("def scaled_lr(*given): ..."),
+        loops=notebook("def scaled_lr(*given):\n    while True: pass"),
+        hoards=notebook("import numpy\nheld = numpy.ones(10**10)", RIGHT),
+        hoards_together=notebook(
+            "import os, time\nfor rank in range(6):\n    if os.fork() == 0:\n        held = b'x' * 4 * 10**8\n"
+            "        time.sleep(1000)\ntime.sleep(1000)"
+        ),
+        prints=notebook("while True: print('x' * 10**5)", RIGHT),
+        bomb=notebook("import os, time\nwhile True:\n    if os.fork() == 0:\n        time.sleep(1000)", RIGHT),
+        killed=notebook(RIGHT, "import os\nos.kill(os.getpid(), 9)"),
+        leaves=notebook("import sys\nsys.exit(3)", RIGHT),
+        deleted=notebook(),
+        unchecked=notebook(RIGHT, check=None),
+        forged=notebook("def scaled_lr(*given): return 0", check="print('✓ pass: One large step')"),
+        patched=notebook("def scaled_lr(*given): return 0\nhpclab.check = lambda *given: print('pass') or True"),
+        raises=notebook("1 / 0", "x = [", RIGHT),
+        spies=notebook(SPY.format(ways=ways), RIGHT),
+        environment=notebook("import os\nassert 'TEACHERS_SECRET' not in os.environ and os.getuid() != 0", RIGHT),
+        broken="{'cells': ",
+        a_list="[1, 2]",
+    )
+    (folder / "essay.txt").write_text("I have no notebook.")
+    (folder / "link.ipynb").symlink_to(tmp_path / "secret")
+    found = graded(folder, course, time_s=60, memory=15 * 10**8)
+    assert len(found) == 32
+    for name, (verdict, says) in {
+        **{f"right{number}": ("pass", "moves the weights as far") for number in range(9)},
+        **{f"wrong{number}": ("fail", "Unscaled") for number in range(4)},
+        "stub": ("fail", "Not answered yet"),
+        "loops": ("fail", "didn't end"),
+        "hoards": ("pass", "cell 2 raised MemoryError"),
+        "hoards_together": ("not reached", "more than 1.5 GB of memory"),
+        "prints": ("not reached", "printed more than 20 MB"),
+        "bomb": ("not reached", "more than 128 processes"),
+        "killed": ("not reached", "its kernel died"),
+        "leaves": ("pass", "raised SystemExit: 3"),
+        "deleted": ("fail", "scaled_lr isn't there"),
+        "unchecked": ("pass", "as far"),
+        "forged": ("fail", "0 times as far"),
+        "patched": ("fail", "0 times as far"),
+        "raises": ("pass", "cell 2 raised ZeroDivisionError: division by zero"),
+        "spies": ("pass", "as far"),
+        "environment": ("pass", "as far"),
+        "broken": ("not reached", "a broken one"),
+        "a_list": ("not reached", "a broken one"),
+        "essay": ("not reached", "doesn't end in .ipynb"),
+        "link": ("not reached", "it is a link"),
+    }.items():
+        assert found[name][0] == verdict and says in found[name][2], (name, found[name])
+        assert found[name][1] == (verdict == "pass"), name
+    assert "raised" not in found["spies"][2] + found["environment"][2]  # whatever they tried failed as it should
+    assert (folder / "right0.ipynb").read_text() == notebook(RIGHT)
+
+
+def test_a_notebook_that_never_ends_is_stopped_and_the_next_one_graded(tmp_path, course, sandbox):
+    folder = handed_in(tmp_path / "class", a=notebook("while True: pass", RIGHT), b="{}")
+    found = graded(folder, course, time_s=3)
+    assert found["a"] == ("not reached", 0, "stopped: it took more than 3 s")
+    assert found["b"][0] == "not reached"
+
+
+def test_what_could_not_be_told_earns_what_the_teacher_says(tmp_path, sandbox):
+    """A check of this course that needs a Slurm, which is not in the sandbox's way of looking for programs."""
+    course = handed_in(tmp_path / "course", q=notebook(check='hpclab.check("queues.backfill", "--time=1")'))
+    hide = "import os\nos.environ['PATH'] = '/nowhere'"
+    folder = handed_in(tmp_path / "class", q=notebook(hide, check=None))
+    found = graded(folder, course, inconclusive=0.5)["q"]
+    assert found[:2] == ("inconclusive", 0.5) and "This needs Slurm" in found[2]
+
+
+def test_dask_works_on_the_sandboxs_loopback(tmp_path, course, sandbox):
+    training = """
+import torch, torch.distributed as dist
+def total():
+    value = torch.ones(1)
+    dist.all_reduce(value)
+    return value.item()
+with hpclab.connect(workers=2) as client:
+    assert hpclab.launch(client, total, ranks=2, oversubscribe=True).result() == [2.0, 2.0]
+"""
+    folder = handed_in(tmp_path / "class", rate=notebook(training, RIGHT))
+    found = graded(folder, course)["rate"]
+    assert found[0] == "pass" and "raised" not in found[2], found
+
+
+def test_the_command_prints_a_table_and_writes_what_no_spreadsheet_obeys(tmp_path, course, sandbox, capsys):
+    folder = tmp_path / "class"
+    handed_in(folder / "=ann", rate=notebook(RIGHT))
+    handed_in(folder / "ben" / ".ipynb_checkpoints", rate=notebook(RIGHT))
+    handed_in(folder / "ben" / "homework", rate=notebook("raise ValueError('\\x1b[31m\\x07red')", WRONG))
+    (folder / "cem").mkdir()
+    (folder / "cem" / "rate.docx").write_text("")
+    file = folder / "marks.csv"
+    for _again in range(2):  # its own file isn't handed in
+        arguments = [
+            "grade",
+            str(folder),
+            "--csv",
+            str(file),
+            "--course",
+            str(course),
+            "--seed",
+            "5",
+            "--memory",
+            "2GB",
+        ]
+        assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "ben/homework/rate.ipynb  cnn.learning_rate  fail" in shown and "\x1b" not in shown and "\x07" not in shown
+    assert "=ann/rate.ipynb          1       1" in shown
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["submission"] for row in rows] == ["'=ann/rate.ipynb", "ben/homework/rate.ipynb", "cem/rate.docx"]
+    assert [(row["verdict"], row["points"]) for row in rows] == [
+        ("pass", "1.0"),
+        ("fail", "0.0"),
+        ("not reached", "0.0"),
+    ]
+    assert "cell 2 raised ValueError" in rows[1]["reason"] and file.stat().st_mode & 0o077 == 0
+
+
+def test_an_interrupted_grading_leaves_nothing(tmp_path, course, sandbox):
+    folder = handed_in(tmp_path / "class", rate=notebook("print(1)", "import time\ntime.sleep(1000)"))
+    folders = set(Path("/tmp").glob("hpclab-grade-*"))
+    command = [sys.executable, "-m", "hpclab", "grade", str(folder), "--course", str(course)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 200
+        while not (kernels := ours("ipykernel_launcher")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        assert "interrupted" in running.communicate(timeout=200)[1]
+    assert running.returncode == 130 and kernels
+    assert ours("ipykernel_launcher") == []
+    assert set(Path("/tmp").glob("hpclab-grade-*")) <= folders
+
+
+def test_without_bubblewrap_it_refuses_unless_trusted(tmp_path, course, monkeypatch, capsys):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else which(name))
+    monkeypatch.setenv("HPCLAB_PATIENCE", "20")
+    folder = handed_in(tmp_path / "class", rate=notebook("import os\nos.fork() or os.setsid()", RIGHT))
+    assert cli.main(["grade", str(folder), "--course", str(course)]) == 1
+    told = capsys.readouterr().err
+    assert "bubblewrap is missing; apt install bubblewrap" in told and "--trust" in told
+    handed_in(folder, rate=notebook(RIGHT, "import subprocess\nkept = subprocess.Popen(['sleep', '1000'])"))
+    found = graded(folder, course, trust=True)
+    assert found["rate"][0] == "pass", found
+    assert ours("sleep") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"folder": "none"}, r"folder \(=.*none\) is no folder"),
+        ({"folder": "empty"}, "holds nothing to grade"),
+        ({"inconclusive": 2.0}, r"inconclusive \(=2\) must be from 0 to 1"),
+        ({"time_s": 0.0}, r"time_s \(=0\) and memory"),
+        ({"course": "empty"}, r"course \(=.*empty\) has no notebook with a cell that calls hpclab.check"),
+    ],
+)
+def test_what_can_not_be_graded_says_why(tmp_path, course, settings, message):
+    handed_in(tmp_path / "class", rate=notebook(RIGHT))
+    (tmp_path / "empty").mkdir()
+    given = {"folder": "class", "course": str(course)} | settings
+    with pytest.raises(ValueError, match=message):
+        grading.grade(given.pop("folder"), **given)
+
+
+def test_every_notebook_of_the_course_has_checks_that_are_found():
+    """Each exercise is checked by one notebook, and its answer is read from the check cell."""
+    from hpclab.exercises import CHECKS
+
+    steps = [step for one in _submissions.assignments(ROOT / "notebooks") for step in one.checks.values()]
+    assert sorted(step.exercise for step in steps) == sorted(CHECKS)
+    assert {step.answer for step in steps} >= {"largest", "(pack, unpack)"}
+
+
+def test_a_renamed_notebook_is_known_by_its_cells(tmp_path):
+    course = _submissions.assignments(ROOT / "notebooks")
+    path = tmp_path / "ann.ipynb"
+    shutil.copy(ROOT / "notebooks" / "03_cnn.ipynb", path)
+    assert _submissions.of(path, _submissions.read(path), course).stem == "03_cnn"
+    with pytest.raises(Unreadable, match="none of the course's notebooks"):
+        _submissions.of(path, nbformat.reads(notebook(check=None), 4), course)
+
+
+def test_the_students_check_cells_give_way_to_the_courses(tmp_path, course):
+    (one,) = _submissions.assignments(course)
+    theirs = nbformat.reads(notebook(RIGHT, check="print('pass')"), 4)
+    theirs.cells.append(theirs.cells[-1].copy())
+    steps = _submissions.steps(theirs, one)
+    assert [step.exercise for step in steps] == ["", "", "cnn.learning_rate"]
+    assert (steps[-1].code, steps[-1].answer) == ("", "scaled_lr")
+
+
+def test_an_ordinary_user_has_a_sandbox_too(tmp_path, monkeypatch):
+    """What root's sandbox is by privilege, another user's is by a namespace of users: the same line, run as nobody."""
+    if os.getuid() != 0:
+        pytest.skip("needs root, to be another user")
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    try_it = [*nobody, "bwrap", "--unshare-user", "--ro-bind", "/", "/", "true"]
+    if subprocess.run(try_it, capture_output=True).returncode:
+        pytest.skip("needs user namespaces for ordinary users")
+    with _sandbox._folder() as folder:
+        os.chown(folder, 65534, 65534)
+        monkeypatch.setattr(os, "getuid", lambda: 65534)
+        monkeypatch.setattr(_sandbox, "_seen", list)
+        line = [*nobody, *_sandbox.wrapped(folder, []), "sh", "-c"]
+        done = subprocess.run([*line, "id -un; ls /home; ls /proc | grep -c '^[0-9]'"], capture_output=True, text=True)
+        outside = subprocess.run([*line, f"ls {ROOT}"], capture_output=True, text=True)
+    assert done.stdout.split()[:2] == ["student", "student"] and int(done.stdout.split()[2]) < 10, done
+    assert outside.returncode != 0

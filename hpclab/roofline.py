@@ -24,17 +24,17 @@ _VECTORS: dict[Any, Callable[..., int]] = {
 """Operations of products with a vector, by their shapes: torch's counter knows those of matrices only."""
 
 
-def ceilings(megabytes: int = 64, size: int = 512, repeats: int = 10) -> dict:
+def ceilings(megabytes: int = 64, size: int = 256, repeats: int = 10) -> dict:
     """Measure what this process reaches at best, with the threads that torch has now.
 
     Parameters
     ----------
     megabytes : int, default 64
         Size of each of three arrays. They must not fit into the caches, or the bandwidth is that of a cache.
-    size : int, default 512
+    size : int, default 256
         Rows and columns of the matrices that are multiplied.
     repeats : int, default 10
-        Of each; the best counts, as a ceiling is what nothing exceeds.
+        Of each array's run, and 20 times as many products; the best counts, as it was disturbed the least.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def ceilings(megabytes: int = 64, size: int = 512, repeats: int = 10) -> dict:
     one, two = torch.rand(2, size, size)
     product = torch.empty(size, size)
     a, b, c = (torch.zeros(megabytes * 250_000) for _array in range(3))
-    flops = 2 * size**3 / min(_seconds(lambda: torch.mm(one, two, out=product), repeats))
+    flops = 2 * size**3 / min(_seconds(lambda: torch.mm(one, two, out=product), 20 * repeats))
     triad = 3 * a.nbytes / min(_seconds(lambda: torch.add(a, b, alpha=3.0, out=c), repeats))
     read = 2 * a.nbytes / min(_seconds(lambda: torch.dot(a, b), repeats))
     bandwidth = max(triad, read)

@@ -125,6 +125,7 @@ def shoot(page, name):
 NAMES = [
     "00_start.ipynb",
     "zh/00_start.ipynb",
+    "01_one_process.ipynb",
     "02_ddp_from_scratch.ipynb",
     "03_cnn.ipynb",
     "04_scaling.ipynb",

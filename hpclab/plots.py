@@ -210,6 +210,7 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
         "optimizer": _("optimiser"),
         "all-reduce": _("all-reduce of a bucket"),
     }
+    unnamed = dict(titles)  # each is named once, if it is there
     ranks = sorted({row["rank"] for row in some(rows, "span")})
     spent: dict[int, dict[str, float]] = {rank: {} for rank in ranks}
     for number, (name, title) in enumerate(titles.items()):
@@ -220,8 +221,10 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
                 if row["rank"] == rank and row["name"] == name
             ]
             spent[rank][title] = sum(duration for _start, duration in bars) / 1e3
+            if not bars:
+                continue
             height = (place + 0.25, 0.2) if name == "all-reduce" else (place - 0.4, 0.6)
-            ax.broken_barh(bars, height, label=title if place == 0 else None, linewidth=0.3, **_bar(number))
+            ax.broken_barh(bars, height, label=unnamed.pop(name, None), linewidth=0.3, **_bar(number))
     ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
     ax.invert_yaxis()
     finish(ax, rows, _("milliseconds"), "", [_shares(rank, found) for rank, found in spent.items()])
@@ -456,7 +459,9 @@ def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
         about = {"name": row["name"], "share": f"{row['flops_per_s'] / roof:.0%}"}
         about |= {"rate": figures.number(row["flops_per_s"] / 1e9), "intensity": figures.number(row["intensity"])}
         told.append(_("{name}: {rate} Gflop/s at {intensity} flop a byte, {share} of the roof", **about))
-        style = figures.points(place) | {"markersize": 9, "markeredgecolor": "white"}
+        style = figures.points(place) | {"markersize": 9}
+        if place >= len(figures.MARKERS):  # its marker is taken: hollow
+            style |= {"markerfacecolor": "white", "markeredgewidth": 2}
         ax.plot(row["intensity"], row["flops_per_s"] / 1e9, label=row["name"], zorder=3, **style)
     ax.set_xscale("log")
     ax.set_yscale("log")

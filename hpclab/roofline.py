@@ -91,6 +91,30 @@ def measure(name: str, work: Callable, *arguments: Any, repeats: int = 10) -> di
     return {"kind": "roofline", "name": name, **counted, **timed, **_about()}
 
 
+def against(rows: list[dict], ceiling: dict) -> list[dict]:
+    """Tell for each row of `measure` on which side of the ridge it is, and its rate as a share of the roof above it."""
+    return [
+        {
+            "name": row["name"],
+            "flop a byte": row["intensity"],
+            "left of the ridge": "yes" if row["intensity"] < ceiling["ridge"] else "no",
+            "share of its roof": f"{row['flops_per_s'] / roof(row['intensity'], ceiling):.0%}",
+        }
+        for row in rows
+    ]
+
+
+def roof(intensity: float, ceiling: dict) -> float:
+    """The most operations a second that a ceiling allows at an intensity: a slope, and beyond the ridge flat.
+
+    Examples
+    --------
+    >>> [roof(intensity, {"flops_per_s": 8e9, "bytes_per_s": 2e9}) for intensity in (1, 4, 100)]
+    [2000000000.0, 8000000000.0, 8000000000.0]
+    """
+    return min(ceiling["flops_per_s"], ceiling["bytes_per_s"] * intensity)
+
+
 class _Traffic(TorchDispatchMode):
     """Adds up the bytes of every operation's inputs and results, and the results of those that torch doesn't count."""
 

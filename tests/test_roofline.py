@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from hpclab import machine, roofline
+from hpclab import machine, roofline, timeline
 
 
 def test_counts_are_those_by_hand():
@@ -41,3 +42,22 @@ def test_a_ceiling_and_a_rate_say_what_they_are():
     assert row["flops_per_s"] * row["duration_s"] == pytest.approx(row["flops"])
     for each in (found, row):
         assert (each["source"], each["cpus"]) == ("measured", machine.cpus())
+
+
+def test_each_row_is_told_by_its_side_of_the_ridge_and_its_share_of_the_roof():
+    ceiling = {"flops_per_s": 8e9, "bytes_per_s": 2e9, "ridge": 4.0}
+    rows = [{"name": str(at), "intensity": at, "flops_per_s": 1e9} for at in (0.5, 1.0, 4.0, 100.0)]
+    found = [(row["left of the ridge"], row["share of its roof"]) for row in roofline.against(rows, ceiling)]
+    assert found == [("yes", "100%"), ("yes", "50%"), ("no", "12%"), ("no", "12%")]
+
+
+def test_a_process_that_names_its_parts_shows_them_in_order():
+    with profile(activities=[ProfilerActivity.CPU]) as traced:
+        for name in ("forward", "backward", "something", "optimizer"):
+            with record_function(name):
+                torch.zeros(1000).add_(1)
+    rows = timeline.named(traced)
+    assert [row["name"] for row in rows] == ["forward", "backward", "optimizer"]
+    starts, ends = zip(*((row["start_s"], row["start_s"] + row["duration_s"]) for row in rows), strict=True)
+    assert starts[0] == 0 < ends[0] <= starts[1] < ends[1] <= starts[2] < ends[2]
+    assert {(row["kind"], row["rank"], row["source"]) for row in rows} == {("span", 0, "measured")}

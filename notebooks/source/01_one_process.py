@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hpclab
-from hpclab import bottlenecks, figures, plots, ratios, roofline
+from hpclab import bottlenecks, figures, plots, ratios, roofline, timeline
 
 ROUNDS, BATCH = {"small": (4, 32), "class": (5, 64), "cluster": (20, 128)}[SIZE]
 
@@ -91,35 +91,17 @@ def trace(step, steps=3):
     return traced
 
 
-parts = ("data", "forward", "backward", "optimizer")
 traced = trace(plain)
-averages = [row for row in traced.key_averages() if row.key not in parts]
+averages = [row for row in traced.key_averages() if "::" in row.key]  # torch's own operations
 total = sum(row.self_cpu_time_total for row in averages)
 hpclab.tables.Table(
     {"operation": row.key, "calls": row.count, "share of self time": f"{row.self_cpu_time_total / total:.0%}"}
     for row in sorted(averages, key=lambda row: -row.self_cpu_time_total)[:8]
 )
 
-
 # %% id="timeline-do"
-def spans(traced):
-    found = [event for event in traced.events() if event.name in parts]
-    first = min(event.time_range.start for event in found)
-    return [
-        {
-            "kind": "span",
-            "rank": 0,
-            "name": event.name,
-            "start_s": (event.time_range.start - first) / 1e6,
-            "duration_s": event.time_range.elapsed_us() / 1e6,
-            "source": "measured",
-        }
-        for event in found
-    ]
-
-
 figure, ax = figures.subplots(size=(10, 2.2))
-plots.timeline(spans(traced), ax)
+plots.timeline(timeline.named(traced), ax)
 
 # %% [markdown] id="profile-explain"
 # **Explain.** The backward pass computes two gradients, that of the weights and that of the input, where the forward pass
@@ -160,15 +142,7 @@ figure, ax = figures.subplots(size=(9, 4.4))
 plots.roofline(rows, ceiling, ax)
 
 # %% id="roof-table"
-hpclab.tables.Table(
-    {
-        "layer": row["name"],
-        "flop a byte": round(row["intensity"], 2),
-        "left of the ridge": "yes" if row["intensity"] < ceiling["ridge"] else "no",
-        "share of its roof": f"{row['flops_per_s'] / min(ceiling['flops_per_s'], ceiling['bytes_per_s'] * row['intensity']):.0%}",
-    }
-    for row in rows
-)
+hpclab.tables.Table(roofline.against(rows, ceiling))
 
 # %% [markdown] id="roof-explain"
 # **Explain.** The second convolution reuses each number hundreds of times: it is far right of the ridge, bound by
@@ -248,6 +222,7 @@ hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)
 # ## What was left on the table
 #
 # Now all switches whose interval lies above 1, together. **Predict**: do their gains multiply?
+# In the picture the plain step is above, the tuned one below, on the same scale; a process by itself is rank 0.
 
 # %% id="together-do"
 helped = [row["measure"] for row in gains if row["low"] > 1 and row["measure"] in switches]
@@ -256,7 +231,7 @@ tuned = Step(**settings)
 (together,) = ratios.sooner({" + ".join(helped) or "none": tuned}, plain, ROUNDS, calls=2)
 print(f"{together['measure']}: {ratios.told(together)}")
 figure, axes = figures.subplots(2, 1, size=(10, 4.6))
-both = [spans(trace(step)) for step in (plain, tuned)]
+both = [timeline.named(trace(step)) for step in (plain, tuned)]
 for ax, found in zip(axes, both, strict=True):
     plots.timeline(found, ax)
     ax.set_xlim(0, 1e3 * max(row["start_s"] + row["duration_s"] for rows in both for row in rows))
@@ -265,10 +240,8 @@ for ax, found in zip(axes, both, strict=True):
 # Sooner is worth nothing if it learns less. From the same first weights, over the same batches:
 
 # %% id="same-do"
-learned = {
-    name: [step() for _ in range(15)][-1]
-    for name, step in {"plain": Step(), "bf16": Step(bf16=True), "all that helped": Step(**settings)}.items()
-}
+learners = {"plain": Step(), "bf16": Step(bf16=True), "all that helped": Step(**settings)}
+learned = {name: [step() for _ in range(15)][-1] for name, step in learners.items()}
 hpclab.tables.Table({"step": name, "loss after 15 steps": f"{loss:.4f}"} for name, loss in learned.items())
 
 # %% [markdown] id="same-explain"

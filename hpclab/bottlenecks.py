@@ -51,15 +51,14 @@ def planted(kind: str, dice: random.Random, batches: int | None = None, product:
         raise ValueError(f"kind (={kind!r}) must be one of {', '.join(KINDS)}.")
     batches = batches or dice.randint(1, 8)
     product = dice.choice([True, False]) if product is None else product
-    size = 64 * dice.randint(6, 9)
+    size = 64 * dice.randint(10, 13)
     if kind == "data":
         pictures = _packed(300 + 50 * dice.randint(0, 4), seed=dice.randint(0, 999))
         return Program(partial(_decode, pictures), partial(_layers, width=16, times=1) if product else _scaled, batches)
-    batch = torch.rand(size, 784)
     if kind == "compute":
-        return Program(batch.clone, partial(_layers, width=size, times=dice.randint(2, 4)), batches)
+        return Program(torch.rand(size, 784).clone, partial(_layers, width=size, times=dice.randint(1, 2)), batches)
     large = torch.full((8 * dice.randint(5, 7), 250_000), 1e-3)  # 40 to 56 MB, more than most caches hold
-    return Program(batch.clone, partial(_matrix_by_vector if product else _rescaled, large), batches)
+    return Program(torch.rand(64, 784).clone, partial(_matrix_by_vector if product else _rescaled, large), batches)
 
 
 def _packed(count: int, seed: int) -> list[bytes]:

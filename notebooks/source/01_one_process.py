@@ -209,8 +209,8 @@ hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)
 # **Explain** *your* table; another machine has another one.
 #
 # - *Threads*: as many times as fast as there are CPUs would be ideal. What is missing: operations too small to be cut, and
-#   memory, which all CPUs share. On one CPU no difference can be shown, and if others use this machine, your threads wait
-#   for each other: then more can be slower.
+#   memory, which all CPUs share. On one CPU no difference can be shown. And if others use this machine, then after each
+#   operation all threads wait for the one that got no CPU: two threads can be *several times slower* than one.
 # - *Channels last*: saves the convolutions from turning their arrays around, first in, then out.
 # - *bf16*: without instructions for it (look for `bf16` among the flags that `lscpu` shows) a CPU must convert each number
 #   to 32 bits and back, and it may be many times *slower*. On a GPU, or on a server of the last years, the same
@@ -301,6 +301,7 @@ def diagnose(programs):
 # Try it first on three programs whose kinds are known. The names need not be in the order of `KINDS`.
 
 # %% id="bottleneck-try-do"
+torch.set_num_threads(1)  # as the check does
 dice = random.Random(1)
 kinds = dice.sample(bottlenecks.KINDS, 3)
 print("yours:  ", diagnose([bottlenecks.planted(kind, dice) for kind in kinds]))

@@ -138,8 +138,7 @@ with torch.no_grad():
         flowing = layer(flowing)
     rows.append(roofline.measure("Linear", plain.model.classifier, flowing.flatten(1)))
 rows.append(roofline.measure("a whole step", plain, repeats=5))
-figure, ax = figures.subplots(size=(9, 4.4))
-plots.roofline(rows, ceiling, ax)
+plots.roofline(rows, ceiling)
 
 # %% id="roof-table"
 hpclab.tables.Table(roofline.against(rows, ceiling))
@@ -201,8 +200,7 @@ if trouble is None:
 print(trouble or "compiled")
 
 # %% id="levers-look"
-figure, ax = figures.subplots(size=(8, 3))
-plots.ratios(gains, "times as fast as the plain step", ax)
+plots.ratios(gains, "times as fast as the plain step")
 hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)} for row in gains)
 
 # %% [markdown] id="levers-explain"
@@ -302,9 +300,8 @@ def diagnose(programs):
 
 # %% id="bottleneck-try-do"
 torch.set_num_threads(1)  # as the check does
-dice = random.Random(1)
-kinds = dice.sample(bottlenecks.KINDS, 3)
-print("yours:  ", diagnose([bottlenecks.planted(kind, dice) for kind in kinds]))
+kinds = random.Random(1).sample(bottlenecks.KINDS, 3)
+print("yours:  ", diagnose([bottlenecks.planted(kind, random.Random(place)) for place, kind in enumerate(kinds)]))
 print("planted:", kinds)
 
 # %% id="bottleneck-check" points=1

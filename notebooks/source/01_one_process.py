@@ -144,8 +144,8 @@ plots.roofline(rows, ceiling)
 hpclab.tables.Table(roofline.against(rows, ceiling))
 
 # %% [markdown] id="roof-explain"
-# **Explain.** The second convolution reuses each number hundreds of times: it is far right of the ridge, bound by
-# arithmetic. ReLU touches each number once: far left. No faster core would help it; *fusing* it with its neighbour would, as
+# **Explain.** The second convolution does about a hundred operations with each byte: it is far right of the ridge, where
+# arithmetic binds. ReLU touches each number once: far left. No faster core would help it; *fusing* it with its neighbour would, as
 # its bytes then never go to memory. The first convolution has one input channel, and so little to reuse.
 #
 # Four things to keep in mind:

@@ -49,8 +49,10 @@ _HOME = {
     "train": "training",
 }
 _MODULES = (
+    "bottlenecks",
     "chaos",
     "checkpoint",
+    "compiler",
     "data",
     "doctor",
     "exercises",
@@ -66,6 +68,8 @@ _MODULES = (
     "plots",
     "queues",
     "racing",
+    "ratios",
+    "roofline",
     "rows",
     "scaling",
     "security",

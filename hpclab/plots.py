@@ -210,6 +210,7 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
         "optimizer": _("optimiser"),
         "all-reduce": _("all-reduce of a bucket"),
     }
+    unnamed = dict(titles)  # each is named once, if it is there
     ranks = sorted({row["rank"] for row in some(rows, "span")})
     spent: dict[int, dict[str, float]] = {rank: {} for rank in ranks}
     for number, (name, title) in enumerate(titles.items()):
@@ -220,8 +221,10 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
                 if row["rank"] == rank and row["name"] == name
             ]
             spent[rank][title] = sum(duration for _start, duration in bars) / 1e3
+            if not bars:
+                continue
             height = (place + 0.25, 0.2) if name == "all-reduce" else (place - 0.4, 0.6)
-            ax.broken_barh(bars, height, label=title if place == 0 else None, linewidth=0.3, **_bar(number))
+            ax.broken_barh(bars, height, label=unnamed.pop(name, None), linewidth=0.3, **_bar(number))
     ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
     ax.invert_yaxis()
     finish(ax, rows, _("milliseconds"), "", [_shares(rank, found) for rank, found in spent.items()])
@@ -414,7 +417,7 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
 
 
 def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
-    """Ratios with their intervals, one below the other; rows are those of `security.paired`.
+    """Ratios with their intervals, one below the other; rows are those of `ratios.paired`.
 
     Parameters
     ----------
@@ -430,6 +433,43 @@ def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
     ax.axvline(1, color="black", linestyle=":")
     told = [f"{row['measure']}: {row['ratio']:.4g} ({row['low']:.4g}-{row['high']:.4g})" for row in rows]
     return figures.finish(ax, rows, label, "", told)
+
+
+def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
+    """Draw the rate of operations against their intensity, below the two ceilings of this machine.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `roofline.measure`.
+    ceiling : dict
+        As from `roofline.ceilings`, with as many threads.
+    """
+    ax = figures.subplots(size=(8, 4.2))[1] if ax is None else ax
+    peak, bandwidth, ridge = ceiling["flops_per_s"], ceiling["bytes_per_s"], ceiling["ridge"]
+    intensities = [row["intensity"] for row in some(rows, "roofline")]
+    x = np.geomspace(min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 4, 200)
+    label = _("the lower of both ceilings")
+    ax.plot(x, np.minimum(peak, bandwidth * x) / 1e9, color="black", label=label)
+    ax.axvline(ridge, color="0.5", linestyle=":", label=_("ridge"))
+    about = {"peak": figures.number(peak / 1e9), "bandwidth": figures.number(bandwidth / 1e9)}
+    told = [_("ceilings: {peak} Gflop/s and {bandwidth} GB/s", **about) + f", {_('ridge')} {figures.number(ridge)}"]
+    for place, row in enumerate(rows):
+        roof = min(peak, bandwidth * row["intensity"])
+        about = {"name": row["name"], "share": f"{row['flops_per_s'] / roof:.0%}"}
+        about |= {"rate": figures.number(row["flops_per_s"] / 1e9), "intensity": figures.number(row["intensity"])}
+        told.append(_("{name}: {rate} Gflop/s at {intensity} flop a byte, {share} of the roof", **about))
+        style = figures.points(place) | {"markersize": 9}
+        if place >= len(figures.MARKERS):  # its marker is taken: hollow
+            style |= {"markerfacecolor": "white", "markeredgewidth": 2}
+        ax.plot(row["intensity"], row["flops_per_s"] / 1e9, label=row["name"], zorder=3, **style)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter("{x:,g}")
+    ax.yaxis.set_major_formatter("{x:,g}")
+    finish(ax, [*rows, ceiling], _("intensity (flop a byte)"), _("Gflop/s"), told)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+    return figures.set_font(ax)
 
 
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:

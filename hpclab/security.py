@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from distributed import Client, Security
 
 from hpclab.cluster import connect
+from hpclab.ratios import Measures, paired
 from hpclab.tables import Table
 from hpclab.tasks import clock
 
 PATIENCE_SECONDS = 10.0
 """How long a scheduler may take to say whether it lets somebody in."""
-Measures = Mapping[str, Callable[[Any], float]]
 STRANGER = """
 import os, sys
 from distributed import Client
@@ -102,59 +102,15 @@ def handshake(client: Client) -> Table:
     )
 
 
-def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float = 0.95) -> list[dict]:
-    """Measure two things in turn, and give the ratio of the other to the one, with an interval.
-
-    Parameters
-    ----------
-    measures : dict of str to callable
-        Each is called with `one` and with `other`, and returns a number above 0.
-    rounds : int
-        How often, >= 2; each round gives a ratio of its own, since machines drift.
-    level : float, default 0.95
-        Of the interval, by Student's t on the ratios' logarithms.
-
-    Returns
-    -------
-    list of dict
-        ``measure``, ``ratio`` (the geometric mean), ``low``, ``high``, ``rounds`` and ``source``.
-
-    Examples
-    --------
-    >>> rows = paired({"length": len}, "ab", "abcd", rounds=3)
-    >>> rows[0]["ratio"].round(6), rows[0]["low"].round(6)
-    (np.float64(2.0), np.float64(2.0))
-    """
-    from scipy import stats
-
-    if rounds < 2:
-        raise ValueError(f"rounds (={rounds}) must be >= 2, as one ratio has no interval.")
-    logs: dict[str, list[float]] = {name: [] for name in measures}
-    for turn in range(rounds):
-        for name, measure in measures.items():
-            first, second = (one, other) if turn % 2 == 0 else (other, one)
-            found = [measure(first), measure(second)][:: (-1) ** turn]
-            logs[name].append(float(np.log(found[1] / found[0])))
-    wide = stats.t.ppf(0.5 + level / 2, rounds - 1)
-    return [
-        {"measure": name, **_ends(np.mean(log), wide * stats.sem(log)), "rounds": rounds, "source": "measured"}
-        for name, log in logs.items()
-    ]
-
-
-def _ends(middle: Any, half: Any) -> dict[str, Any]:
-    return {"ratio": np.exp(middle), "low": np.exp(middle - half), "high": np.exp(middle + half)}
-
-
 def cost(plain: Client, encrypted: Client, rounds: int, tasks: int) -> list[dict]:
-    """Measure what TLS costs, as ratios to a cluster without it; rows are those of `paired`.
+    """Measure what TLS costs, as ratios to a cluster without it; rows are those of `ratios.paired`.
 
     Parameters
     ----------
     plain, encrypted : distributed.Client
         Of two clusters that differ in nothing else.
     rounds : int
-        As for `paired`; of the start, which takes seconds, a third, and at least 3.
+        As for `ratios.paired`; of the start, which takes seconds, a third, and at least 3.
     tasks : int
         Number of tiny tasks in a round.
     """

@@ -75,6 +75,23 @@ def spans(folder: str | os.PathLike) -> list[dict]:
     return [row | {"start_s": row["start_s"] - first} | about for row in found]
 
 
+def named(traced: Any) -> list[dict]:
+    """Rows, as from `spans`, of one process whose step names its parts by ``torch.profiler.record_function``.
+
+    Parameters
+    ----------
+    traced : torch.profiler.profile
+        After its ``with`` block; other names than "data", "forward", "backward" and "optimizer" are left out.
+    """
+    found = [event for event in traced.events() if event.name in _NAMES]
+    first = min((event.time_range.start for event in found), default=0)
+    return [
+        _span(0, event.name, (event.time_range.start - first) / 1e6, event.time_range.elapsed_us() / 1e6)
+        | {"source": "measured"}
+        for event in found
+    ]
+
+
 def merge(folder: str | os.PathLike) -> Path:
     """Write the traces of all ranks as one, ``trace.json``, for Perfetto or chrome://tracing; a process a rank."""
     path = Path(folder, "trace.json")

@@ -154,6 +154,7 @@ def check_accessible(page):
 NAMES = [
     "00_start.ipynb",
     "zh/00_start.ipynb",
+    "01_one_process.ipynb",
     "02_ddp_from_scratch.ipynb",
     "03_cnn.ipynb",
     "04_scaling.ipynb",

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import ssl
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +18,23 @@ import torch
 from distributed import Security
 
 import hpclab
-from hpclab import _exercises_dask, _verdicts, exercises, laws, machine, slurm
+from hpclab import (
+    _exercises_dask,
+    _exercises_one_process,
+    _verdicts,
+    bottlenecks,
+    exercises,
+    laws,
+    machine,
+    roofline,
+    slurm,
+)
 from hpclab.exercises import check
 
 FUNCTIONS = [
     *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
     *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step", "dask.chunk", "dask.bytes", "security.masks"),
+    "one-process.bottleneck",
 ]
 EXERCISES = ["start.gang", "faults.state", "security.harden", "queues.array", "queues.backfill", *FUNCTIONS]
 
@@ -741,3 +753,94 @@ def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
         result = check(exercise_id, wrong)
         assert result.status == "fail" and message in result.message, result
     assert _exercises_dask._plan_chunks(pieces(root))
+
+
+def diagnose(programs):
+    """As the notebook's solution."""
+    ridge = roofline.ceilings(megabytes=32)["ridge"]
+    names = []
+    for program in programs:
+        loads, works = zip(*(_exercises_one_process._split(program) for _turn in range(5)), strict=True)
+        flops, nbytes = roofline.count(program.work, program.load())
+        if np.median(loads) > np.median(works):
+            names.append("data")
+        else:
+            names.append("compute" if flops / nbytes > ridge else "memory")
+    return names
+
+
+def misnamed(**names):
+    """Answers with the truth but for the kinds given."""
+    draws = [kinds for kinds, _programs in _exercises_one_process._draws()]
+    turns = itertools.cycle(draws)
+    return lambda programs: [names.get(kind, kind) for kind in next(turns)]
+
+
+def by_total(programs):
+    def seconds(program):
+        start = time.perf_counter()
+        program.run()
+        return time.perf_counter() - start
+
+    order = np.argsort([seconds(program) for program in programs])
+    return [["memory", "compute", "data"][list(order).index(place)] for place in range(len(programs))]
+
+
+def by_operations(programs):
+    """A product is computing, whatever feeds it; what is none moves bytes."""
+    products = [roofline.count(program.work, program.load())[0] > 1e6 for program in programs]
+    return ["compute" if product else "memory" for product in products]
+
+
+def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        result = check("one-process.bottleneck", diagnose)
+        assert result, result
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda programs: ["compute"] * 3, "the same name"),
+        (misnamed(compute="memory", memory="compute"), "Compute and memory are swapped"),
+        (misnamed(memory="data", data="memory"), "time the two parts"),
+        (misnamed(compute="data"), "has its batch at once"),
+        (misnamed(memory="compute"), "few operations with each byte"),
+        (misnamed(compute="memory"), "many operations with each byte"),
+        (by_total, "how long a run takes"),
+        (by_operations, "(few operations with each byte|time the two parts)"),
+        (lambda programs: ["compute"], r"a list of 3 names, one a program, not \['compute'\]"),
+        (lambda programs: "compute", "a list of 3 names, one a program, not 'compute'"),
+        (lambda programs: ["cpu"] * 3, "one of 'compute', 'memory', 'data', not 'cpu'"),
+        (lambda programs: [{}] * 3, "not {}"),
+    ],
+)
+def test_bottleneck_names_each_misconception(answer, message):
+    result = check("one-process.bottleneck", answer)
+    assert result.status == "fail" and re.search(message, result.message), result
+
+
+def test_bottleneck_is_inconclusive_where_the_machine_does_not_show_what_was_planted(monkeypatch):
+    monkeypatch.setattr(_exercises_one_process, "_ridge", lambda: 200.0)  # a machine of far more arithmetic a byte
+    result = check("one-process.bottleneck", misnamed())
+    assert result.status == "inconclusive" and "intensity" in result.message
+    assert check("one-process.bottleneck", misnamed(compute="memory")).status == "inconclusive"
+
+
+@pytest.mark.parametrize("product", [True, False])
+@pytest.mark.parametrize("kind", bottlenecks.KINDS)
+def test_planted_programs_are_of_their_kind_by_counts(kind, product):
+    for seed in range(3):
+        program = bottlenecks.planted(kind, random.Random(seed), product=product)
+        again = bottlenecks.planted(kind, random.Random(seed), product=product)
+        flops, nbytes = roofline.count(program.work, program.load())
+        assert (flops, nbytes) == roofline.count(again.work, again.load()) and program.batches == again.batches
+        if kind != "data":
+            assert flops / nbytes > 50 if kind == "compute" else flops / nbytes < 1
+    with pytest.raises(ValueError, match=r"kind \(='network'\) must be one of compute, memory, data"):
+        bottlenecks.planted("network", random.Random(0))

@@ -86,6 +86,13 @@ FIGURES = {
         lambda: plots.grain(GRAIN[:-1], laws.fit_alpha_beta(COUNTS[:-1], GRAIN_S[:-1]), GRAIN[-1:]),
         "not seen by the law: 10.3 at 1; ",
     ),
+    "roofline": (
+        lambda: plots.roofline(
+            [ABOUT | {"kind": "roofline", "name": "ReLU", "intensity": 0.5, "flops_per_s": 5e8}],
+            ABOUT | {"kind": "ceiling", "flops_per_s": 8e9, "bytes_per_s": 2e9, "ridge": 4.0},
+        ),
+        "ceilings: 8 Gflop/s and 2 GB/s, ridge 4; ReLU: 0.5 Gflop/s at 0.5 flop a byte, 50% of the roof",
+    ),
     "allreduce": (
         lambda: plots.allreduce([ABOUT | {"nbytes": 1000, "duration_s": 0.5}]),
         "seconds of an all-reduce against bytes (measured: c, 2 CPU, torch 2, 2026-01-01). measured: 0.5 at 1,000",

@@ -1,7 +1,6 @@
 """Nobody in who doesn't belong: strangers at the ports, other users at the files, and where secrets could leak."""
 
 import asyncio
-import itertools
 import os
 import pickle
 import re
@@ -30,7 +29,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed import Event, Security, wait
 from distributed.core import rpc
-from scipy import stats
 
 import hpclab
 from hpclab import _agent, checkpoint, plots, security
@@ -211,25 +209,6 @@ def test_a_handshake_in_words(client, tmp_path):
     with hpclab.connect(workers=1, security=Security(require_encryption=True, **everybody)) as signed:
         told = {row["question"]: row["default"] for row in security.handshake(signed)}
     assert told["who vouches for the certificate"] == "CN=authority authority"
-
-
-def test_paired_ratios_hold_the_true_one_and_turns_cancel_a_drift():
-    dice = np.random.default_rng(3)
-    hours = itertools.count()
-
-    def drifting(true):
-        return true * 1.1 ** next(hours) * np.exp(0.01 * dice.standard_normal())
-
-    row, flat = security.paired({"drifting": drifting, "constant": lambda true: true}, 2.0, 3.0, rounds=12)
-    assert row["low"] < 1.5 < row["high"] < 1.8
-    assert flat["low"] == pytest.approx(1.5) == pytest.approx(flat["high"])
-    logs = np.log([1.1, 1.3, 1.2])
-    answers = iter([1.0, 1.1, 1.3, 1.0, 1.0, 1.2])  # in turn: the second comes first
-    (row,) = security.paired({"known": lambda of: next(answers)}, "one", "other", rounds=3)
-    low, high = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
-    assert [row["low"], row["high"]] == pytest.approx([np.exp(low), np.exp(high)])
-    with pytest.raises(ValueError, match=r"rounds \(=1\) must be >= 2"):
-        security.paired({}, 1, 2, rounds=1)
 
 
 def test_costs_are_ratios_of_what_was_done(client):

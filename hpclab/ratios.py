@@ -1,0 +1,93 @@
+"""By how much one thing differs from another on a machine that drifts: ratios from measurements in turn."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from hpclab.language import translate as _
+
+Measures = Mapping[str, Callable[[Any], float]]
+
+
+def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float = 0.95) -> list[dict]:
+    """Measure two things in turn, and give the ratio of the other to the one, with an interval.
+
+    Parameters
+    ----------
+    measures : dict of str to callable
+        Each is called with `one` and with `other`, and returns a number above 0.
+    rounds : int
+        How often, >= 2; each round gives a ratio of its own, since machines drift.
+    level : float, default 0.95
+        Of the interval, by Student's t on the ratios' logarithms.
+
+    Returns
+    -------
+    list of dict
+        ``measure``, ``ratio`` (the geometric mean), ``low``, ``high``, ``rounds`` and ``source``.
+
+    Examples
+    --------
+    >>> rows = paired({"length": len}, "ab", "abcd", rounds=3)
+    >>> rows[0]["ratio"].round(6), rows[0]["low"].round(6)
+    (np.float64(2.0), np.float64(2.0))
+    """
+    from scipy import stats
+
+    if rounds < 2:
+        raise ValueError(f"rounds (={rounds}) must be >= 2, as one ratio has no interval.")
+    logs: dict[str, list[float]] = {name: [] for name in measures}
+    for turn in range(rounds):
+        for name, measure in measures.items():
+            first, second = (one, other) if turn % 2 == 0 else (other, one)
+            found = [measure(first), measure(second)][:: (-1) ** turn]
+            logs[name].append(float(np.log(found[1] / found[0])))
+    wide = stats.t.ppf(0.5 + level / 2, rounds - 1)
+    return [
+        {"measure": name, **_ends(np.mean(log), wide * stats.sem(log)), "rounds": rounds, "source": "measured"}
+        for name, log in logs.items()
+    ]
+
+
+def sooner(cases: Mapping[str, Callable[[], Any]], baseline: Callable[[], Any], rounds: int, calls: int) -> list[dict]:
+    """Measure how many times as fast as a baseline each case is, in turn with it; rows are those of `paired`.
+
+    Parameters
+    ----------
+    cases : dict of str to callable
+        What to call, without arguments, by name.
+    baseline : callable
+        The same.
+    rounds, calls : int
+        So many rounds, as for `paired`, of so many calls each; all are called once before, to warm up.
+    """
+
+    def seconds(work: Callable[[], Any]) -> float:
+        begun = time.perf_counter()
+        for _call in range(calls):
+            work()
+        return time.perf_counter() - begun
+
+    for work in (baseline, *cases.values()):
+        work()
+    return [row for name, case in cases.items() for row in paired({name: seconds}, case, baseline, rounds)]
+
+
+def told(row: dict) -> str:
+    """A row's ratio in words: "no difference shown" where its interval holds 1.
+
+    Examples
+    --------
+    >>> told({"ratio": 1.75, "low": 1.62, "high": 1.89})
+    '1.75 (1.62 to 1.89)'
+    """
+    ends = {"low": row["low"], "high": row["high"]}
+    if row["low"] <= 1 <= row["high"]:
+        return _("no difference shown ({low:.2f} to {high:.2f})", **ends)
+    return _("{ratio:.2f} ({low:.2f} to {high:.2f})", ratio=row["ratio"], **ends)
+
+
+def _ends(middle: Any, half: Any) -> dict[str, Any]:
+    return {"ratio": np.exp(middle), "low": np.exp(middle - half), "high": np.exp(middle + half)}

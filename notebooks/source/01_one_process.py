@@ -1,0 +1,333 @@
+# %% [markdown] id="title"
+# # One process first: what it leaves on the table
+#
+# **You will** take one training step apart, see how near each layer comes to what this machine could do, and try what
+# costs nothing but a line of code: threads, another memory layout, half the digits, a compiler. Who parallelises a
+# slow program gets a slow program on many machines.
+#
+# | | |
+# |---|---|
+# | objectives | profile a step; read a roofline; tell compute-bound, memory-bound and data-bound apart by measurement; claim a gain with its interval, or say that none is shown |
+# | prerequisites | the notebook *start*; what a gradient is |
+# | minutes | 40 to read and do, 15 of them for the exercise; under 3 to run |
+# | needs | 1 CPU (2 for threads to help), 1 GB of memory (2 GB for the compiler), no ranks, no network |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import random
+import statistics
+import time
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import hpclab
+from hpclab import bottlenecks, figures, plots, ratios, roofline, timeline
+
+ROUNDS, BATCH = {"small": (4, 32), "class": (5, 64), "cluster": (20, 128)}[SIZE]
+
+# %% [markdown] id="step"
+# ## One step
+#
+# The step of the notebook *cnn*, with its four parts named for the profiler, and with three switches that we need later.
+# All are off: one thread, and torch's defaults.
+
+
+# %% id="step-do"
+class Step:
+    """A training step of one process; each call takes the next batch."""
+
+    def __init__(self, threads=1, channels_last=False, bf16=False, compiled=False):
+        torch.manual_seed(0)
+        self.images = hpclab.data.load("fashion_mnist", "train")
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = hpclab.models.CNN().to(memory_format=self.layout)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02)
+        self.forward = torch.compile(self.model) if compiled else self.model
+        self.threads, self.bf16, self.taken = threads, bf16, 0
+
+    def __call__(self):
+        torch.set_num_threads(self.threads)
+        with record_function("data"):
+            first = self.taken * BATCH % 9_000
+            inputs, labels = (torch.from_numpy(part) for part in self.images[list(range(first, first + BATCH))])
+            inputs = inputs.to(memory_format=self.layout)
+        with record_function("forward"), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = cross_entropy(self.forward(inputs), labels)
+        with record_function("backward"):
+            self.optimizer.zero_grad()
+            loss.backward()
+        with record_function("optimizer"):
+            self.optimizer.step()
+        self.taken += 1
+        return loss.item()
+
+
+plain = Step()
+[round(plain(), 2) for _ in range(5)]
+
+# %% [markdown] id="profile"
+# ## Where does the time go?
+#
+# **Predict**: of the four parts (data, forward, backward, optimizer), which takes the most? And of all operations, which
+# one? Write your guess down before you run the cell.
+#
+# A *profiler* notes when each operation begins and ends. *Self time* is what an operation spends itself, without those
+# that it calls. We look at shares, because seconds differ from machine to machine and from minute to minute.
+
+
+# %% id="profile-do"
+def trace(step, steps=3):
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # else the profiler announces itself
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as traced:
+        for _ in range(steps):
+            step()
+    return traced
+
+
+traced = trace(plain)
+averages = [row for row in traced.key_averages() if "::" in row.key]  # torch's own operations
+total = sum(row.self_cpu_time_total for row in averages)
+hpclab.tables.Table(
+    {"operation": row.key, "calls": row.count, "share of self time": f"{row.self_cpu_time_total / total:.0%}"}
+    for row in sorted(averages, key=lambda row: -row.self_cpu_time_total)[:8]
+)
+
+# %% id="timeline-do"
+figure, ax = figures.subplots(size=(10, 2.2))
+plots.timeline(timeline.named(traced), ax)
+
+# %% [markdown] id="profile-explain"
+# **Explain.** The backward pass computes two gradients, that of the weights and that of the input, where the forward pass
+# computes one result: so it takes about twice as long, or more. Inside both, a few operations take nearly all of the
+# time: convolutions, pooling and their gradients. Who makes the optimiser twice as fast gains next to nothing. That is
+# Amdahl's law, within one step.
+#
+# The profile says *where* the time goes. It doesn't say whether that is *much*: for that, we must know what the machine
+# could do.
+
+# %% [markdown] id="roof"
+# ## The roof
+#
+# A core can do so many floating-point operations a second, and memory can bring so many bytes a second. An operation that
+# does few operations with each byte waits for memory, however fast the core is. How many it does with a byte is its
+# **intensity**; and so its rate can't exceed
+#
+# $$\min(\text{peak},\ \text{bandwidth} \times \text{intensity}).$$
+#
+# That is the *roofline*: a slope, where memory binds, up to a *ridge*, and then a flat roof, where arithmetic binds. We
+# measure both ceilings here: the peak by a product of matrices, the bandwidth by running through arrays too large for
+# the caches. The operations and bytes of each layer are *counted*.
+#
+# **Predict**: which layers of the network are left of the ridge? Which comes nearest to the roof?
+
+# %% id="roof-do"
+torch.set_num_threads(1)
+ceiling = roofline.ceilings()
+flowing = torch.from_numpy(plain.images[list(range(BATCH))][0])
+rows = []
+with torch.no_grad():
+    for name, layer in plain.model.features.named_children():
+        rows.append(roofline.measure(f"{name} {type(layer).__name__}", layer, flowing))
+        flowing = layer(flowing)
+    rows.append(roofline.measure("Linear", plain.model.classifier, flowing.flatten(1)))
+rows.append(roofline.measure("a whole step", plain, repeats=5))
+plots.roofline(rows, ceiling)
+
+# %% id="roof-table"
+hpclab.tables.Table(roofline.against(rows, ceiling))
+
+# %% [markdown] id="roof-explain"
+# **Explain.** The second convolution does about a hundred operations with each byte: it is far right of the ridge, where
+# arithmetic binds. ReLU touches each number once: far left. No faster core would help it; *fusing* it with its neighbour would, as
+# its bytes then never go to memory. The first convolution has one input channel, and so little to reuse.
+#
+# Four things to keep in mind:
+#
+# - A point far below *both* roofs is bound by something else: by what it costs to call an operation at all, by a kernel
+#   that uses no vector instructions (pooling, often), or by other programs on this machine.
+# - A point can lie *above* the slope: its arrays fit into a cache, which is faster than the memory that we measured.
+# - It can lie above the flat roof too: the operations are those of the definition, and a library may know a way with fewer.
+# - The ceilings are what *we* reached, not what the data sheet says; the machine may have been busy while we measured.
+
+# %% [markdown] id="levers"
+# ## Four switches
+#
+# | switch | what changes |
+# |---|---|
+# | threads | each operation is cut in pieces, one for each CPU |
+# | channels last | the channels of a pixel lie side by side in memory, as the fastest convolutions want them |
+# | bf16 | products take numbers of 16 bits: half the bytes; where the CPU has instructions for it, faster arithmetic |
+# | compile | torch writes C++ for the network, fuses what it can, and compiles it |
+#
+# **Predict** for each: how many times as fast as the plain step? Is one of them *slower*?
+#
+# We measure in turn with the plain step, and take the ratio of each turn: a slow minute then meets both. If the interval
+# holds 1, we say so: **no difference shown**.
+
+# %% id="levers-do"
+threads = hpclab.machine.cpus()
+switches = {
+    f"threads: {threads}": {"threads": threads},
+    "channels last": {"channels_last": True},
+    "bf16": {"bf16": True},
+}
+gains = ratios.sooner({name: Step(**switch) for name, switch in switches.items()}, plain, ROUNDS, calls=2)
+
+
+# %% [markdown] id="compile"
+# The compiler works for half a minute, and needs memory: it gets a process of its own, which gives all of it back. It
+# needs a C++ compiler; where none is, the row is left out. (At the size *small* it is left out too.)
+
+
+# %% id="compile-do"
+def compiled(rounds):
+    return ratios.sooner({"compile": Step(compiled=True)}, Step(), rounds, calls=2)
+
+
+trouble = "At this size the compiler is left out." if SIZE == "small" else hpclab.compiler.missing()
+if trouble is None:
+    try:
+        gains += hpclab.compiler.apart(compiled, ROUNDS)
+    except RuntimeError as error:
+        trouble = str(error)
+print(trouble or "compiled")
+
+# %% id="levers-look"
+plots.ratios(gains, "times as fast as the plain step")
+hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)} for row in gains)
+
+# %% [markdown] id="levers-explain"
+# **Explain** *your* table; another machine has another one.
+#
+# - *Threads*: as many times as fast as there are CPUs would be ideal. What is missing: operations too small to be cut, and
+#   memory, which all CPUs share. On one CPU no difference can be shown. And if others use this machine, then after each
+#   operation all threads wait for the one that got no CPU: two threads can be *several times slower* than one.
+# - *Channels last*: saves the convolutions from turning their arrays around, first in, then out.
+# - *bf16*: without instructions for it (look for `bf16` among the flags that `lscpu` shows) a CPU must convert each number
+#   to 32 bits and back, and it may be many times *slower*. On a GPU, or on a server of the last years, the same
+#   line is a gain. A switch that is right elsewhere can be wrong here: measure.
+# - *compile*: fusing saves bytes of small operations. If the large ones, which a library does, take all of the time, there
+#   is little to save.
+
+# %% [markdown] id="together"
+# ## What was left on the table
+#
+# Now all switches whose interval lies above 1, together. **Predict**: do their gains multiply?
+# In the picture the plain step is above, the tuned one below, on the same scale; a process by itself is rank 0.
+
+# %% id="together-do"
+helped = [row["measure"] for row in gains if row["low"] > 1 and row["measure"] in switches]
+settings = {key: value for name in helped for key, value in switches[name].items()}
+tuned = Step(**settings)
+(together,) = ratios.sooner({" + ".join(helped) or "none": tuned}, plain, ROUNDS, calls=2)
+print(f"{together['measure']}: {ratios.told(together)}")
+figure, axes = figures.subplots(2, 1, size=(10, 4.6))
+both = [timeline.named(trace(step)) for step in (plain, tuned)]
+for ax, found in zip(axes, both, strict=True):
+    plots.timeline(found, ax)
+    ax.set_xlim(0, 1e3 * max(row["start_s"] + row["duration_s"] for rows in both for row in rows))
+
+# %% [markdown] id="same"
+# Sooner is worth nothing if it learns less. From the same first weights, over the same batches:
+
+# %% id="same-do"
+learners = {"plain": Step(), "bf16": Step(bf16=True), "all that helped": Step(**settings)}
+learned = {name: [step() for _ in range(15)][-1] for name, step in learners.items()}
+hpclab.tables.Table({"step": name, "loss after 15 steps": f"{loss:.4f}"} for name, loss in learned.items())
+
+# %% [markdown] id="same-explain"
+# bf16 keeps 8 bits of each number's digits, so the last places of the loss differ; more than that should not. The weights
+# themselves stay in 32 bits.
+
+# %% [markdown] id="bottleneck"
+# ## Exercise: name the bottleneck
+#
+# A program loads a batch, `batch = program.load()`, and works on it, `program.work(batch)`; `program.batches` says how
+# often. Each program here is bound by one thing:
+#
+# - `"data"`: most of a step is spent on loading;
+# - `"compute"`: by arithmetic, right of the ridge;
+# - `"memory"`: by the bytes that its operations move, left of it.
+#
+# Write `diagnose(programs)`, which returns a list with the name for each program. It is tried on programs that you haven't
+# seen, of other lengths and sizes. Look at shares and counts, not at seconds: this machine may be busy while it is checked.
+#
+# <details><summary>Hint 1</summary>
+#
+# First ask whether the work is what takes the time. One measurement can be unlucky: take the median of some.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `roofline.count(program.work, batch)` gives the operations and the bytes. You have measured the ridge above.
+#
+# </details>
+
+
+# %% id="bottleneck-answer" exercise=true
+def diagnose(programs):
+    ...
+    ### BEGIN SOLUTION
+    names = []
+    for program in programs:
+        loads, works = [], []
+        for _ in range(5):
+            begun = time.perf_counter()
+            batch = program.load()
+            loaded = time.perf_counter()
+            program.work(batch)
+            loads.append(loaded - begun)
+            works.append(time.perf_counter() - loaded)
+        flops, nbytes = roofline.count(program.work, batch)
+        if statistics.median(loads) > statistics.median(works):
+            names.append("data")
+        else:
+            names.append("compute" if flops / nbytes > ceiling["ridge"] else "memory")
+    return names
+    ### END SOLUTION
+
+
+# %% [markdown] id="bottleneck-try"
+# Try it first on three programs whose kinds are known. The names need not be in the order of `KINDS`.
+
+# %% id="bottleneck-try-do"
+torch.set_num_threads(1)  # as the check does
+kinds = random.Random(1).sample(bottlenecks.KINDS, 3)
+print("yours:  ", diagnose([bottlenecks.planted(kind, random.Random(place)) for place, kind in enumerate(kinds)]))
+print("planted:", kinds)
+
+# %% id="bottleneck-check" points=1
+hpclab.check("one-process.bottleneck", diagnose)
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - A profile says where the time goes; a roofline says whether that is much.
+# - Left of the ridge more arithmetic is free, and fewer bytes are what helps; right of it, the other way round.
+# - One process has switches that cost a line each. Which of them helps is a property of the machine: measure in turn, give
+#   the interval, and say "no difference shown" where it holds 1.
+# - The baseline of every speed-up to come is this *tuned* process, not the plain one.
+#
+# ### What breaks at scale
+#
+# With a hundred ranks a slow step is paid for a hundred times. And what didn't matter begins to: one process's loader
+# keeps up, but a hundred that read the same disk don't; a step made three times as fast hides less communication, so the
+# same network takes a larger share of it. The notebook *scaling* shows that share.
+#
+# ### References
+#
+# - S. Williams, A. Waterman, D. Patterson, *Roofline: an insightful visual performance model for multicore
+#   architectures*, Communications of the ACM 52(4), 2009.
+# - J. McCalpin, *Memory bandwidth and machine balance in current high performance computers*, 1995 (STREAM's triad).
+# - P. Micikevicius and others, *Mixed Precision Training*, 2017, arXiv:1710.03740.
+# - J. Ansel and others, *PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
+#   Compilation*, ASPLOS 2024.
+# - G. Amdahl, *Validity of the single processor approach*, AFIPS 1967.

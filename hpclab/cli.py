@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "lab", help="open JupyterLab on a working copy of the course; other arguments go to Jupyter"
     )
     lab.add_argument("--folder", default="hpclab-course", help="the copy (default: hpclab-course)")
+    lab.add_argument("--notebook", default="index", help="what to open first, such as scaling (default: index)")
     lab.set_defaults(run=_lab)
 
     data = commands.add_parser("data", help="get larger data sets, and check those that are here")
@@ -134,7 +135,7 @@ def _scale(options: argparse.Namespace, rest: list[str]) -> None:
 def _lab(options: argparse.Namespace, rest: list[str]) -> None:
     from hpclab.course import open_lab
 
-    open_lab(options.folder, rest)
+    open_lab(options.folder, rest, options.notebook)
 
 
 def _fetch(options: argparse.Namespace, rest: list[str]) -> None:

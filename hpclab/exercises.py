@@ -17,7 +17,7 @@ import numpy as np
 from hpclab import _exercises_dask as _exercises_dask  # those that need a cluster to try have a file of their own
 from hpclab import _exercises_queues as _exercises_queues
 from hpclab import _exercises_security as _exercises_security
-from hpclab import machine
+from hpclab import logbook, machine
 from hpclab._verdicts import CHECKS, Result, Verdict, answered, call, exercise, failed, passed
 from hpclab._verdicts import inconclusive as inconclusive
 from hpclab.language import translate as _
@@ -51,6 +51,8 @@ def check(exercise_id: str, answer: object) -> Result:
         result = CHECKS[exercise_id](answered(answer))
     except Verdict as verdict:
         result = verdict.result
+    if result:
+        logbook.remember(exercise_id)
     if "NBGRADER_EXECUTION" in os.environ and not result:
         raise AssertionError(result.message)
     return result

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from hpclab import cli
 from hpclab import course as course_module
 from hpclab.course import copy_course, open_lab
 
 START = "00_start.ipynb"
+COPIED = {START: "start 1", "03_cnn.ipynb": "cnn 1", "zh/00_start.ipynb": "开始 1", "glossary.md": "words 1"}
 
 
 @pytest.fixture
 def course(tmp_path):
     folder = tmp_path / "course"
-    for name, text in {START: "start 1", "03_cnn.ipynb": "cnn 1", "zh/00_start.ipynb": "开始 1"}.items():
+    for name, text in COPIED.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")
     (folder / "source").mkdir()
@@ -45,8 +47,8 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_only_the_notebooks_are_copied(mine):
-    assert files(mine) == {START: "start 1", "03_cnn.ipynb": "cnn 1", "zh/00_start.ipynb": "开始 1"}
+def test_only_the_notebooks_and_their_pages_are_copied(mine):
+    assert files(mine) == COPIED
 
 
 def test_a_second_call_does_nothing(course, mine):
@@ -60,7 +62,7 @@ def test_an_unchanged_file_is_updated_in_place(course, mine):
     (course / START).write_text("start 2")
     assert copy_course(mine, course).updated == [START]
     assert files(mine)[START] == "start 2"
-    assert len(files(mine)) == 3
+    assert len(files(mine)) == len(COPIED)
 
 
 def test_a_changed_file_stays_when_the_course_has_not_changed(course, mine):
@@ -77,6 +79,13 @@ def test_both_changed_lays_the_new_one_beside_once(course, mine):
     (mine / "00_start.new.ipynb").unlink()
     assert copy_course(mine, course).kept == [START]
     assert "00_start.new.ipynb" not in files(mine)
+
+
+def test_a_page_that_both_changed_lies_beside_as_a_page(course, mine):
+    (mine / "glossary.md").write_text("my words")
+    (course / "glossary.md").write_text("words 2")
+    assert copy_course(mine, course).beside == ["glossary.new.md"]
+    assert files(mine)["glossary.md"] == "my words"
 
 
 def test_work_in_the_file_beside_stays_too(course, mine):
@@ -136,7 +145,7 @@ def test_an_interrupted_copy_is_mended_by_the_next(course, mine, monkeypatch, su
     copy_course(mine, course)
     now = files(mine)
     assert now.pop("03_cnn.new.ipynb") == "03_cnn.ipynb 2"
-    assert now == {START: START + " 2", "03_cnn.ipynb": "my work", "zh/00_start.ipynb": "开始 1"}
+    assert now == COPIED | {START: START + " 2", "03_cnn.ipynb": "my work"}
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[1]", "3"])
@@ -195,6 +204,31 @@ def test_the_readers_own_settings_of_jupyterlab_win(monkeypatch, tmp_path):
     assert launched == [[f"--ServerApp.root_dir={tmp_path / 'mine'}", *own]]
 
 
+@pytest.mark.parametrize(
+    ("notebook", "language", "opened"),
+    [
+        ("index", "en", "00_index.ipynb"),
+        ("index", "zh", "zh/00_index.ipynb"),
+        ("ddp-from-scratch", "en", "02_ddp_from_scratch.ipynb"),
+        ("04_scaling.ipynb", "zh", "04_scaling.ipynb"),  # it has no Chinese edition
+    ],
+)
+def test_the_index_opens_or_the_notebook_that_was_asked_for(monkeypatch, tmp_path, notebook, language, opened):
+    labapp = pytest.importorskip("jupyterlab.labapp")
+    launched = []
+    monkeypatch.setattr(labapp.LabApp, "launch_instance", launched.append)
+    monkeypatch.setenv("HPCLAB_LANG", language)
+    cli.main(["lab", "--folder", str(tmp_path / "mine"), "--notebook", notebook, "--no-browser"])
+    root, url = f"--ServerApp.root_dir={tmp_path / 'mine'}", f"--LabApp.default_url=/lab/tree/{opened}"
+    assert launched == [[root, url, "--no-browser"]]
+
+
+def test_a_notebook_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    pytest.importorskip("jupyterlab")
+    with pytest.raises(ValueError, match=r"notebook \(='scailing'\) isn't in .*; use one of cnn, .*scaling"):
+        open_lab(tmp_path / "mine", [], "scailing")
+
+
 def eventually(attempt, *errors):
     """What attempt returns, once a server that is still starting lets it."""
     for _ in range(300):
@@ -228,4 +262,4 @@ def test_open_lab_serves_the_copy_behind_a_token(tmp_path):
         server.wait(timeout=30)
     assert served == {path.name for path in (tmp_path / "mine").iterdir() if not path.name.startswith(".")}
     assert f"The course is in {tmp_path / 'mine'}" in log.read_text()
-    assert re.search(r"http://127.0.0.1:\d+/lab/tree/00_start.ipynb\?token=\w+", log.read_text())
+    assert re.search(r"http://127.0.0.1:\d+/lab/tree/00_index.ipynb\?token=\w+", log.read_text())

@@ -65,6 +65,7 @@ _MODULES = (
     "network",
     "playground",
     "plots",
+    "predictions",
     "queues",
     "racing",
     "rows",

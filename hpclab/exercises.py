@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hpclab import _exercises_capstone as _exercises_capstone
 from hpclab import _exercises_dask as _exercises_dask  # those that need a cluster to try have a file of their own
 from hpclab import _exercises_queues as _exercises_queues
 from hpclab import _exercises_security as _exercises_security

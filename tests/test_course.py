@@ -17,13 +17,12 @@ from hpclab import course as course_module
 from hpclab.course import copy_course, open_lab
 
 START = "00_start.ipynb"
-COPIED = {START: "start 1", "03_cnn.ipynb": "cnn 1", "zh/00_start.ipynb": "开始 1", "glossary.md": "words 1"}
 
 
 @pytest.fixture
 def course(tmp_path):
     folder = tmp_path / "course"
-    for name, text in COPIED.items():
+    for name, text in {START: "start 1", "03_cnn.ipynb": "cnn 1", "zh/00_start.ipynb": "开始 1"}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")
     (folder / "source").mkdir()
@@ -47,8 +46,8 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_only_the_notebooks_and_their_pages_are_copied(mine):
-    assert files(mine) == COPIED
+def test_only_the_notebooks_are_copied(mine):
+    assert files(mine) == {START: "start 1", "03_cnn.ipynb": "cnn 1", "zh/00_start.ipynb": "开始 1"}
 
 
 def test_a_second_call_does_nothing(course, mine):
@@ -62,7 +61,7 @@ def test_an_unchanged_file_is_updated_in_place(course, mine):
     (course / START).write_text("start 2")
     assert copy_course(mine, course).updated == [START]
     assert files(mine)[START] == "start 2"
-    assert len(files(mine)) == len(COPIED)
+    assert len(files(mine)) == 3
 
 
 def test_a_changed_file_stays_when_the_course_has_not_changed(course, mine):
@@ -79,13 +78,6 @@ def test_both_changed_lays_the_new_one_beside_once(course, mine):
     (mine / "00_start.new.ipynb").unlink()
     assert copy_course(mine, course).kept == [START]
     assert "00_start.new.ipynb" not in files(mine)
-
-
-def test_a_page_that_both_changed_lies_beside_as_a_page(course, mine):
-    (mine / "glossary.md").write_text("my words")
-    (course / "glossary.md").write_text("words 2")
-    assert copy_course(mine, course).beside == ["glossary.new.md"]
-    assert files(mine)["glossary.md"] == "my words"
 
 
 def test_work_in_the_file_beside_stays_too(course, mine):
@@ -145,7 +137,7 @@ def test_an_interrupted_copy_is_mended_by_the_next(course, mine, monkeypatch, su
     copy_course(mine, course)
     now = files(mine)
     assert now.pop("03_cnn.new.ipynb") == "03_cnn.ipynb 2"
-    assert now == COPIED | {START: START + " 2", "03_cnn.ipynb": "my work"}
+    assert now == {START: START + " 2", "03_cnn.ipynb": "my work", "zh/00_start.ipynb": "开始 1"}
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[1]", "3"])

@@ -216,13 +216,15 @@ def figure(scores: list[dict], rows: Sequence[dict]) -> "Figure":
 
     shown = figures.Figure(figsize=(7.0, 1.2 + 0.55 * len(scores)), layout="constrained")
     ax = shown.subplots()
-    told = []
+    told, values = [], [row["measured"] for row in scores]
     for place, row in enumerate(scores):
         ends = row["low"], row["high"]
         label = _("predicted") if place == 0 else None
         ax.plot(ends, [place] * 2, color=figures.COLOURS[0], linewidth=6, solid_capstyle="butt", label=label)
-        told.append(f"{row['name']}: {row['low']:.3g}-{row['high']:.3g}, {row['measured']:.3g}")
-    values = [row["measured"] for row in scores]
+        ends_told = f"{row['low']:.3g}-{row['high']:.3g}"
+        told.append(
+            _("{name}: predicted {ends}, measured {value:.3g}", name=row["name"], ends=ends_told, value=values[place])
+        )
     ax.plot(values, range(len(scores)), label=_("measured"), markersize=9, **figures.points(1))
     ax.set_yticks(range(len(scores)), [row["name"] for row in scores])
     ax.set_ylim(len(scores) - 0.5, -0.5)

@@ -102,7 +102,7 @@ def test_only_what_was_written_before_the_run_counts():
     entries = [{"written": f"2026-01-01T12:0{minute}:00+0000", "name": minute} for minute in range(4)]
     measured = [{"started": "2026-01-01T14:03:00+0200"}, {"started": "2026-01-01T14:02:30+0200"}]
     assert predictions.before(entries, measured)["name"] == 2
-    with pytest.raises(ValueError, match="no prediction from before .*; measure anew"):
+    with pytest.raises(ValueError, match=r"no prediction from before .*; measure anew"):
         predictions.before(entries[3:], measured)
 
 

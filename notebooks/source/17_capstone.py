@@ -25,7 +25,7 @@ import numpy as np
 import hpclab
 from hpclab import predictions, scaling, study
 
-REPEATS, STEPS = {"small": (2, 12), "class": (3, 15), "cluster": (10, 100)}[SIZE]
+REPEATS, STEPS = {"small": (2, 12), "class": (3, 12), "cluster": (10, 100)}[SIZE]
 BATCH = 96
 
 # %% [markdown] id="score"
@@ -131,7 +131,9 @@ def train(client, ranks, **settings):
 
 far = hpclab.Network(latency=5e-3, bandwidth=1e9, ranks=8)
 cases = [{"ranks": 2}, {"ranks": 2, "network": far}]
-rows += [row | {"regime": "setting"} for row in scaling.sweep(client, train, cases=cases, repeats=REPEATS)]
+rows += [
+    row | {"regime": "setting"} for row in scaling.sweep(client, train, cases=cases, repeats=REPEATS, progress=False)
+]
 
 # %% [markdown] id="judge"
 # ## Be judged

@@ -211,7 +211,9 @@ def figure(scores: list[dict], rows: Sequence[dict]) -> "Figure":
     rows : sequence of dict
         What was measured, for the line that says on what machine.
     """
-    from hpclab import figures  # matplotlib, which a check doesn't need
+    from matplotlib.ticker import LogLocator, NullLocator  # a check doesn't need matplotlib
+
+    from hpclab import figures
     from hpclab.language import translate_drawn as _
 
     shown = figures.Figure(figsize=(7.0, 1.2 + 0.55 * len(scores)), layout="constrained")
@@ -229,8 +231,9 @@ def figure(scores: list[dict], rows: Sequence[dict]) -> "Figure":
     ax.set_yticks(range(len(scores)), [row["name"] for row in scores])
     ax.set_ylim(len(scores) - 0.5, -0.5)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
     figures.finish(ax, list(rows), _("ratio"), "", told)
     figures.legend_above(ax, columns=2)
     return shown
@@ -257,7 +260,6 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
         _("written"): entry["written"],
         _("first measured"): min(row["started"] for row in rows if row["kind"] == "trial"),
         _("level"): f"{entry['level']:.0%}",
-        "sha256": entry["sha256"],
     }
     trials = [row for row in rows if row.get("regime") == "setting"]
     settings = Table(
@@ -274,6 +276,7 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
     parts = [
         f"<h2>{_('Written before the run')}</h2>",
         markup(Table([written])),
+        f'<p style="overflow-wrap: anywhere">sha256: {html.escape(entry["sha256"])}</p>',
         "<dl>" + "".join(f"<dt>{html.escape(n)}</dt><dd>{html.escape(t)}</dd>" for n, t in meaning.items()) + "</dl>",
         f"<h2>{_('Predicted and measured')}</h2>",
         figure(scores, measured).picture(),

@@ -132,6 +132,7 @@ NAMES = [
     "06_queues.ipynb",
     "13_faults.ipynb",
     "14_security.ipynb",
+    "17_capstone.ipynb",
 ]
 
 

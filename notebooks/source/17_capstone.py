@@ -151,7 +151,7 @@ measured = {
 }
 entry = predictions.before(predictions.read(book), trials["strong"] + trials["weak"])
 scores = predictions.score(entry, measured)
-predictions.figure(scores, trials["strong"])
+predictions.figure(scores, rows)
 
 # %% id="judge-table"
 predictions.table(scores)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hpclab.gangs import Gang as Gang
     from hpclab.gangs import gang as gang
     from hpclab.launcher import launch as launch
+    from hpclab.logbook import progress as progress
     from hpclab.network import Network as Network
     from hpclab.racing import race as race
     from hpclab.runs import RankError as RankError
@@ -42,6 +43,7 @@ _HOME = {
     "launch": "launcher",
     "race": "racing",
     "open_run": "runs",
+    "progress": "logbook",
     "report": "_rank",
     "restore": "checkpoint",
     "save": "checkpoint",
@@ -66,6 +68,7 @@ _MODULES = (
     "network",
     "playground",
     "plots",
+    "predictions",
     "queues",
     "racing",
     "ratios",

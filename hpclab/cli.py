@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "lab", help="open JupyterLab on a working copy of the course; other arguments go to Jupyter"
     )
     lab.add_argument("--folder", default="hpclab-course", help="the copy (default: hpclab-course)")
+    lab.add_argument("--notebook", default="index", help="what to open first, such as scaling (default: index)")
     lab.set_defaults(run=_lab)
 
     grade = commands.add_parser("grade", help="run a class's notebooks, each in a sandbox, and judge them")
@@ -147,7 +148,7 @@ def _scale(options: argparse.Namespace, rest: list[str]) -> None:
 def _lab(options: argparse.Namespace, rest: list[str]) -> None:
     from hpclab.course import open_lab
 
-    open_lab(options.folder, rest)
+    open_lab(options.folder, rest, options.notebook)
 
 
 def _grade(options: argparse.Namespace, rest: list[str]) -> None:

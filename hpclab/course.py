@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpclab import data
+from hpclab.language import language
 
+INDEX = "00_index.ipynb"
+"""The notebook that opens first: what there is, what is done, and what comes next."""
 MANIFEST = ".hpclab-course.json"
 """In the reader's folder: sha256 of each course file when it was last delivered."""
 
@@ -33,7 +36,7 @@ class Summary:
 
 
 def copy_course(folder: str | Path, course: Path | None = None) -> Summary:
-    """Bring the course's notebooks into a folder, or up to date there.
+    """Bring the course's notebooks and their glossary into a folder, or up to date there.
 
     A file that is missing is added, one that is as it was delivered is updated. One that the reader changed
     stays; if the course has changed too, the new one lands beside it, once, as `00_start.new.ipynb` (and as
@@ -68,8 +71,10 @@ def copy_course(folder: str | Path, course: Path | None = None) -> Summary:
         raise OSError(f"folder (={folder}) can't be written ({error}); name a folder of your own.") from error
 
 
-def open_lab(folder: str | Path, arguments: list[str]) -> None:
+def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) -> None:
     """Bring the course into a folder, say so, and run JupyterLab there until it is ended.
+
+    It opens on a notebook, where the reader's language is Chinese on its Chinese edition.
 
     Parameters
     ----------
@@ -78,32 +83,58 @@ def open_lab(folder: str | Path, arguments: list[str]) -> None:
     arguments : list of str
         Handed on to JupyterLab, for example ["--no-browser", "--port", "8899"]. Without them it has a token
         and listens on loopback, as is its default.
+    notebook : str, default "00_index.ipynb"
+        What to open: a file's name, or a notebook's short name such as "scaling".
 
     Raises
     ------
     ModuleNotFoundError
         If JupyterLab isn't installed.
+    ValueError
+        If there is no such notebook.
     """
     try:
         from jupyterlab.labapp import LabApp
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("JupyterLab is missing; pip install jupyterlab ipywidgets") from error
     copied = copy_course(folder)
+    first = _find(notebook, copied.folder)
     print(copied, flush=True)
     if hasattr(os, "getuid") and os.getuid() == 0 and "--allow-root" not in arguments:
         print("You are root, which Jupyter refuses; in a container of your own, add --allow-root.", flush=True)
-    defaults = {"--ServerApp.root_dir": copied.folder, "--LabApp.default_url": "/lab/tree/00_start.ipynb"}
+    defaults = {"--ServerApp.root_dir": copied.folder, "--LabApp.default_url": f"/lab/tree/{first}"}
     given = {argument.split("=")[0] for argument in arguments}  # twice the same is an error in Jupyter
     settings = [f"{name}={value}" for name, value in defaults.items() if name not in given]
     # In this process: Ctrl-C and signals reach Jupyter itself, which then ends its kernels.
     LabApp.launch_instance([*settings, *arguments])
 
 
+def _find(notebook: str, folder: Path) -> str:
+    """A notebook's file below a folder, by its name or its short name, in the reader's language if it is there."""
+    there = {path.name: path.name for path in sorted(folder.glob("*.ipynb"))}
+    short = {slug(name): name for name in there}
+    name = there.get(notebook) or short.get(notebook)
+    if name is None:
+        raise ValueError(f"notebook (={notebook!r}) isn't in {folder}; use one of {', '.join(sorted(short))}.")
+    return f"zh/{name}" if language() == "zh" and (folder / "zh" / name).exists() else name
+
+
+def slug(name: str) -> str:
+    """A notebook's short name, which stays when its number changes.
+
+    Examples
+    --------
+    >>> slug("02_ddp_from_scratch.ipynb")
+    'ddp-from-scratch'
+    """
+    return name.removesuffix(".ipynb").partition("_")[2].replace("_", "-")
+
+
 def _copy(course: Path, folder: Path) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary(folder)
     delivered = _read_manifest(folder)
-    for path in sorted([*course.glob("*.ipynb"), *course.glob("zh/*.ipynb")]):
+    for path in sorted([*course.glob("*.ipynb"), *course.glob("zh/*.ipynb"), *course.glob("glossary.md")]):
         _deliver(path.relative_to(course).as_posix(), path.read_bytes(), delivered, summary)
         _write(folder / MANIFEST, json.dumps(delivered, indent=1, sort_keys=True).encode())
     return summary
@@ -135,9 +166,9 @@ def _deliver(name: str, content: bytes, delivered: dict[str, str], summary: Summ
 
 def _beside(name: str, new: str, delivered: dict[str, str], folder: Path) -> str:
     """First name beside a file that is free, or holds an earlier delivery that the reader hasn't touched."""
-    stem, number = name.removesuffix(".ipynb"), 1
+    (stem, suffix), number = os.path.splitext(name), 1
     while True:
-        candidate = f"{stem}.new{f'-{number}' if number > 1 else ''}.ipynb"
+        candidate = f"{stem}.new{f'-{number}' if number > 1 else ''}{suffix}"
         if _sha256(folder / candidate) in (None, new, delivered.get(candidate)):
             return candidate
         number += 1

@@ -9,22 +9,29 @@ from hpclab.language import translate as _
 from hpclab.tables import Table
 
 
-def examine() -> Table:
-    """Look at this machine; one row a finding, with ``what``, ``found`` and ``remark``."""
+def examine(quick: bool = False) -> Table:
+    """Look at this machine; one row a finding, with ``what``, ``found`` and ``remark``.
+
+    Parameters
+    ----------
+    quick : bool, default False
+        Leave out what takes seconds, and memory: GPUs, of which only torch knows, and fonts.
+    """
     about = machine.describe()
     findings = [
         (_("CPUs"), f"{about['cpus']}", _limit(about["cpus"], about["cpus_host"])),
         (_("memory"), f"{about['memory_gb']} GB", _limit(about["memory_gb"], about["memory_host_gb"])),
         (_("system"), about["system"], f"{about['cpu']}, Python {about['python']}"),
-        ("torch", about["torch"] or _("missing"), _gpus() if about["torch"] else "pip install torch"),
+        ("torch", about["torch"] or _("missing"), _gpus(quick) if about["torch"] else "pip install torch"),
         ("Dask", about["distributed"] or _("missing"), "" if about["distributed"] else "pip install distributed"),
         ("JupyterLab", machine.installed("jupyterlab") or _("missing"), "hpclab lab"),
         (_("dashboard"), machine.installed("bokeh") or _("missing"), _("optional: pip install 'hpclab[dashboard]'")),
         ("Slurm", *_slurm()),
         (_("sandbox"), *_sandboxed()),
         (_("loopback"), *_loopback()),
-        (_("Chinese font"), *_font()),
     ]
+    if not quick:
+        findings.append((_("Chinese font"), *_font()))
     return Table({_("what"): what, _("found"): found, _("remark"): remark} for what, found, remark in findings)
 
 
@@ -39,7 +46,9 @@ def _limit(usable: float, host: float) -> str:
     return _("all of the host's")
 
 
-def _gpus() -> str:
+def _gpus(quick: bool) -> str:
+    if quick:
+        return ""
     import torch
 
     count = torch.cuda.device_count()

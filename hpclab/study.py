@@ -87,6 +87,15 @@ def write(rows: list[dict], path: str | os.PathLike) -> Path:
         don't say their ``regime``, their batches do.
     path : path
     """
+    parts = sections(rows)
+    parts.append(carried(rows))
+    place = Path(path)
+    place.write_text(page(_("A scaling study"), parts), encoding="utf-8")
+    return place
+
+
+def sections(rows: list[dict]) -> list[str]:
+    """What the rows of a study show, as HTML: the machine, figures, laws, verdicts and a forecast; see `write`."""
     trials = some([row for row in rows if row["kind"] == "trial"], "trial")
     plain = [row for row in trials if "regime" not in row]
     trials = [row | {"regime": row.get("regime") or scaling.regime(plain)} for row in trials]
@@ -102,11 +111,13 @@ def write(rows: list[dict], path: str | os.PathLike) -> Path:
     if messages := [row for row in rows if row["kind"] == "allreduce"]:
         parts += [f"<h2>{_('The network')}</h2>", *_network(messages)]
         parts += _forecast(rows, trials, messages)
-    carried = json.dumps(rows).replace("<", "\\u003c")
-    parts.append(f'<script type="application/json" id="rows">{carried}</script>')
-    place = Path(path)
-    place.write_text(page(_("A scaling study"), parts), encoding="utf-8")
-    return place
+    return parts
+
+
+def carried(rows: list[dict]) -> str:
+    """Rows as the part of a page from which `read` gets them back."""
+    text = json.dumps(rows).replace("<", "\\u003c")
+    return f'<script type="application/json" id="rows">{text}</script>'
 
 
 def read(path: str | os.PathLike) -> list[dict]:

@@ -30,18 +30,20 @@ def text(rows: list[dict]) -> str:
 
 
 def markup(rows: list[dict]) -> str:
-    """Rows as an HTML table, with header cells that a screen reader can name."""
+    """Rows as an HTML table whose header cells a screen reader can name; what has ``__html__`` is HTML already."""
     if not rows:
         return ""
     head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_markup(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _markup(value: Any) -> str:
+    return value.__html__() if hasattr(value, "__html__") else html.escape(_cell(value))
 
 
 def _width(cell: str) -> int:

@@ -72,7 +72,7 @@ def lab(home, server):
 
 def opened(server, log):
     for _ in range(600):
-        if found := re.search(r"(http://127\.0\.0\.1:\d+/lab/tree/)00_start.ipynb\?(token=\w+)", log.read_text()):
+        if found := re.search(r"(http://127\.0\.0\.1:\d+/lab/tree/)00_index.ipynb\?(token=\w+)", log.read_text()):
             return found.groups()
         assert server.poll() is None, log.read_text()
         time.sleep(0.1)
@@ -162,6 +162,7 @@ NAMES = [
     "06_queues.ipynb",
     "13_faults.ipynb",
     "14_security.ipynb",
+    "17_capstone.ipynb",
 ]
 
 
@@ -196,6 +197,26 @@ def test_notebook_runs_from_top_to_bottom(page, lab, server, name, record_proper
         assert outputs.locator("table").count() >= 2
     if "scaling" in name:
         move_a_slider(page)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_index_shows_what_is_done_and_leads_on(page, lab, home, language):
+    """An exercise that passed in another notebook counts; a link in the output opens the next notebook."""
+    from playwright.sync_api import expect
+
+    write_notebook(home, "solved.ipynb", ["import hpclab\nhpclab.check('start.gang', hpclab.machine.fits())"])
+    open_notebook(page, lab, "solved.ipynb")
+    choose(page, "Run", "Run All Cells")
+    wait_for(page, "document.querySelector('.hpclab-result[data-status=pass]')", "solved")
+    name = "zh/00_index.ipynb" if language == "zh" else "00_index.ipynb"
+    open_notebook(page, lab, name)
+    choose(page, "Run", "Run All Cells")
+    shown = page.locator(".hpclab-progress")
+    expect(shown).to_contain_text("已完成 1 个" if language == "zh" else "1 of", timeout=60_000)
+    wait_for(page, "document.querySelectorAll('.jp-OutputArea-output table').length >= 3", name)
+    shoot(page, name)
+    shown.get_by_role("link", name="CNN: the same loss, sooner").first.click()
+    page.wait_for_url("**/03_cnn.ipynb*", timeout=60_000)
 
 
 def test_without_the_token_nobody_gets_in(lab):

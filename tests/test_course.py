@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hpclab import cli
 from hpclab import course as course_module
 from hpclab.course import copy_course, open_lab
 
@@ -195,6 +196,31 @@ def test_the_readers_own_settings_of_jupyterlab_win(monkeypatch, tmp_path):
     assert launched == [[f"--ServerApp.root_dir={tmp_path / 'mine'}", *own]]
 
 
+@pytest.mark.parametrize(
+    ("notebook", "language", "opened"),
+    [
+        ("index", "en", "00_index.ipynb"),
+        ("index", "zh", "zh/00_index.ipynb"),
+        ("ddp-from-scratch", "en", "02_ddp_from_scratch.ipynb"),
+        ("04_scaling.ipynb", "zh", "04_scaling.ipynb"),  # it has no Chinese edition
+    ],
+)
+def test_the_index_opens_or_the_notebook_that_was_asked_for(monkeypatch, tmp_path, notebook, language, opened):
+    labapp = pytest.importorskip("jupyterlab.labapp")
+    launched = []
+    monkeypatch.setattr(labapp.LabApp, "launch_instance", launched.append)
+    monkeypatch.setenv("HPCLAB_LANG", language)
+    cli.main(["lab", "--folder", str(tmp_path / "mine"), "--notebook", notebook, "--no-browser"])
+    root, url = f"--ServerApp.root_dir={tmp_path / 'mine'}", f"--LabApp.default_url=/lab/tree/{opened}"
+    assert launched == [[root, url, "--no-browser"]]
+
+
+def test_a_notebook_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    pytest.importorskip("jupyterlab")
+    with pytest.raises(ValueError, match=r"notebook \(='scailing'\) isn't in .*; use one of cnn, .*scaling"):
+        open_lab(tmp_path / "mine", [], "scailing")
+
+
 def eventually(attempt, *errors):
     """What attempt returns, once a server that is still starting lets it."""
     for _ in range(300):
@@ -228,4 +254,4 @@ def test_open_lab_serves_the_copy_behind_a_token(tmp_path):
         server.wait(timeout=30)
     assert served == {path.name for path in (tmp_path / "mine").iterdir() if not path.name.startswith(".")}
     assert f"The course is in {tmp_path / 'mine'}" in log.read_text()
-    assert re.search(r"http://127.0.0.1:\d+/lab/tree/00_start.ipynb\?token=\w+", log.read_text())
+    assert re.search(r"http://127.0.0.1:\d+/lab/tree/00_index.ipynb\?token=\w+", log.read_text())

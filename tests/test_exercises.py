@@ -35,6 +35,7 @@ FUNCTIONS = [
     *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
     *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step", "dask.chunk", "dask.bytes", "security.masks"),
     "one-process.bottleneck",
+    "capstone.score",
 ]
 EXERCISES = ["start.gang", "faults.state", "security.harden", "queues.array", "queues.backfill", *FUNCTIONS]
 
@@ -261,6 +262,46 @@ def test_curves_passes_with_the_solution():
 def test_curves_names_each_misconception(answer, message):
     result = check("scaling.curves", answer)
     assert result.status == "fail" and message in result.message
+
+
+def winkler(low, high, value, level):
+    return high - low + 2 / (1 - level) * max(low - value, 0, value - high)
+
+
+def test_a_score_passes_with_the_solution():
+    assert check("capstone.score", winkler)
+    assert check("capstone.score", lambda low, high, value, level: np.float32(winkler(low, high, value, level)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda low, high, value, level: high - low, "A miss costs nothing"),
+        (lambda low, high, value, level: winkler(low, high, value, level) - (high - low), "Width costs nothing"),
+        (lambda low, high, value, level: float(not low <= value <= high), "Width costs nothing"),
+        (lambda low, high, value, level: high - low + 20 * (not low <= value <= high), "A far miss costs no more"),
+        (lambda low, high, value, level: high - low + 2 / (1 - level) * max(low - value, 0), "a miss on one side only"),
+        (
+            lambda low, high, value, level: high - low + 2 / (1 - level) * max(value - high, 0),
+            "a miss on one side only",
+        ),
+        (
+            lambda low, high, value, level: high - low + 20 * max(low - value, 0, value - high),
+            "claims 50 % pays as much",
+        ),
+        (lambda low, high, value, level: winkler(low, high, value, 1 - level), "claims more pays less"),
+        (lambda low, high, value, level: winkler(low, high, value, (1 + level) / 2), "Too dear"),
+        (lambda low, high, value, level: winkler(low, high, value, 2 * level - 1), "Too cheap"),
+        (lambda low, high, value, level: -winkler(low, high, value, level), "Less is better"),
+        (lambda low, high, value, level: high - low + abs(value - (low + high) / 2), "that held"),
+        (lambda low, high, value, level: (high - low) / 2 + winkler(low, high, value, level), "that held"),
+        (lambda low, high, value, level: [1.0], "a number"),
+        (lambda low, high, value, level: float("nan"), "a number"),
+    ],
+)
+def test_a_score_names_each_misconception(answer, message):
+    result = check("capstone.score", answer)
+    assert result.status == "fail" and message in result.message, result
 
 
 def ring(first=1, add=True, steps=None, own=0, passes_on=True, everything=False):

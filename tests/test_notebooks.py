@@ -15,6 +15,9 @@ import pytest
 from conftest import Footprint
 from nbclient import NotebookClient
 
+from hpclab import logbook
+from hpclab.course import slug
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
 EDITIONS = [(path, "en") for path in SOURCES] + [
@@ -263,6 +266,47 @@ def test_the_editions_differ_in_prose_only(path):
     ]
     prose = [cell for cell in chinese if cell.cell_type == "markdown"]
     assert [cell.id for cell in prose if not re.search("[\u4e00-\u9fff]", cell.source)] == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_index_says_what_the_notebooks_say(language):
+    """Every other notebook is there once, in the path it belongs to, with its own title, minutes and needs."""
+    index = build.student(ROOT / "notebooks" / "source" / "00_index.py", language)
+    folder = ROOT / "notebooks" / ("zh" if language == "zh" else "")
+    listed = {}
+    for cell in index.cells:
+        for title, link, minutes, needs in re.findall(r"\| \[(.+)\]\((\S+)\) \| (\d+) \| (.+) \|", cell.source):
+            path = (folder / link).resolve()
+            assert path.stem not in listed
+            listed[path.stem] = cell.id
+            first = nbformat.read(path, 4).cells[0].source
+            said = dict(re.findall(r"^\| (minutes|用时|needs|需要) \| (.*) \|$", first, re.MULTILINE))
+            said = {{"用时": "minutes", "需要": "needs"}.get(name, name): text for name, text in said.items()}
+            assert first.startswith(f"# {title}\n"), link
+            assert re.search(r"\d+", said["minutes"])[0] == minutes, link
+            english = {
+                "个 CPU": "CPU",
+                "个 rank": "rank",
+                "、": ", ",
+                "装有 Slurm 程序的 Linux": "Linux with Slurm's programs",
+            }
+            for word, meaning in english.items() if language == "zh" else ():
+                needs, said["needs"] = needs.replace(word, meaning), said["needs"].replace(word, meaning)
+            assert [part for part in needs.split(", ") if part not in said["needs"]] == [], link
+    rest = [path.stem for path in SOURCES if path.stem != "00_index"]
+    expected = {
+        stem: "short" if slug(stem) in logbook.SHORT else "day" if slug(stem) in logbook.DAY else "term"
+        for stem in rest
+    }
+    assert listed == expected
+
+
+@every_edition
+def test_links_between_notebooks_lead_somewhere(path, language):
+    folder = ROOT / "notebooks" / ("zh" if language == "zh" else "")
+    prose = "\n".join(cell.source for cell in build.student(path, language).cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", prose) if "://" not in link]
+    assert [link for link in links if not (folder / link).exists() and Path(link).name != "glossary.md"] == []
 
 
 def execute(notebook, folder, tell, label) -> dict[str, str]:

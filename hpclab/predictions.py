@@ -1,0 +1,306 @@
+"""Predictions with intervals, written down before the run; their score afterwards; and a report of both."""
+
+import hashlib
+import html
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpclab.language import translate as _
+from hpclab.tables import Table, markup
+
+if TYPE_CHECKING:
+    from hpclab.figures import Figure
+
+LEVEL = 0.9
+"""Probability that an interval claims."""
+
+
+def interval_score(low: float, high: float, value: float, level: float = LEVEL) -> float:
+    """Score of an interval once the value is known; less is better.
+
+    Its width, and if it missed 2 / (1 - level) times how far. In the long run none scores less than the interval from
+    the quantile (1 - level) / 2 to the quantile (1 + level) / 2 of what one believes, neither a wide one nor a bold.
+
+    Parameters
+    ----------
+    low, high : float
+    value : float
+        What was measured.
+    level : float, default 0.9
+        Probability that the interval claims, between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If low exceeds high, a number isn't finite, or the level isn't between 0 and 1.
+
+    Notes
+    -----
+    Winkler (1972); Gneiting and Raftery, Strictly proper scoring rules, prediction, and estimation (2007), equation 43.
+
+    Examples
+    --------
+    >>> interval_score(1.0, 3.0, value=2.0)
+    2.0
+    >>> round(interval_score(1.0, 3.0, value=3.5), 6)
+    12.0
+    """
+    if not all(map(math.isfinite, (low, high, value))):
+        raise ValueError(f"low (={low}), high (={high}) and value (={value}) must be finite.")
+    if low > high:
+        raise ValueError(f"low (={low:g}) must be at most high (={high:g}).")
+    if not 0 < level < 1:
+        raise ValueError(f"level (={level}) must be between 0 and 1, such as 0.9.")
+    return high - low + 2 / (1 - level) * max(low - value, value - high, 0.0)
+
+
+def log_score(low: float, high: float, value: float, level: float = LEVEL) -> float:
+    """`interval_score` of the logarithms: for numbers above 0, whatever their unit, so that scores can be added.
+
+    Examples
+    --------
+    >>> log_score(1.0, 2.0, 1.5) == log_score(1000.0, 2000.0, 1500.0)
+    True
+    """
+    if min(low, high, value) <= 0:
+        raise ValueError(f"low (={low}), high (={high}) and value (={value}) must be above 0 to take logarithms.")
+    return interval_score(math.log(low), math.log(high), math.log(value), level)
+
+
+def write(path: str | os.PathLike, predicted: dict[str, tuple[float, float]], level: float = LEVEL) -> dict:
+    """Write predictions down, at the end of a file that keeps all that were ever written, and return the new entry.
+
+    Each entry has its time, and a hash over itself and the entry before: a later change of the file shows, in `read`.
+    (Who rewrites the whole file isn't found out; to prove it to others, tell them the hash before you measure.) The
+    same predictions again, with none in between, add nothing.
+
+    Parameters
+    ----------
+    path : path
+    predicted : dict of str to (float, float)
+        Low and high end, both above 0, by the name of what is predicted.
+    level : float, default 0.9
+        Probability that each interval claims.
+
+    Raises
+    ------
+    ValueError
+        If an interval is none, or the file isn't as it was written.
+    """
+    ends = {name: _ends(name, interval) for name, interval in predicted.items()}
+    if not ends:
+        raise ValueError("predicted is empty; give an interval, such as {'strong': (1.2, 1.8)}.")
+    if not 0 < level < 1:
+        raise ValueError(f"level (={level}) must be between 0 and 1, such as 0.9.")
+    place = Path(path)
+    known = read(place) if place.exists() else []
+    if known and (known[-1]["predicted"], known[-1]["level"]) == (ends, level):
+        return known[-1]
+    entry = {
+        "predicted": ends,
+        "level": level,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "before": known[-1]["sha256"] if known else "",
+    }
+    entry["sha256"] = _digest(entry)
+    with open(place, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    return entry
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """All predictions in a file, oldest first.
+
+    Raises
+    ------
+    ValueError
+        If the file isn't as `write` wrote it.
+    """
+    entries: list[dict] = []
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            whole = entry["sha256"] == _digest(entry)
+            chained = entry["before"] == (entries[-1]["sha256"] if entries else "")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            whole = chained = False
+        if not (whole and chained):
+            raise ValueError(
+                f"path (={str(path)!r}) was changed after it was written, in line {number} or before; begin a new file."
+            )
+        entries.append(entry)
+    return entries
+
+
+def before(entries: list[dict], rows: list[dict]) -> dict:
+    """The newest predictions that were written before the first of these rows was measured.
+
+    Raises
+    ------
+    ValueError
+        If there are none: what is written afterwards is no prediction.
+    """
+    started = min(datetime.fromisoformat(row["started"]) for row in rows)
+    # Both clocks tell whole seconds; no run is over within the one in which it started.
+    early = [entry for entry in entries if datetime.fromisoformat(entry["written"]) <= started]
+    if not early:
+        raise ValueError(f"entries hold no prediction from before {started}, when the measurement began; measure anew.")
+    return early[-1]
+
+
+def score(entry: dict, measured: dict[str, float]) -> list[dict]:
+    """Score predictions by what was measured.
+
+    Returns
+    -------
+    list of dict
+        One row of kind "score" a prediction: ``name``, ``low``, ``high``, ``measured``, ``held``, ``width`` and
+        ``miss`` (both in logarithms; the second with its factor) and ``score``, their sum.
+
+    Raises
+    ------
+    ValueError
+        If one was not measured.
+    """
+    if lacks := [name for name in entry["predicted"] if name not in measured]:
+        raise ValueError(f"measured lacks {lacks[0]!r}, which was predicted; it has {', '.join(measured)}.")
+    rows = []
+    for name, (low, high) in entry["predicted"].items():
+        total, width = log_score(low, high, measured[name], entry["level"]), math.log(high / low)
+        rows.append(
+            {"kind": "score", "name": name, "low": low, "high": high, "measured": measured[name]}
+            | {"held": low <= measured[name] <= high, "width": width, "miss": total - width, "score": total}
+        )
+    return rows
+
+
+def total(scores: list[dict]) -> float:
+    """The mean score: 0.2 is that of intervals about a fifth wide which all held."""
+    return sum(row["score"] for row in scores) / len(scores)
+
+
+def table(scores: list[dict]) -> Table:
+    """Scores to read."""
+    return Table(
+        {
+            _("prediction"): row["name"],
+            _("interval"): f"{row['low']:.3g} - {row['high']:.3g}",
+            _("measured"): f"{row['measured']:.3g}",
+            _("held"): _("yes") if row["held"] else _("no"),
+            _("width"): f"{row['width']:.2f}",
+            _("for the miss"): f"{row['miss']:.2f}",
+            _("score"): f"{row['score']:.2f}",
+        }
+        for row in scores
+    )
+
+
+def figure(scores: list[dict], rows: Sequence[dict]) -> "Figure":
+    """Draw each interval, and what was measured.
+
+    Parameters
+    ----------
+    scores : list of dict
+        As from `score`.
+    rows : sequence of dict
+        What was measured, for the line that says on what machine.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator  # a check doesn't need matplotlib
+
+    from hpclab import figures
+    from hpclab.language import translate_drawn as _
+
+    shown = figures.Figure(figsize=(7.0, 1.2 + 0.55 * len(scores)), layout="constrained")
+    ax = shown.subplots()
+    told, values = [], [row["measured"] for row in scores]
+    for place, row in enumerate(scores):
+        ends = row["low"], row["high"]
+        label = _("predicted") if place == 0 else None
+        ax.plot(ends, [place] * 2, color=figures.COLOURS[0], linewidth=6, solid_capstyle="butt", label=label)
+        ends_told = f"{row['low']:.3g}-{row['high']:.3g}"
+        told.append(
+            _("{name}: predicted {ends}, measured {value:.3g}", name=row["name"], ends=ends_told, value=values[place])
+        )
+    ax.plot(values, range(len(scores)), label=_("measured"), markersize=9, **figures.points(1))
+    ax.set_yticks(range(len(scores)), [row["name"] for row in scores])
+    ax.set_ylim(len(scores) - 0.5, -0.5)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+    figures.finish(ax, list(rows), _("ratio"), "", told)
+    figures.legend_above(ax, columns=2)
+    return shown
+
+
+def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[dict], meaning: dict[str, str]) -> Path:
+    """Write predictions, scores, and the study that judged them, as one page that needs no other file and no network.
+
+    Parameters
+    ----------
+    path : path
+    entry : dict
+        As from `before`.
+    scores : list of dict
+        As from `score`.
+    rows : list of dict
+        Of the study, as `study.read` gives them; and trials in other settings, whose ``regime`` is "setting".
+    meaning : dict of str to str
+        What each prediction is about, by its name.
+    """
+    from hpclab import study
+
+    written = {
+        _("written"): entry["written"],
+        _("first measured"): min(row["started"] for row in rows if row["kind"] == "trial"),
+        _("level"): f"{entry['level']:.0%}",
+    }
+    trials = [row for row in rows if row.get("regime") == "setting"]
+    settings = Table(
+        {
+            _("case"): row["label"],
+            _("step (ms)"): f"{1e3 * row['step_s']:.1f}",
+            _("samples a second"): f"{row['samples_per_s']:,.0f}",
+            _("source"): _("emulated") if row["source"] == "emulated" else _("measured"),
+        }
+        for row in trials
+    )
+    mean = _("Mean score: {score:.2f}", score=total(scores))
+    measured = [row for row in rows if row["kind"] == "trial"]
+    parts = [
+        f"<h2>{_('Written before the run')}</h2>",
+        markup(Table([written])),
+        f'<p style="overflow-wrap: anywhere">sha256: {html.escape(entry["sha256"])}</p>',
+        "<dl>" + "".join(f"<dt>{html.escape(n)}</dt><dd>{html.escape(t)}</dd>" for n, t in meaning.items()) + "</dl>",
+        f"<h2>{_('Predicted and measured')}</h2>",
+        figure(scores, measured).picture(),
+        markup(table(scores)),
+        f"<p><strong>{mean}</strong></p>",
+        *study.sections([row for row in rows if row.get("regime") != "setting"]),
+    ]
+    if trials:
+        parts += [f"<h2>{_('Other settings')}</h2>", markup(settings)]
+    place = Path(path)
+    place.write_text(study.page(_("Capstone: predict, then measure"), [*parts, study.carried(rows)]), "utf-8")
+    return place
+
+
+def _ends(name: str, interval: object) -> list[float]:
+    try:
+        low, high = map(float, interval)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"predicted[{name!r}] (={interval!r}) must be (low, high), two numbers above 0.")
+    return [low, high]
+
+
+def _digest(entry: dict) -> str:
+    told = {name: value for name, value in entry.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

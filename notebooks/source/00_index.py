@@ -1,0 +1,80 @@
+# %% [markdown] id="title"
+# # hpclab: the course
+#
+# **Real clusters, real training, real measurements, in a notebook cell.** In each notebook you predict, run, and explain;
+# what you see was measured while you watched, on the machine that you are on. Exercises check themselves.
+#
+# | | |
+# |---|---|
+# | objectives | find the notebook to begin with, and what you have done so far |
+# | prerequisites | a little Python; no account anywhere |
+# | minutes | 5 to read; under 1 to run |
+# | needs | 1 CPU, 0.3 GB of memory, no network |
+#
+# Run the cells one by one with <kbd>Shift</kbd>+<kbd>Enter</kbd>, here and in every notebook.
+
+# %% [markdown] id="progress"
+# ## Where you are
+#
+# When a check says *pass*, the exercise and the day are written down in this folder, in `.hpclab-progress.jsonl`, and nowhere
+# else: nothing is sent to anyone. Run this cell again whenever you come back.
+
+# %% id="progress-do"
+import hpclab
+
+hpclab.progress()
+
+# %% [markdown] id="short"
+# ## 90 minutes
+#
+# The shortest way through: see a machine for what it is, train on it, and say what the measurement proves. The minutes are
+# to read and do everything; without the exercises it takes little more than an hour.
+#
+# | notebook | minutes | needs |
+# |---|---|---|
+# | [Start here: the race](00_start.ipynb) | 25 | 1 CPU, 1.5 GB, 2 ranks |
+# | [CNN: the same loss, sooner](03_cnn.ipynb) | 40 | 1 CPU, 1.5 GB, 2 ranks |
+# | [Scaling laws: what a measurement proves](04_scaling.ipynb) | 45 | 2 CPUs, 1.5 GB, 2 ranks |
+
+# %% [markdown] id="day"
+# ## One day
+#
+# These three, and what happens below and around them: one process, gradients by hand, a queue, failures.
+#
+# | notebook | minutes | needs |
+# |---|---|---|
+# | [One process first: what it leaves on the table](01_one_process.ipynb) | 40 | 1 CPU, 1 GB, no ranks |
+# | [Data parallel from scratch](02_ddp_from_scratch.ipynb) | 45 | 1 CPU, 1.5 GB, 4 ranks |
+# | [Queues: your turn on a shared machine](06_queues.ipynb) | 45 | Linux with Slurm's programs, 2 CPUs, 1.5 GB |
+# | [Faults: what a failure costs](13_faults.ipynb) | 40 | 2 CPUs, 1.5 GB, 2 ranks |
+
+# %% [markdown] id="term"
+# ## A term
+#
+# All of them, in the order of their numbers. The capstone comes last.
+#
+# | notebook | minutes | needs |
+# |---|---|---|
+# | [Dask, two ways](05_dask.ipynb) | 40 | 2 CPUs, 2 GB, 2 ranks |
+# | [Security: who else can run code here?](14_security.ipynb) | 40 | 1 CPU, 1.5 GB, 4 ranks |
+# | [Capstone: predict, then measure](17_capstone.ipynb) | 45 | 2 CPUs, 1.5 GB, 2 ranks |
+
+# %% [markdown] id="machine"
+# ## What this machine has
+#
+# A cloud machine or a container is a part of a host. These are the limits that bind you; what is *missing* comes with the
+# line that gets it. With fewer CPUs than ranks every notebook works too: ranks then take turns, and their rows say
+# *emulated*.
+
+# %% id="machine-do"
+print(hpclab.doctor.advice())
+hpclab.doctor.examine(quick=True)
+
+# %% [markdown] id="more"
+# ## More
+#
+# - The words of the field, English and Chinese: the [glossary](glossary.md).
+# - A cluster holds memory until it is closed. Each notebook closes its own in its last cell; if one was left open,
+#   *Kernel*, *Shut Down All Kernels* ends it.
+# - `hpclab lab` brings a newer course into this folder and never overwrites what you changed: the new notebook then lies
+#   beside yours, as `03_cnn.new.ipynb`.

@@ -1,0 +1,216 @@
+# %% [markdown] id="title"
+# # Capstone: predict, then measure
+#
+# **You will** say in numbers, with intervals, how a training scales before you have seen it, measure it, and be scored: by a
+# rule that neither a huge interval nor a bold one can cheat. One page remains, which you can hand in.
+#
+# | | |
+# |---|---|
+# | objectives | predict from causes; say how sure you are; write a score that rewards honesty; measure strong and weak scaling on any cluster; report it so that others can check it |
+# | prerequisites | the notebooks *start*, *cnn* and *scaling* |
+# | minutes | 45 to read and do, 15 of them for the exercise; under 3 to run |
+# | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
+
+# %% id="parameters" tags=["parameters"]
+import os
+
+SIZE = os.environ.get("HPCLAB_SIZE", "class")
+
+# %% id="imports"
+import time
+from pathlib import Path
+
+import numpy as np
+
+import hpclab
+from hpclab import predictions, scaling, study
+
+REPEATS, STEPS = {"small": (2, 12), "class": (3, 12), "cluster": (10, 100)}[SIZE]
+BATCH = 96
+
+# %% [markdown] id="score"
+# ## Exercise: a score that can't be cheated
+#
+# A prediction without an interval says nothing of how far to believe it; one from zero to infinity is never wrong, and
+# useless. So an interval has a price: **its width**, and if the value lies outside, also something **for each unit by which
+# it missed**. How dear must a miss be?
+#
+# You claim that your interval holds with probability `level`, for instance 0.9. Suppose that you widen it at one end by a
+# little. That costs this little. It saves the price of a miss times this little, in those cases in which the value lies
+# beyond that end. If your interval is right, with as many cases beyond each end, neither widening nor narrowing should pay.
+#
+# Write `score(low, high, value, level)`: what the interval costs once the value is known. Less is better.
+#
+# <details><summary>Hint</summary>
+#
+# Of ten values, an interval of level 0.9 misses one: half of the time below, half of the time above.
+#
+# </details>
+
+
+# %% id="score-answer" exercise=true
+def score(low, high, value, level):
+    ...
+    ### BEGIN SOLUTION
+    return high - low + 2 / (1 - level) * max(low - value, value - high, 0)
+    ### END SOLUTION
+
+
+# %% id="score-check" points=1
+hpclab.check("capstone.score", score)
+
+# %% [markdown] id="honest"
+# ## Does honesty pay?
+#
+# Try it. Ten thousand values are drawn from a bell curve of spread 1, and intervals of level 0.9 of several widths are
+# scored, by the package's own `interval_score`. **Predict**: which half-width costs least? (Nine of ten values of a bell
+# curve lie within 1.64 of its middle.)
+
+# %% id="honest-do"
+values = np.random.default_rng(0).standard_normal(10_000)
+hpclab.tables.Table(
+    {
+        "half-width": half,
+        "held": f"{np.mean(np.abs(values) <= half):.0%}",
+        "mean score": f"{np.mean([predictions.interval_score(-half, half, value) for value in values]):.2f}",
+    }
+    for half in (0.2, 0.8, 1.3, 1.64, 2.0, 3.0, 10.0)
+)
+
+# %% [markdown] id="honest-explain"
+# **Explain.** The bold ones pay for misses, the cautious ones for width, and what costs least is what is true. A score with
+# this property is called *proper*: whoever wants to win says what they believe.
+#
+# To add up scores of different things, a speed-up and a share, say, the *logarithms* are scored below. Then an interval from
+# 1.0 to 1.2 costs as much as one from 0.50 to 0.60, and a score of 0.2 means: about a fifth wide, and it held.
+
+# %% [markdown] id="predict"
+# ## Predict
+#
+# The course's CNN will be trained by one rank and by two, with a batch of 96 pictures: of all ranks together (*strong*), and
+# of each (*weak*). Then two ranks will feel the network of a cluster that isn't here: eight ranks in a ring, with 5 ms a
+# message and 1 Gb/s. Four numbers will come out:
+#
+# - **strong**: how many times as fast two ranks are as one, with the same batch in all;
+# - **weak**: how many times as many pictures a second two ranks take in as one does, with the same batch each, divided by 2;
+# - **computing**: which share of a two-rank step (weak) a rank computes, rather than waits or fetches data;
+# - **far**: how fast two ranks are on that network, over how fast they are on this machine's.
+#
+# Write down an interval for each that holds with probability 0.9. Take what you know: your results of *cnn* and *scaling*, a
+# look at how busy this machine is, and for *far* the arithmetic. A ring of eight ranks sends 14 messages, one after the other,
+# in each step, and a step of two ranks takes some tens of milliseconds. **The intervals below are ours, and not very good.
+# Change them**, then run the cell: it adds them to a file, with the time, and a hash over them and all that came before.
+
+# %% id="predict-do"
+predicted = {
+    "strong": (1.0, 1.9),
+    "weak": (0.5, 1.0),
+    "computing": (0.5, 0.95),
+    "far": (0.1, 0.6),
+}
+book = Path("predictions.jsonl")
+predictions.write(book, predicted)
+
+# %% [markdown] id="measure"
+# ## Measure
+#
+# On this machine, or on any cluster: put `hpclab.connect("slurm", workers=2, ...)` here, and nothing else changes. The
+# cases run in turn, again and again, so that a drift of the machine meets all of them alike.
+
+# %% id="measure-do"
+client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
+folder = Path("results", time.strftime("%Y%m%d-%H%M%S") + "-capstone")
+page = study.measure(client, [2], folder, batch_size=BATCH, steps=STEPS, repeats=REPEATS, oversubscribe=True)
+rows = study.read(page)
+
+
+def train(client, ranks, **settings):
+    fixed = {"batch_size": BATCH, "steps": STEPS, "oversubscribe": True, "progress": False}
+    return hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=ranks, **fixed | settings)
+
+
+far = hpclab.Network(latency=5e-3, bandwidth=1e9, ranks=8)
+cases = [{"ranks": 2}, {"ranks": 2, "network": far}]
+rows += [
+    row | {"regime": "setting"} for row in scaling.sweep(client, train, cases=cases, repeats=REPEATS, progress=False)
+]
+
+# %% [markdown] id="judge"
+# ## Be judged
+#
+# The ratios are medians over the rounds. Only predictions from before the first run count: of several, the newest.
+
+# %% id="judge-do"
+trials = {regime: [row for row in rows if row.get("regime") == regime] for regime in ("strong", "weak", "setting")}
+both = [row for row in trials["weak"] if row["ranks"] == 2]
+measured = {
+    "strong": scaling.summary(trials["strong"])[1]["speedup"],
+    "weak": scaling.summary(trials["weak"])[1]["efficiency"],
+    "computing": float(np.median([row["compute_s"] / row["step_s"] for row in both])),
+    "far": scaling.summary(trials["setting"])[1]["speedup"],
+}
+entry = predictions.before(predictions.read(book), trials["strong"] + trials["weak"])
+scores = predictions.score(entry, measured)
+predictions.figure(scores, rows)
+
+# %% id="judge-table"
+predictions.table(scores)
+
+# %% [markdown] id="judge-explain"
+# **Explain** each miss, and each interval that was needlessly wide: what did you not know, or not use? Then look at how three
+# others would have done: one who is never wrong, one who is sure of the textbook (twice as fast, nothing lost, and
+# arithmetic that forgets that computing goes on), and one who knew the answer to 10 %.
+
+# %% id="others-do"
+others = {
+    "you": entry["predicted"],
+    "never wrong": dict.fromkeys(measured, (0.01, 100)),
+    "sure of the textbook": dict.fromkeys(measured, (0.99, 1.01)) | {"strong": (1.98, 2.02), "far": (0.1, 0.11)},
+    "knew it to 10 %": {name: (value / 1.1, value * 1.1) for name, value in measured.items()},
+}
+tried = {
+    who: predictions.score({"predicted": said, "level": predictions.LEVEL}, measured) for who, said in others.items()
+}
+hpclab.tables.Table(
+    {"who": who, "held": f"{sum(row['held'] for row in found)} of {len(found)}", "mean score": predictions.total(found)}
+    for who, found in tried.items()
+)
+
+# %% [markdown] id="report"
+# ## The report
+#
+# One page with everything: what you wrote and when, what was measured, on what machine, the figures, the scores, and the rows
+# themselves. It needs no other file and no network: open it from the file browser, or hand it in.
+
+# %% id="report-do"
+meaning = {
+    "strong": "two ranks over one, the same batch in all",
+    "weak": "two ranks over one, the same batch each, divided by 2",
+    "computing": "share of a two-rank step that is computing",
+    "far": "two ranks on a ring of eight, 5 ms and 1 Gb/s, over this machine's network",
+}
+predictions.report(folder / "report.html", entry, scores, rows, meaning)
+
+# %% [markdown] id="close"
+# ## Close
+
+# %% id="close-do"
+client.close()
+
+# %% [markdown] id="end"
+# ## Summary
+#
+# - A prediction is a number, an interval, a level, and a time before the measurement.
+# - The interval score is proper: neither a huge interval nor a bold one wins in the long run.
+# - A miss is worth more than a hit: it names what you didn't know.
+#
+# ### What breaks at scale
+#
+# A thousand node-hours are asked for with a forecast, and granted on it. Who can't say beforehand what a run will show, with
+# an interval, has no way to notice that it went wrong.
+#
+# ### References
+#
+# - R. Winkler, *A decision-theoretic approach to interval estimation*, 1972.
+# - T. Gneiting, A. Raftery, *Strictly proper scoring rules, prediction, and estimation*, 2007 (equation 43).
+# - G. Brier, *Verification of forecasts expressed in terms of probability*, 1950.

@@ -33,7 +33,7 @@ class Summary:
 
 
 def copy_course(folder: str | Path, course: Path | None = None) -> Summary:
-    """Bring the course's notebooks into a folder, or up to date there.
+    """Bring the course's notebooks and their glossary into a folder, or up to date there.
 
     A file that is missing is added, one that is as it was delivered is updated. One that the reader changed
     stays; if the course has changed too, the new one lands beside it, once, as `00_start.new.ipynb` (and as
@@ -103,7 +103,7 @@ def _copy(course: Path, folder: Path) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary(folder)
     delivered = _read_manifest(folder)
-    for path in sorted([*course.glob("*.ipynb"), *course.glob("zh/*.ipynb")]):
+    for path in sorted([*course.glob("*.ipynb"), *course.glob("zh/*.ipynb"), *course.glob("glossary.md")]):
         _deliver(path.relative_to(course).as_posix(), path.read_bytes(), delivered, summary)
         _write(folder / MANIFEST, json.dumps(delivered, indent=1, sort_keys=True).encode())
     return summary
@@ -135,9 +135,9 @@ def _deliver(name: str, content: bytes, delivered: dict[str, str], summary: Summ
 
 def _beside(name: str, new: str, delivered: dict[str, str], folder: Path) -> str:
     """First name beside a file that is free, or holds an earlier delivery that the reader hasn't touched."""
-    stem, number = name.removesuffix(".ipynb"), 1
+    (stem, suffix), number = os.path.splitext(name), 1
     while True:
-        candidate = f"{stem}.new{f'-{number}' if number > 1 else ''}.ipynb"
+        candidate = f"{stem}.new{f'-{number}' if number > 1 else ''}{suffix}"
         if _sha256(folder / candidate) in (None, new, delivered.get(candidate)):
             return candidate
         number += 1

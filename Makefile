@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help run lab test lint notebooks bench clean
+.PHONY: help run lab test lint notebooks docs bench clean
 
 help: ## list the chores (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ lint: $(READY) ## style and types
 notebooks: $(READY) ## the course's notebooks, from notebooks/source
 	@$(BIN)/python notebooks/build.py $(ARGS)
 
+docs: $(READY) ## the documentation as web pages, in docs/_build; a warning is an error
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going $(ARGS) docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 bench: $(READY) .venv-peers/.ready ## throughput and launches, as ratios measured side by side, also with other launchers
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)
 	@$(BIN)/python benchmarks/launch.py $(ARGS)
@@ -44,7 +48,7 @@ bench: $(READY) .venv-peers/.ready ## throughput and launches, as ratios measure
 	@.venv-peers/bin/python benchmarks/frameworks.py
 
 clean: ## remove .venv, builds and caches; results stay
-	rm -rf .venv .venv-peers dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers dist docs/_build docs/generated .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is removed before an install and written after it: without one, an install was interrupted, and we start afresh.
@@ -57,7 +61,7 @@ $(READY): pyproject.toml constraints.txt $(BIN)/python
 	@rm -f $@
 	@echo "Installing into .venv: some minutes, most of them for torch ..."
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --editable '.[dashboard,dev]'
+	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --editable '.[dashboard,dev,docs]'
 	@touch $@
 
 # The launchers that hpclab is measured against; some gigabytes.

@@ -103,6 +103,15 @@ def test_an_untouched_file_beside_is_replaced_by_the_next_version(course, mine):
     assert files(mine)["00_start.new.ipynb"] == "start 3"
 
 
+def test_the_glossary_comes_along_and_keeps_its_ending(course, mine):
+    (course / "glossary.md").write_text("words")
+    assert copy_course(mine, course).added == ["glossary.md"]
+    (mine / "glossary.md").write_text("my words")
+    (course / "glossary.md").write_text("more words")
+    assert copy_course(mine, course).beside == ["glossary.new.md"]
+    assert (files(mine)["glossary.md"], files(mine)["glossary.new.md"]) == ("my words", "more words")
+
+
 def test_a_deleted_file_is_delivered_anew(course, mine):
     (mine / START).unlink()
     assert copy_course(mine, course).added == [START]

@@ -63,7 +63,7 @@ def test_every_import_of_the_package_is_a_core_dependency():
 
 
 def test_constraints_pin_each_dependency_within_its_range():
-    asked = requirements([*PROJECT["dependencies"], *EXTRAS["dashboard"], *EXTRAS["dev"]])
+    asked = requirements([*PROJECT["dependencies"], *EXTRAS["dashboard"], *EXTRAS["dev"], *EXTRAS["docs"]])
     pinned = requirements(lines("constraints.txt"))
     assert pinned.keys() == asked.keys()
     for name, pin in pinned.items():
@@ -133,7 +133,7 @@ def test_start_hands_over_with_the_environment_set():
 
 
 def test_every_chore_of_make_parses_and_is_listed():
-    chores = {"run", "lab", "test", "lint", "notebooks", "bench", "clean", "help"}
+    chores = {"run", "lab", "test", "lint", "notebooks", "docs", "bench", "clean", "help"}
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"^  make (\w+) ", shown, re.MULTILINE)) == chores
     for chore in chores:

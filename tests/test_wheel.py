@@ -67,7 +67,8 @@ def test_the_wheel_carries_the_data_and_the_course_and_no_sources_of_theirs(whee
     data = [path for path in (ROOT / "data" / "fashion_mnist").iterdir() if path.is_file()]
     assert notebooks
     assert {path.relative_to(ROOT).as_posix() for path in notebooks + data} <= shared
-    assert not [name for name in shared if name.startswith("notebooks/") and not name.endswith(".ipynb")]
+    others = {name for name in shared if name.startswith("notebooks/") and not name.endswith(".ipynb")}
+    assert others == {"notebooks/glossary.md"}
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hpclab"}
     assert wheel.stat().st_size < 12e6
 
@@ -93,7 +94,8 @@ print(hpclab.__file__, images.folder, x.shape, len(copy_course("mine").added), s
     assert Path(module).is_relative_to(environment)
     assert Path(data) == Path(module).parent / "_share" / "data" / "fashion_mnist"
     assert shape == "(2, 1, 28, 28)"
-    assert int(copied) == len(list((tmp_path / "mine").rglob("*.ipynb"))) > 0
+    assert (tmp_path / "mine" / "glossary.md").is_file()
+    assert int(copied) == len(list((tmp_path / "mine").rglob("*.ipynb"))) + 1 > 1
 
 
 def test_doctor(user):

@@ -73,7 +73,7 @@ hpclab.doctor.examine(quick=True)
 # %% [markdown] id="more"
 # ## More
 #
-# - The words of the field, English and Chinese: the [glossary](glossary.md).
+# - The words of the field, English and Chinese: the [glossary](glossary.md#gang).
 # - A cluster holds memory until it is closed. Each notebook closes its own in its last cell; if one was left open,
 #   *Kernel*, *Shut Down All Kernels* ends it.
 # - `hpclab lab` brings a newer course into this folder and never overwrites what you changed: the new notebook then lies

@@ -13,6 +13,8 @@
 # | needs | 1 CPU (2 to see a speed-up), 1.5 GB of memory, 2 ranks, no network |
 #
 # Run the cells one by one with <kbd>Shift</kbd>+<kbd>Enter</kbd>. *Run All* works too.
+#
+# Words that are new to you stand in the [glossary](glossary.md#rank), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

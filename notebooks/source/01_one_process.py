@@ -11,6 +11,8 @@
 # | prerequisites | the notebook *start*; what a gradient is |
 # | minutes | 40 to read and do, 15 of them for the exercise; under 3 to run |
 # | needs | 1 CPU (2 for threads to help), 1 GB of memory (2 GB for the compiler), no ranks, no network |
+#
+# Words that are new to you stand in the [glossary](glossary.md#roofline), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

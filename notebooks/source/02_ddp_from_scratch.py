@@ -11,6 +11,8 @@
 # | prerequisites | the notebook *start*; the chain rule |
 # | minutes | 45 to read and do, 25 of them for the exercises; under 2 to run |
 # | needs | 1 CPU (four ranks take turns on fewer than four, and rows say *emulated*), 1.5 GB of memory, 4 ranks, no network |
+#
+# Words that are new to you stand in the [glossary](glossary.md#reduce-scatter), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

@@ -10,6 +10,8 @@
 # | prerequisites | the notebook *start*; what a gradient is |
 # | minutes | 40 to read and do, 20 of them for the exercises; under 3 to run |
 # | needs | 1 CPU (2 to see a speed-up), 1.5 GB of memory, 2 ranks, no network |
+#
+# Words that are new to you stand in the [glossary](glossary.md#data-parallelism), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

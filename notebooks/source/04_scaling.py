@@ -11,6 +11,8 @@
 # | prerequisites | the notebooks *start* and *cnn* |
 # | minutes | 45 to read and do, 15 of them for the exercise; under 3 to run |
 # | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
+#
+# Words that are new to you stand in the [glossary](glossary.md#strong-scaling), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

@@ -11,6 +11,8 @@
 # | prerequisites | the notebook *start* |
 # | minutes | 40 to read and do, 15 of them for the exercises; under 3 to run |
 # | needs | 2 CPUs (with one, rows say *emulated*), 2 GB of memory, 2 ranks, no network; for one part Slurm's programs, else it is skipped |
+#
+# Words that are new to you stand in the [glossary](glossary.md#granularity), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

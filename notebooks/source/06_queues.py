@@ -10,6 +10,8 @@
 # | prerequisites | the notebooks *start* and *faults* |
 # | minutes | 45 to read and do, 20 of them for the exercises; under 3 to run |
 # | needs | Linux with Slurm's programs (Debian, Ubuntu: `apt install slurm-wlm munge libnss-wrapper`; Binder has them), 2 CPUs, 1.5 GB of memory, no network, no root |
+#
+# Words that are new to you stand in the [glossary](glossary.md#backfill), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

@@ -10,6 +10,8 @@
 # | prerequisites | the notebooks *start* and *ddp-from-scratch* |
 # | minutes | 40 to read and do, 20 of them for the exercises; under 2 to run |
 # | needs | 1 CPU, 1.5 GB of memory, 4 ranks that take turns, no network; for the modes of files Linux |
+#
+# Words that are new to you stand in the [glossary](glossary.md#handshake), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os

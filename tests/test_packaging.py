@@ -17,7 +17,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CONDA_NAMES = {"dask": "dask-core", "matplotlib": "matplotlib-base", "torch": "pytorch-cpu"}
+CONDA_NAMES = {
+    "jupyter-client": "jupyter_client",
+    "dask": "dask-core",
+    "matplotlib": "matplotlib-base",
+    "torch": "pytorch-cpu",
+}
 SCRIPTS = ["binder/postBuild", "binder/start", ".ci/run"]
 FORBIDDEN = {
     "a registry's host": r"pypi\.org|pythonhosted\.org|registry\.npmjs|deb\.debian\.org|conda\.anaconda\.org",

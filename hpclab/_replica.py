@@ -27,6 +27,9 @@ from hpclab.network import Network
 
 Model = nn.Module | Callable[[], nn.Module]
 
+TEST_BATCH = 64
+"""Images that a rank tests at once: more take memory that training doesn't need, and save no time."""
+
 
 @dataclass
 class Job:
@@ -161,7 +164,7 @@ class _Replica:
         self.module.eval()
         images = datasets.load(self.job.data, "test")
         sums = torch.zeros(3)  # loss, right, samples
-        for share in torch.arange(len(images)).split(256)[self.rank :: self.ranks]:
+        for share in torch.arange(len(images)).split(TEST_BATCH)[self.rank :: self.ranks]:
             inputs, labels = (torch.from_numpy(part) for part in images[share.numpy()])
             scores = self.module(inputs)
             right = (scores.argmax(1) == labels).sum()

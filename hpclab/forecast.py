@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import optimize, special
 
 from hpclab.laws import quantile
 from hpclab.network import Array, Hierarchy, Network
@@ -134,7 +134,7 @@ def slowest(ranks: ArrayLike) -> Array:
     [0.0, 0.6, 2.49]
     """
     ranks = np.asarray(ranks, dtype=float)
-    return np.where(ranks > 1, special.ndtri(0.5264 ** (1 / ranks)), 0.0)
+    return np.where(ranks > 1, scipy.special.ndtri(0.5264 ** (1 / ranks)), 0.0)
 
 
 def step_s(workload: Workload, network: Network | Hierarchy, ranks: ArrayLike) -> Array:
@@ -367,7 +367,7 @@ def calibrate(
         values: dict[str, Any] = dict(zip(names, map(float, at * scale), strict=True))
         return dataclasses.replace(workload, **values)
 
-    found = optimize.least_squares(
+    found = scipy.optimize.least_squares(
         lambda at: logs(guess(at)) - np.log(measured_s), start, bounds=(1e-9, upper), xtol=1e-12, ftol=1e-12
     )
     best = guess(found.x)

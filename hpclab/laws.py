@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy  # whose parts are loaded when they are first used: fits need more memory than the rest
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 LEVEL = 0.95
 """Confidence of intervals and bands, unless another is asked for."""
@@ -331,7 +331,7 @@ def confidence(level: float) -> float:
 
 def quantile(level: float, freedom: float) -> float:
     """How many standard errors, by Student's t, an interval of this level reaches to either side."""
-    return float(stats.t.ppf((1 + confidence(level)) / 2, freedom))
+    return float(scipy.special.stdtrit(freedom, (1 + confidence(level)) / 2))
 
 
 def fit_amdahl(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
@@ -484,7 +484,7 @@ def _misfit(found: Fit) -> float:
     extra, freedom = bends.shape[1], len(left) - more.shape[1]
     floor = len(left) * 1e-16 * float(np.square(unit).mean())  # data without noise
     gain = (left @ left - rest @ rest) / extra
-    return float(stats.f.sf(gain / ((rest @ rest + floor) / freedom), extra, freedom))
+    return float(scipy.special.fdtrc(extra, freedom, gain / ((rest @ rest + floor) / freedom)))
 
 
 def _width(largest: Fit, n: float) -> float:
@@ -513,7 +513,7 @@ def _usl_start(order: int) -> Callable[[Array, Array], Array]:
 
     def start(n: Array, x: Array) -> Array:
         columns = np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1)[:, :order] * (x / n)[:, None]
-        found, _ = optimize.nnls(columns, np.ones_like(n))
+        found, _ = scipy.optimize.nnls(columns, np.ones_like(n))
         first = max(found[0], 1e-6 * (n / x).min())
         return np.concatenate([[1 / first], found[1:] / first])
 
@@ -527,12 +527,12 @@ def _usl_slopes(n: Array, g: float, sigma: float = 0.0, kappa: float = 0.0) -> l
 
 
 def _gustafson_start(n: Array, x: Array) -> Array:
-    shares, _ = optimize.nnls(np.stack([n, np.ones_like(n)], axis=1) / x[:, None], np.ones_like(x))
+    shares, _ = scipy.optimize.nnls(np.stack([n, np.ones_like(n)], axis=1) / x[:, None], np.ones_like(x))
     return np.array([shares.sum(), shares[1] / shares.sum()])
 
 
 def _alpha_beta_start(size: Array, seconds: Array) -> Array:
-    return optimize.nnls(np.stack([np.ones_like(size), size], axis=1) / seconds[:, None], np.ones_like(size))[0]
+    return scipy.optimize.nnls(np.stack([np.ones_like(size), size], axis=1) / seconds[:, None], np.ones_like(size))[0]
 
 
 _LAWS = {
@@ -581,7 +581,7 @@ def _solve(law: _Law, n: Array, x: Array, relative: bool) -> Array:
 
     start = np.clip(law.start(n, x), 1e-12, np.array(law.upper) * (1 - 1e-9))
     tight = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12}
-    found = optimize.least_squares(residuals, start, jacobian, (0.0, law.upper), x_scale="jac", **tight).x
+    found = scipy.optimize.least_squares(residuals, start, jacobian, (0.0, law.upper), x_scale="jac", **tight).x
     for place in range(1 if law.names[0] == "g" else 0, len(found)):  # the solver stops short of a bound
         at_bound = found.copy()
         at_bound[place] = 0.0

@@ -34,7 +34,7 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
     >>> rows[0]["ratio"].round(6), rows[0]["low"].round(6)
     (np.float64(2.0), np.float64(2.0))
     """
-    from scipy import stats
+    from scipy import special
 
     if rounds < 2:
         raise ValueError(f"rounds (={rounds}) must be >= 2, as one ratio has no interval.")
@@ -44,9 +44,9 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
             first, second = (one, other) if turn % 2 == 0 else (other, one)
             found = [measure(first), measure(second)][:: (-1) ** turn]
             logs[name].append(float(np.log(found[1] / found[0])))
-    wide = stats.t.ppf(0.5 + level / 2, rounds - 1)
+    wide = special.stdtrit(rounds - 1, 0.5 + level / 2) / np.sqrt(rounds)
     return [
-        {"measure": name, **_ends(np.mean(log), wide * stats.sem(log)), "rounds": rounds, "source": "measured"}
+        {"measure": name, **_ends(np.mean(log), wide * np.std(log, ddof=1)), "rounds": rounds, "source": "measured"}
         for name, log in logs.items()
     ]
 

@@ -28,7 +28,7 @@ from hpclab.network import Network
 Model = nn.Module | Callable[[], nn.Module]
 
 TEST_BATCH = 64
-"""Images that a rank tests at once: more take memory that training doesn't need, and save no time."""
+"""Least images that a rank tests at once; else as many as in training, whose memory is there to be used again."""
 
 
 @dataclass
@@ -163,8 +163,9 @@ class _Replica:
             dist.broadcast(buffer, 0)  # those of rank 0 are returned and saved, so they are the ones to test
         self.module.eval()
         images = datasets.load(self.job.data, "test")
+        size = max(TEST_BATCH, self.job.batch // self.ranks)
         sums = torch.zeros(3)  # loss, right, samples
-        for share in torch.arange(len(images)).split(TEST_BATCH)[self.rank :: self.ranks]:
+        for share in torch.arange(len(images)).split(size)[self.rank :: self.ranks]:
             inputs, labels = (torch.from_numpy(part) for part in images[share.numpy()])
             scores = self.module(inputs)
             right = (scores.argmax(1) == labels).sum()

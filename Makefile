@@ -24,8 +24,8 @@ run: $(READY) ## a real training run on this machine, measured on 1 and 2 ranks
 lab: $(READY) ## JupyterLab, opened on your own copy of the course
 	@$(BIN)/hpclab lab $(ARGS)
 
-test: $(READY) ## all tests, two files at a time
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+test: $(READY) ## all tests
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) ## style and types
 	@$(BIN)/ruff check .

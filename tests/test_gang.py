@@ -35,8 +35,9 @@ def all_reduce():
 
 
 def usable(client):
-    """The cluster takes the next gang straight after."""
+    """The cluster takes the next gang straight after, once its workers are there."""
     assert no_rank_left()
+    client.wait_for_workers(2, timeout=60)
     assert hpclab.launch(client, all_reduce, ranks=2).result(60) == [2, 2]
 
 

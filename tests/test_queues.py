@@ -20,6 +20,7 @@ import types
 from pathlib import Path
 
 import dask
+import distributed
 import psutil
 import pytest
 import torch
@@ -626,8 +627,13 @@ def test_a_controller_that_goes_while_one_waits_is_told():
     with slurm.start(nodes=1) as mine:
         mine.run("sbatch", "--exclusive", "--wrap", "sleep 100")
         until(lambda: alive(mine)[0]["state"] == "RUNNING")
-        timer = threading.Timer(3, lambda: mine._call("kill", "slurmctld"))
-        timer.start()
+
+        def kill_when_it_waits():
+            until(lambda: len(alive(mine)) == 2)
+            time.sleep(3)  # its place in the queue has been asked for meanwhile
+            mine._call("kill", "slurmctld")
+
+        threading.Thread(target=kill_when_it_waits).start()
         with pytest.raises(TimeoutError, match=r"job 2: 1st in the queue.*the queue doesn't answer \(.*[Uu]nable to"):
             hpclab.connect(mine, workers=1, timeout=40)
         with pytest.raises(ConnectionError, match=r"where \(=<private Slurm .* doesn't answer: .*start another"):
@@ -657,6 +663,10 @@ def test_ctrl_c_while_waiting_cancels(slurm4, tmp_path):
 
 
 def test_growing_and_shrinking_between_runs(slurm4):
+    def held(number):
+        distributed.Event("grown").wait(120)
+        return number
+
     with hpclab.connect(slurm4, workers=1, memory="500MB") as client:
         client.cluster.scale(2)
         client.wait_for_workers(2, timeout=60)
@@ -664,8 +674,9 @@ def test_growing_and_shrinking_between_runs(slurm4):
         until(lambda: len(workers(client)) == len(alive(slurm4)) == 1)
         assert hpclab.launch(client, os.getppid, ranks=1).result(60)
         client.cluster.adapt(minimum=1, maximum=3, interval="200ms", wait_count=5)
-        futures = client.map(lambda number: time.sleep(0.5) or number, range(60))
+        futures = client.map(held, range(60))
         until(lambda: len(workers(client)) == 3)
+        distributed.Event("grown", client=client).set()
         assert sum(client.gather(futures)) == sum(range(60))
         del futures
         until(lambda: len(workers(client)) == len(alive(slurm4)) == 1)

@@ -425,7 +425,7 @@ import gc, comm, matplotlib.figure
 from IPython.display import HTML
 def held():
     gc.collect()
-    figures = [one for one in gc.get_objects() if isinstance(one, matplotlib.figure.Figure)]
+    figures = [one for one in gc.get_objects() if issubclass(type(one), matplotlib.figure.Figure)]
     return len(comm.get_comm_manager().comms), len(figures)
 before = held()
 for number in range(500):

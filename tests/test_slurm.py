@@ -527,7 +527,9 @@ def test_no_job_is_lost_when_a_node_fails_and_returns(up, tmp_path):
     until(lambda: len(list(tmp_path.iterdir())) >= 20)
     up.kill("n3")
     up.revive("n3")
-    done = {number: in_state(up, number, "COMPLETED", patience={"NODE_FAIL", "CANCELLED"}) for number in sorted(numbers)}
+    done = {
+        number: in_state(up, number, "COMPLETED", patience={"NODE_FAIL", "CANCELLED"}) for number in sorted(numbers)
+    }
     assert {path.name for path in tmp_path.iterdir()} == {f"done-{number}" for number in numbers}
     assert done[caught]["restarts"] == 1
     assert {path.read_text().strip() for path in tmp_path.iterdir()} == set(up.addresses)

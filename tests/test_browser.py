@@ -123,7 +123,7 @@ def choose(page, menu, item):
 def wait_for(page, condition, name):
     """Wait for a condition, a JavaScript expression; what the page showed instead is kept."""
     try:
-        page.wait_for_function(f"() => {condition}", timeout=300_000)  # patience for a loaded machine
+        page.wait_for_function(f"() => {condition}", timeout=900_000)  # patience for a loaded machine
     except Exception:
         shoot(page, f"failed-{name}")
         raise

@@ -1,17 +1,16 @@
 """Check of the notebook *capstone*: what a score rewards is seen in what it says of planted intervals."""
 
 import math
-import random
 from typing import Any
 
-from hpclab._verdicts import Result, Verdict, call, exercise, failed, passed
+from hpclab._verdicts import Result, Verdict, call, dice, exercise, failed, passed
 from hpclab.language import translate as _
 from hpclab.predictions import interval_score
 
 
 @exercise("capstone.score")
 def _score(score: Any) -> Result:
-    hidden = random.Random("capstone.score")
+    hidden = dice("capstone.score")
     for level in (0.9, 0.5, 0.8):
         low = hidden.uniform(-2, 2)
         high = low + hidden.uniform(1, 3)

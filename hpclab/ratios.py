@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 
 from hpclab.language import translate as _
 
@@ -34,8 +35,6 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
     >>> rows[0]["ratio"].round(6), rows[0]["low"].round(6)
     (np.float64(2.0), np.float64(2.0))
     """
-    from scipy import special
-
     if rounds < 2:
         raise ValueError(f"rounds (={rounds}) must be >= 2, as one ratio has no interval.")
     logs: dict[str, list[float]] = {name: [] for name in measures}
@@ -44,7 +43,7 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
             first, second = (one, other) if turn % 2 == 0 else (other, one)
             found = [measure(first), measure(second)][:: (-1) ** turn]
             logs[name].append(float(np.log(found[1] / found[0])))
-    wide = special.stdtrit(rounds - 1, 0.5 + level / 2) / np.sqrt(rounds)
+    wide = scipy.special.stdtrit(rounds - 1, 0.5 + level / 2) / np.sqrt(rounds)
     return [
         {"measure": name, **_ends(np.mean(log), wide * np.std(log, ddof=1)), "rounds": rounds, "source": "measured"}
         for name, log in logs.items()

@@ -1,8 +1,5 @@
-import atexit
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 import uuid
@@ -14,14 +11,6 @@ import hpclab
 
 os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
-
-
-def pytest_configure(config):
-    """Where tests run side by side, give each process a temporary folder: a user's newest Slurm is looked for there."""
-    if hasattr(config, "workerinput"):
-        tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="t")
-        os.chmod(tempfile.tempdir, 0o755)  # as munge asks
-        atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -36,15 +36,18 @@ class Figure(matplotlib.figure.Figure):
         """For each axes that `finish` has done: what is drawn against what, then a line a series."""
 
     def words(self) -> str:
-        """All that it says, a line for each of its axes."""
-        return "\n".join(f"{title}. {'; '.join(series)}" for title, *series in self.told.values())
+        """All that it says, a line for each of its axes; of pictures that `finish` hasn't done, their titles."""
+        return "\n".join(f"{title}. {'; '.join(series)}" for title, *series in self.told.values()) or self._titles()
+
+    def _titles(self) -> str:
+        return "; ".join(filter(None, (ax.get_title() for ax in self.axes)))
 
     def picture(self) -> str:
         """The figure as HTML that needs no other file, with what it says below it."""
         return self._around(png(self))
 
     def _around(self, image: bytes) -> str:
-        alt = html.escape("; ".join(title for title, *_series in self.told.values()))
+        alt = html.escape("; ".join(title for title, *_series in self.told.values()) or self._titles())
         data = base64.b64encode(image).decode()
         caption = html.escape(self.words()).replace("\n", "<br>")
         return (

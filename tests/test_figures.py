@@ -131,3 +131,11 @@ def test_figures_of_others_take_our_axes_too():
     plots.split([ABOUT | {"rank": 0} | SPLIT], ax)
     assert ax.get_xlabel() == "milliseconds of a step"
     plt.close(shown)
+
+
+def test_pictures_are_named_by_their_titles():
+    shown, (left, right) = figures.subplots(1, 2)
+    left.set_title("boot")
+    right.set_title("coat")
+    assert shown.words() == "boot; coat"
+    assert 'alt="boot; coat"' in shown.picture()

@@ -19,7 +19,6 @@ import os
 SIZE = os.environ.get("HPCLAB_SIZE", "class")
 
 # %% id="imports"
-import matplotlib.pyplot as plt
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -38,7 +37,7 @@ EPOCHS, REPEATS, STEPS = {"small": (2, 2, 25), "class": (3, 3, 40), "cluster": (
 images = hpclab.data.load("fashion_mnist", "train")
 batch, labels = images[list(range(8))]
 
-figure, axes = plt.subplots(1, 8, figsize=(10, 1.7), layout="constrained")
+figure, axes = hpclab.figures.subplots(1, 8, size=(10, 1.7))
 for ax, picture, label in zip(axes, batch, labels, strict=True):
     ax.imshow(picture[0], cmap="gray_r")
     ax.set_title(images.classes[label], fontsize="small")
@@ -263,7 +262,7 @@ batch, labels = test[list(range(8))]
 with torch.no_grad():
     guesses = model(torch.from_numpy(batch)).argmax(1)
 
-figure, axes = plt.subplots(1, 8, figsize=(10, 1.7), layout="constrained")
+figure, axes = hpclab.figures.subplots(1, 8, size=(10, 1.7))
 for ax, picture, label, guess in zip(axes, batch, labels, guesses, strict=True):
     ax.imshow(picture[0], cmap="gray_r")
     ax.set_title(f"{'=' if guess == label else '≠'} {test.classes[guess]}", fontsize="small")

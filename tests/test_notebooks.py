@@ -314,7 +314,7 @@ def execute(notebook, folder, tell, label) -> dict[str, str]:
     """Run a notebook in a fresh kernel, tell time and memory; what each check shows, by cell id."""
     folder.mkdir(parents=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("HPCLAB_LANG", "NBGRADER_EXECUTION")}
-    environment |= {"PYTHONPATH": str(ROOT), "HPCLAB_SIZE": "class"}  # this tree, whatever is installed
+    environment = {"HPCLAB_SIZE": "small"} | environment | {"PYTHONPATH": str(ROOT)}  # this tree, whatever is installed
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     start = time.perf_counter()
     with Footprint(lambda: getattr(client.km, "provisioner", None) and client.km.provisioner.pid) as footprint:
@@ -327,8 +327,24 @@ def execute(notebook, folder, tell, label) -> dict[str, str]:
     return {cell.id: "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs) for cell in checks}
 
 
+def with_stubs(path):
+    """The notebook with its solutions; before each one, what students find in its place, and the same check."""
+    cells = build.solution(path).cells
+    notebook, stubs = build.solution(path), {cell.id: cell for cell in build.student(path).cells}
+    notebook.cells = []
+    for number, cell in enumerate(cells):
+        if cell.metadata.get("nbgrader", {}).get("solution"):
+            check = next(later for later in cells[number:] if later.metadata.get("nbgrader", {}).get("grade"))
+            notebook.cells += [{**stubs[cell.id], "id": f"stub-{cell.id}"}, {**check, "id": f"stub-{check.id}"}]
+        notebook.cells.append(cell)
+    return nbformat.from_dict(notebook)
+
+
 @every_source
-def test_the_solutions_pass(path, tmp_path, record_property):
-    """In English; other editions differ in prose only. What students get, all editions, runs in a real browser."""
-    shown = execute(build.solution(path), tmp_path / "notebooks", record_property, path.stem)
-    assert {cell_id: html for cell_id, html in shown.items() if 'data-status="pass"' not in html} == {}
+def test_solutions_pass_and_stubs_do_not(path, tmp_path, record_property):
+    """In English; other editions differ in prose only."""
+    shown = execute(with_stubs(path), tmp_path / "notebooks", record_property, path.stem)
+    expected = {cell_id: "fail" if cell_id.startswith("stub-") else "pass" for cell_id in shown}
+    assert {cell_id: re.findall('data-status="(.*?)"', html) for cell_id, html in shown.items()} == {
+        cell_id: [status] for cell_id, status in expected.items()
+    }

@@ -24,7 +24,7 @@ SIZE = os.environ.get("HPCLAB_SIZE", "class")
 # %% id="imports"
 import hpclab
 
-EPOCHS = {"small": 2, "class": 3, "cluster": 10}[SIZE]
+EPOCHS = {"small": 1, "class": 3, "cluster": 10}[SIZE]
 
 # %% [markdown] id="machine"
 # ## What this machine really has

@@ -3,55 +3,33 @@
 Imported by every rank, so it imports neither Dask nor anything else that a rank doesn't need.
 """
 
+from __future__ import annotations
+
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from hpclab import checkpoint, timeline
 from hpclab import data as datasets
 from hpclab._rank import report, should_stop
-from hpclab.network import Network
 
-Model = nn.Module | Callable[[], nn.Module]
+if TYPE_CHECKING:
+    from hpclab._training_job import Job
 
 TEST_BATCH = 64
 """Least images that a rank tests at once; else as many as in training, whose memory is there to be used again."""
-
-
-@dataclass
-class Job:
-    """All that a rank needs to know to train."""
-
-    model: Model
-    data: str
-    """Folder of the data set."""
-    epochs: int
-    batch: int
-    """Samples a step, of all ranks together."""
-    lr: float
-    seed: int
-    steps: int | None
-    """Steps after which to end; None trains all epochs, and tests after each."""
-    optimizer: Callable[[Iterable], Optimizer] | None
-    loss: Callable[[Tensor, Tensor], Tensor]
-    network: Network | None
-    trace: int
-    """Steps to trace."""
-    checkpoint_every: int | None
-    """Steps between checkpoints, besides those of each epoch."""
 
 
 def replicate(job: Job) -> tuple[bytes, float | None]:
@@ -73,9 +51,8 @@ class _Replica:
         self.job = job
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(job.seed)
-        self.module = job.model if isinstance(job.model, nn.Module) else job.model()
-        if not isinstance(self.module, nn.Module):
-            raise TypeError(not_a_module(self.module))
+        self.module = job.module()
+        self.loss = job.loss or nn.functional.cross_entropy
         torch.manual_seed(job.seed + self.rank)
         self.model = DistributedDataParallel(self.module)
         if job.network is not None:
@@ -131,7 +108,7 @@ class _Replica:
 
     def _backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        loss = self.job.loss(self.model(inputs), labels)
+        loss = self.loss(self.model(inputs), labels)
         loss.backward()  # averages the gradients over the ranks as they become ready
         return loss
 
@@ -169,7 +146,7 @@ class _Replica:
             inputs, labels = (torch.from_numpy(part) for part in images[share.numpy()])
             scores = self.module(inputs)
             right = (scores.argmax(1) == labels).sum()
-            sums += torch.stack([self.job.loss(scores, labels) * len(labels), right, torch.tensor(len(labels))])
+            sums += torch.stack([self.loss(scores, labels) * len(labels), right, torch.tensor(len(labels))])
         dist.all_reduce(sums)
         loss, right, samples = sums.tolist()
         if self.rank == 0:
@@ -208,8 +185,3 @@ class _Rest(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         return islice(super().__iter__(), self.done, None)
-
-
-def not_a_module(model: object) -> str:
-    """What to say of a model that is none."""
-    return f"model (={model!r}) must be a torch.nn.Module, or a class or function that makes one."

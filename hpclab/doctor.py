@@ -1,12 +1,17 @@
 """What this machine really has, what fits on it, and what is missing, with the way to get it."""
 
+import os
 import shutil
 import socket
+import sys
 
 from hpclab import _sandbox, machine, slurm
 from hpclab.language import cjk_font
 from hpclab.language import translate as _
 from hpclab.tables import Table
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""What torch's CUDA and ROCm open, on Linux and on Windows' Linux."""
 
 
 def examine(quick: bool = False) -> Table:
@@ -49,6 +54,8 @@ def _limit(usable: float, host: float) -> str:
 def _gpus(quick: bool) -> str:
     if quick:
         return ""
+    if sys.platform == "linux" and not any(map(os.path.exists, GPU_DEVICES)):
+        return _("no GPU")  # as torch would find, for some seconds and 0.1 GB
     import torch
 
     count = torch.cuda.device_count()

@@ -1,35 +1,46 @@
 """Data-parallel training: every rank holds the model, sees its share of each batch, and averages its gradients."""
 
+from __future__ import annotations
+
 import io
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from distributed import Client
-from torch import Tensor, nn
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from hpclab import data as datasets
-from hpclab._replica import Job, Model, not_a_module, replicate
+from hpclab._training_job import MODELS, Job, Model, not_a_module, replicate
 from hpclab.launcher import check_pickles, gang_size, launch, whole_number
 from hpclab.network import Network
 from hpclab.runs import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 
 @dataclass
 class Fit:
     """A trained model and the rows of its training."""
 
-    weights: dict[str, Tensor]
-    """The model's state_dict."""
+    state: bytes
+    """The model's state_dict, as `torch.save` wrote it."""
     rows: list[dict]
     accuracy: float | None
     """Share of the test images classified rightly after the last epoch; None if none was finished."""
     folder: Path
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state_dict, read when it is first asked for: that imports torch."""
+        import torch
+
+        return torch.load(io.BytesIO(self.state), weights_only=True)
 
     def __repr__(self) -> str:
         size = sum(weight.numel() for weight in self.weights.values())
@@ -52,7 +63,7 @@ def train(
     seed: int = 0,
     steps: int | None = None,
     optimizer: Callable[[Iterable], Optimizer] | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     network: Network | None = None,
     trace: int = 0,
     checkpoint_every: int | None = None,
@@ -69,8 +80,9 @@ def train(
     ----------
     client : distributed.Client
         From `connect`.
-    model : torch.nn.Module, or callable without arguments that returns one
-        A class such as `models.CNN` will do. All ranks start from rank 0's weights.
+    model : torch.nn.Module, callable without arguments that returns one, or str
+        A class such as `models.CNN` will do, or, by name, "CNN": the notebook's kernel then needs no torch, which saves
+        it 0.1 GB and some seconds. All ranks start from rank 0's weights.
     data : str or path
         Name of a data set that comes with hpclab ("fashion_mnist"), or a folder of one; see `data.load`.
     ranks : int, optional
@@ -94,8 +106,9 @@ def train(
     optimizer : callable, optional
         Given the model's parameters, returns the optimiser to use in place of SGD and its schedule; `lr` is then
         unused.
-    loss : callable, default cross-entropy
-        Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape ().
+    loss : callable, optional
+        Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape (). Default:
+        cross-entropy.
     network : Network, optional
         Emulate this network between the ranks, see `Network.attach`. Default: the machine's own.
     trace : int, default 0
@@ -133,7 +146,7 @@ def train(
     ValueError, TypeError, FileNotFoundError, PermissionError
         If an argument can't be; the message names it. See also `launch` and `data.load`.
     """
-    if not isinstance(model, nn.Module) and not _makes_module(model):
+    if not _makes_module(model):
         raise TypeError(not_a_module(model))
     if not lr > 0:
         raise ValueError(f"lr (={lr!r}) must be above 0.")
@@ -202,9 +215,13 @@ class _Bar:
 
 
 def _fit(run: Run, value: tuple[bytes, float | None]) -> Fit:
-    weights, accuracy = value
-    return Fit(torch.load(io.BytesIO(weights), weights_only=True), run.rows, accuracy, run.folder)
+    state, accuracy = value
+    return Fit(state, run.rows, accuracy, run.folder)
 
 
 def _makes_module(model: object) -> bool:
+    if isinstance(model, str):
+        return model in MODELS
+    from torch import nn  # loaded already, by whoever made a module
+
     return issubclass(model, nn.Module) if isinstance(model, type) else callable(model)

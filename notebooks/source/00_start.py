@@ -117,7 +117,7 @@ hpclab.launch(client, hello, ranks=2, oversubscribe=True).result()
 # How many times as fast as the first will the third be? Say so with the slider, *before* you look.
 
 # %% id="predict-do"
-stage = hpclab.widgets.RaceStage(client, hpclab.models.CNN, "fashion_mnist", epochs=EPOCHS)
+stage = hpclab.widgets.RaceStage(client, "CNN", "fashion_mnist", epochs=EPOCHS)
 stage
 
 # %% [markdown] id="race"

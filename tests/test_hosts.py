@@ -64,6 +64,8 @@ class Hosts:
             os.kill(process, signal.SIGKILL)
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
+        while len(self.client.scheduler_info()["workers"]) > len(self.jobs):
+            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 
 import hpclab
 from hpclab import checkpoint, data
+from hpclab._training_job import MODELS
 
 STEPS = 60
 
@@ -154,6 +157,33 @@ def test_own_optimizer_loss_and_model(client):
     for name, value in own().state_dict().items():
         assert torch.equal(result.weights[name], value), "a learning rate of 0 moves nothing"
     assert set(losses(result.rows)) == {7}
+
+
+def test_a_model_by_name_is_the_class_of_that_name(client):
+    public = {name for name, made in vars(hpclab.models).items() if getattr(made, "__module__", "") == "hpclab.models"}
+    assert public == set(MODELS)
+    named, given = (fit(client, model, steps=3) for model in ("CNN", hpclab.models.CNN))
+    for name, weight in given.weights.items():
+        assert torch.equal(named.weights[name], weight)
+
+
+LIGHT = """
+import sys, hpclab
+if __name__ == "__main__":
+    hpclab.doctor.examine()
+    with hpclab.connect(workers=2) as client:
+        race = hpclab.race(client, "CNN", "fashion_mnist", epochs=1)
+        fit = hpclab.train(client, "CNN", "fashion_mnist", ranks=2, steps=3).result()
+    race.table(), race.verdict(), hpclab.racing.figure(race.runs).picture()
+    print(sorted({"torch", "scipy"} & set(sys.modules)), fit)
+"""
+
+
+def test_who_names_a_model_needs_no_torch_in_the_notebook(tmp_path):
+    """Which is what keeps the first notebook below 1 GB."""
+    (tmp_path / "light.py").write_text(LIGHT)
+    done = subprocess.run([sys.executable, "light.py"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].startswith("[] <Fit 50,186 weights, untested, ")
 
 
 def test_running_statistics_are_tested_as_they_are_returned(client):

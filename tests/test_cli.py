@@ -32,7 +32,7 @@ def test_doctor_in_chinese(capsys, monkeypatch):
 
 def test_demo_leaves_rows_a_figure_and_a_page(tmp_path):
     done = subprocess.run(
-        [*COMMAND, "demo", "--epochs", "2", "--repeats", "2", "--folder", "out"], capture_output=True, text=True
+        [*COMMAND, "demo", "--epochs", "1", "--repeats", "2", "--folder", "out"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out"

@@ -22,7 +22,7 @@ from hpclab import chaos, checkpoint, plots, views
 from hpclab import rows as from_rows
 
 STEPS = 30
-KILLS = int(os.environ.get("HPCLAB_KILLS", "6"))
+KILLS = int(os.environ.get("HPCLAB_KILLS", "3"))
 """Kills by number of ranks; by hand more."""
 SMALL = functools.partial(hpclab.models.CNN, channels=(4, 8))
 
@@ -317,7 +317,7 @@ def test_killed_in_the_middle_of_a_write_none_is_corrupt_or_lost(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hpclab.checkpoint"])
     dice, newest = random.Random(0), -1
-    for _ in range(3 * KILLS):
+    for _ in range(5 * KILLS):
         writer = context.Process(target=write_on, args=(tmp_path, newest + 1))
         writer.start()
         while checkpoint.newest(tmp_path) in (None, tmp_path / f"step-{newest:08d}.pt"):

@@ -135,6 +135,7 @@ def wait_for(page, condition, name):
 def shoot(page, name):
     """Keep a screenshot of the whole notebook."""
     SHOTS.mkdir(parents=True, exist_ok=True)
+    page.set_viewport_size({"width": 1100, "height": 1000})
     scroller = page.locator(".jp-WindowedPanel-outer").first
     height = scroller.evaluate("e => e.scrollHeight")
     page.set_viewport_size({"width": 1100, "height": min(height + 150, 12_000)})

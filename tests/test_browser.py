@@ -14,7 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import IN_BROWSER, Footprint, build, no_rank_left, require, with_stubs
+from conftest import Footprint, no_rank_left, require
+from pipeline import IN_BROWSER, build, with_stubs
 
 from hpclab import logbook
 

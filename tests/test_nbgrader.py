@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import build
+from pipeline import build
 
 SOURCES = sorted((build.HERE / "source").glob("[0-9]*_[!i]*.py"))  # all but the index, which has no exercise
 GRADED = build.HERE / "source" / "02_ddp_from_scratch.py"

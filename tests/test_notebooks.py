@@ -11,8 +11,9 @@ from string import Formatter
 import nbformat
 import psutil
 import pytest
-from conftest import IN_BROWSER, Footprint, build, with_stubs
+from conftest import Footprint
 from nbclient import NotebookClient
+from pipeline import IN_BROWSER, build, with_stubs
 
 from hpclab import logbook
 from hpclab.course import slug

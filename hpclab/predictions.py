@@ -65,8 +65,8 @@ def log_score(low: float, high: float, value: float, level: float = LEVEL) -> fl
 
     Examples
     --------
-    >>> log_score(1.0, 2.0, 1.5) == log_score(1000.0, 2000.0, 1500.0)
-    True
+    >>> round(log_score(1.0, 2.0, 1.5), 3), round(log_score(1000.0, 2000.0, 1500.0), 3)
+    (0.693, 0.693)
     """
     if min(low, high, value) <= 0:
         raise ValueError(f"low (={low}), high (={high}) and value (={value}) must be above 0 to take logarithms.")

@@ -32,11 +32,11 @@ def spend(network, floats, steps):
 
 @pytest.mark.parametrize("network", [Network(20e-3, 1e9), Network(10e-3, 50e6), Network(3e-3, 1e9, "tree", ranks=16)])
 def test_it_adds_what_it_says(client, network):
-    """Hardly less than its line, nor thrice as much. (How little more, `benchmarks/network.py` shows.)"""
+    """Never less than its line, nor thrice as much. (How little more, `benchmarks/network.py` shows.)"""
     for floats in (1_000, 100_000):
         for times, right in hpclab.launch(client, spend, network, floats, 12, ranks=2).result(60):
             want = float(network.allreduce_s(4 * floats, network.ranks or 2))
-            assert 0.8 * want < statistics.median(times), "it hands over earlier by what that took on a loaded machine"
+            assert want <= min(times) + 1e-3
             assert min(times) < 3 * want
             assert right
 

@@ -40,9 +40,9 @@ def train(**settings):
 
 
 undisturbed = train().result()
-steps = [row for row in undisturbed.rows if row["kind"] == "step" and row["rank"] == 0]
-step_s = float(np.median([row["step_s"] for row in steps]))
-work = STEPS * step_s
+[whole] = rows.attempts(undisturbed.rows)
+work = whole["end_s"] - whole["start_s"]
+step_s = work / STEPS
 MTBF = max(0.5, work / 4)  # seconds: some failures a training, on a slow machine as on a fast one
 
 # %% [markdown] id="die"
@@ -176,7 +176,9 @@ hpclab.tables.Table(
 
 # %% [markdown] id="measure-explain"
 # **Explain.** The left end pays for writing, the right end for failures, and the valley between is wide: half or twice the
-# best interval costs little more. One measurement is one throw of the dice, so expect it within the band, not on the line.
+# best interval costs little more. One measurement is one throw of the dice, so don't expect it on the line. Where it lies
+# above the band, something took time that the simulation leaves out, such as a busy disk, or the first steps after a
+# restart, which are slower.
 # Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds a term for machines that fail about as
 # often as they save.
 #

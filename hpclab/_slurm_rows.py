@@ -18,7 +18,10 @@ _JOB_FIELDS = (
     *("jobid", "jobarrayid", "name", "partition", "state", "reason", "nodelist", "submittime", "starttime", "endtime"),
     *("timelimit", "tres-alloc", "prioritylong", "restartcnt", "exit_code"),
 )
-_NOT_ENDED = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "REQUEUED", "REQUEUE_HOLD"}
+_NOT_ENDED = {
+    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "REQUEUED", "REQUEUE_HOLD"),
+    "COMPLETING",  # its processes end, and squeue doesn't say yet as what
+}
 _UNITS = {"K": 2**-10, "M": 1.0, "G": 2.0**10, "T": 2.0**20}
 
 Run = Callable[..., str]

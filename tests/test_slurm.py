@@ -142,6 +142,12 @@ def test_jobs_are_rows_as_long_as_it_lives(up, tmp_path):
     assert row["started_s"] and row["ended_s"] is row["exit_code"] is row["walltime_s"] is None
     up.run("scancel", long)
     in_state(up, long, "CANCELLED")
+    stubborn = submit(up, "trap '' TERM; echo > ready; while :; do sleep 0.1; done", cwd=tmp_path)
+    until((tmp_path / "ready").exists)
+    up.run("scancel", stubborn)
+    row = in_state(up, stubborn, "COMPLETING", patience={"CANCELLED"})
+    assert row["ended_s"] is row["exit_code"] is None
+    assert in_state(up, stubborn, "CANCELLED")["ended_s"]
     held = submit(up, "true", "--hold")
     up.run("scancel", held)
     row = in_state(up, held, "CANCELLED")

@@ -4,6 +4,7 @@ import threading
 import time
 import uuid
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -19,6 +20,12 @@ def pytest_terminal_summary(terminalreporter):
         for name, value in report.user_properties:
             if name == "measured":
                 terminalreporter.write_line(value)
+
+
+def pytest_collection_finish(session):
+    """Send tests' functions to ranks by value, like a notebook's; else each rank imports their module and pytest."""
+    for module in {item.module for item in session.items if isinstance(item, pytest.Function)}:
+        cloudpickle.register_pickle_by_value(module)
 
 
 def require(present: bool, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ _KEYS = {"name": str, "classes": list, "splits": dict, "sha256": dict}
 _AGAIN = "copy or fetch the data set again."
 
 
-def write(folder: str | PathLike[str], splits: Splits, **facts: Any) -> Path:
+def write(
+    folder: str | PathLike[str],
+    splits: Splits,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    **facts: Any,
+) -> Path:
     """Write a data set: shards of at most 5,000 samples, in the order given, and `dataset.json`.
 
     Parameters
@@ -27,9 +33,19 @@ def write(folder: str | PathLike[str], splits: Splits, **facts: Any) -> Path:
     folder : str or path
         Made if need be.
     splits : mapping of str to (images, labels)
-        Images uint8, shape (N, H, W) or (N, C, H, W); labels integer, shape (N,).
+        Images uint8, shape (N, H, W) or (N, C, H, W); labels integer, shape (N,). `train` takes the splits "train" and
+        "test".
+    name : str, optional
+        Default: the folder's.
+    classes : sequence of str, optional
+        Names of the labels 0, 1, 2, ... Default: these numbers, up to the largest label.
     **facts
-        For `dataset.json`: `name` and `classes`, and what else should be known (`licence`, `source`).
+        What else `dataset.json` should say, such as `licence` and `source`.
+
+    Raises
+    ------
+    ValueError
+        If arrays are of another type or shape, or not as many labels as images.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +56,9 @@ def write(folder: str | PathLike[str], splits: Splits, **facts: Any) -> Path:
         for stem, start in zip(stems[split], starts, strict=True):
             for file, array in zip(_files(stem), arrays, strict=True):
                 np.save(folder / file, array[start : start + SHARD])
+            shard(folder, stem)
+    most = max(int(np.max(labels)) for _, labels in splits.values())
+    facts = {"name": name or folder.name, "classes": list(classes or map(str, range(most + 1)))} | facts
     facts["samples"] = {split: len(images) for split, (images, _) in splits.items()}
     facts["splits"] = stems
     facts["sha256"] = {file: _sha256(folder / file) for file in _listed(stems)}

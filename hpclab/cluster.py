@@ -1,5 +1,6 @@
 """Start a cluster, or join one: `connect` gives a Dask client that closes what it opened."""
 
+import multiprocessing
 import signal
 import sys
 import threading
@@ -17,6 +18,8 @@ from hpclab.runs import stop_all
 
 if TYPE_CHECKING:
     from hpclab.slurm import Slurm
+
+GUARD = 'In a script, put what it does under `if __name__ == "__main__":`, since every worker imports the script.'
 
 
 class ClusterClient(Client):
@@ -123,15 +126,20 @@ def connect(
     if where != "local":
         return _join(where, given, security)
     workers, limit = _fit(workers, memory)
-    with dask.config.set(QUIET):
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=limit,
-            security=security or None,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        )
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        sys.exit(f"A worker that imports {sys.argv[0]} came upon hpclab.connect(). {GUARD}")
+    try:
+        with dask.config.set(QUIET):
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                memory_limit=limit,
+                security=security or None,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+            )
+    except RuntimeError as error:  # what Dask logged and chained tells how, at great length
+        raise RuntimeError(f"no worker could be started ({error}); what they wrote is above. {GUARD}") from None
     return _client(cluster)
 
 

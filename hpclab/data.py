@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -37,8 +38,8 @@ def find(source: Source) -> Path:
     Parameters
     ----------
     source : str or path
-        A folder that holds a `dataset.json`; or the name of a bundled or fetched data set, also written
-        `data/<name>`, from any working directory. An existing folder wins over a name.
+        A folder that holds a `dataset.json`, as `write` makes it of arrays; or the name of a bundled or fetched data
+        set, also written `data/<name>`, from any working directory. An existing folder wins over a name.
 
     Raises
     ------
@@ -51,7 +52,10 @@ def find(source: Source) -> Path:
     'fashion_mnist'
     """
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"source (={source!r}) must be a folder or the name of a data set.")
+        raise TypeError(
+            f"source (={reprlib.repr(source)}) must be a folder or the name of a data set; hpclab.data.write makes one"
+            " of arrays."
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "dataset.json").is_file():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import reprlib
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -98,7 +99,7 @@ def launch(
     RuntimeError
         If it has none now, and `wait` is False.
     TypeError
-        If the function or an argument can't be pickled; the message says which.
+        If the client is none, or the function or an argument can't be pickled; the message says which.
     PermissionError
         If the folder can't be written.
     """
@@ -117,6 +118,8 @@ def launch(
 
 def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe: bool = False) -> int:
     """Return the number of ranks of a gang, by default as many as the cluster takes, or raise as `launch` does."""
+    if not isinstance(client, Client):
+        raise TypeError(f"client (={reprlib.repr(client)}) must be a distributed.Client, which hpclab.connect() gives.")
     if client.status != "running":
         raise ValueError(f"client is {client.status}; open a new one with hpclab.connect().")
     whole_number("threads", threads)

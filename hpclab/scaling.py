@@ -29,6 +29,8 @@ WARM_ROUNDS = 3
 """Rounds of all-reduces that aren't counted."""
 _COUNTS = ("ranks", "threads", "oversubscribe")
 """What a case may differ in without being of another setting."""
+IDEAL = 1.05
+"""Efficiency beyond which a case is said to gain more than its CPUs give."""
 NOISY = 0.1
 """Relative spread (standard deviation) of a case's repeats beyond which a machine is called noisy."""
 
@@ -55,7 +57,8 @@ def sweep(
     job : callable
         ``job(client, **case)`` starts one run and returns it, for instance
         ``lambda client, ranks: hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=ranks, steps=50)``; or a
-        `launch` of your own function, whose ranks `report` a ``step`` and its ``samples``.
+        `launch` of your own function, in which every rank calls ``hpclab.report(step=..., samples=...)`` each step,
+        with the samples that it worked on itself; those of all ranks are added up.
     ranks : iterable of int, optional
         Short for the cases ``{"ranks": n}``.
     cases : iterable of dict, optional
@@ -210,10 +213,16 @@ def trial(rows: list[dict]) -> dict:
     Raises
     ------
     ValueError
-        If there are too few steps, or some don't tell their ``samples``.
+        If there are too few steps, some don't tell their ``samples``, or a rank tells of none.
     """
     about = some([row for row in rows if row["kind"] == "run"], "row of kind 'run'")[0]
     steps = _warm(rows)
+    told = {row["rank"] for row in rows if row["kind"] == "step"}
+    if silent := sorted({*range(about["ranks"])} - told):
+        raise ValueError(
+            f"rows hold no steps of rank {silent[0]} of {about['ranks']}; every rank must report each of its steps,"
+            " with the samples that it worked on itself."
+        )
     means = _means(split(rows))
     start_s, end_s = span(rows)
     last = max(row["step"] for row in steps)
@@ -447,6 +456,7 @@ def remarks(rows: list[dict]) -> list[str]:
     trials: dict[int, list[dict]] = {}
     for row in some(rows, "trial"):
         trials.setdefault(row["case"], []).append(row)
+    baseline = trials[min(trials)]
     for case in trials.values():
         speed = [row["samples_per_s"] for row in case]
         if len(speed) > 1 and (spread := statistics.stdev(speed) / statistics.fmean(speed)) > NOISY:
@@ -456,9 +466,28 @@ def remarks(rows: list[dict]) -> list[str]:
             )
         if case[0]["source"] == "emulated":
             told.append(f"{case[0]['label']}: emulated; no speed-up of this machine.")
+        elif (gain := _gain(case, baseline)) > IDEAL:
+            told.append(
+                f"{case[0]['label']}: {gain:.2f} times as fast as its CPUs explain. Caches can do that; a function that"
+                " reports the samples of all ranks on each of them looks the same."
+            )
     if min(len(case) for case in trials.values()) == 1:
         told.append("Each case was measured once: nothing is known of the noise.")
     return told
+
+
+def _gain(case: list[dict], baseline: list[dict]) -> float:
+    """The least efficiency of a case of the baseline's setting, in any round; 0 where there is nothing to compare."""
+    if case[0].get("setting") != baseline[0].get("setting"):
+        return 0.0
+    base = {row["repeat"]: row["samples_per_s"] for row in baseline}
+    ratios = [row["samples_per_s"] / base[row["repeat"]] for row in case if row["repeat"] in base]
+    return min(ratios, default=0.0) / _cpus(case, baseline)
+
+
+def _cpus(case: list[dict], baseline: list[dict]) -> float:
+    """How many times the baseline's CPUs a case uses."""
+    return case[0]["ranks"] * case[0]["threads"] / (baseline[0]["ranks"] * baseline[0]["threads"])
 
 
 def _points(rows: list[dict]) -> tuple[list[int], list[float]]:
@@ -511,7 +540,7 @@ def _summary(trials: list[dict], baseline: list[dict]) -> dict:
     )
     speed = [row["samples_per_s"] for row in trials]
     speedup = [row["samples_per_s"] / base[row["repeat"]] for row in trials]
-    cpus = first["ranks"] * first["threads"] / (baseline[0]["ranks"] * baseline[0]["threads"])
+    cpus = _cpus(trials, baseline)
     measures = {"samples_per_s": speed, "speedup": speedup, "efficiency": [ratio / cpus for ratio in speedup]}
     row = {"kind": "summary"} | {
         name: first[name] for name in ("label", "ranks", "threads", "started", "cpu", "cpus", "torch")

@@ -71,7 +71,8 @@ def measure(
         found = scaling.sweep(client, job, ranks=counts, fixed=fixed, repeats=repeats, folder=place / regime)
         rows += [row | {"regime": regime} for row in found]
     if len(counts) > 1:
-        rows += scaling.allreduce(client, counts[1], oversubscribe=oversubscribe)
+        folder = tempfile.mkdtemp(prefix="allreduce-", dir=place)
+        rows += scaling.allreduce(client, counts[1], oversubscribe=oversubscribe, folder=folder)
     work = forecast.Workload.of(models.CNN(), 1.0, samples=batch_size)
     rows.append({"kind": "workload"} | {name: getattr(work, name) for name in _SIZES})
     return write(rows, place / "index.html")

@@ -84,7 +84,8 @@ def train(
         A class such as `models.CNN` will do, or, by name, "CNN": the notebook's kernel then needs no torch, which saves
         it 0.1 GB and some seconds. All ranks start from rank 0's weights.
     data : str or path
-        Name of a data set that comes with hpclab ("fashion_mnist"), or a folder of one; see `data.load`.
+        Name of a data set that comes with hpclab ("fashion_mnist"), or a folder of one, which `hpclab.data.write` makes
+        of arrays of yours.
     ranks : int, optional
         Number of ranks. Default: as many as the cluster takes.
     epochs : int, default 1

@@ -9,7 +9,7 @@ import weakref
 
 import psutil
 import pytest
-from conftest import require
+from conftest import ours, require
 from distributed import LocalCluster, Security
 from distributed.utils import LoopRunner
 
@@ -90,6 +90,17 @@ def test_works_in_a_script(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [str(machine.cpus()), f"[{machine.cpus()}]"], done.stderr
+
+
+def test_a_script_without_its_guard_is_told_so_in_a_few_lines(tmp_path):
+    (tmp_path / "script.py").write_text("import hpclab\nhpclab.connect(workers=2)\n")
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    *_, last = lines = done.stderr.splitlines()
+    assert last.startswith("RuntimeError: no worker could be started") and '`if __name__ == "__main__":`' in last
+    assert lines[0].startswith("A worker that imports ") and "script.py came upon hpclab.connect()" in lines[0]
+    assert len(lines) < 15
+    assert not ours("script.py") and not ours("spawn_main")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,18 @@ def folder(tmp_path, monkeypatch):
     return data.write(tmp_path / "colours", {"train": (images, labels)}, name="colours", classes=[*"abcd"])
 
 
+def test_arrays_of_ones_own_need_no_names(tmp_path):
+    pixels = np.arange(7 * 12, dtype=np.uint8).reshape(7, 3, 4)
+    images = data.load(data.write(tmp_path / "mine", {"train": (pixels, [2, 0, 1, 1, 0, 2, 2])}))
+    assert repr(images) == "Images('mine', 'train': 7 of (1, 3, 4), 3 classes)" and images.classes == [*"012"]
+    with pytest.raises(ValueError, match=r"is float64 \(7, 3, 4\); needed: uint8"):
+        data.write(tmp_path / "floats", {"train": (pixels / 255, [0] * 7)})
+    with pytest.raises(ValueError, match="has 7 images and 6 labels"):
+        data.write(tmp_path / "short", {"train": (pixels, [0] * 6)})
+    with pytest.raises(TypeError, match=r"must be a folder or the name of a data set; hpclab\.data\.write makes"):
+        data.load(pixels)
+
+
 @pytest.mark.parametrize(
     "index",
     [0, -1, 40, np.int64(102), [102, 0, 41, 40, 39, 41], slice(30, 90, 7), np.arange(103) % 3 == 0, []],

@@ -249,6 +249,19 @@ def test_a_failed_rank_raises_its_own_error_here(client, guilty):
     assert no_rank_left()
 
 
+def return_early():
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        dist.barrier()
+
+
+def test_a_rank_that_returned_too_early_is_named(client):
+    with pytest.raises(RuntimeError) as caught:
+        hpclab.launch(client, return_early, ranks=2).result(60)
+    assert "Rank 1 had returned before; all ranks must call the same collectives." in caught.value.__notes__
+
+
 def hang_or(action):
     import torch
     import torch.distributed as dist
@@ -383,6 +396,8 @@ def test_closing_the_client_ends_the_gang():
     assert no_rank_left()
     with pytest.raises(ValueError, match="client is closed; open a new one"):
         hpclab.launch(client, sleep)
+    with pytest.raises(TypeError, match=r"client \(=<function .*must be a distributed.Client"):
+        hpclab.launch(sleep, client)
 
 
 SCRIPT = textwrap.dedent(

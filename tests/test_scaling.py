@@ -50,6 +50,8 @@ def test_throughput_and_trial():
     assert trial["batch"] == 128
     with pytest.raises(ValueError, match="rows hold 5 steps; a throughput needs 6"):
         scaling.throughput(rows(steps=5))
+    with pytest.raises(ValueError, match="rows hold no steps of rank 1 of 2; every rank must report"):
+        scaling.trial([row for row in rows(ranks=2) if row.get("rank") != 1])
 
 
 @pytest.mark.parametrize("slow", [0, 1, 3, 7])
@@ -160,6 +162,12 @@ def test_remarks_own_up():
     once = scaling.remarks(trials([1], float, source="emulated"))
     assert "emulated" in once[0]
     assert "measured once" in once[1]
+    fair = [row | {"repeat": repeat} for repeat in range(2) for row in trials([1, 2], float)]
+    assert scaling.remarks(fair) == []
+    counted_twice = [row | {"samples_per_s": row["ranks"] ** 2} for row in fair]
+    assert "2 ranks: 2.00 times as fast as its CPUs explain" in scaling.remarks(counted_twice)[0]
+    assert scaling.remarks([row | {"setting": row["label"]} for row in counted_twice]) == []
+    assert scaling.remarks(counted_twice[:1] + counted_twice[3:])[0].startswith("Each case was measured once")
 
 
 def test_summary_pairs_the_rounds():

@@ -86,6 +86,7 @@ def test_a_study_of_this_machine(client, tmp_path):
         study.measure(client, [2], tmp_path / "s", batch_size=64, steps=9, repeats=1)
     runs = {row["run"] for row in found if row["kind"] == "trial"}
     assert runs < {row["run"] for row in more if row["kind"] == "trial"}, "what was there is kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"s"}, "nothing lies elsewhere"
 
 
 @pytest.mark.parametrize(("ranks", "says"), [([3], r"ranks \(=3\) must .* divide batch_size \(=64\)"), ([0], "ranks")])

@@ -3,24 +3,37 @@
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
+def programs(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
+
+
 def program(name):
-    (found,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
+    (found,) = programs(name)
     return re.sub(r" +#.*", "", found)
 
 
 def test_the_program_runs(tmp_path):
-    head, body = program("README.md").split("\n\n", 1)
-    (tmp_path / "program.py").write_text(f"{head}\nif __name__ == '__main__':\n{textwrap.indent(body, '    ')}")
+    (tmp_path / "program.py").write_text(program("README.md"))
     done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert re.search(r"<Fit 50,186 weights, accuracy 0.[78]\d+", done.stdout)
+    assert "not identifiable: 2 different counts" in done.stdout
     assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_hours_programs_run(tmp_path):
+    hello, sweep = programs("docs/first-hour.md")
+    done = subprocess.run([sys.executable, "-c", hello], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[3.0, 3.0]\n", done.stderr
+    (tmp_path / "sweep.py").write_text(sweep)
+    done = subprocess.run([sys.executable, "sweep.py"], capture_output=True, text=True, timeout=240)
+    assert "not identifiable: 2 different counts" in done.stdout, done.stderr
+    assert (tmp_path / "my-speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_chinese_program_is_its_beginning():

@@ -133,10 +133,12 @@ def number(value: float) -> str:
 def provenance(rows: list[dict]) -> str:
     """One line that says where rows come from: their source, the machine, the versions, the day."""
     about = next((row for row in rows if "cpu" in row), None)
+    in_part = {row.get("source") for row in rows} == {"measured", "emulated"}
+    word = _("in part emulated") if in_part else source_word(source(rows))
     if about is None:
-        return source_word(source(rows))
+        return word
     machine = f"{about['cpu']}, {about['cpus']} CPU, torch {about['torch']}, {about['started'][:10]}"
-    return f"{source_word(source(rows))}: {machine}"
+    return f"{word}: {machine}"
 
 
 def source_word(kind: str) -> str:

@@ -400,7 +400,7 @@ def summary():
 @pytest.mark.parametrize("draw", [plots.throughput, plots.speedup, plots.efficiency])
 def test_bars_show_median_range_and_source(draw):
     ax = draw(summary())
-    assert ax.get_title(loc="right").startswith("emulated: c, 2 CPU, torch 2, 2026-01-01")
+    assert ax.get_title(loc="right").startswith("in part emulated: c, 2 CPU, torch 2, 2026-01-01")
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1 rank", "2 ranks\n(emulated)"]
     measure = {"throughput": "samples_per_s"}.get(draw.__name__, draw.__name__)
     assert len(ax.containers) == 2

@@ -5,9 +5,7 @@ part of it.
 """
 
 import argparse
-import os
 import statistics
-import tempfile
 import time
 
 from IPython.display import HTML
@@ -46,8 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moves", type=int, default=20)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, hpclab.connect(workers=2) as client:
-        os.chdir(folder)
+    with hpclab.connect(workers=2) as client:
         play, place = Playground(client, "CNN", "fashion_mnist", steps=100_000), Place()
         play.place = place  # type: ignore[assignment]
         cold = answer(play, place, 256)
@@ -71,7 +68,6 @@ def main() -> None:
                 )
             )
         )
-        os.chdir("/")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from distributed import Client, Future
@@ -244,10 +243,12 @@ class Attempt:
         for outcome in sorted(self.outcomes.values(), key=lambda outcome: outcome.rank):
             told = outcome.failure
             if told is not None and told["consequence"] and outcome is not first and told["type"] != "Stopped":
-                error.add_note(f"In consequence, rank {outcome.rank}: {told['type']}: {shorten(told['message'], 150)}")
+                error.add_note(
+                    f"In consequence, rank {outcome.rank}: {told['type']}: {' '.join(told['message'].split())[:300]}"
+                )
         returned = [outcome.rank for outcome in self.outcomes.values() if not outcome.failure]
         if returned and first.failure["consequence"] and first.failure["traceback"]:  # type: ignore[index]
-            error.add_note(f"Rank {min(returned)} had returned before; all ranks must call the same collectives.")
+            error.add_note(f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
         return error
 
     def values(self) -> list[Any]:

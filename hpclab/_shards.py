@@ -45,21 +45,32 @@ def write(
     Raises
     ------
     ValueError
-        If arrays are of another type or shape, or not as many labels as images.
+        If there are no splits, arrays are empty or of another type or shape, there aren't as many labels as images, or
+        a label is outside the classes. Nothing has been written then.
     """
-    folder = Path(folder)
+    if not splits:
+        raise ValueError("splits is empty; give images and labels, such as {'train': (images, labels)}.")
+    folder = Path(folder).resolve()
+    arrays = {split: (np.asarray(images), np.asarray(labels)) for split, (images, labels) in splits.items()}
+    for split, pair in arrays.items():
+        _check(*pair, f"images of split {split!r}", f"labels of split {split!r}")
+    every = np.concatenate([labels for _, labels in arrays.values()])
+    least, most = int(every.min()), int(every.max())
+    names = [*map(str, range(most + 1) if classes is None else classes)]
+    if least < 0 or most >= len(names):
+        raise ValueError(f"labels go from {least} to {most}; needed: 0 to {len(names) - 1}, of classes {names}.")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").unlink(missing_ok=True)  # of a set that was here, and is none any more
     stems: dict[str, list[str]] = {}
-    for split, arrays in splits.items():
-        starts = range(0, len(arrays[0]), SHARD)
+    for split, pair in arrays.items():
+        starts = range(0, len(pair[0]), SHARD)
         stems[split] = [f"{split}-{s}" for s in range(len(starts))]
         for stem, start in zip(stems[split], starts, strict=True):
-            for file, array in zip(_files(stem), arrays, strict=True):
+            for file, array in zip(_files(stem), pair, strict=True):
+                (folder / file).unlink(missing_ok=True)  # who has mapped the old one keeps it
                 np.save(folder / file, array[start : start + SHARD])
-            shard(folder, stem)
-    most = max(int(np.max(labels)) for _, labels in splits.values())
-    facts = {"name": name or folder.name, "classes": list(classes or map(str, range(most + 1)))} | facts
-    facts["samples"] = {split: len(images) for split, (images, _) in splits.items()}
+    facts = {"name": name or folder.name, "classes": names} | facts
+    facts["samples"] = {split: len(images) for split, (images, _) in arrays.items()}
     facts["splits"] = stems
     facts["sha256"] = {file: _sha256(folder / file) for file in _listed(stems)}
     text = json.dumps(facts, indent=2) + "\n"
@@ -83,16 +94,18 @@ def describe(folder: Path) -> dict[str, Any]:
 def shard(folder: Path, stem: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a shard, mapped and checked."""
     images, labels = (_map(folder / file) for file in _files(stem))
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-        found, needed = f"{images.dtype} {images.shape}", "uint8 (N, H, W) or (N, C, H, W)"
-        raise ValueError(f"{stem}-images.npy in {folder} is {found}; needed: {needed}.")
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        found = f"{labels.dtype} {labels.shape}"
-        raise ValueError(f"{stem}-labels.npy in {folder} is {found}; needed: integers (N,).")
-    if len(images) != len(labels):
-        counts = f"{len(images):,} images and {len(labels):,} labels"
-        raise ValueError(f"shard {stem} in {folder} has {counts}; {_AGAIN}")
+    _check(images, labels, *(f"{file} in {folder}" for file in _files(stem)))
     return images, labels
+
+
+def _check(images: np.ndarray, labels: np.ndarray, name: str, other: str) -> None:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        needed = "uint8 (N, H, W) or (N, C, H, W)"
+        raise ValueError(f"{name}: {images.dtype} {images.shape}; needed: {needed}.")
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(f"{other}: {labels.dtype} {labels.shape}; needed: integers (N,).")
+    if len(images) != len(labels):
+        raise ValueError(f"{name}: {len(images):,} images and {len(labels):,} labels; needed: a label for each image.")
 
 
 def verify(folder: Path) -> None:

@@ -7,6 +7,21 @@ from collections.abc import Callable
 from hpclab.language import translate as _
 from hpclab.tables import Table
 
+ENDED = {
+    *(
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+    ),
+    "TIMEOUT",
+}
+"""States of jobs that have ended; of one that is COMPLETING, processes still end, and squeue doesn't say as what."""
 NEVER_SECONDS = 365 * 86400
 """What Slurm gives a job where there is no limit."""
 _MARK = "\x1f"  # no name holds it
@@ -18,10 +33,6 @@ _JOB_FIELDS = (
     *("jobid", "jobarrayid", "name", "partition", "state", "reason", "nodelist", "submittime", "starttime", "endtime"),
     *("timelimit", "tres-alloc", "prioritylong", "restartcnt", "exit_code"),
 )
-_NOT_ENDED = {
-    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "REQUEUED", "REQUEUE_HOLD"),
-    "COMPLETING",  # its processes end, and squeue doesn't say yet as what
-}
 _UNITS = {"K": 2**-10, "M": 1.0, "G": 2.0**10, "T": 2.0**20}
 
 Run = Callable[..., str]
@@ -115,7 +126,7 @@ def _fields(run: Run, command: str, options: str, fields: tuple[str, ...]) -> li
 def _job(values: list[str]) -> dict:
     row = dict(zip(_JOB_FIELDS, values, strict=True))
     state, start = row["state"], _number(row["starttime"])
-    going, pending = state in _NOT_ENDED, state == "PENDING"
+    going, pending = state not in ENDED, state == "PENDING"
     return {
         "job": int(row["jobid"]),
         "array": row["jobarrayid"] if "_" in row["jobarrayid"] else None,

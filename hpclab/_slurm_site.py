@@ -9,15 +9,12 @@ from dataclasses import dataclass
 import dask
 from dask.utils import format_bytes
 
-from hpclab._slurm_rows import seconds
+from hpclab._slurm_rows import ENDED, seconds
 from hpclab.queues import Request
 
 PATIENCE_SECONDS = 20
 """How long Slurm's commands may take before it counts as out of reach."""
-OVER = {
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
-    *("PREEMPTED", "REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
-}
+OVER = ENDED | {"COMPLETING", "SPECIAL_EXIT"}
 """States of jobs that have ended, or are about to."""
 
 

@@ -111,7 +111,8 @@ def connect(
     TimeoutError
         If not all workers come within `timeout` seconds; what was submitted is cancelled.
     RuntimeError
-        If a queue refuses a job, or a worker dies again and again; the message has the end of its log.
+        If a queue refuses a job, or a worker dies again and again; the message has the end of its log. If no worker of
+        this machine starts.
 
     See Also
     --------
@@ -138,8 +139,13 @@ def connect(
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
             )
-    except RuntimeError as error:  # what Dask logged and chained tells how, at great length
-        raise RuntimeError(f"no worker could be started ({error}); what they wrote is above. {GUARD}") from None
+    except RuntimeError as error:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        if "Nanny" not in str(root):
+            raise
+        raise RuntimeError(f"no worker could be started ({root}); what they wrote is above. {GUARD}") from None
     return _client(cluster)
 
 

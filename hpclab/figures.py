@@ -133,7 +133,7 @@ def number(value: float) -> str:
 def provenance(rows: list[dict]) -> str:
     """One line that says where rows come from: their source, the machine, the versions, the day."""
     about = next((row for row in rows if "cpu" in row), None)
-    in_part = {row.get("source") for row in rows} == {"measured", "emulated"}
+    in_part = {row["source"] for row in rows if "source" in row} == {"measured", "emulated"}
     word = _("in part emulated") if in_part else source_word(source(rows))
     if about is None:
         return word

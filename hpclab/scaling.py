@@ -217,11 +217,11 @@ def trial(rows: list[dict]) -> dict:
     """
     about = some([row for row in rows if row["kind"] == "run"], "row of kind 'run'")[0]
     steps = _warm(rows)
-    told = {row["rank"] for row in rows if row["kind"] == "step"}
-    if silent := sorted({*range(about["ranks"])} - told):
+    ranks = [row["ranks"] for row in rows if row["kind"] in ("run", "restart")][-1]
+    if silent := sorted({*range(ranks)} - {row["rank"] for row in steps}):
         raise ValueError(
-            f"rows hold no steps of rank {silent[0]} of {about['ranks']}; every rank must report each of its steps,"
-            " with the samples that it worked on itself."
+            f"rows hold no steps of rank {silent[0]} of {ranks} after the warm-up; every rank must report each of its"
+            " steps, with the samples that it worked on itself."
         )
     means = _means(split(rows))
     start_s, end_s = span(rows)
@@ -477,8 +477,9 @@ def remarks(rows: list[dict]) -> list[str]:
 
 
 def _gain(case: list[dict], baseline: list[dict]) -> float:
-    """The least efficiency of a case of the baseline's setting, in any round; 0 where there is nothing to compare."""
-    if case[0].get("setting") != baseline[0].get("setting"):
+    """The least efficiency of a case, in any round, if it is the baseline with more ranks; else 0."""
+    same = all(case[0].get(name) == baseline[0].get(name) for name in ("setting", "threads", "source"))
+    if not same or case[0]["ranks"] <= baseline[0]["ranks"]:
         return 0.0
     base = {row["repeat"]: row["samples_per_s"] for row in baseline}
     ratios = [row["samples_per_s"] / base[row["repeat"]] for row in case if row["repeat"] in base]

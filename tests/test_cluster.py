@@ -94,13 +94,24 @@ def test_works_in_a_script(tmp_path):
 
 def test_a_script_without_its_guard_is_told_so_in_a_few_lines(tmp_path):
     (tmp_path / "script.py").write_text("import hpclab\nhpclab.connect(workers=2)\n")
+    before = ours("spawn_main")
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     *_, last = lines = done.stderr.splitlines()
     assert last.startswith("RuntimeError: no worker could be started") and '`if __name__ == "__main__":`' in last
     assert lines[0].startswith("A worker that imports ") and "script.py came upon hpclab.connect()" in lines[0]
     assert len(lines) < 15
-    assert not ours("script.py") and not ours("spawn_main")
+    assert not ours("script.py") and {*ours("spawn_main")} <= {*before}
+
+
+def test_what_else_keeps_a_cluster_from_starting_is_not_hidden(monkeypatch):
+    def start(**_):
+        raise RuntimeError("Cluster failed to start") from OSError("Too many open files")
+
+    monkeypatch.setattr("hpclab.cluster.LocalCluster", start)
+    with pytest.raises(RuntimeError, match="Cluster failed to start") as caught:
+        hpclab.connect(workers=1)
+    assert str(caught.value.__cause__) == "Too many open files"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import require
 
 from hpclab import _fetch, data
@@ -91,14 +92,37 @@ def folder(tmp_path, monkeypatch):
 
 def test_arrays_of_ones_own_need_no_names(tmp_path):
     pixels = np.arange(7 * 12, dtype=np.uint8).reshape(7, 3, 4)
-    images = data.load(data.write(tmp_path / "mine", {"train": (pixels, [2, 0, 1, 1, 0, 2, 2])}))
+    labels = torch.tensor([2, 0, 1, 1, 0, 2, 2])
+    images = data.load(data.write(tmp_path / "mine", {"train": (torch.from_numpy(pixels), labels)}))
     assert repr(images) == "Images('mine', 'train': 7 of (1, 3, 4), 3 classes)" and images.classes == [*"012"]
-    with pytest.raises(ValueError, match=r"is float64 \(7, 3, 4\); needed: uint8"):
-        data.write(tmp_path / "floats", {"train": (pixels / 255, [0] * 7)})
-    with pytest.raises(ValueError, match="has 7 images and 6 labels"):
-        data.write(tmp_path / "short", {"train": (pixels, [0] * 6)})
+    more = data.load(data.write(tmp_path / "mine", {"train": (pixels[:5], labels[:5])}, classes=np.array([*"abc"])))
+    assert len(more) == 5 and more.classes == [*"abc"] and np.array_equal(images[6][0][0] * 255, pixels[6])
     with pytest.raises(TypeError, match=r"must be a folder or the name of a data set; hpclab\.data\.write makes"):
         data.load(pixels)
+
+
+@pytest.mark.parametrize(
+    ("splits", "says"),
+    [
+        ({}, "splits is empty; give images and labels"),
+        ({"train": (np.zeros((0, 2, 2), np.uint8), [])}, r"images of split 'train': uint8 \(0, 2, 2\); needed"),
+        ({"train": (np.zeros((7, 2, 2)), [0] * 7)}, r"images of split 'train': float64 \(7, 2, 2\); needed: uint8"),
+        (
+            {"train": (np.zeros((7, 2, 2), np.uint8), [0.5] * 7)},
+            r"labels of split 'train': float64 .* needed: integers",
+        ),
+        ({"train": (np.zeros((5000, 2, 2), np.uint8), [0] * 6000)}, "5,000 images and 6,000 labels; needed: a label"),
+        ({"train": (np.zeros((2, 2, 2), np.uint8), [0, -1])}, "labels go from -1 to 0; needed: 0 to 1"),
+        (
+            {"train": (np.zeros((2, 2, 2), np.uint8), [0, 2])},
+            r"labels go from 0 to 2; needed: 0 to 1, of classes \['a', 'b'\]",
+        ),
+    ],
+)
+def test_arrays_that_are_no_data_set_write_nothing(tmp_path, splits, says):
+    with pytest.raises(ValueError, match=says):
+        data.write(tmp_path / "none", splits, classes="ab")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,15 @@ def test_a_failed_rank_raises_its_own_error_here(client, guilty):
     assert no_rank_left()
 
 
+def test_a_function_of_a_module_beside_the_notebook(client, tmp_path, monkeypatch):
+    """Such a one travels by its name, and the ranks find it where the notebook does."""
+    (tmp_path / "beside.py").write_text("def name(): return __name__")
+    monkeypatch.syspath_prepend(tmp_path)
+    import beside
+
+    assert hpclab.launch(client, beside.name, ranks=2).result(60) == ["beside"] * 2
+
+
 def return_early():
     import torch.distributed as dist
 
@@ -259,7 +268,7 @@ def return_early():
 def test_a_rank_that_returned_too_early_is_named(client):
     with pytest.raises(RuntimeError) as caught:
         hpclab.launch(client, return_early, ranks=2).result(60)
-    assert "Rank 1 had returned before; all ranks must call the same collectives." in caught.value.__notes__
+    assert "Rank 1 returned without an error; a collective waits for all ranks." in caught.value.__notes__
 
 
 def hang_or(action):

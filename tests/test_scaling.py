@@ -50,8 +50,10 @@ def test_throughput_and_trial():
     assert trial["batch"] == 128
     with pytest.raises(ValueError, match="rows hold 5 steps; a throughput needs 6"):
         scaling.throughput(rows(steps=5))
-    with pytest.raises(ValueError, match="rows hold no steps of rank 1 of 2; every rank must report"):
-        scaling.trial([row for row in rows(ranks=2) if row.get("rank") != 1])
+    with pytest.raises(ValueError, match="rows hold no steps of rank 1 of 2 after the warm-up; every rank must report"):
+        scaling.trial([row for row in rows(ranks=2) if row.get("rank") != 1 or row["step"] == 0])
+    with_one = [row for row in rows(ranks=2) if row.get("rank") != 1] + [{"kind": "restart", "ranks": 1, "attempt": 1}]
+    assert scaling.trial(with_one)["samples_per_s"] == pytest.approx(640)
 
 
 @pytest.mark.parametrize("slow", [0, 1, 3, 7])
@@ -166,7 +168,9 @@ def test_remarks_own_up():
     assert scaling.remarks(fair) == []
     counted_twice = [row | {"samples_per_s": row["ranks"] ** 2} for row in fair]
     assert "2 ranks: 2.00 times as fast as its CPUs explain" in scaling.remarks(counted_twice)[0]
-    assert scaling.remarks([row | {"setting": row["label"]} for row in counted_twice]) == []
+    for other in ("setting", "threads"):
+        assert scaling.remarks([row | {other: row["ranks"]} for row in counted_twice]) == []
+    assert scaling.remarks([row | {"samples_per_s": 1.0} for row in reversed(fair)]) == []
     assert scaling.remarks(counted_twice[:1] + counted_twice[3:])[0].startswith("Each case was measured once")
 
 

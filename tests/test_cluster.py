@@ -29,7 +29,7 @@ def connected(request):
     elif "slurm" in request.param:
         require(not slurm.missing(), "Slurm")
         security = "without" not in request.param
-        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # of this module, whose functions the ranks run
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # of this module, whose functions the workers run
         with hpclab.connect("slurm", workers=2, private=True, security=security, env=paths) as client:
             yield client
     else:

@@ -249,13 +249,14 @@ def test_a_failed_rank_raises_its_own_error_here(client, guilty):
     assert no_rank_left()
 
 
-def test_a_function_of_a_module_beside_the_notebook(client, tmp_path, monkeypatch):
-    """Such a one travels by its name, and the ranks find it where the notebook does."""
+def test_a_function_of_a_module_beside_the_notebook(tmp_path, monkeypatch):
+    """Such a one travels by its name, and the ranks find it where the notebook did when it connected."""
     (tmp_path / "beside.py").write_text("def name(): return __name__")
     monkeypatch.syspath_prepend(tmp_path)
     import beside
 
-    assert hpclab.launch(client, beside.name, ranks=2).result(60) == ["beside"] * 2
+    with hpclab.connect(workers=2) as client:
+        assert hpclab.launch(client, beside.name, ranks=2).result(60) == ["beside"] * 2
 
 
 def return_early():

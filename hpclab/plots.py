@@ -503,7 +503,7 @@ def rate(rows: list[dict], ax: Axes | None = None, points: int = 40) -> Axes:
         sums[place] = sums.get(place, 0.0) + (row[counted] if counted else 1)
     seconds, rates = [(place + 1) * width for place in sums], [total / width for total in sums.values()]
     ax.plot(seconds, rates, **look(0))
-    ax.set_ylim(0)
+    ax.set_ylim(0, 1.1 * max(rates) or 1)
     title = _("samples a second") if counted else _("steps a second, of all ranks")
     return finish(ax, rows, _("seconds of training"), title, [curve("", seconds, rates)])
 

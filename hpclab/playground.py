@@ -81,7 +81,7 @@ class Playground:
     ) -> None:
         self.arguments = (client, model, data)
         self.settings = settings | {"steps": whole_number("steps", steps)}
-        links = networks or {
+        self.networks = networks or {
             _("this machine's network"): None,
             "1 Gb/s": Network(1e-4, 1e9),
             "100 Mb/s": Network(1e-4, 1e8),
@@ -90,7 +90,7 @@ class Playground:
         self.controls = {
             "ranks": ipywidgets.SelectionSlider(options=range(1, most + 1), value=2, description=_("ranks")),
             "batch": ipywidgets.SelectionSlider(options=BATCHES, value=128, description=_("samples a step")),
-            "network": ipywidgets.Dropdown(options=links, description=_("network")),
+            "network": ipywidgets.Dropdown(options=[*self.networks], description=_("network")),
         }
         for control in self.controls.values():
             control.continuous_update = False
@@ -119,9 +119,9 @@ class Playground:
             "{ranks} ranks, {batch} a step, {network}",
             ranks=ranks.value,
             batch=share * ranks.value,
-            network=network.label,
+            network=network.value,
         )
-        self._ask(Wish(label, {"ranks": ranks.value, "batch_size": share, "network": network.value}))
+        self._ask(Wish(label, {"ranks": ranks.value, "batch_size": share, "network": self.networks[network.value]}))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (default: no limit) until nothing is under way; return whether that is so."""

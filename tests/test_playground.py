@@ -1,5 +1,6 @@
 """The playground with real gangs, and the card of a real cluster, as they are without a browser."""
 
+import html
 import os
 import re
 import threading
@@ -71,6 +72,15 @@ def test_a_move_replaces_a_run_at_once_and_stop_ends_one(play):
     play.stop.click()
     assert play.wait(60)
     assert play.run.status == "stopped" and play.stop.disabled
+
+
+def test_a_network_can_be_chosen_and_left_again(play):
+    choice = play.controls["network"]
+    for name, source in (("100 Mb/s", "emulated"), ("this machine's network", "measured")):
+        choice.value = name
+        assert play.wait(60)
+        assert f"<td>2 ranks, 128 a step, {name}" in html.unescape(play.place.pages[-1]) and choice.value == name
+        assert {row["source"] for row in play.run.rows if row["kind"] == "step"} == {source}
 
 
 def test_what_can_not_be_is_told_and_the_next_move_is_met(play):

@@ -179,6 +179,10 @@ def test_notebook_runs_from_top_to_bottom(page, lab, home, server, name, record_
     assert page.locator(".hpclab-result[data-status=pass]").count() == len(checks(name))
     if "scaling" in name:
         move_a_slider(page)
+    if "cnn" in name:
+        chosen = page.locator(".widget-dropdown select").evaluate("box => box.selectedOptions[0]?.innerText")
+        assert chosen == "this machine's network"
+        assert page.locator("td", has_text=f"2 ranks, 128 a step, {chosen}").count() == 1
 
 
 def look_at(page, name):

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import hpclab
 
-EPOCHS, REPEATS, STEPS = {"small": (1, 2, 15), "class": (2, 3, 25), "cluster": (10, 5, 200)}[SIZE]
+EPOCHS, REPEATS, STEPS = {"small": (1, 2, 15), "class": (2, 3, 20), "cluster": (10, 5, 200)}[SIZE]
 
 # %% [markdown] id="data"
 # ## The pictures

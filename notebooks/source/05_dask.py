@@ -35,7 +35,7 @@ import hpclab
 from hpclab import figures, laws, plots, tasks
 from hpclab.tables import Table
 
-MOST, REPEATS = {"small": (1000, 3), "class": (10_000, 4), "cluster": (10_000, 10)}[SIZE]
+MOST, REPEATS = {"small": (1000, 3), "class": (3000, 3), "cluster": (10_000, 10)}[SIZE]
 
 # %% id="connect"
 begin = time.perf_counter()

@@ -16,25 +16,23 @@ from hpclab.tables import Table
 
 
 class Place:
-    """Stands for the output below the sliders, and notes when something comes to be shown there."""
+    """Stands for the output below the sliders, and notes when a run's first figure comes to be shown there."""
 
-    def __init__(self) -> None:
-        self.shown_at = 0.0
+    def __init__(self, play: Playground) -> None:
+        self.play, self.run, self.shown_at = play, play.run, 0.0
 
     def update(self, page: HTML) -> None:
         """Take note of a page."""
-        if "data:image/png" in page.data:
-            self.shown_at = time.perf_counter()
+        if "data:image/png" in page.data and self.play.run is not self.run:
+            self.shown_at, self.run = time.perf_counter(), self.play.run  # who waits looks at the run
 
 
 def answer(play: Playground, place: Place, batch: int) -> tuple[float, float]:
     """Move the slider; seconds to the first step of a new run, on its own clock, and to its point in the figure."""
-    before, place.shown_at, moved = play.run, 0.0, time.perf_counter()
+    before, moved = place.run, time.perf_counter()
     play.controls["batch"].value = batch
-    while not (play.run is not before and place.shown_at):
+    while place.run is before:
         time.sleep(0.001)
-        if play.run is before:
-            place.shown_at = 0.0  # that was of the run of before
     first = min(row["time_s"] for row in play.run.rows if row["kind"] == "step")
     return first, place.shown_at - moved
 
@@ -45,8 +43,8 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=20)
     options = parser.parse_args()
     with hpclab.connect(workers=2) as client:
-        play, place = Playground(client, "CNN", "fashion_mnist", steps=100_000), Place()
-        play.place = place  # type: ignore[assignment]
+        play = Playground(client, "CNN", "fashion_mnist", steps=100_000)
+        play.place = place = Place(play)  # type: ignore[assignment]
         cold = answer(play, place, 256)
         time.sleep(2)
         moves = []

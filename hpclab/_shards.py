@@ -33,7 +33,7 @@ def write(
     folder : str or path
         Made if need be.
     splits : mapping of str to (images, labels)
-        Images uint8, shape (N, H, W) or (N, C, H, W); labels integer, shape (N,). `train` takes the splits "train" and
+        Images uint8, shape (N, H, W) or (N, C, H, W); labels integer, shape (N,). `train` needs the splits "train" and
         "test".
     name : str, optional
         Default: the folder's.

@@ -8,18 +8,8 @@ from hpclab.language import translate as _
 from hpclab.tables import Table
 
 ENDED = {
-    *(
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-    ),
-    "TIMEOUT",
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
 """States of jobs that have ended; of one that is COMPLETING, processes still end, and squeue doesn't say as what."""
 NEVER_SECONDS = 365 * 86400

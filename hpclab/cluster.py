@@ -143,7 +143,7 @@ def connect(
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        if "Nanny" not in str(root):
+        if "Nanny" not in str(root):  # Dask's word for what watches a worker, and saw it end
             raise
         raise RuntimeError(f"no worker could be started ({root}); what they wrote is above. {GUARD}") from None
     return _client(cluster)

@@ -9,23 +9,30 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from distributed import Worker, WorkerPlugin
 
-from hpclab import _private
+from hpclab import _private, machine
 from hpclab._zygote import MESSAGE_BYTES
 
 FORK = sys.platform == "linux"
 """Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 """glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Variables that would bind each process that imports torch to the same first CPU, and so all ranks of a host."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """What the libraries of numpy and torch start when they are imported, a fork can't keep."""
 BACKOFF_SECONDS = (0.5, 60.0)
 """How long to wait before a zygote that has died is replaced: at first, and at most."""
+
+
+class ZygoteDied(RuntimeError):
+    """The zygote went before it had forked a rank; another takes its place."""
 
 
 class Warmth(WorkerPlugin):
@@ -117,8 +124,10 @@ def start(env: dict[str, str], cluster: str) -> Process:
 
     Raises
     ------
+    ZygoteDied
+        If the host's zygote ended meanwhile.
     RuntimeError
-        If the host's zygote can't import what a rank needs, with its traceback.
+        If it can't import what a rank needs, with its traceback; or can't fork.
     """
     return _Forked(env, cluster) if FORK else _Standby.take(env)
 
@@ -135,18 +144,22 @@ class _Forked(Process):
             os.fdopen(pipes[2][0], "rb"),
         )
         self.returncode: int | None = None
-        answer = self._ask({"env": env, "cwd": cwd}, theirs)
-        if "error" in answer:
-            self.zygote.close()
-            raise RuntimeError(f"the zygote of host {socket.gethostname()} can't fork ranks: {answer['error']}")
+        answer = self._ask({"env": env, "cwd": cwd, "cpus": machine.affinity()}, theirs)
+        if "pid" not in answer:
+            for stream in (self.zygote, self.stdin, self.stdout, self.stderr):
+                stream.close()
+            whose = f"the zygote of host {socket.gethostname()}"
+            if "error" in answer:
+                raise RuntimeError(f"{whose} can't fork ranks: {answer['error']}")
+            raise ZygoteDied(f"had no start: {whose} ended before it was ready; its last words are in the worker's log")
         self.pid = answer["pid"]
 
     def _ask(self, order: dict, fds: list[int]) -> dict:
         try:
             socket.send_fds(self.zygote, [json.dumps(order).encode()], fds)
-            return json.loads(self.zygote.recv(MESSAGE_BYTES) or '{"error": "it was killed"}')
+            return json.loads(self.zygote.recv(MESSAGE_BYTES) or "{}")
         except ConnectionError:
-            return {"error": "it ended before it was ready; the worker's log has its last words"}
+            return {}
         except OSError as error:  # such as an environment too large to send
             return {"error": str(error)}
         finally:
@@ -182,7 +195,7 @@ class _Standby(Process):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | MALLOC,
+            env=_unbound(os.environ) | MALLOC,
             start_new_session=True,
         )
         self.pid = self.popen.pid
@@ -215,6 +228,10 @@ class _Standby(Process):
             self.popen.kill()
 
 
+def _unbound(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name not in BINDING}
+
+
 def _call_zygote(cluster: str) -> socket.socket:
     """Connect to the zygote of this worker and its siblings in a cluster, which is started if it isn't there.
 
@@ -241,7 +258,7 @@ def _start_zygote(path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-c", f"from hpclab._zygote import main; main({str(path)!r}, {listener.fileno()})"],
             stdin=subprocess.DEVNULL,
-            env=os.environ | MALLOC | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=_unbound(os.environ) | MALLOC | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )

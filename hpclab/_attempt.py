@@ -67,6 +67,8 @@ class Attempt:
     hang : HangError or None
     calls : dict of int to int
         How often each rank has asked `should_stop`, once it was told to stop.
+    reported : bool
+        Whether any rank has reported a row.
     """
 
     def __init__(self, client: Client, gang: Gang, settings: Settings, number: int, places: list[Place]):
@@ -78,6 +80,7 @@ class Attempt:
         self.outcomes: dict[int, Outcome] = {}
         self.calls: dict[int, int] = {}
         self.hang: HangError | None = None
+        self.reported = False
         self.deadline = math.inf
         self._futures: list[Future] = []
         self._batches = [0] * gang.ranks
@@ -121,6 +124,7 @@ class Attempt:
     def hear(self, news: dict) -> None:
         """Take in what a supervisor says of its rank beside rows and prints."""
         self._batches[news["rank"]] += 1
+        self.reported |= bool(news["rows"])
         if "calls" in news:
             self.calls[news["rank"]] = news["calls"]
             self._agree()
@@ -297,6 +301,7 @@ def plan(
             store=seats["store"] and f"{seats['store']}-{attempt}",
             init=settings.init,
             memory=settings.memory or memory,
+            worker_memory=memory,
             resume=settings.resume,
         )
         for rank, (worker, memory) in enumerate(zip(seats["workers"], seats["memory"], strict=True))
@@ -325,7 +330,7 @@ def _outcome(future: Future, place: Place) -> Outcome:
 def _value(outcome: Outcome) -> Any:
     try:
         return pickle.loads(outcome.value)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # its own code may do anything, such as exit
         raise RankError(f"the return value of rank {outcome.rank} can't be unpickled here: {error!r}") from error
 
 
@@ -337,7 +342,7 @@ def _error(outcome: Outcome, ranks: int) -> BaseException:
         return RankError(f"{who} {failure['message']}.")
     try:
         error = pickle.loads(outcome.error)
-    except Exception:
+    except (Exception, SystemExit):
         error = None
     if not isinstance(error, Exception):  # SystemExit and its like would end the notebook's kernel
         error = RankError(f"{failure['type']}: {failure['message']}")

@@ -23,7 +23,6 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 
@@ -95,8 +94,10 @@ class _Cells:
             if picked:
                 self.names.update(pickle.loads(body) if body else {})
                 found = self.run(order["code"], order["name"])
-                value = cloudpickle.dumps(found) if order["pull"] else b""
-                shown = repr(found)[:SHOWN] if found is not None and not order["pull"] else None
+                if order["pull"]:
+                    value = _rank.dumps(found, f"the value of {order['code']}", self.context.header["worker_memory"])
+                elif found is not None:
+                    shown = _rank.printable(repr(found)[:SHOWN])
             self.running = None  # from here on an interrupt comes too late
         except BaseException as error:
             self.running = None
@@ -162,9 +163,9 @@ class _Cells:
         """What the driver is told of an error in a cell."""
         _rank.tell_of_limit(error, self.context.header["memory"], "gang")
         return {
-            "summary": f"{type(error).__name__}: {error}",
-            "traceback": _traceback(error),
-            "missing": error.name if isinstance(error, NameError) else None,
+            "summary": f"{type(error).__name__}: {_rank.message(error)}",
+            "traceback": _rank.printable(_traceback(error)),
+            "missing": str(error.name) if isinstance(error, NameError) else None,
             "time": time.time(),
             "interrupted": cell == self.interrupted,
             "consequence": _rank.is_consequence(error),
@@ -185,6 +186,7 @@ class _Prints(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Send whole lines, and keep the rest; of a line that overwrites itself, its last state."""
+        text = text.encode("utf-8", "backslashreplace").decode()  # as a rank's usual output does
         with self.lock:
             lines, end, rest = (self.line + text).rpartition("\n")
             self.line = rest.rpartition("\r")[2] or rest

@@ -4,11 +4,15 @@ Standard input brings a header, the pickled function, and stays open for as long
 carries records (see `frame`). Standard error carries all that is printed, by Python or C.
 """
 
+import atexit
 import faulthandler
 import functools
+import gc
 import importlib
+import io
 import itertools
 import json
+import math
 import os
 import pickle
 import queue
@@ -19,13 +23,32 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 RESERVED = ("run", "attempt", "rank", "ranks", "source")
+RESERVED_KINDS = ("run", "restart", "attempt", "end")
+"""Kinds of rows that a run's driver writes."""
+NUMBERS = (
+    *("step", "epoch", "loss", "samples", "step_s", "data_s", "compute_s", "wait_s", "cpu_s", "save_s"),
+    *("test_loss", "test_accuracy"),
+)
+"""What figures and tables compute with, if a row has it."""
+LONGEST_ROW = 1_000_000
+"""Characters of a row of measurements; rows gather in the worker's memory and in the scheduler's."""
+VALUE_SHARE = 4
+"""A value passes through its worker's memory in up to so many copies."""
+LONGEST_MESSAGE = 100_000
+"""Characters of an error's message or traceback that the notebook is told."""
+LONGEST_LINE = 10_000_000
+"""Bytes of a record without its body."""
+LARGEST_ERROR = 10_000_000
+"""Bytes of an error that goes to the notebook as it is."""
+EXIT_SECONDS, FAILED_SECONDS = 10.0, 2.0
+"""How long exit handlers may take after a function has returned; and after it failed, while its peers wait in vain."""
 BEAT_SECONDS = 1.0
 """How often a rank shows that its Python still runs; one that holds the GIL can't."""
 # What a rank says when a peer has gone: gloo's words, and torch's own classes for it.
@@ -42,6 +65,9 @@ class Context:
         self.header = header
         self.records = records
         self.lock = threading.Lock()
+        self.pid = os.getpid()
+        self.turn: int | None = None
+        """File that processes lock in turn before they write a record, once this one has been forked."""
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         """Orders, with their bodies, for what runs here."""
         self.answers: dict[int, queue.SimpleQueue] = {}
@@ -55,10 +81,42 @@ class Context:
         """The call of `should_stop` at which all ranks end."""
 
     def send(self, record: dict, body: bytes = b"") -> None:
-        """Write one record, whole, from any thread."""
-        with self.lock:
+        """Write one record, whole, from any thread, and from forks of this process."""
+        with self.lock, self._alone():
             self.records.write(frame(record, body))
             self.records.flush()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep forks of this process from writing meanwhile: a pipe takes no more than 4,096 bytes in one piece.
+
+        The kernel frees this kind of lock when its holder is killed, and it belongs to the process, not to the open
+        file that a fork shares.
+        """
+        if self.turn is None:
+            yield
+            return
+        import fcntl
+
+        fcntl.lockf(self.turn, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.turn, fcntl.LOCK_UN)
+
+    def share(self, turn: int) -> None:
+        """Have forks of this process take turns with it; no thread of it is in the middle of a record when it forks."""
+
+        def go_on() -> None:
+            self.turn = turn
+            self.lock.release()
+
+        def begin() -> None:
+            self.turn, self.lock = turn, threading.Lock()
+            self.inherited = self.records  # kept, as its end would write what is left in it, and close the pipe
+            self.records = os.fdopen(self.records.fileno(), "wb", closefd=False)
+
+        os.register_at_fork(before=lambda: self.lock.acquire(), after_in_parent=go_on, after_in_child=begin)
 
     def obey(self, orders: Iterator[tuple[dict, bytes]]) -> None:
         """Take orders until the owner has gone; then end this process, and all that it started."""
@@ -81,6 +139,8 @@ class Context:
 
     def ask(self, question: dict, body: bytes = b"") -> tuple[dict, bytes]:
         """Put a question about the other ranks to the scheduler, and wait for its answer, or what is the ``error``."""
+        if os.getpid() != self.pid:
+            raise RuntimeError("a process that a rank has forked can't ask for the other ranks; the rank itself can.")
         number = next(self.numbers)
         self.answers[number] = queue.SimpleQueue()
         self.send({"record": "store", "number": number, "question": question}, body)
@@ -95,7 +155,9 @@ class Context:
             time.sleep(BEAT_SECONDS)
 
     def should_stop(self) -> bool:
-        """See the function of this name."""
+        """See the function of this name; a fork of this process hears of no stop, and is no rank."""
+        if os.getpid() != self.pid:
+            return False
         with self.stop:
             self.calls += 1
             if self.calls == 1:
@@ -118,14 +180,17 @@ def report(**row: Any) -> None:
     **row
         Numbers, strings, booleans or None, with the unit in the name (``step_s=0.02``); a tensor or array of one
         element counts as its number; NaN and infinity become null in the file. ``kind`` (default "step") and ``time_s``
-        (default: seconds since the launch) can be given; run, attempt, rank, ranks and source are added.
+        (default: seconds since the launch) can be given; run, attempt, rank, ranks and source are added. ``step``,
+        ``epoch``, ``loss``, ``samples`` and the other columns that hpclab computes with (see `hpclab.rows`) are numbers
+        or None.
 
     Raises
     ------
     ValueError
-        If a name is one of those that are added.
+        If a name is one of those that are added, or the kind one that hpclab writes itself ("run", "restart",
+        "attempt", "end"); if a whole number is larger than any float; if the row has more than a million characters.
     TypeError
-        If a value can't be written as JSON; the message names it.
+        If a value can't be written as JSON, or is no number where one is needed; the message names it.
     """
     if _context is None:
         return
@@ -133,8 +198,15 @@ def report(**row: Any) -> None:
     if taken := [name for name in RESERVED if name in row]:
         raise ValueError(f"report({taken[0]}=...) is set by the launcher; choose another name.")
     row = {name: _plain(name, value) for name, value in row.items()}
-    common = {"kind": "step", "time_s": time.time() - header["launched"]}
-    _context.send({"record": "row", "row": common | row | header["row"]})
+    row = {"kind": "step", "time_s": time.time() - header["launched"]} | row
+    _check_columns(row)
+    text = json.dumps(row | header["row"])
+    if len(text) > LONGEST_ROW:
+        raise ValueError(
+            f"report(...) of {len(text):,} characters exceeds {LONGEST_ROW:,}; return what is large, or write it to a"
+            " file."
+        )
+    _context.send({"record": "row"}, text.encode())
 
 
 def should_stop() -> bool:
@@ -145,6 +217,20 @@ def should_stop() -> bool:
     One that never asks is interrupted instead, as by Ctrl-C. Outside a gang this is False.
     """
     return _context is not None and _context.should_stop()
+
+
+def _check_columns(row: dict) -> None:
+    """Raise if a row could not be told from the driver's own, or computed with."""
+    if not isinstance(row["kind"], str):
+        raise TypeError(f"report(kind={row['kind']!r}) must be text, such as 'step'.")
+    if row["kind"] in RESERVED_KINDS:
+        raise ValueError(f"report(kind={row['kind']!r}) is a kind of row that hpclab writes itself; choose another.")
+    for name in NUMBERS:
+        if isinstance(row.get(name), str):
+            raise TypeError(f"report({name}={row[name]!r}) must be a number, or None.")
+    time_s = row["time_s"]
+    if not isinstance(time_s, int | float) or not math.isfinite(time_s):
+        raise TypeError(f"report(time_s={time_s!r}) must be a finite number of seconds.")
 
 
 def emulate() -> None:
@@ -181,6 +267,8 @@ def take_frame(buffer: bytearray) -> tuple[dict, bytes] | None:
     """Take one record off the front of what came in; None if it isn't whole yet."""
     end = buffer.find(b"\n") + 1
     if end == 0:
+        if len(buffer) > LONGEST_LINE:
+            raise ValueError(f"no end of line in {len(buffer):,} bytes")
         return None
     record = json.loads(buffer[:end])
     stop = end + record["nbytes"]
@@ -214,8 +302,11 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     records = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # Made anew, as those of the zygote may be of a file; whatever the locale, names of files may hold what is no text.
+    sys.stdout, sys.stderr = (
+        open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        for fd in (1, 2)
+    )
     orders = read_frames(owner)
     first = next(orders, None)
     if first is None:
@@ -226,19 +317,16 @@ def main() -> None:
         threading.Thread(target=work, daemon=True).start()
     sys.path[:] = header["sys_path"]
     try:
-        _show_stacks_to(header["stacks"])
-        value = _dumps(_run(header, payload))
+        stacks = open(header["stacks"], "w")  # noqa: SIM115  # open until the end
+        if hasattr(faulthandler, "register"):  # from C, so it is written also while some call holds the GIL
+            faulthandler.register(signal.SIGUSR1, stacks, all_threads=False)
+        if hasattr(os, "memfd_create"):
+            context.share(os.memfd_create("hpclab-turn"))
+        value = dumps(_run(header, payload), "the return value", header["worker_memory"])
     except BaseException as error:
         _fail(error, header)
     context.send({"record": "value"}, value)
-    _flush()
-    os._exit(0)
-
-
-def _show_stacks_to(path: str) -> None:
-    """Have SIGUSR1 write the main thread's stack to a file, from C: also while some call holds the GIL."""
-    if hasattr(faulthandler, "register"):
-        faulthandler.register(signal.SIGUSR1, open(path, "w"), all_threads=False)  # noqa: SIM115  # open until the end
+    _leave(0, EXIT_SECONDS)
 
 
 def _run(header: dict, payload: bytes) -> Any:
@@ -253,11 +341,24 @@ def _run(header: dict, payload: bytes) -> Any:
     meeting = store()
     if not header["init"]:
         with _environment_of_torchrun(meeting, rank, ranks):
-            return function(*arguments)
+            return _call(function, arguments)
     dist.init_process_group(backend(), store=meeting, rank=rank, world_size=ranks)
-    value = function(*arguments)
+    value = _call(function, arguments)
     if dist.is_initialized():
         dist.barrier()  # a rank that left now would cut the connections of those still in a collective
+    return value
+
+
+def _call(function: Callable, arguments: tuple) -> Any:
+    """Call the user's function; one that leaves by ``sys.exit(0)`` has succeeded, as any program has."""
+    assert _context is not None
+    try:
+        value = function(*arguments)
+    except SystemExit as left:
+        if left.code not in (None, 0):
+            raise
+        value = None
+    _context.send({"record": "returned"})
     return value
 
 
@@ -331,25 +432,43 @@ def _limit_memory(limit: int | None) -> None:
     import resource
 
     held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()  # what RLIMIT_DATA counts
-    resource.setrlimit(resource.RLIMIT_DATA, (held + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    least = min([held + limit, *(bound for bound in limits if bound != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (least, limits[1]))
 
 
-def _dumps(value: Any) -> bytes:
+def dumps(value: Any, what: str, memory: int | None) -> bytes:
+    """Pickle a value that goes to the notebook, or raise an error that calls it by a name.
+
+    Parameters
+    ----------
+    memory : int or None
+        This rank's share of its worker's limit, in bytes.
+    """
     import cloudpickle
 
     try:
-        return cloudpickle.dumps(value)
+        body = cloudpickle.dumps(value)
+    except MemoryError:
+        raise
     except Exception as error:
-        raise TypeError(f"the return value (of type {type(value).__name__}) can't be pickled: {error}") from error
+        raise TypeError(f"{what} (of type {type(value).__name__}) can't be pickled: {error}") from error
+    if memory is not None and len(body) > memory // VALUE_SHARE:
+        raise ValueError(
+            f"{what} takes {len(body):,} bytes, more than a worker with {memory:,} bytes a rank can pass on"
+            f" ({memory // VALUE_SHARE:,}); write it to a file, or connect with fewer workers or more memory."
+        )
+    return body
 
 
-def _fail(error: BaseException, header: dict) -> None:
-    """Tell who failed and how, then leave at once: peers must not wait for a rank that will never answer."""
+def _fail(error: BaseException, header: dict) -> NoReturn:
+    """Tell who failed and how, then leave: peers must not wait for a rank that will never answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would cut this short
     tell_of_limit(error, header["memory"], "launch")
     failure = {
         "type": type(error).__name__,
-        "message": str(error),
-        "traceback": _traceback(error),
+        "message": message(error),
+        "traceback": printable(_traceback(error)),
         "time": time.time(),
         "consequence": is_consequence(error),
     }
@@ -358,17 +477,59 @@ def _fail(error: BaseException, header: dict) -> None:
 
         body = cloudpickle.dumps(error)
         pickle.loads(body)
-    except Exception:
+        if len(body) > LARGEST_ERROR:
+            body = b""
+    except BaseException:  # its own code may do anything, such as exit
         body = b""  # the client then raises a RankError with this traceback
     assert _context is not None
     _context.send({"record": "failure", "failure": failure}, body)
-    _flush()
-    os._exit(1)
+    _leave(1, FAILED_SECONDS)
+
+
+def _leave(code: int, seconds: float) -> NoReturn:
+    """End this process as Python ends: threads end, exit handlers run, open files get what was written to them.
+
+    Unlike Python, it has a limit, and then takes nothing down: what torch keeps running could hang there.
+    """
+    patience = threading.Timer(seconds, os._exit, (code,))
+    patience.daemon = True
+    patience.start()
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for file in [sys.stdout, sys.stderr, *gc.get_objects()]:
+            if isinstance(file, io.IOBase) and not file.closed:
+                with suppress(OSError, ValueError):
+                    file.flush()
+    finally:
+        os._exit(code)
+
+
+def message(error: BaseException) -> str:
+    """What an error says, fit to be shown; its own code may fail."""
+    try:
+        return printable(str(error))
+    except Exception as failed:
+        return f"(its message can't be had: {type(failed).__name__})"
+
+
+def printable(text: str) -> str:
+    """A text that any file, terminal or browser takes: lone surrogates are spelt out, and of a huge one the ends stay.
+
+    Examples
+    --------
+    >>> printable("caf\\udce9")
+    'caf\\\\udce9'
+    """
+    if len(text) > LONGEST_MESSAGE:
+        half = LONGEST_MESSAGE // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters left out ...\n{text[-half:]}"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def tell_of_limit(error: BaseException, limit: int | None, verb: str) -> None:
     """Add to an error of a lack of memory that this rank has a limit, which a verb of hpclab sets."""
-    if limit and (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+    if limit and (isinstance(error, MemoryError) or _NO_MEMORY.search(message(error))):
         error.add_note(f"This rank's limit is {limit:,} bytes of memory; {verb}(memory=...) sets it.")
 
 
@@ -385,7 +546,7 @@ def is_consequence(error: BaseException) -> bool:
     import torch.distributed as dist
 
     named = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
-    return named or (isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(str(error))))
+    return named or (isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(message(error))))
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -396,9 +557,6 @@ def _plain(name: str, value: Any) -> Any:
         raise TypeError(
             f"report({name}={value!r}) must be a number, a string, a boolean, None, or a tensor of one element."
         )
+    if isinstance(value, int) and value.bit_length() > 1000:  # a float ends below 2**1024
+        raise ValueError(f"report({name}=...) is a whole number of {value.bit_length()} bits; report it as text.")
     return value
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()

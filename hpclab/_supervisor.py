@@ -4,6 +4,7 @@ Runs in a thread of the Dask worker and never unpickles the user's objects, so t
 """
 
 import codecs
+import json
 import math
 import os
 import queue
@@ -22,7 +23,7 @@ from dask.typing import Key
 from distributed import Status, Worker, get_worker, secede
 
 from hpclab import machine
-from hpclab._agent import MALLOC, Process, start
+from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, start
 from hpclab._ledger import topic
 from hpclab._progress import RankProgress
 from hpclab._rank import frame, read_frames
@@ -50,6 +51,7 @@ ENDS = "HPCLAB_ENDS"
 """Environment variable of a worker that is a job of a queue: when its walltime is over, in seconds since the epoch."""
 NOTICE = (0.2, 60.0)
 """How long before that ranks are told to save: this part of the worker's time, and at most so many seconds."""
+BROKEN = "wrote what is no record to the pipe that hpclab reads its records from; leave open files of others alone"
 OURS = re.compile(r'hpclab/_(cells|rank|store|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
 _inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
@@ -86,6 +88,8 @@ class Place:
     """Whether torch.distributed is initialised for the function; else the environment is torchrun's."""
     memory: int | None
     """Bytes that the rank may allocate; None sets no limit."""
+    worker_memory: int | None
+    """Its share of its worker's limit, in bytes; None if that has none."""
     resume: str | None
     """Folder of an earlier run to start from."""
 
@@ -124,8 +128,10 @@ def supervise(place: Place, payload: bytes) -> Outcome:
             supervisor.close(process.wait())
         finally:
             process.kill()
+    except ZygoteDied as error:
+        outcome.failure = failure("RankDied", str(error))
     except (RuntimeError, OSError) as error:
-        outcome.failure = failure("RankDied", f"could not start: {error}")
+        outcome.failure = failure("NotStarted", f"could not start: {error}")
     finally:
         del _inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
@@ -164,7 +170,8 @@ class _Supervisor:
         self.worker = worker
         self.process = process
         self.inbox = inbox
-        self.rows: list[dict] = []
+        self.rows: list[str] = []
+        """Each as JSON."""
         self.text: list[str] = []
         self.news: dict = {}
         """What else the next batch tells."""
@@ -176,6 +183,8 @@ class _Supervisor:
         self.cooperates = False
         self.notice = _notice()
         """When the rank is to be told that its job ends."""
+        self.returned = False
+        """Whether the rank's function has returned."""
         self.told = False
         """Whether the rank told how it ended."""
         self.ended_by_driver = False
@@ -196,7 +205,10 @@ class _Supervisor:
             "sys_path": sys.path,
         } | {
             name: getattr(place, name)
-            for name in ("threads", "store", "main", "folder", "launched", "init", "memory", "resume", "worker")
+            for name in (
+                *("threads", "store", "main", "folder", "launched", "init", "memory", "worker_memory", "resume"),
+                "worker",
+            )
         }
         self.orders.put(frame(header, payload))
         for work in (self._read_records, self._read_text, self._write):
@@ -215,7 +227,9 @@ class _Supervisor:
         elif kind == "end":
             self.streams -= 1
         elif kind == "record":
-            self._record(*content)
+            self._hear(*content)
+        elif kind == "broken":
+            self._break(content)
         elif kind == "order":
             self._obey(content)
         self._look()
@@ -230,13 +244,26 @@ class _Supervisor:
         if self.ended_by_driver and not self.outcome.value:
             self.outcome.failure = failure("Stopped", "ended by its driver", consequence=True)
         elif not self.told:
-            self.outcome.failure = failure("RankDied", _cause(returncode, self.on_demand))
+            self.outcome.failure = failure("RankDied", _cause(returncode, self.on_demand, self.returned))
+
+    def _hear(self, record: dict, body: bytes) -> None:
+        try:
+            self._record(record, body)
+        except (KeyError, TypeError, ValueError) as error:
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """End a rank that can't be understood."""
+        self.outcome.failure, self.told = failure("BrokenRecord", f"{BROKEN} ({error!r})"), True
+        self.process.kill()
 
     def _record(self, record: dict, body: bytes) -> None:
         match record["record"]:
             case "row":
-                self.rows.append(record["row"])
+                self.rows.append(body.decode())
                 self.progress.renew()
+            case "returned":
+                self.returned = True
             case "beat":
                 self.progress.beat()
             case "cooperates":
@@ -253,6 +280,8 @@ class _Supervisor:
                 self.outcome.value, self.told = body, True
             case "failure":
                 self.outcome.failure, self.outcome.error, self.told = record["failure"], body, True
+            case other:
+                raise ValueError(f"no such record: {other!r}")
 
     def _relay(self, record: dict, body: bytes) -> None:
         """Pass on what a rank of an interactive gang says: prints soon, answers at once, values when fetched."""
@@ -313,7 +342,9 @@ class _Supervisor:
                 "rows": self.rows,
                 "text": "".join(self.text),
             }
-            self.worker.log_event(topic(self.place.run), batch | self.news)
+            # As JSON, which is ASCII: msgpack takes no whole number beyond 64 bits, and no text that isn't UTF-8, and
+            # what it doesn't take breaks the worker's connection for good.
+            self.worker.log_event(topic(self.place.run), json.dumps(batch | self.news))
             self.outcome.batches += 1
             for room, content in ((self.room, self.text), (self.row_room, self.rows)):
                 if content:
@@ -326,16 +357,21 @@ class _Supervisor:
         if not file.exists() or not self.process.dump():
             return "(this system can't show it)"
         time.sleep(0.1)
-        text = file.read_text()[self.seen :]
+        text = file.read_text(errors="replace")[self.seen :]
         self.seen += len(text)
         lines = [line for line in text.splitlines() if not OURS.search(line)]
+        if self.returned:
+            lines.append("(its function has returned, and it waits for those of the other ranks)")
         return "\n".join(lines[1:]) or "(none: it is stopped, or was not up yet)"
 
     def _read_records(self) -> None:
-        for record in read_frames(self.process.stdout, pause=GATHER_SECONDS):
-            if record[0]["record"] == "row":
-                self.row_room.acquire()
-            self.inbox.put(("record", record))
+        try:
+            for record in read_frames(self.process.stdout, pause=GATHER_SECONDS):
+                if record[0]["record"] == "row":
+                    self.row_room.acquire()
+                self.inbox.put(("record", record))
+        except (ValueError, TypeError, KeyError) as error:  # the function has written into this pipe
+            self.inbox.put(("broken", error))
         self.inbox.put(("end", None))
 
     def _read_text(self) -> None:
@@ -355,7 +391,7 @@ class _Supervisor:
 
 def _environment(place: Place, address: str) -> dict[str, str]:
     # What job queues export of the worker's own place would mislead the libraries in a rank.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name not in BINDING}
     env |= MALLOC | {
         "OMP_NUM_THREADS": str(place.threads),
         "OPENBLAS_NUM_THREADS": str(place.threads),
@@ -409,12 +445,13 @@ def _cancelled(worker: Worker, key: Key) -> bool:
     return state is None or state.state == "cancelled" or worker.status in (Status.closing, Status.closed)
 
 
-def _cause(returncode: int, on_demand: bool) -> str:
+def _cause(returncode: int, on_demand: bool, returned: bool) -> str:
+    when = f" {'after' if returned else 'before'} its function returned"
     if returncode >= 0:
-        return f"exited with code {returncode} before its function returned"
+        return f"exited with code {returncode}{when}"
     name = signal.Signals(-returncode).name
     hint = ON_DEMAND if on_demand else " (out of memory?)" if name == "SIGKILL" else ""
-    return f"was killed by {name}{hint}"
+    return f"was killed by {name}{hint}{when * returned}"
 
 
 def failure(type_: str, message: str, consequence: bool = False) -> dict:

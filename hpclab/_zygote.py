@@ -3,6 +3,10 @@
 It has one thread and runs no torch operation, since a fork keeps only the thread that forks, whatever locks the others
 hold. It lives for as long as a worker holds a lease: a connection to its socket, which the kernel closes however the
 worker ends. A rank has a connection too, from the worker that supervises it; when that closes, the rank is killed.
+
+What a rank has started ends with it, also what left its session. Linux hands a process whose parent has ended to the
+nearest *subreaper* above it. Each rank is one, so as long as it lives all that it started is below it; so is the
+zygote, and whichever child of it is no rank was left by one that has ended.
 """
 
 import ctypes
@@ -17,7 +21,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 PRELOAD = (
     *("cloudpickle", "numpy", "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "torch.optim"),
@@ -27,6 +32,7 @@ PRELOAD = (
 PATIENCE_SECONDS = 10.0
 """How long it waits for a first lease."""
 MESSAGE_BYTES = 1 << 18
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36  # <sys/prctl.h>
 
 
 def main(path: str, listener: int) -> None:
@@ -44,6 +50,7 @@ class Zygote:
     """A single-threaded server: leases and forks in, process ids and exit codes out."""
 
     def __init__(self, listener: socket.socket):
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.selector = selectors.DefaultSelector()
         self.leases: set[socket.socket] | None = None
         self.ranks: dict[int, socket.socket] = {}
@@ -67,9 +74,13 @@ class Zygote:
                 key.data(key.fileobj)
 
     def kill_all(self) -> None:
-        """Kill every rank."""
+        """Kill every rank, and what they have started."""
         for pid in self.ranks:
             _kill_group(pid)
+        with suppress(ChildProcessError):  # until there is none
+            while True:
+                self._kill_orphans()
+                self.ranks.pop(os.waitpid(-1, 0)[0], None)
 
     def _listen(self, source: socket.socket, answer: Callable[[socket.socket], None]) -> None:
         self.selector.register(source, selectors.EVENT_READ, answer)
@@ -114,13 +125,23 @@ class Zygote:
         with suppress(BlockingIOError):
             while wake.recv(4096):
                 pass
-        while self.ranks:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None:
-                return
-            _kill_group(ended.si_pid)  # what the rank left behind; before it is reaped, no other group has its number
-            _, status = os.waitpid(ended.si_pid, 0)
-            _tell(self.ranks.pop(ended.si_pid), {"returncode": os.waitstatus_to_exitcode(status)})
+        with suppress(ChildProcessError):  # until there is none
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                caller = self.ranks.get(ended.si_pid)
+                if caller is not None:
+                    _kill_group(ended.si_pid)  # what it left; before it is reaped, no other group has its number
+                _, status = os.waitpid(ended.si_pid, 0)
+                self.ranks.pop(ended.si_pid, None)
+                self._kill_orphans()
+                if caller is not None:
+                    _tell(caller, {"returncode": os.waitstatus_to_exitcode(status)})
+
+    def _kill_orphans(self) -> None:
+        """Kill what ranks that have ended left in other sessions; what that leaves in turn is seen when it ends."""
+        for pid in _children():
+            if pid not in self.ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def stand_by() -> None:
@@ -162,13 +183,18 @@ def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for target, fd in enumerate(fds):
             os.dup2(fd, target)
-        os.closerange(len(fds), os.sysconf("SC_OPEN_MAX"))
+        for fd in map(int, os.listdir("/proc/self/fd")):  # not up to SC_OPEN_MAX, which may be a billion
+            if fd >= len(fds):
+                with suppress(OSError):  # that of the list itself
+                    os.close(fd)
         os.environ.clear()
         os.environ.update(order["env"])
         os.chdir(order["cwd"])
-        libc = ctypes.CDLL(None)
-        libc.prctl(15, f"hpclab-rank-{order['env']['RANK']}".encode(), 0, 0, 0)  # PR_SET_NAME: how ps shows it
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, <sys/prctl.h>: also ends one that holds the GIL
+        with suppress(OSError):  # CPUs that were taken away meanwhile
+            os.sched_setaffinity(0, order["cpus"])
+        _prctl(PR_SET_NAME, f"hpclab-rank-{order['env']['RANK']}".encode())  # how ps shows it
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also ends one that holds the GIL
         if os.getppid() == parent:
             import numpy
 
@@ -182,6 +208,20 @@ def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _prctl(option: int, value: Any) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _children() -> list[int]:
+    """Process ids of this process's children."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+        import psutil
+
+        return [child.pid for child in psutil.Process().children()]
 
 
 def _kill_group(pid: int) -> None:

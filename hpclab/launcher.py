@@ -107,7 +107,7 @@ def launch(
     ranks = gang_size(client, ranks, threads, oversubscribe)
     payload = _pickle(function, args)
     title = str(name or getattr(function, "__name__", type(function).__name__))
-    title = re.sub(r"[^\w.=-]+", "-", title).strip("-")
+    title = re.sub(r"[^\w.=-]+", "-", title).strip("-")[:60]  # of a folder's name, which may have 255 bytes
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     gang = Gang(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
     settings = Settings(

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,7 +18,7 @@ RANK_MEMORY = 400 * 2**20
 
 def cpus() -> int:
     """CPUs that this process may use: the smallest of its affinity and its cgroups' quota, at least 1."""
-    return max(1, min(len(_affinity()), math.floor(_cpu_quota())))
+    return max(1, min(len(affinity()), math.floor(_cpu_quota())))
 
 
 def cpu_pool() -> tuple[str, str, int]:
@@ -25,7 +26,7 @@ def cpu_pool() -> tuple[str, str, int]:
 
     The first two are names that processes on the same machine, with the same CPUs, share.
     """
-    allowed = _affinity()
+    allowed = affinity()
     bound = _own_cgroup() if _cpu_quota() < len(allowed) else ""  # what a quota gives, only its cgroup shares
     return _boot(), ",".join(map(str, allowed)) + bound, cpus()
 
@@ -90,10 +91,19 @@ def _own_cgroup() -> str:
         return ""
 
 
-def _affinity() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+def affinity() -> list[int]:
+    """Numbers of the CPUs that threads of this process may use.
+
+    Of all of them, as OMP_PROC_BIND has `import torch` bind the one that does it to its first CPU.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(os.cpu_count() or 1))
+    found = os.sched_getaffinity(0)
+    with suppress(FileNotFoundError):  # not Linux
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(ProcessLookupError):  # it has just ended
+                found |= os.sched_getaffinity(thread)
+    return sorted(found)
 
 
 def _cpu_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:

@@ -1,5 +1,6 @@
 """A run: a gang of ranks at work, seen from the notebook, and what it leaves on disk."""
 
+import json
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from hpclab import machine
 from hpclab._attempt import Attempt, RankError, Settings, plan
 from hpclab._ledger import Gang, Ledger, consult, topic
+from hpclab._rank import message, printable
 from hpclab._supervisor import ON_DEMAND
 from hpclab.rows import line, read
 
@@ -28,6 +30,9 @@ REMIND_SECONDS = 2.0
 """How often a gang that waits has the ledger look whether workers have come."""
 ROOM_SECONDS, RETURN_SECONDS, AGAIN_SECONDS = 60.0, 10.0, 0.25
 """How long another attempt may wait for room, and of that for as much as before; how often it asks."""
+PAUSE_SECONDS = (0.5, 30.0)
+"""How long to wait before another attempt when two or more in a row ended before they had reported anything: at first,
+doubled each time, and at most."""
 LOST_SECONDS = 2.0
 """How long the scheduler may be out of reach; one that comes back knows nothing of the gang."""
 
@@ -156,10 +161,12 @@ class Run(Record):
         self._cut_off = False
         self._reminded = time.monotonic()
         self._gone: set[str] = set()
+        self._fruitless = 0
+        """Attempts in a row that ended before they had reported anything."""
         self._broken: Exception | None = None
         self._watchers: list[Callable[[Run, list[dict]], None]] = []
         self._finish: Callable[[list], Any] = list
-        client.subscribe_topic(topic(self.name), lambda event: self._inbox.put(("news", event[1])))
+        client.subscribe_topic(topic(self.name), lambda event: self._inbox.put(("news", _read(event[1]))))
         try:
             answer = consult(client, Ledger.admit, gang, settings.wait)
             if refusal := answer.get("wrong") or answer.get("busy"):
@@ -339,7 +346,7 @@ class Run(Record):
             self._logs[news["rank"]].take(news["text"], shown=not self.quiet)
             self._emulated |= news.get("emulated", False)
             source = "emulated" if self._emulated else "measured"
-            self._take_rows([row | {"source": source} for row in news["rows"]], file)
+            self._take_rows([json.loads(row) | {"source": source} for row in news["rows"]], file)
             if self._attempt is not None and news["attempt"] == self._attempt.number:
                 self._attempt.hear(news)
                 if "expires" in news:
@@ -394,6 +401,8 @@ class Run(Record):
         assert self._attempt is not None
         self._attempt.close()
         self.status = "recovering"
+        self._fruitless = 0 if self._attempt.reported else self._fruitless + 1
+        self._pause(file)
         started = time.monotonic()
         patience = math.inf if self._settings.wait else ROOM_SECONDS
         while (waited := time.monotonic() - started) < patience and not self._stopping and not self._is_cut_off():
@@ -403,6 +412,15 @@ class Run(Record):
                 kind, content = self._inbox.get(timeout=AGAIN_SECONDS)
                 self._take(kind, content, file)
         return None
+
+    def _pause(self, file: TextIO) -> None:
+        """Wait before what has failed at once, again and again, is tried once more."""
+        first, most = PAUSE_SECONDS
+        until = time.monotonic() + (min(most, first * 2 ** min(self._fruitless - 2, 10)) if self._fruitless > 1 else 0)
+        while (left := until - time.monotonic()) > 0 and not self._stopping and not self._is_cut_off():
+            with suppress(queue.Empty):
+                kind, content = self._inbox.get(timeout=min(left, AGAIN_SECONDS))
+                self._take(kind, content, file)
 
     def _reseat(self, patient: bool) -> dict:
         """Seats that there are now, or nothing; if `patient`, only for as many ranks as before."""
@@ -417,7 +435,7 @@ class Run(Record):
 
     def _restart(self, before: Attempt, after: Attempt) -> dict:
         """The row that tells of a new attempt."""
-        cause = str(before.blame()).rstrip(".")
+        cause = message(before.blame()).rstrip(".")
         if not self.quiet and ON_DEMAND not in cause:
             with suppress(OSError, ValueError):
                 tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} goes on, with {after.ranks} ranks.")
@@ -470,7 +488,8 @@ class Run(Record):
         row = {"kind": "end", "run": self.name, "status": self.status, "time_s": time.time() - launched}
         if self.status == "failed":
             error = self._blame()
-            row["error"] = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+            notes = [printable(note) for note in getattr(error, "__notes__", [])]
+            row["error"] = "\n".join([f"{type(error).__name__}: {message(error)}", *notes])
         return row
 
     def _failed(self) -> bool:
@@ -546,6 +565,11 @@ class Log:
     def _write(self, line: str) -> None:
         with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
             tqdm.write(f"[rank {self.rank}] {line}")
+
+
+def _read(news: str | dict) -> dict:
+    """What a supervisor says, as JSON, or the ledger."""
+    return json.loads(news) if isinstance(news, str) else news
 
 
 def _about(gang: Gang, launched: float) -> dict:

@@ -102,6 +102,15 @@ def launch(
         If the client is none, or the function or an argument can't be pickled; the message says which.
     PermissionError
         If the folder can't be written.
+
+    Notes
+    -----
+    A rank ends as a Python program does: threads that it started may finish, exit handlers run, open files get what was
+    written to them, for up to 10 seconds (2 after an error; a rank that is killed has none of this). Leaving by
+    ``sys.exit(0)`` is returning None. On Linux every process that a rank has started ends with it, whatever session it
+    has moved to. Settings that bind threads to CPUs (OMP_PROC_BIND and its like) don't reach ranks: each would bind
+    itself to the same first CPU. What a rank returns passes through its worker's memory, so a value of more than a
+    quarter of its share is refused.
     """
     whole_number("max_restarts", max_restarts, least=0)
     ranks = gang_size(client, ranks, threads, oversubscribe)

@@ -97,6 +97,19 @@ def addresses(names: list[str]) -> dict[str, str]:
     return {name: f"127.0.0.{number}" for number, name in enumerate(names, 2)}
 
 
+def controller() -> str:
+    """The address at which commands find the controller: 127.0.0.1, as the resolver here lets Slurm write it.
+
+    Slurm asks for addresses that this machine "can use" (AI_ADDRCONFIG). Where only IPv6 goes beyond the loopback,
+    those of IPv4 count as none, and 127.0.0.1 must look like one of IPv6.
+    """
+    try:
+        socket.getaddrinfo("127.0.0.1", None, flags=socket.AI_ADDRCONFIG)
+    except socket.gaierror:
+        return "::ffff:127.0.0.1"
+    return "127.0.0.1"
+
+
 def free_ports(hosts: list[str]) -> list[int]:
     """A port free on each address."""
     held = [socket.socket() for _ in hosts]
@@ -197,13 +210,14 @@ def _conf(
     memory = settings.megabytes()
     lines = {
         "ClusterName": "hpclab",
-        "SlurmctldHost": f"{HOST}(127.0.0.1)",
+        "SlurmctldHost": f"{HOST}({controller()})",
         "SlurmctldPort": port,
         "SlurmUser": user,
         "SlurmdUser": user,
         "AuthType": "auth/munge",
         "AuthInfo": f"socket={folder}/munge,cred_expire={REQUEUE_SECONDS}",
-        "CommunicationParameters": "NoCtldInAddrAny",
+        # Asked for addresses of IPv4 alone, the resolver gives none on a host that has only the loopback's.
+        "CommunicationParameters": "NoCtldInAddrAny,EnableIPv6",
         "StateSaveLocation": f"{folder}/state",
         "SlurmdSpoolDir": f"{folder}/%n",
         "SlurmctldPidFile": f"{folder}/slurmctld.pid",

@@ -642,6 +642,50 @@ def test_neither_a_host_name_that_leads_nowhere_nor_missing_cgroups_matter(what,
     assert done.stdout.splitlines()[1:] == ["['0', '0'] 2"], done.stderr
 
 
+ALONE = """
+import hpclab
+from hpclab import slurm
+def add():
+    import torch, torch.distributed as dist
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return total.item()
+if __name__ == "__main__":
+    with slurm.start(nodes=2, cpus=1) as one:
+        one.run("sbatch", "--wait", "-o", "said", "--wrap", "echo batch")
+        one.kill("n2")
+        one.revive("n2")
+        print(open("said").read().strip(), *one.run("srun", "-N2", "id", "-u").split())
+        with hpclab.connect(one, workers=2, memory="1GB") as client:
+            print(len({worker["host"] for worker in client.scheduler_info()["workers"].values()}), end=" ")
+            print(hpclab.launch(client, add, ranks=2, oversubscribe=True).result(60))
+"""
+
+
+@as_root
+def test_a_host_with_no_address_but_the_loopbacks(tmp_path):
+    """As an ordinary user: it needs no second address on lo, which only root could give it."""
+    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"']
+    require(subprocess.run([*alone, "true"], capture_output=True).returncode == 0, "unshare --net, and ip")
+    with Other(NOBODY, python=True) as user:
+        script = Path(user.home, "alone.py")
+        script.write_text(ALONE)
+        command = [*alone, *user.words, sys.executable, script]
+        done = subprocess.run(command, env=user.env, cwd=user.home, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == ["batch 65534 65534", "2 [2.0, 2.0]"], done.stderr
+
+
+@as_root
+def test_a_host_with_addresses_of_ipv6_alone():
+    make = "ip link set lo up && ip link add v0 type veth peer name v1 && ip link set v1 up && ip link set v0 up"
+    beyond = f"{make} && ip addr add fd00:77::1/64 dev v0 nodad"
+    only = ["unshare", "--net", "sh", "-c", f'{beyond} && exec "$0" "$@"']
+    require(subprocess.run([*only, "true"], capture_output=True).returncode == 0, "unshare --net, and veth")
+    command = [*only, sys.executable, "-c", HOLDER]
+    done = subprocess.run(command, input="go\n", capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[1:] == ["['0', '0'] 2"], done.stderr
+
+
 def test_the_command(capsys, place, monkeypatch):
     Path(place, "own").mkdir()
     live_in(Path(place, "own"), monkeypatch)

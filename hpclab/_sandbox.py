@@ -217,16 +217,18 @@ def wrapped(folder: Path, hidden: list[Path]) -> list[str]:
         line += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         line += ["--unshare-user"]
-    for place in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt"):
-        line += ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
-    for place in _ETC:
-        line += ["--ro-bind-try", f"/etc/{place}", f"/etc/{place}"]
-    line += ["--ro-bind", str(passwd), "/etc/passwd", "--ro-bind", str(group), "/etc/group"]
-    line += ["--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
+    line += ["--proc", "/proc", "--dev", "/dev"]
     for place in ("/tmp", "/var/tmp", "/run", HOME, "/dev/shm"):
         line += ["--perms", "1777", "--size", str(2**30), "--tmpfs", place]
-    for path in _above([*_seen(), str(folder)]):
-        line += ["--perms", "0755", "--dir", path]  # bubblewrap itself makes some of them for root only
+    for place in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt"):
+        line += ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
+    for path in _above([str(folder), *_seen(), *_ETC]):
+        line += ["--perms", "0755", "--dir", path]  # what bubblewrap itself makes above a mount is for root only
+    for place in (*_ETC, "/sys"):
+        line += ["--ro-bind-try", place, place]
+    for file in (passwd, group):
+        file.chmod(0o644)  # whatever the grader's umask
+        line += ["--ro-bind", str(file), f"/etc/{file.name}"]
     for path in _seen():
         line += ["--ro-bind", path, path]
     for masked in hidden:
@@ -239,14 +241,16 @@ def wrapped(folder: Path, hidden: list[Path]) -> list[str]:
 
 
 def _above(paths: list[str]) -> list[str]:
-    """Folders that paths lie in, the outer ones first; not those that the sandbox has anyway."""
-    found = {str(folder) for path in paths for folder in Path(path).parents}
-    return sorted(found - {"/", "/tmp", "/usr", "/opt", "/var", "/var/tmp", "/run", HOME})
+    """Folders that paths lie in, the outer ones first."""
+    return sorted({str(folder) for path in paths for folder in Path(path).parents} - {"/"})
 
 
-_ETC = (
-    *("alternatives", "fonts", "host.conf", "hosts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d"),
-    *("localtime", "nsswitch.conf", "services", "protocols", "ssl/certs", "ssl/openssl.cnf", "mime.types"),
+_ETC = tuple(
+    f"/etc/{name}"
+    for name in (
+        *("alternatives", "fonts", "host.conf", "hosts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d"),
+        *("localtime", "nsswitch.conf", "services", "protocols", "ssl/certs", "ssl/openssl.cnf", "mime.types"),
+    )
 )
 
 

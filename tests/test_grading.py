@@ -12,9 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ours, require
+from pipeline import build
 
 import hpclab
-from hpclab import _sandbox, _submissions, cli, grading
+from hpclab import _sandbox, _submissions, cli, grading, slurm
 from hpclab._submissions import Unreadable
 
 ROOT = Path(hpclab.__file__).parents[1]
@@ -298,6 +299,45 @@ def test_the_students_check_cells_give_way_to_the_courses(tmp_path, course):
     steps = _submissions.steps(theirs, one)
     assert [step.exercise for step in steps] == ["", "", "cnn.learning_rate"]
     assert (steps[-1].code, steps[-1].answer) == ("", "scaled_lr")
+
+
+LOOK = """
+import os, pwd
+assert os.getuid() == pwd.getpwnam("student").pw_uid
+for folder in [{places}, "/etc", "/etc/ssl", "/home", "/var", "/usr", "/proc", "/dev", "/sys", "/run", "/tmp"]:
+    os.listdir(folder)
+for file in ("/etc/passwd", "/etc/group", "/etc/hosts", "/etc/nsswitch.conf"):
+    assert open(file).read(), file
+made = {{top for top, inner, _ in os.walk("/") if os.stat(top).st_dev == os.stat("/").st_dev}}
+print(sorted(folder for folder in made if not os.access(folder, os.R_OK | os.X_OK)))
+"""
+
+
+def test_no_folder_of_the_sandbox_is_closed_to_whom_it_is_for(tmp_path, sandbox, monkeypatch):
+    """Also not above what lies in /tmp, as a Python of a test's does, and whatever the teacher's umask is."""
+    there = tmp_path / "venv" / "lib"
+    there.mkdir(parents=True)
+    (there / "module.py").touch()
+    seen = [*_sandbox._seen(), str(there)]
+    monkeypatch.setattr(_sandbox, "_seen", lambda: seen)
+    umask = os.umask(0o077)
+    try:
+        with _sandbox._folder() as folder:
+            line = [*_sandbox.wrapped(folder, []), sys.executable, "-c", LOOK.format(places=repr(str(there)))]
+            done = subprocess.run(line, capture_output=True, text=True)
+    finally:
+        os.umask(umask)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_right_answer_to_queues_passes_in_the_sandbox(tmp_path, sandbox):
+    """Which has no address but the loopback's. One of its two exercises: both ask the same Slurm."""
+    require(not slurm.missing(), f"{', '.join(slurm.missing())}: {slurm.install_line()}")
+    cells = build.solution(ROOT / "notebooks" / "source" / "06_queues.py").cells
+    mine = [cell for cell in cells if cell.id in ("array-answer", "array-check")]
+    course = handed_in(tmp_path / "course", q=nbformat.writes(nbformat.v4.new_notebook(cells=mine)))
+    found = graded(course, course)["q"]
+    assert found[:2] == ("pass", 1), found
 
 
 def test_an_ordinary_user_has_a_sandbox_too(tmp_path, monkeypatch):

@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from distributed import Worker, WorkerPlugin
 
 from hpclab import _private, machine
-from hpclab._zygote import MESSAGE_BYTES
+from hpclab._zygote import FORK_ORDER, MESSAGE_BYTES
 
 FORK = sys.platform == "linux"
 """Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
@@ -29,6 +29,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THRE
 """What the libraries of numpy and torch start when they are imported, a fork can't keep."""
 BACKOFF_SECONDS = (0.5, 60.0)
 """How long to wait before a zygote that has died is replaced: at first, and at most."""
+LOOK_SECONDS = 5.0
+"""How often a worker looks whether the zygote can still be called: who cleans ``/tmp`` removes its socket."""
 
 
 class ZygoteDied(RuntimeError):
@@ -44,7 +46,7 @@ class Warmth(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Begin, in the background; called by Dask on each worker, also on one that comes later."""
         self.closed = threading.Event()
-        self.lease: socket.socket | None = None
+        self.leases: list[socket.socket] = []
         if FORK:
             threading.Thread(target=self._keep, args=(worker.scheduler.address,), daemon=True).start()
         else:
@@ -53,18 +55,36 @@ class Warmth(WorkerPlugin):
     def teardown(self, worker: Worker) -> None:
         """Give the lease back."""
         self.closed.set()
-        with suppress(OSError, AttributeError):
-            self.lease.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+        for lease in self.leases:
+            with suppress(OSError):
+                lease.shutdown(socket.SHUT_RDWR)
 
     def _keep(self, cluster: str) -> None:
         pause, most = BACKOFF_SECONDS
         while not self.closed.is_set():
             started = time.monotonic()
-            with suppress(OSError), _call_zygote(cluster) as self.lease:
-                self.lease.send(b"lease")
-                self.lease.recv(1)  # it says nothing; this ends when the zygote does, or the lease
+            with suppress(OSError), ExitStack() as stack:
+                self._lease(cluster, stack)
+                while not self._has_ended() and not self.closed.is_set():
+                    if not _socket_of(cluster).exists():  # the old lease stays: ranks may be at work under it
+                        self._lease(cluster, stack)
+            self.leases = []
             pause = BACKOFF_SECONDS[0] if time.monotonic() - started > most else min(2 * pause, most)
             self.closed.wait(pause)
+
+    def _lease(self, cluster: str, stack: ExitStack) -> None:
+        """Take a lease on the zygote that can be called now."""
+        lease = stack.enter_context(_call_zygote(cluster))
+        lease.settimeout(LOOK_SECONDS)
+        lease.send(b"lease")
+        self.leases.append(lease)
+
+    def _has_ended(self) -> bool:
+        """Wait a while for the end of the newest lease, or of its zygote, which says nothing else."""
+        try:
+            return not self.leases[-1].recv(1)
+        except TimeoutError:
+            return False
 
 
 class Process:
@@ -136,7 +156,7 @@ class _Forked(Process):
     def __init__(self, env: dict[str, str], cluster: str):
         self.zygote = _call_zygote(cluster)
         cwd = os.getcwd()
-        pipes = [os.pipe() for _ in range(3)]  # (read end, write end) of the rank's standard streams
+        pipes = _pipes(3)  # of the rank's standard streams
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
         self.stdin, self.stdout, self.stderr = (
             os.fdopen(pipes[0][1], "wb"),
@@ -144,23 +164,29 @@ class _Forked(Process):
             os.fdopen(pipes[2][0], "rb"),
         )
         self.returncode: int | None = None
-        answer = self._ask({"env": env, "cwd": cwd, "cpus": machine.affinity()}, theirs)
+        with os.fdopen(os.memfd_create("hpclab-order"), "wb") as order:  # an environment may exceed any message
+            order.write(json.dumps({"env": env, "cwd": cwd, "cpus": machine.affinity()}).encode())
+            order.flush()
+            answer = self._ask([os.dup(order.fileno()), *theirs])
         if "pid" not in answer:
             for stream in (self.zygote, self.stdin, self.stdout, self.stderr):
                 stream.close()
             whose = f"the zygote of host {socket.gethostname()}"
-            if "error" in answer:
-                raise RuntimeError(f"{whose} can't fork ranks: {answer['error']}")
-            raise ZygoteDied(f"had no start: {whose} ended before it was ready; its last words are in the worker's log")
+            if "error" not in answer:
+                raise ZygoteDied(
+                    f"had no start: {whose} ended before it was ready; the worker's log has its last words"
+                )
+            what = f"{whose} can't fork ranks: {answer['error']}"
+            raise OSError(answer["errno"], what) if "errno" in answer else RuntimeError(what)
         self.pid = answer["pid"]
 
-    def _ask(self, order: dict, fds: list[int]) -> dict:
+    def _ask(self, fds: list[int]) -> dict:
         try:
-            socket.send_fds(self.zygote, [json.dumps(order).encode()], fds)
+            socket.send_fds(self.zygote, [FORK_ORDER], fds)
             return json.loads(self.zygote.recv(MESSAGE_BYTES) or "{}")
         except ConnectionError:
             return {}
-        except OSError as error:  # such as an environment too large to send
+        except OSError as error:
             return {"error": str(error)}
         finally:
             for fd in fds:
@@ -191,7 +217,7 @@ class _Standby(Process):
 
     def __init__(self) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", "from hpclab._zygote import stand_by; stand_by()"],
+            [sys.executable, "-c", _code("stand_by()")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -232,33 +258,66 @@ def _unbound(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if name not in BINDING}
 
 
+def _pipes(count: int) -> list[tuple[int, int]]:
+    """Read end and write end of some pipes; of none if there can't be all."""
+    made: list[tuple[int, int]] = []
+    try:
+        while len(made) < count:
+            made.append(os.pipe())
+    except OSError:
+        for ends in made:
+            for fd in ends:
+                os.close(fd)
+        raise
+    return made
+
+
 def _call_zygote(cluster: str) -> socket.socket:
     """Connect to the zygote of this worker and its siblings in a cluster, which is started if it isn't there.
 
     Siblings have one parent, and so are of one job: with it a job queue ends all that it started.
     """
-    folder = _private.folder()
-    path = folder / hashlib.sha256(f"{cluster} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16]
+    path = _socket_of(cluster)
     caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with _private.locked(folder):
+    with _private.locked(path.parent) as handle:
+        address = f"/proc/self/fd/{handle}/{path.name}"  # a socket's path has at most 107 bytes, and TMPDIR may be long
         try:
-            caller.connect(str(path))
+            caller.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             path.unlink(missing_ok=True)
-            _start_zygote(path)
-            caller.connect(str(path))
+            _start_zygote(path, address)
+            caller.connect(address)
     return caller
 
 
-def _start_zygote(path: Path) -> None:
+def _socket_of(cluster: str) -> Path:
+    """Where the zygote of this worker and its siblings listens."""
+    name = hashlib.sha256(f"{cluster} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16]
+    return _private.folder() / name
+
+
+def _code(call: str) -> str:
+    """Program that calls something of `hpclab._zygote`, which it finds where this process does.
+
+    Not by PYTHONPATH: a folder's name may hold the colon that parts them.
+    """
+    return f"import sys; sys.path[:] = {import_path()!r}; from hpclab import _zygote; _zygote.{call}"
+
+
+def import_path() -> list[str]:
+    """Where this process finds modules: of `sys.path` what Python looks at, which is text and no `Path`."""
+    return [entry for entry in sys.path if isinstance(entry, str)]
+
+
+def _start_zygote(path: Path, address: str) -> None:
     """It inherits the listening socket, so that callers can queue while it imports torch."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(path))
+        listener.bind(address)
         listener.listen(1024)
         subprocess.Popen(
-            [sys.executable, "-c", f"from hpclab._zygote import main; main({str(path)!r}, {listener.fileno()})"],
+            [sys.executable, "-c", _code(f"main({str(path)!r}, {listener.fileno()})")],
             stdin=subprocess.DEVNULL,
-            env=_unbound(os.environ) | MALLOC | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=_unbound(os.environ) | MALLOC | ONE_THREAD,
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )

@@ -62,7 +62,8 @@ def submit(where: str | Slurm, security: Security | bool, options: Mapping[str, 
             )
         cache = platformdirs.user_cache_path("hpclab", ensure_exists=True)
         own = _temporary(f"jobs-{socket.gethostname()}-", cache, stack)
-        folder = own if request.folder is None else Path(request.folder).absolute()
+        folder = own if request.folder is None else Path(request.folder).expanduser()
+        folder = queues.check_folder(request.kind, folder)
         folder.mkdir(parents=True, exist_ok=True)
         tls = _on_disk(Security.temporary() if security is True else security, own) if security else None
         if host:  # a virtual node's disk is this machine's, where what a killed worker left would stay
@@ -347,8 +348,8 @@ def _job_class(kind: str, env: Mapping[str, str] | None) -> type:
     @contextmanager
     def job_file(self: Any) -> Iterator[str]:
         """Its script, where only this user can read or replace it."""
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-            file.write(self.job_script())
+        with tempfile.NamedTemporaryFile(suffix=".sh") as file:
+            file.write(os.fsencode(self.job_script()))  # paths as they are, in whatever encoding
             file.flush()
             yield file.name
 

@@ -3,20 +3,23 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def folder() -> Path:
-    """Where sockets and other things of this user lie; made if it isn't there.
+def folder(base: str | None = None) -> Path:
+    """Where sockets and other things of this user lie, by default in TMPDIR; made if it isn't there.
 
     Raises
     ------
     PermissionError
         If others could enter it, or own it.
+    FileNotFoundError
+        If the folder of temporary files has gone.
     """
-    path = Path(tempfile.gettempdir(), f"hpclab-{os.getuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
+    path = Path(base or tempfile.gettempdir(), f"hpclab-{os.getuid()}")
+    with _named():
+        path.mkdir(mode=0o700, exist_ok=True)
     about = path.lstat()
     if about.st_uid != os.getuid() or about.st_mode & 0o077:
         raise PermissionError(
@@ -25,14 +28,43 @@ def folder() -> Path:
     return path
 
 
+def restore(path: Path) -> None:
+    """Make a worker's own folder again, and the one that it lies in, where somebody has cleaned ``/tmp`` meanwhile.
+
+    Raises
+    ------
+    PermissionError
+        If another user has been faster.
+    FileNotFoundError
+        If the folder of temporary files has gone, too.
+    """
+    with _named():
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
+        raise PermissionError(f"folder {path} belongs to another user; restart the workers, which then make new ones.")
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a folder; the kernel frees it, however its holder ends."""
+def _named() -> Iterator[None]:
+    """Say which folder has gone if one can't be made in it."""
+    with suppress(FileNotFoundError):
+        yield
+        return
+    raise FileNotFoundError(
+        f"the folder of temporary files, {tempfile.gettempdir()}, has gone; make it again, or set TMPDIR to one that"
+        " stays before Python starts."
+    )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold a lock on a folder, which the kernel frees, however its holder ends; gives a handle of the folder."""
     import fcntl  # Windows has none, and needs none
 
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
     finally:
         os.close(handle)

@@ -24,6 +24,8 @@ PROCESSES = 128
 """Processes at which a notebook is stopped: no training here needs so many."""
 STRAY = 2**24
 """Bytes that may be written into the folder of the sockets, the only one that is not private to the sandbox."""
+MOST_FOLDER = 100
+"""Bytes of that folder's path: a socket's in it has at most 107."""
 HOME = "/home/student"
 USER = 61234
 """User and group in a sandbox made by root: nobody's, from the range that systemd keeps for such."""
@@ -165,6 +167,8 @@ def _folder() -> Iterator[Path]:
     base = "/tmp" if os.access("/tmp", os.W_OK) else None
     folder = tempfile.mkdtemp(prefix="hpclab-grade-", dir=base)
     try:
+        if len(os.fsencode(folder)) > MOST_FOLDER:
+            raise OSError(f"TMPDIR (={tempfile.gettempdir()!r}) is too long a name for sockets; set it to a short one.")
         yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

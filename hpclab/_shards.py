@@ -50,7 +50,7 @@ def write(
     """
     if not splits:
         raise ValueError("splits is empty; give images and labels, such as {'train': (images, labels)}.")
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     arrays = {split: (np.asarray(images), np.asarray(labels)) for split, (images, labels) in splits.items()}
     for split, pair in arrays.items():
         _check(*pair, f"images of split {split!r}", f"labels of split {split!r}")

@@ -16,17 +16,28 @@ PATIENCE_SECONDS = 30
 """How long daemons may take on a busy machine before what was asked of them counts as failed."""
 
 
+def home() -> Path:
+    """This user's private folder; one in /tmp if Slurm can't read the name of that where TMPDIR says."""
+    there = _private.folder()
+    return there if _readable(there / "slurm-12345678") or not os.access("/tmp", os.W_OK) else _private.folder("/tmp")
+
+
+def _readable(folder: Path) -> bool:
+    short = len(os.fsencode(folder)) <= _slurm_conf.MOST_FOLDER
+    return short and bool(_slurm_conf.FOLDER.fullmatch(str(folder)))
+
+
 def make(wanted: str | Path | None) -> Path:
     """Make the folder: the one that the user wants, or a new one in this user's private folder."""
     if wanted is None:
-        folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=_private.folder()))
+        folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=home()))
     else:
-        folder = Path(wanted).absolute()
+        folder = Path(wanted).expanduser().absolute()
         folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         if any(folder.iterdir()):
             raise ValueError(f"folder (={str(wanted)!r}) already holds something; name a new or empty one.")
         folder.chmod(0o700)
-    if len(os.fsencode(folder)) > _slurm_conf.MOST_FOLDER or not _slurm_conf.FOLDER.fullmatch(str(folder)):
+    if not _readable(folder):
         folder.rmdir()
         raise ValueError(
             f"folder (={str(folder)!r}) must have at most {_slurm_conf.MOST_FOLDER} bytes, for the sockets in it, and"
@@ -102,7 +113,7 @@ def kept(folder: Path) -> bool:
 
 def own() -> list[Path]:
     """All folders that were made for this user without a wish where; also those that were left."""
-    return list(_private.folder().glob("slurm-*")) if hasattr(os, "getuid") else []  # Windows has neither
+    return list(home().glob("slurm-*")) if hasattr(os, "getuid") else []  # Windows has neither
 
 
 def clear() -> None:

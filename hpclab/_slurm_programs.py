@@ -5,7 +5,6 @@ import platform
 import shutil
 import subprocess
 from glob import glob
-from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "scontrol", "srun", "sattach")
 SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
@@ -40,7 +39,7 @@ def install_line() -> str:
 def _which(program: str) -> str | None:
     """Path of a program; not that of a private Slurm's own `srun`, which whoever uses one has first on the PATH."""
     path = os.environ.get("PATH", "").split(os.pathsep)
-    others = [place for place in path if not Path(place, "..", "slurmd.conf").exists()]
+    others = [place for place in path if not os.path.exists(f"{place}/../slurmd.conf")]
     return shutil.which(program, path=os.pathsep.join([*others, *SBIN]))
 
 

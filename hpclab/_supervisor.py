@@ -11,7 +11,6 @@ import queue
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -22,8 +21,8 @@ import psutil
 from dask.typing import Key
 from distributed import Status, Worker, get_worker, secede
 
-from hpclab import machine
-from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, start
+from hpclab import _private, machine
+from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, import_path, start
 from hpclab._ledger import topic
 from hpclab._progress import RankProgress
 from hpclab._rank import frame, read_frames
@@ -117,6 +116,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     inbox = _inboxes[place.run, place.rank, place.attempt] = queue.SimpleQueue()
     outcome = Outcome(place.rank, machine.node(), place.attempt)
     try:
+        for folder in {Path(worker.local_directory), *(Path(file).parent for file in [place.store] if file)}:
+            _private.restore(folder)
         process = start(_environment(place, worker.address), worker.scheduler.address)
         try:
             supervisor = _Supervisor(place, outcome, worker, process, inbox)
@@ -131,7 +132,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     except ZygoteDied as error:
         outcome.failure = failure("RankDied", str(error))
     except (RuntimeError, OSError) as error:
-        outcome.failure = failure("NotStarted", f"could not start: {error}")
+        outcome.failure = failure("NotStarted", f"could not start: {error} {machine.remedy(error)}".rstrip(" ."))
     finally:
         del _inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
@@ -202,7 +203,7 @@ class _Supervisor:
         header = {
             "row": {"run": place.run, "attempt": place.attempt, "rank": place.rank, "ranks": place.ranks},
             "stacks": _stacks(place, self.worker),
-            "sys_path": sys.path,
+            "sys_path": import_path(),
         } | {
             name: getattr(place, name)
             for name in (

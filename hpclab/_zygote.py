@@ -33,6 +33,8 @@ PATIENCE_SECONDS = 10.0
 """How long it waits for a first lease."""
 MESSAGE_BYTES = 1 << 18
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36  # <sys/prctl.h>
+FORK_ORDER = b"fork"
+"""What is sent with four files: the order as JSON, and a rank's standard streams."""
 
 
 def main(path: str, listener: int) -> None:
@@ -90,7 +92,7 @@ class Zygote:
 
     def _hear(self, caller: socket.socket) -> None:
         try:
-            message, fds, _, _ = socket.recv_fds(caller, MESSAGE_BYTES, 3)
+            message, fds, _, _ = socket.recv_fds(caller, MESSAGE_BYTES, 4)
         except ConnectionError:
             message, fds = b"", []
         if not message:
@@ -100,7 +102,7 @@ class Zygote:
         elif self.error is not None:
             _tell(caller, {"error": self.error})
         else:
-            self._fork(caller, json.loads(message), fds)
+            self._fork(caller, json.loads(os.pread(fds[0], os.fstat(fds[0]).st_size, 0)), fds[1:])
         for fd in fds:
             os.close(fd)
 
@@ -115,7 +117,11 @@ class Zygote:
 
     def _fork(self, caller: socket.socket, order: dict, fds: list[int]) -> None:
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory, or too many processes: the ranks that there are go on
+            _tell(caller, {"error": str(error), "errno": error.errno})
+            return
         if pid == 0:
             _become_rank(order, fds, parent)
         self.ranks[pid] = caller

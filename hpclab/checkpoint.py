@@ -117,7 +117,7 @@ def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
     OSError
         If it can't be written; those written before stay as they were.
     """
-    path = Path(folder) / f"step-{step:08d}.pt"
+    path = Path(folder).expanduser() / f"step-{step:08d}.pt"
     part = path.with_name("next.part")
     memory = io.BytesIO()
     torch.save(state, memory)  # not to the file: of a full disk it would say "unexpected pos 704 vs 598"
@@ -159,6 +159,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     OSError
         If it is damaged: the file of a checkpoint has a checksum of each of its parts.
     """
+    path = Path(path).expanduser()
     try:
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()
@@ -184,7 +185,9 @@ def _check_readable(written: io.BytesIO) -> None:
 
 def _all(folder: str | os.PathLike) -> list[Path]:
     """Checkpoints of a folder, the newest first."""
-    found = [path for path in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name)]
+    found = [
+        path for path in Path(folder).expanduser().glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name)
+    ]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
 

@@ -132,7 +132,7 @@ def _scale(options: argparse.Namespace, rest: list[str]) -> None:
 
     from hpclab import connect, machine, study
 
-    folder = Path(options.folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-scale"))
+    folder = Path(options.folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-scale")).expanduser()
     if options.rows_of:
         rows = study.read(options.rows_of)
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def _grade(options: argparse.Namespace, rest: list[str]) -> None:
 
     from hpclab import grading
 
-    csv = Path(options.csv).resolve() if options.csv else None
+    csv = Path(options.csv).expanduser().resolve() if options.csv else None
     if csv and not csv.parent.is_dir():
         raise ValueError(f"--csv (={options.csv}) lies in no folder that is there.")
 

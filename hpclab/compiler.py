@@ -1,5 +1,6 @@
 """What torch.compile needs, and a process of its own for what needs much memory."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ import cloudpickle
 from hpclab.language import translate as _
 
 _CHILD = """
-import sys, cloudpickle
+import json, sys
+sys.path[:] = json.loads(sys.argv[3])
+import cloudpickle
 from pathlib import Path
 function, arguments = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
 Path(sys.argv[2]).write_bytes(cloudpickle.dumps(function(*arguments)))
@@ -53,10 +56,8 @@ def apart(function: Callable, *arguments: Any) -> Any:
     with tempfile.TemporaryDirectory(prefix="hpclab-") as folder:
         call, answer = Path(folder, "call"), Path(folder, "answer")
         call.write_bytes(cloudpickle.dumps((function, arguments)))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD, call, answer], env=environment, capture_output=True, text=True
-        )
+        paths = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
+        done = subprocess.run([sys.executable, "-c", _CHILD, call, answer, paths], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise RuntimeError(f"In a process of its own, {getattr(function, '__name__', function)} failed: {last}")

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from hpclab import data
 from hpclab.language import language
@@ -102,7 +103,7 @@ def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) ->
     print(copied, flush=True)
     if hasattr(os, "getuid") and os.getuid() == 0 and "--allow-root" not in arguments:
         print("You are root, which Jupyter refuses; in a container of your own, add --allow-root.", flush=True)
-    defaults = {"--ServerApp.root_dir": copied.folder, "--LabApp.default_url": f"/lab/tree/{first}"}
+    defaults = {"--ServerApp.root_dir": copied.folder, "--LabApp.default_url": f"/lab/tree/{quote(first)}"}
     given = {argument.split("=")[0] for argument in arguments}  # twice the same is an error in Jupyter
     settings = [f"{name}={value}" for name, value in defaults.items() if name not in given]
     # In this process: Ctrl-C and signals reach Jupyter itself, which then ends its kernels.

@@ -113,7 +113,7 @@ class Images:
     """
 
     def __init__(self, folder: Source, split: str):
-        self.folder, self.split = Path(folder).resolve(), split
+        self.folder, self.split = Path(folder).expanduser().resolve(), split
         facts = _shards.describe(self.folder)
         stems = facts["splits"].get(split)
         if not stems:

@@ -81,7 +81,7 @@ def grade(
         raise ValueError(f"inconclusive (={inconclusive:g}) must be from 0 to 1 points.")
     if not time_s > 0 or not memory > 0:
         raise ValueError(f"time_s (={time_s:g}) and memory (={memory}) must be above 0.")
-    notebooks = _submissions.assignments(Path(course).resolve() if course else data.share() / "notebooks")
+    notebooks = _submissions.assignments(Path(course).expanduser().resolve() if course else data.share() / "notebooks")
     there = [(name, path) for name, path in _submissions.found(folder, notebooks) if path not in skip]
     if not there:
         raise ValueError(f"folder (={folder}) holds nothing to grade: no FOLDER/*.ipynb, no FOLDER/STUDENT/*.ipynb.")
@@ -110,7 +110,7 @@ def totals(rows: list[dict]) -> Table:
 
 def write(rows: list[dict], file: str | Path) -> None:
     """Write rows as CSV, whole or not at all; what a spreadsheet would take for a formula becomes plain text."""
-    file = Path(file)
+    file = Path(file).expanduser()
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, newline="", encoding="utf-8") as part:
         try:
             written = csv.DictWriter(part, ["submission", "exercise", "verdict", "points", "reason"])

@@ -17,6 +17,9 @@ from hpclab._attempt import Settings
 from hpclab._ledger import Gang, Ledger, consult
 from hpclab.runs import Run
 
+TITLE_BYTES = 100
+"""Of a run's name in the names of its files, which may have 255."""
+
 
 def launch(
     client: Client,
@@ -116,7 +119,7 @@ def launch(
     ranks = gang_size(client, ranks, threads, oversubscribe)
     payload = _pickle(function, args)
     title = str(name or getattr(function, "__name__", type(function).__name__))
-    title = re.sub(r"[^\w.=-]+", "-", title).strip("-")[:60]  # of a folder's name, which may have 255 bytes
+    title = re.sub(r"[^\w.=-]+", "-", title).strip("-").encode()[:TITLE_BYTES].decode(errors="ignore")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     gang = Gang(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
     settings = Settings(
@@ -153,7 +156,7 @@ def _sizes(ranks: int, min_ranks: int | Iterable[int] | None) -> tuple[int, ...]
 def _resumable(folder: str | os.PathLike | None) -> str | None:
     if folder is None:
         return None
-    path = Path(folder).absolute()
+    path = Path(folder).expanduser().absolute()
     if not any((path / "checkpoints").glob("step-*.pt")):
         raise ValueError(
             f"resume (={str(folder)!r}) holds no checkpoints/step-*.pt; name the folder of a run that does."

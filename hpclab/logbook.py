@@ -106,7 +106,7 @@ def progress(folder: str | Path | None = None, course: Path | None = None) -> Pr
     course : Path, optional
         Folder with the course's notebooks, which say what exercises there are; default the bundled ones.
     """
-    home = working_copy() if folder is None else Path(folder)
+    home = working_copy() if folder is None else Path(folder).expanduser()
     passed = {} if home is None else _read(home / LOG)
     rows = []
     for row in notebooks(course or data.share() / "notebooks"):

@@ -1,5 +1,6 @@
 """What this machine really gives: CPUs and memory after affinity, cgroups and ulimits, not what the host has."""
 
+import errno
 import math
 import os
 import platform
@@ -77,6 +78,32 @@ def installed(package: str) -> str | None:
 def node() -> str:
     """Name of the node that this process is on: a job queue's own name for it, as one machine may be several."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about an error that tells of a limit of this machine, or of its user, as a sentence; "" of another."""
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return _TOO_MANY
+    if not isinstance(error, OSError):
+        return ""
+    if "path too long" in str(error):
+        return "A socket's path has at most 107 bytes: set TMPDIR to a folder with a shorter name, such as /tmp."
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+_TOO_MANY = (
+    "The user has no more processes and threads left (`ulimit -u` shows how many there may be, and a container has a"
+    " limit of its own): use fewer workers, ranks or threads, or end other programs."
+)
+_REMEDIES = {
+    errno.EMFILE: "The process has no more open files left: raise `ulimit -n` before Python starts, or close clients.",
+    errno.ENFILE: "The machine has no more open files left: end other programs.",
+    errno.EAGAIN: _TOO_MANY,
+    errno.ENOMEM: "The machine has no memory left: use fewer ranks or smaller models, or end other programs.",
+    errno.ENOSPC: "The disk is full: make room, or use folder= for results, and TMPDIR for the rest, on another one.",
+    errno.EDQUOT: "The user's share of the disk is full: make room, or use folder= for results on another one.",
+    errno.EROFS: "The disk takes no writing: use folder= for results, and TMPDIR for the rest, on another one.",
+}
 
 
 def _boot() -> str:

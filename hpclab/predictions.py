@@ -98,7 +98,7 @@ def write(path: str | os.PathLike, predicted: dict[str, tuple[float, float]], le
         raise ValueError("predicted is empty; give an interval, such as {'strong': (1.2, 1.8)}.")
     if not 0 < level < 1:
         raise ValueError(f"level (={level}) must be between 0 and 1, such as 0.9.")
-    place = Path(path)
+    place = Path(path).expanduser()
     known = read(place) if place.exists() else []
     if known and (known[-1]["predicted"], known[-1]["level"]) == (ends, level):
         return known[-1]
@@ -123,7 +123,7 @@ def read(path: str | os.PathLike) -> list[dict]:
         If the file isn't as `write` wrote it.
     """
     entries: list[dict] = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).expanduser().read_text("utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
             whole = entry["sha256"] == _digest(entry)
@@ -286,7 +286,7 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
     ]
     if trials:
         parts += [f"<h2>{_('Other settings')}</h2>", markup(settings)]
-    place = Path(path)
+    place = Path(path).expanduser()
     place.write_text(study.page(_("Capstone: predict, then measure"), [*parts, study.carried(rows)]), "utf-8")
     return place
 

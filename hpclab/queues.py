@@ -4,8 +4,10 @@ import math
 import re
 import shlex
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
@@ -276,13 +278,17 @@ def script(where: str, *, security: Security | bool = True, **options: Any) -> s
     ...
     """
     request = ask(where, options)
+    shown = "<folder>"
+    if request.folder is not None:
+        shown = _written(request.kind, check_folder(request.kind, Path(request.folder).expanduser()))
     with tempfile.TemporaryDirectory() as folder:  # dask-jobqueue would make the logs' folder here and now
         tls: dict[str, Any] = {}
         if security:
             files = Security(**{f"tls_{name}": f"<folder>/{name}.pem" for name in WORKER_TLS})
             tls = {"protocol": "tls://", "security": files}
         job = job_class(request.kind)("<scheduler>", name="hpclab-0", **job_options(request, folder), **tls)
-        return job.job_script().replace(folder, str(request.folder or "<folder>"))
+        text = job.job_script().replace(_written(request.kind, folder), shown)
+        return re.sub(r"(''|')(<folder>/\w+\.pem)\1", r"\2", text)  # not quoted just for its brackets
 
 
 WORKER_TLS = ("ca_file", "worker_cert", "worker_key")
@@ -299,9 +305,56 @@ def jobqueue() -> Any:
         return import_module("dask_jobqueue")
 
 
+@cache
 def job_class(kind: str) -> Any:
-    """Return dask-jobqueue's class of a job."""
-    return getattr(getattr(jobqueue(), kind), QUEUES[kind].job)
+    """Return dask-jobqueue's class of a job, which writes paths so that the job's shell and the queue read them."""
+    base = getattr(getattr(jobqueue(), kind), QUEUES[kind].job)
+
+    def __init__(self: Any, *arguments: Any, security: Security | None = None, **options: Any) -> None:
+        base.__init__(self, *arguments, security=security and _for_shell(security), **options)
+        if kind == "slurm":
+            self.job_header = self.job_header.replace(self.log_directory, _written(kind, self.log_directory))
+
+    return type(base.__name__, (base,), {"__init__": __init__})
+
+
+def _for_shell(security: Security) -> Security:
+    """The same, with the paths of files quoted, as dask-jobqueue only puts them into the command of a worker."""
+    quoted = copy(security)
+    for name in WORKER_TLS:
+        value = getattr(security, f"tls_{name}")
+        setattr(quoted, f"tls_{name}", value and shlex.quote(value))
+    return quoted
+
+
+def _written(kind: str, folder: str | Path) -> str:
+    """A folder of logs in the header of a script: Slurm takes quotes, and % for a pattern unless it is doubled."""
+    text = str(folder)
+    if kind != "slurm" or not _ODD.search(text):
+        return text
+    return '"' + text.replace("%", "%%").replace('"', '\\"') + '"'
+
+
+_ODD = re.compile(r"[^/\w.+@=~-]")
+"""What needs quotes somewhere."""
+
+
+def check_folder(kind: str, folder: Path) -> Path:
+    """Return a folder of logs, absolute, if the script of a job can name it.
+
+    Raises
+    ------
+    ValueError
+        If it can't.
+    """
+    path = folder.absolute()
+    odd = re.search(r"[\n\\]", str(path)) if kind == "slurm" else _ODD.search(str(path))
+    if odd:
+        raise ValueError(
+            f"folder (={str(path)!r}) of the jobs' logs holds {odd[0]!r}, which {kind} may read as something else; use"
+            " folder= with the path of one that doesn't."
+        )
+    return path
 
 
 def job_options(request: Request, folder: str | Path) -> dict[str, Any]:
@@ -320,7 +373,10 @@ def job_options(request: Request, folder: str | Path) -> dict[str, Any]:
         ends.append('cd "$PBS_O_WORKDIR"')
     quiet = {f"DASK_{name.replace('.', '__').upper()}": value for name, value in QUIET.items()}
     env = [f"export {name}={shlex.quote(str(value))}" for name, value in {**quiet, **request.env}.items()]
+    # A site may say more than the path of a program, such as "module run python".
+    python = site["python"] or shlex.quote(sys.executable)
     common = {
+        "python": python,
         "cores": request.cores,
         "memory": str(request.bytes),
         "processes": 1,

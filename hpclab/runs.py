@@ -129,7 +129,7 @@ def open_run(folder: str | os.PathLike) -> Record:
     FileNotFoundError
         If the folder holds no rows of a run.
     """
-    path = Path(folder).absolute()
+    path = Path(folder).expanduser().absolute()
     found = read(path / "rows.jsonl") if (path / "rows.jsonl").is_file() else []
     if not found or found[0].get("kind") != "run":
         raise FileNotFoundError(
@@ -143,7 +143,7 @@ class Run(Record):
     """A gang at work, or what it left; see `Record` for its attributes."""
 
     def __init__(self, client: Client, gang: Gang, settings: Settings, payload: bytes, folder: Path):
-        super().__init__(gang.run, folder.absolute(), gang.ranks, [], "waiting")
+        super().__init__(gang.run, folder.expanduser().absolute(), gang.ranks, [], "waiting")
         self._client = client
         self._gang = gang
         self._settings = settings
@@ -589,7 +589,7 @@ def occupy(folder: str | os.PathLike) -> Path:
     PermissionError
         If it can't be written.
     """
-    path = Path(folder).absolute()
+    path = Path(folder).expanduser().absolute()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"folder (={str(folder)!r}) already holds something; name a new one, or remove it.")
     try:

@@ -137,7 +137,7 @@ class _Kept:
         self.cases = [_asked(fixed | case) for case in cases]
         self.settings = [_setting(case) for case in cases]
         _refuse_namesakes(cases)
-        self.file = None if folder is None else Path(folder, "trials.jsonl")
+        self.file = None if folder is None else Path(folder, "trials.jsonl").expanduser()
         self.rows = []
         if self.file is not None and self.file.exists():
             whole = self.file.read_bytes().rpartition(b"\n")

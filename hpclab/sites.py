@@ -16,7 +16,7 @@ def files() -> list[Path]:
 
     The latter two are named ``hpclab/sites.yaml``; on Linux they lie in ``~/.config`` and ``/etc/xdg``.
     """
-    named = [Path(os.environ[ENVIRONMENT])] if ENVIRONMENT in os.environ else []
+    named = [Path(os.environ[ENVIRONMENT]).expanduser()] if ENVIRONMENT in os.environ else []
     return [
         *named,
         platformdirs.user_config_path("hpclab") / "sites.yaml",
@@ -48,7 +48,7 @@ def read() -> dict[str, dict[str, Any]]:
           memory: 4GB
           prologue: [module load python/3.12]
     """
-    if ENVIRONMENT in os.environ and not Path(os.environ[ENVIRONMENT]).is_file():
+    if ENVIRONMENT in os.environ and not files()[0].is_file():
         raise FileNotFoundError(f"{ENVIRONMENT} (={os.environ[ENVIRONMENT]!r}) names no file; unset it, or make one.")
     profiles: dict[str, dict[str, Any]] = {}
     for file in files():

@@ -319,7 +319,7 @@ def find(folder: str | Path | None = None) -> Slurm | None:
         preferred, then the newest.
     """
     found = []
-    for path in [Path(folder).absolute()] if folder else _slurm_folder.own():
+    for path in [Path(folder).expanduser().absolute()] if folder else _slurm_folder.own():
         with suppress(FileNotFoundError):  # it has just ended
             if _slurm_folder.kept(path):
                 found.append(Slurm(path))
@@ -328,7 +328,7 @@ def find(folder: str | Path | None = None) -> Slurm | None:
 
 def _keep(settings: Settings, programs: dict[str, str], wanted: str | Path | None, detached: bool) -> Slurm:
     """Make a folder with all that the daemons read, and a keeper, which starts none before it is asked to."""
-    with _private.locked(_private.folder()):
+    with _private.locked(_slurm_folder.home()):
         _slurm_folder.clear()
         folder = _slurm_folder.make(wanted)
         try:

@@ -52,7 +52,7 @@ def measure(
     oversubscribe : bool, default False
         Also run more ranks than CPUs, and say *emulated*.
     """
-    place = Path(folder).absolute()
+    place = Path(folder).expanduser().absolute()
     counts = sorted({1, *ranks})
     if odd := [count for count in counts if count < 1 or batch_size % count]:
         raise ValueError(f"ranks (={odd[0]}) must be at least 1, and divide batch_size (={batch_size}).")
@@ -90,7 +90,7 @@ def write(rows: list[dict], path: str | os.PathLike) -> Path:
     """
     parts = sections(rows)
     parts.append(carried(rows))
-    place = Path(path)
+    place = Path(path).expanduser()
     place.write_text(page(_("A scaling study"), parts), encoding="utf-8")
     return place
 
@@ -129,7 +129,8 @@ def read(path: str | os.PathLike) -> list[dict]:
     ValueError
         If it carries none.
     """
-    found = re.search(r'<script type="application/json" id="rows">(.*?)</script>', Path(path).read_text("utf-8"), re.S)
+    text = Path(path).expanduser().read_text("utf-8")
+    found = re.search(r'<script type="application/json" id="rows">(.*?)</script>', text, re.S)
     if found is None:
         raise ValueError(f"path (={str(path)!r}) is no page of a study: it carries no rows.")
     return json.loads(found[1])

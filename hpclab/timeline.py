@@ -70,7 +70,7 @@ def spans(folder: str | os.PathLike) -> list[dict]:
     """
     found = [row for rank, events in _traces(folder).items() for row in _rank_spans(rank, events)]
     first = min(row["start_s"] for row in found)
-    run = read(Path(folder, "rows.jsonl"))
+    run = read(Path(folder, "rows.jsonl").expanduser())
     about = {"source": source(run)} | {name: run[0][name] for name in ("started", "host", "cpu", "cpus", "torch")}
     return [row | {"start_s": row["start_s"] - first} | about for row in found]
 
@@ -94,7 +94,7 @@ def named(traced: Any) -> list[dict]:
 
 def merge(folder: str | os.PathLike) -> Path:
     """Write the traces of all ranks as one, ``trace.json``, for Perfetto or chrome://tracing; a process a rank."""
-    path = Path(folder, "trace.json")
+    path = Path(folder, "trace.json").expanduser()
     merged: list[dict] = []
     for rank, events in _traces(folder).items():
         merged.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
@@ -105,7 +105,7 @@ def merge(folder: str | os.PathLike) -> Path:
 
 def _traces(folder: str | os.PathLike) -> dict[int, list[dict]]:
     """Events of each rank, their times moved to one clock: microseconds since the epoch."""
-    files = {int(file.stem.split("-")[1]): file for file in Path(folder).glob("trace-*.json")}
+    files = {int(file.stem.split("-")[1]): file for file in Path(folder).expanduser().glob("trace-*.json")}
     if not files:
         raise FileNotFoundError(
             f"folder (={str(folder)!r}) holds no trace; run train(..., trace=3), for more than {WAIT_STEPS} steps."

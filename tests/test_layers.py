@@ -27,7 +27,7 @@ LAYERS = {
     "_slurm_rows": {"language", "tables"},
     "_slurm_site": {"_slurm_rows", "queues"},
     "_store": set(),
-    "_supervisor": {"_agent", "_ledger", "_progress", "_rank", "machine"},
+    "_supervisor": {"_agent", "_ledger", "_private", "_progress", "_rank", "machine"},
     "_zygote": {"_rank"},
     "_attempt": {"_ledger", "_progress", "_supervisor"},
     "chaos": {"runs"},

@@ -786,3 +786,23 @@ def test_from_nothing_to_a_lost_node_and_back_as_an_ordinary_user(home):
         print(done.stderr)
         left = {str(path.relative_to(home)) for path in home.rglob("*") if not path.is_dir()}
         assert {path for path in left if not path.startswith("results/")} == {"round.py", *DASKS_OWN}
+
+
+def test_names_of_folders_in_scripts(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert '#SBATCH -o "/home/me/a \'b\' \\"c\\" #%%j"/hpclab-%J.out\n' in queues.script(
+        "slurm", folder="~/a 'b' \"c\" #%j"
+    )
+    assert "#$ -o /scratch/größe/\n" in queues.script("sge", folder="/scratch/größe")
+    for kind, folder in (("slurm", "/a\nb"), ("slurm", "/a\\b"), ("pbs", "/a b"), ("htcondor", "/a$b")):
+        with pytest.raises(ValueError, match=rf"folder .* holds '{re.escape(repr(folder[2])[1:-1])}', which {kind}"):
+            queues.script(kind, folder=folder)
+
+
+def test_a_path_with_what_is_no_folder(monkeypatch, tmp_path):
+    (tmp_path / "sinfo").touch(mode=0o600)  # as in a folder that nobody may enter: the system says "Permission denied"
+    for path in (f"{tmp_path}:/etc/passwd", "/etc/passwd", "/" + "x" * 300):
+        monkeypatch.setenv("PATH", path)
+        assert isinstance(slurm.missing(), list)
+        with pytest.raises(FileNotFoundError, match=r"^sinfo is (not installed|nowhere on PATH)"):
+            _slurm_site.nodes({"PATH": path})

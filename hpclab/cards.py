@@ -23,12 +23,15 @@ PLAIN_LINK = "{scheme}://{host}:{port}/status"
 
 def show(client: Client) -> None:
     """Show a client's cluster as the output of a cell, and keep it up to date; without a kernel, as text."""
+    if client.status != "running":
+        print(_("This client is {status}; hpclab.connect() opens a new one.", status=client.status))
+        return
     if not views.in_notebook():
         print(f"{_word(client)}\n\n{workers(client)}")
         return
     if client.cluster is not None:
         display(_size(client))
-    views.keep_up(client.id, lambda: page(client))
+    views.keep_up(client.id, lambda: page(client), lambda: client.status in ("closing", "closed"))
 
 
 def page(client: Client) -> str:
@@ -54,7 +57,7 @@ def workers(client: Client) -> Table:
             _("worker"): str(about["name"]),
             _("host"): about["host"],
             _("threads"): about["nthreads"],
-            _("memory in use"): format_bytes(about["metrics"]["memory"]),
+            _("memory in use"): format_bytes(about["metrics"].get("memory", 0)),  # one that has just come tells none
             _("memory limit"): format_bytes(about["memory_limit"]) if about["memory_limit"] else None,
             _("tasks"): about["metrics"].get("executing", 0),
         }

@@ -33,7 +33,15 @@ def language() -> str:
     chosen = os.environ.get("HPCLAB_LANG")
     if chosen and chosen not in LANGUAGES:
         raise ValueError(f"HPCLAB_LANG (={chosen}) is no language of hpclab; use one of {', '.join(LANGUAGES)}.")
-    return chosen or ("zh" if Path.cwd().name == "zh" else "en")
+    return chosen or ("zh" if _folder() == "zh" else "en")
+
+
+def _folder() -> str:
+    """Name of the current folder; "" if it was removed, which is no reason to say nothing."""
+    try:
+        return Path.cwd().name
+    except FileNotFoundError:
+        return ""
 
 
 def translate(message: str, **values: object) -> str:

@@ -1,6 +1,5 @@
 """A playground: a move of a slider trains anew, for real, and the curve answers while one looks."""
 
-import html
 import shutil
 import tempfile
 import threading
@@ -138,28 +137,38 @@ class Playground:
                 self._thread.start()
 
     def _follow(self) -> None:
-        """Do what is asked, and show what comes of it, until there is nothing left to do."""
-        drawn, due = 0, 0.0
+        """Do what is asked, and show what comes of it, until there is nothing left to do.
+
+        What raises is shown, and ends nothing: this thread answers the next move of a control.
+        """
         while True:
             with self._lock:
                 asked, self._asked = self._asked, []
-            if asked:
-                self._begin(asked[0])
-                drawn, due = 0, 0.0
-            going = self.run is not None and self.run.going  # before the rows, so that the last are drawn
-            rows = [] if self.run is None else self.run.rows.copy()
-            if len(rows) != drawn and (not going or (stepped(rows) and time.monotonic() >= due)):
-                started, drawn = time.monotonic(), len(rows)
-                self._show(self.page(rows))
-                due = time.monotonic() + views.pause(started)
-            if going:
-                time.sleep(LOOK_SECONDS)
-                continue
-            self.stop.disabled = True
+            try:
+                if asked:
+                    self._begin(asked[0])
+                self._watch()
+            except Exception as error:
+                self._show(views.trouble(error))
             with self._lock:
                 if not self._asked:
                     self._thread = None
+                    self.stop.disabled = True
                     return
+
+    def _watch(self) -> None:
+        """Show how the newest run gets on, until it has ended or something else is asked."""
+        run, drawn, due = self.run, 0, 0.0
+        while run is not None and not self._asked:
+            ended = run.wait(0)  # before the rows, so that the last are drawn
+            rows = run.rows.copy()
+            if ended or (len(rows) != drawn and stepped(rows) and time.monotonic() >= due):
+                started, drawn = time.monotonic(), len(rows)
+                self._show(self.page(rows))
+                due = time.monotonic() + views.pause(started)
+            if ended:
+                return
+            time.sleep(LOOK_SECONDS)
 
     def _begin(self, wish: "Wish | None") -> None:
         """End what is under way, and start what is wanted."""
@@ -170,40 +179,44 @@ class Playground:
         if self.run is not None:
             if stepped(self.run.rows):
                 self.before = {_("before: {run}", run=self.label): self.run.rows}
-            shutil.rmtree(self.run.folder)
+            shutil.rmtree(self.run.folder, ignore_errors=True)  # it may have gone, with all that is temporary
+            self.run = None  # if the new one can't be started
         self._runs += 1
-        try:
-            self.run = train(
-                *self.arguments,
-                oversubscribe=True,
-                folder=Path(self._folder.name, str(self._runs)),
-                name="playground",
-                progress=False,
-                **wish.settings | self.settings,
-            )
-        except Exception as error:  # the next move may be met
-            self.run = None
-            self._show(f"<pre>{html.escape(str(error))}</pre>")
-        else:
-            self.label, self.stop.disabled = wish.label, False
+        self.run = train(
+            *self.arguments,
+            oversubscribe=True,
+            folder=Path(self._folder.name, str(self._runs)),
+            name="playground",
+            progress=False,
+            **wish.settings | self.settings,
+        )
+        self.label, self.stop.disabled = wish.label, False
 
     def _show(self, page: str) -> None:
         if self.place is not None:
-            self.place.update(HTML(page))
+            views.put(self.place, page)
 
     def page(self, rows: Rows) -> str:
         """The newest run, and in grey the one before it, as HTML: figure, table, and the error of one that failed."""
-        runs = {name: rows for name, rows in ({self.label: rows} | self.before).items() if stepped(rows)}
-        parts = []
-        if runs:
-            shown = Figure(figsize=(7, 3.4))
-            plots.loss({self.label: rows}, shown.subplots(), ghosts=self.before)
-            shown.subplots_adjust(left=0.1, right=0.99, bottom=0.15, top=0.92)
-            table = Table({_("run"): name} | views.gang(rows) for name, rows in runs.items())
-            parts = [shown.picture(), markup(table)]
-        if rows and "error" in rows[-1]:
-            parts.append(f"<pre>{html.escape(rows[-1]['error'])}</pre>")
-        return "\n".join(parts)
+        error = "" if self.run is None else self.run.error()
+        parts = [
+            lambda: self._figure(rows),
+            lambda: markup(self._table(rows)),
+            lambda: views.preformatted(error),
+        ]
+        return "\n".join(filter(None, map(views.drawn, parts)))
+
+    def _figure(self, rows: Rows) -> str:
+        if not stepped(rows) and not self.before:
+            return ""
+        shown = Figure(figsize=(7, 3.4))
+        plots.loss({self.label: rows}, shown.subplots(), ghosts=self.before)
+        shown.subplots_adjust(left=0.1, right=0.99, bottom=0.15, top=0.92)
+        return shown.picture()
+
+    def _table(self, rows: Rows) -> Table:
+        runs = {self.label: rows} | self.before
+        return Table({_("run"): name} | views.gang(rows) for name, rows in runs.items() if stepped(rows))
 
     def _ipython_display_(self) -> None:
         display(ipywidgets.VBox([*self.controls.values(), self.stop]))

@@ -3,6 +3,7 @@
 Without an `ax` they draw in a `figures.Figure`, which also says what it shows in words.
 """
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 JOBS = 40
 """Jobs that a Gantt chart has room for."""
+MEASURES = ("step", "time_s", "step_s", "data_s", "compute_s", "wait_s", "cpu_s", "samples", "loss")
+"""What figures and tables of steps compute with."""
+LARGEST = 1e300
+"""Beyond, matplotlib's own arithmetic overflows."""
 
 
 def loss(runs: dict[str, list[dict]], ax: Axes | None = None, *, ghosts: dict[str, list[dict]] | None = None) -> Axes:
@@ -472,18 +477,49 @@ def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
     return figures.set_font(ax)
 
 
+class _Drawable(list):
+    """Rows that `drawable` has been through."""
+
+
+def drawable(rows: list[dict]) -> list[dict]:
+    """Rows as figures and tables need them, since functions report what they like.
+
+    A measure of a step that is no number, or (but for the loss) an infinite one or NaN, becomes None; a step that
+    doesn't say when it was isn't among them. The loss stays NaN: that it was is worth seeing.
+    """
+    if isinstance(rows, _Drawable):
+        return rows
+    return _Drawable(tidy for row in rows if (tidy := _tidy(row)) is not None)
+
+
+def _tidy(row: dict) -> dict | None:
+    is_step = row["kind"] == "step"
+    if odd := [name for name in (MEASURES if is_step else ("step",)) if not _usable(name, row.get(name))]:
+        row = row | dict.fromkeys(odd)
+    return None if is_step and row.get("time_s") is None else row
+
+
+def _usable(name: str, value: Any) -> bool:
+    """Whether a measure is a number that figures can draw, or not there."""
+    if isinstance(value, int | float):
+        return -LARGEST < value < LARGEST or (name == "loss" and isinstance(value, float) and not math.isfinite(value))
+    return value is None
+
+
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:
     """Seconds of training and mean loss of a run's rows, in about so many points."""
-    steps: dict[int, list[dict]] = {}
-    for row in kept(rows):
+    rows = drawable(rows)
+    steps: dict[Any, list[dict]] = {}
+    for number, row in enumerate(kept(rows)):
         if row["kind"] == "step" and row.get("loss") is not None:
-            steps.setdefault(row["step"], []).append(row)
+            step = row.get("step")
+            steps.setdefault(("row", number) if step is None else step, []).append(row)  # one without is a point
     if not steps:
         return [], []
     start, _end = span(rows)
-    means = [
+    means = sorted(
         (max(row["time_s"] for row in at) - start, sum(row["loss"] for row in at) / len(at)) for at in steps.values()
-    ]
+    )
     size = max(1, len(means) // points)
     parts = [means[first : first + size] for first in range(0, len(means), size)]
     return [part[-1][0] for part in parts], [sum(value for _seconds, value in part) / len(part) for part in parts]
@@ -492,15 +528,16 @@ def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[fl
 def rate(rows: list[dict], ax: Axes | None = None, points: int = 40) -> Axes:
     """Draw what all ranks do a second: samples, or steps where the rows tell none; nothing while there is but one."""
     ax = figures.axes(ax)
+    rows = drawable(rows)
     steps = sorted((row for row in rows if row["kind"] == "step"), key=lambda row: row["time_s"])
-    counted = "samples" if steps and "samples" in steps[0] else None
+    counted = "samples" if steps and steps[0].get("samples") is not None else None
     if not steps or steps[-1]["time_s"] <= (first := span(steps)[0]):
         return ax
     width = (steps[-1]["time_s"] - first) / max(1, min(points, len(steps) // 16))
     sums: dict[int, float] = {}
     for row in steps:
         place = int((row["time_s"] - first - 1e-9) / width)
-        sums[place] = sums.get(place, 0.0) + (row[counted] if counted else 1)
+        sums[place] = sums.get(place, 0.0) + ((row.get(counted) or 0) if counted else 1)
     seconds, rates = [(place + 1) * width for place in sums], [total / width for total in sums.values()]
     ax.plot(seconds, rates, **look(0))
     ax.set_ylim(0, 1.1 * max(rates) or 1)

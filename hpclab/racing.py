@@ -17,7 +17,7 @@ from hpclab.rows import source
 from hpclab.runs import Run
 from hpclab.tables import Table
 from hpclab.training import Model, train
-from hpclab.views import in_notebook
+from hpclab.views import drawn, in_notebook, put
 
 Rows = list[dict]
 Show = Callable[[dict[str, Rows]], None]
@@ -195,11 +195,11 @@ class LiveFigure:
     def __call__(self, runs: dict[str, Rows]) -> None:
         from IPython.display import HTML, display
 
-        shown = HTML(figure(runs).picture())
+        shown = drawn(lambda: figure(runs).picture())  # a figure that can't be drawn ends no race
         if self.handle is None:
-            self.handle = display(shown, display_id=True)
+            self.handle = display(HTML(shown), display_id=True)
         else:
-            self.handle.update(shown)
+            put(self.handle, shown)
 
 
 class LiveText:

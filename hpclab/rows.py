@@ -56,7 +56,7 @@ def read(path: Path) -> list[dict]:
 def span(rows: list[dict]) -> tuple[float, float]:
     """Seconds from the launch to the start of the first training step, and to the end of the last."""
     steps = [row for row in rows if row["kind"] == "step"]
-    return min(row["time_s"] - row.get("step_s", 0.0) for row in steps), max(row["time_s"] for row in steps)
+    return min(row["time_s"] - (row.get("step_s") or 0.0) for row in steps), max(row["time_s"] for row in steps)
 
 
 def kept(rows: list[dict]) -> list[dict]:
@@ -94,8 +94,9 @@ def attempts(rows: list[dict]) -> list[dict]:
         and ``cause`` (of the failure, or None).
     """
     ends = _ends(rows)
-    restarts = {row["attempt"]: row for row in rows if row["kind"] == "restart"}
-    broken = next((row for row in rows if row["kind"] == "end" and "error" in row), None)
+    # A function may report rows of these kinds too: ours have what they need.
+    restarts = {row["attempt"]: row for row in rows if row["kind"] == "restart" and "cause" in row}
+    broken = next((row for row in rows if row["kind"] == "end" and row.keys() >= {"status", "error"}), None)
     all_steps = [row for row in rows if row["kind"] == "step" and row.get("step") is not None]
     found = []
     for attempt in sorted({row["attempt"] for row in all_steps}):
@@ -118,7 +119,9 @@ def attempts(rows: list[dict]) -> list[dict]:
                 "kept_s": kept_s,
                 "lost_s": 0.0 if failure is None else end_s - kept_s,
                 "save_s": sum(
-                    row["save_s"] for row in rows if row["kind"] == "checkpoint" and row["attempt"] == attempt
+                    row.get("save_s") or 0.0
+                    for row in rows
+                    if row["kind"] == "checkpoint" and row["attempt"] == attempt
                 ),
                 "restart_s": 0.0,
                 "cause": failure["cause"] if failure else broken["error"].splitlines()[0] if broken else None,

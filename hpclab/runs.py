@@ -89,6 +89,11 @@ class Record:
         """Whether it has not ended."""
         return self.status in ("waiting", "running", "recovering")
 
+    def error(self) -> str:
+        """Return what ended a run that failed, as text; "" of any other."""
+        last = self.rows[-1] if self.rows else {}
+        return last.get("error", "") if last.get("kind") == "end" and "status" in last else ""
+
     def _ipython_display_(self) -> None:
         from hpclab.views import show
 
@@ -276,6 +281,10 @@ class Run(Record):
             watcher(self, self.rows.copy())
             if self._ended.is_set():
                 watcher(self, [])
+
+    def error(self) -> str:
+        """Return what ended it if it failed, as text, also when no row could tell, as on a full disk; else ""."""
+        return super().error() or ("" if self._broken is None else _words(self._broken))
 
     def _drive(self) -> None:
         """Take in what happens, attempt after attempt, until the last has ended; the thread of this run."""
@@ -487,9 +496,7 @@ class Run(Record):
         launched = self._launched or time.time()
         row = {"kind": "end", "run": self.name, "status": self.status, "time_s": time.time() - launched}
         if self.status == "failed":
-            error = self._blame()
-            notes = [printable(note) for note in getattr(error, "__notes__", [])]
-            row["error"] = "\n".join([f"{type(error).__name__}: {message(error)}", *notes])
+            row["error"] = _words(self._blame())
         return row
 
     def _failed(self) -> bool:
@@ -565,6 +572,11 @@ class Log:
     def _write(self, line: str) -> None:
         with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
             tqdm.write(f"[rank {self.rank}] {line}")
+
+
+def _words(error: BaseException) -> str:
+    """An error as text, with its notes."""
+    return "\n".join([f"{type(error).__name__}: {message(error)}", *map(printable, getattr(error, "__notes__", []))])
 
 
 def _read(news: str | dict) -> dict:

@@ -202,6 +202,14 @@ class Slurm:
             return "\n".join((self.folder / f"{daemon}.log").read_text(errors="replace").splitlines()[-lines:])
         return ""
 
+    @property
+    def up(self) -> bool:
+        """Whether it has not ended, though a daemon of it may have."""
+        with suppress(ConnectionError, FileNotFoundError):
+            self._call("alive")
+            return True
+        return False
+
     def _named(self, node: str) -> None:
         if node not in self.addresses:
             raise ValueError(f"node (={node!r}) must be one of {', '.join(self.addresses)}.")

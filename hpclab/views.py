@@ -1,9 +1,11 @@
 """A run in a notebook: live while it goes, with buttons; an ordinary output when it has ended."""
 
 import html
+import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -17,6 +19,8 @@ from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.rows import attempts, kept, source, span
 from hpclab.tables import Table, markup
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.1
 """Share of the time that drawing may take: the CPU is the ranks'."""
@@ -44,6 +48,32 @@ def pause(started: float) -> float:
     return min(MOST_SECONDS, max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
 
 
+def drawn(draw: Callable[[], str]) -> str:
+    """What is drawn as HTML; in its place the error, if that fails: it must not end what follows a run."""
+    try:
+        return draw()
+    except Exception as error:
+        return trouble(error)
+
+
+def trouble(error: Exception) -> str:
+    """An error as HTML: what it says, and its traceback folded away."""
+    told = html.escape(f"{type(error).__name__}: {error}")
+    lines = html.escape("".join(traceback.format_exception(error)))
+    return f"<pre>{told}</pre><details><summary>{_('Traceback')}</summary><pre>{lines}</pre></details>"
+
+
+def put(place: Any, page: str) -> None:
+    """Show HTML where something was shown before, in a thread that must live on if it can't be shown.
+
+    Half a surrogate pair, as file names may hold it, can't be sent to a browser: it becomes a question mark.
+    """
+    try:
+        place.update(HTML(page.encode("utf-8", "replace").decode()))
+    except Exception:
+        log.exception("a page can't be shown")
+
+
 class LiveView:
     """What `page` shows, drawn anew as rows come, below a Stop button and one that kills a rank.
 
@@ -69,7 +99,7 @@ class LiveView:
     def show(self) -> None:
         """Display it here, and begin to follow the run."""
         self.buttons = display(self.controls, display_id=True)
-        self.place = display(HTML(page(self.run)), display_id=True)
+        self.place = display(HTML(drawn(lambda: page(self.run))), display_id=True)
         self.run.watch(lambda run, rows: self.news.set())
         threading.Thread(target=self._follow, name="hpclab-view", daemon=True).start()
 
@@ -78,14 +108,14 @@ class LiveView:
         threading.Thread(target=self.run.stop, name="hpclab-stop", daemon=True).start()
 
     def _follow(self) -> None:
-        while self.run.going:
+        while not self.run.wait(0):  # its status is the last one before its last row, and its error, are there
             self.news.wait()
             self.news.clear()
             started = time.monotonic()
-            self.place.update(HTML(page(self.run)))
+            put(self.place, drawn(lambda: page(self.run)))
             time.sleep(pause(started))
-        self.place.update(HTML(page(self.run)))
-        self.buttons.update(HTML(""))
+        put(self.place, drawn(lambda: page(self.run)))
+        put(self.buttons, "")
         for control in (*self.controls.children, self.controls):
             control.close()
 
@@ -94,23 +124,34 @@ _followed: dict[Any, Any] = {}
 """By what is shown, the display that follows it: the newest only, as each costs time."""
 
 
-def keep_up(key: Any, page: Callable[[], str]) -> None:
-    """Show a page as the output of a cell, and anew when it changes, until it can't be had or is shown elsewhere."""
-    shown = page()
-    handle = _followed[key] = display(HTML(shown), display_id=True)
+def keep_up(key: Any, page: Callable[[], str], ended: Callable[[], bool]) -> None:
+    """Show a page as the output of a cell, and anew when it changes, until that has ended or is shown elsewhere.
 
-    def watch(shown: str) -> None:
-        with suppress(OSError, RuntimeError):  # it has ended
-            while _followed.get(key) is handle:
-                started = time.monotonic()
-                if (new := page()) != shown:
-                    handle.update(HTML(new))  # type: ignore[union-attr]
-                shown = new
-                time.sleep(pause(started))
+    What raises meanwhile is shown in its place, until it can be drawn again; the last page that could be is what stays.
+    """
+    first = page()
+    handle = _followed[key] = display(HTML(first), display_id=True)
+
+    def watch(good: str) -> None:
+        shown = good
+        while _followed.get(key) is handle and not ended():
+            started = time.monotonic()
+            try:
+                new = good = page()
+            except Exception as error:
+                if ended():
+                    break
+                new = trouble(error)
+            if new != shown:
+                put(handle, new)
+            shown = new
+            time.sleep(pause(started))
+        if shown != good:
+            put(handle, good)
         if _followed.get(key) is handle:
             del _followed[key]
 
-    threading.Thread(target=watch, args=[shown], name="hpclab-view", daemon=True).start()
+    threading.Thread(target=watch, args=[first], name="hpclab-view", daemon=True).start()
 
 
 def follow(slurm: Any) -> None:
@@ -120,7 +161,7 @@ def follow(slurm: Any) -> None:
     """
     try:
         if in_notebook():
-            keep_up(slurm.folder, lambda: queue(slurm))
+            keep_up(slurm.folder, lambda: queue(slurm), lambda: not slurm.up)
         else:
             print(slurm.status())
     except RuntimeError as error:  # it has ended, and says so
@@ -153,20 +194,22 @@ def answer_in_subshell(control: Any) -> None:
 
 def page(run: Any) -> str:
     """A run as HTML: its state, its figure, a row a rank, the newest lines of its logs, and its error if it failed."""
-    every = run.rows.copy()
+    every = plots.drawable(run.rows.copy())
     rows = kept(every)
-    parts = [f"<p><strong>{html.escape(run.name)}</strong>: {_word(run)}</p>"]
+    parts: list[Callable[[], str]] = [lambda: f"<p><strong>{html.escape(run.name)}</strong>: {_word(run)}</p>"]
     if run.going:
-        parts.append(f"<p>{_seen(run)}</p>")
+        parts.append(lambda: f"<p>{_seen(run)}</p>")
     if any(row["kind"] == "step" for row in rows):
-        parts += [_figure(rows).picture(), markup(ranks(rows))]
-    if any(row["kind"] == "restart" for row in every):
-        parts += [f"<p>{_('Attempts')}</p>", markup(recovery(every))]
-    if lines := _newest(run):
-        parts.append(f"<pre>{html.escape(lines)}</pre>")
-    if rows and "error" in rows[-1]:
-        parts.append(f"<pre>{html.escape(rows[-1]['error'])}</pre>")
-    return "\n".join(parts)
+        parts += [lambda: _figure(rows).picture(), lambda: markup(ranks(rows))]
+    if any(row["kind"] == "restart" and "cause" in row for row in every):
+        parts.append(lambda: f"<p>{_('Attempts')}</p>\n{markup(recovery(every))}")
+    parts += [lambda: preformatted(_newest(run)), lambda: preformatted(run.error())]
+    return "\n".join(filter(None, map(drawn, parts)))
+
+
+def preformatted(text: str) -> str:
+    """Text as HTML that keeps its lines; nothing if there is none."""
+    return f"<pre>{html.escape(text)}</pre>" if text else ""
 
 
 def ranks(rows: list[dict]) -> Table:
@@ -180,12 +223,12 @@ def ranks(rows: list[dict]) -> Table:
 
 def gang(rows: list[dict]) -> dict:
     """All ranks of a run in one row: how far they are, what they do a second, their loss, what their time went into."""
-    steps = [row for row in kept(rows) if row["kind"] == "step"]
+    steps = [row for row in kept(plots.drawable(rows)) if row["kind"] == "step"]
     first, last = span(steps)
     samples = sum(row.get("samples") or 0 for row in steps)
     losses = plots.loss_curve(steps)[1]
     return {
-        _("step"): max(row["step"] for row in steps),
+        _("step"): max((row["step"] for row in steps if row.get("step") is not None), default=None),
         _("samples a second"): f"{samples / (last - first):,.0f}" if last > first else None,
         _("loss"): losses[-1] if losses else None,
         **_spent(steps),
@@ -241,7 +284,10 @@ def _word(run: Any) -> str:
 
 def _seen(run: Any) -> str:
     """When a run that goes on was seen, for a reader whose kernel has gone since."""
-    call = f"hpclab.open_run({os.path.relpath(run.folder)!r})"
+    folder = str(run.folder)
+    with suppress(OSError, ValueError):  # the current folder was removed; on Windows, another drive
+        folder = os.path.relpath(folder)
+    call = f"hpclab.open_run({folder!r})"
     told = _(
         "Seen at {time}. If its kernel has gone since, {call} shows what came after.",
         time=time.strftime("%H:%M:%S"),

@@ -16,7 +16,7 @@ from hpclab.network import Hierarchy, Network
 from hpclab.runs import Run
 from hpclab.tables import Table, markup
 from hpclab.training import Model
-from hpclab.views import answer_in_subshell
+from hpclab.views import answer_in_subshell, drawn, put, trouble
 
 
 class RaceStage:
@@ -45,7 +45,7 @@ class RaceStage:
             style={"description_width": "initial"},
         )
         self.button = ipywidgets.Button(description=_("Race"), icon="flag-checkered", button_style="primary")
-        self.button.on_click(lambda button: self._race())
+        self.button.on_click(lambda button: self._press())
         self.kill = ipywidgets.Button(description=_("Kill a rank"), icon="bolt", button_style="danger", disabled=True)
         self.kill.on_click(lambda button: self._kill())
         answer_in_subshell(self.kill)
@@ -63,6 +63,14 @@ class RaceStage:
         self.figure = racing.LiveFigure()
         self.text = None
         self._race()
+
+    def _press(self) -> None:
+        try:
+            self._race()
+        except Exception as error:  # what a callback raises goes to a log where nobody looks
+            if self.text is None:
+                raise
+            put(self.text, trouble(error))
 
     def _race(self) -> None:
         self.button.disabled, self.kill.disabled = True, False
@@ -143,12 +151,13 @@ class Explorer:
         """Draw anew, in the place where it was first shown."""
         if self.figure is None or self.text is None:
             return
-        curves = self.curves()
+        put(self.figure, drawn(lambda: self._picture(self.curves())))
+        put(self.text, drawn(lambda: markup(self.table(self.curves()))))
+
+    def _picture(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
         shown = Figure(figsize=(7, 4), layout="constrained")
         plots.forecasts(curves, self.measured, shown.subplots())
-        table = self.table(curves)
-        self.figure.update(HTML(shown.picture()))
-        self.text.update(HTML(markup(table)))
+        return shown.picture()
 
     def table(self, curves: dict[str, dict[str, np.ndarray]]) -> Table:
         """The figure in numbers: the efficiency at a few counts of ranks."""

@@ -3,10 +3,12 @@
 import html
 import os
 import re
+import shutil
 import threading
 import time
 
 import dask
+import matplotlib
 import psutil
 import pytest
 from conftest import no_rank_left
@@ -97,14 +99,63 @@ def test_what_can_not_be_is_told_and_the_next_move_is_met(play):
         assert play.run.status == "finished" and "2 ranks, 128 a step" in play.place.pages[-1]
 
 
+class SlowToTell(ArithmeticError):
+    """Its text takes a while: as long, a run has its last status and not yet its last row."""
+
+    def __str__(self):
+        time.sleep(0.7)
+        return "planted"
+
+
 def test_a_run_that_fails_shows_its_error(play):
     def loss(scores, labels):
-        raise ArithmeticError("planted")
+        raise SlowToTell
 
     play.settings["loss"] = loss
     play.train()
     assert play.wait(60)
     assert play.run.status == "failed" and "planted" in play.place.pages[-1]
+
+
+def test_a_folder_that_goes_costs_no_control_its_answer(play):
+    """Of a run that has ended (`rm -rf`), and of one that goes on, with all that is temporary."""
+    play.train()
+    assert play.wait(60)
+    shutil.rmtree(play.run.folder)
+    play.settings["steps"] = 100_000
+    play.train()
+    until(lambda: play.run is not None and any(row["kind"] == "step" for row in play.run.rows))
+    shutil.rmtree(play._folder.name)
+    play.settings["steps"] = 30
+    play.train()
+    assert play.wait(60)
+    assert play.run.status == "finished" and "data:image/png" in play.place.pages[-1]
+
+
+def test_what_can_not_be_drawn_is_shown_in_its_place_and_the_next_move_is_drawn(play):
+    with matplotlib.rc_context({"path.effects": [1]}):  # a slip in a reader's own settings
+        play.train()
+        assert play.wait(60)
+    page = play.place.pages[-1]
+    assert "data:image/png" not in page and "<td>2 ranks, 128 a step" in page, "the table is there all the same"
+    assert re.match(r"<pre>\w+Error: [^\n]+</pre><details><summary>Traceback", page)
+    play.train()
+    assert play.wait(60)
+    assert play.run.status == "finished" and "data:image/png" in play.place.pages[-1]
+
+
+def test_a_client_that_closes_is_told():
+    with hpclab.connect(workers=1) as client:
+        play = playground.Playground(client, models.CNN, "fashion_mnist", steps=100_000)
+        play.place = Place()
+        play.train()
+        until(lambda: play.place.pages)
+    assert play.wait(60)
+    assert "was stopped" in play.place.pages[-1] or play.run.status == "stopped"
+    for _ in range(2):
+        play.train()
+        assert play.wait(60)
+        assert "client is closed; open a new one with hpclab.connect()" in play.place.pages.pop()
 
 
 def test_moves_leave_nothing_behind(play):

@@ -1,11 +1,12 @@
 """The explorer's curves against closed forms; what it shows follows its sliders."""
 
+import matplotlib
 import numpy as np
 import pytest
 
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
-from hpclab.widgets import Explorer
+from hpclab.widgets import Explorer, RaceStage
 
 
 class Place:
@@ -73,6 +74,25 @@ def test_each_move_draws_once_in_the_same_place(explorer):
     assert "parameter-server: 1 at 1, " in shown
     assert "measured: 1 at 1, 0.933 at 2" in shown
     assert "<table" in explorer.text.shown[-1].data
+
+
+def test_what_can_not_be_drawn_is_shown_in_its_place(explorer):
+    with matplotlib.rc_context({"path.effects": [1]}):  # a slip in a reader's own settings
+        explorer.sliders["bandwidth"].value = 1e8
+    assert explorer.figure.shown[-1].data.startswith("<pre>AttributeError: ")
+    assert "<table" in explorer.text.shown[-1].data
+    explorer.sliders["bandwidth"].value = 1e10
+    assert "data:image/png" in explorer.figure.shown[-1].data
+
+
+def test_a_race_that_can_not_begin_is_told_where_it_would_be(client):
+    stage = RaceStage(client, "CNN", "fashion_mnist", batch_size=3)
+    stage.text = Place()
+    stage.button.click()
+    assert stage.text.shown[-1].data.startswith("<pre>ValueError: batch_size (=3) must be even")
+    assert not stage.button.disabled and stage.kill.disabled
+    with pytest.raises(ValueError, match="must be even"):
+        stage.run()
 
 
 def test_what_was_measured_stays_if_it_is_in_the_picture(explorer):

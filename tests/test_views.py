@@ -1,0 +1,168 @@
+"""The view of a run, as it is without a browser: what it shows of odd rows, of failures, and of what can't be drawn."""
+
+import math
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import no_rank_left
+
+import hpclab
+from hpclab import cards, plots, views
+
+
+class Shown:
+    """Stands in for a browser's place of an output; so far its pages."""
+
+    def __init__(self, shown, display_id):
+        self.pages = [getattr(shown, "data", None)]
+
+    def update(self, shown):
+        shown.data.encode()  # as the message to the browser is
+        self.pages.append(shown.data)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The places at which something is shown: of a run its buttons, then its page."""
+    places = []
+    monkeypatch.setattr(views, "display", lambda *args, **named: places.append(Shown(*args, **named)) or places[-1])
+    return places
+
+
+def until(true):
+    deadline = time.monotonic() + 60
+    while not (found := true()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return found
+
+
+def last_page(run, shown):
+    """The page of a run that stays, once its buttons have gone."""
+    assert run.wait(60)
+    until(lambda: shown[0].pages[-1] == "")
+    return shown[1].pages[-1]
+
+
+def report_what_one_likes():
+    rank = hpclab._rank._context.header["row"]["rank"]
+    odd = (None, "s", math.nan, math.inf, 1e308, True, 2**63)
+    for name in ("step", "loss", "time_s", "step_s", "samples", "compute_s"):
+        for step, value in enumerate(odd):
+            usual = {"step": step, "loss": 1.0, "step_s": 0.01, "compute_s": 0.005} | ({"samples": 8} if rank else {})
+            hpclab.report(**usual | {name: value})
+    hpclab.report(loss=0.5)
+    for kind in ("end", "restart", "checkpoint", "resume", "attempt", "other"):
+        for step in (3, "s"):
+            hpclab.report(kind=kind, error=0.5, step=step)
+    time.sleep(1)
+    print("that was all")
+
+
+def test_rows_of_all_kinds_are_drawn(client, shown):
+    run = hpclab.launch(client, report_what_one_likes, ranks=2)
+    views.show(run)
+    page = last_page(run, shown)
+    assert run.status == "finished"
+    for seen in shown[1].pages:
+        assert "<details>" not in seen, "a part could not be drawn"
+    assert "data:image/png" in page and "[rank 1] that was all" in page and page.count("<tr>") == 3
+
+
+def test_a_loss_that_is_no_number_any_more_stays_in_the_figure():
+    losses = [2.0, 1.0, math.nan, "none"]
+    rows = [{"kind": "step", "step": step, "time_s": step + 1.0, "loss": loss} for step, loss in enumerate(losses)]
+    _seconds, drawn = plots.loss_curve(rows)
+    assert drawn[:2] == [2.0, 1.0] and math.isnan(drawn[2]) and len(drawn) == 3
+
+
+class SlowToTell(Exception):
+    """Its text takes a while: as long, a run has its last status and not yet its last row."""
+
+    def __str__(self):
+        time.sleep(0.7)
+        return "planted"
+
+
+def fail_slowly():
+    hpclab.report(step=1, loss=1.0)
+    raise SlowToTell
+
+
+def test_the_last_page_of_a_run_that_failed_has_its_error(client, shown):
+    run = hpclab.launch(client, fail_slowly, ranks=1)
+    views.show(run)
+    assert "SlowToTell: planted" in last_page(run, shown)
+
+
+def chatter():
+    while True:
+        hpclab.report(loss=0.5)
+        print("still here", flush=True)
+        time.sleep(0.01)
+
+
+def test_so_it_is_when_no_row_can_tell_the_error(client, shown):
+    """A limit on the size of files gives the error that a full disk gives, to this process alone; and `rm -rf`."""
+    run = hpclab.launch(client, chatter, ranks=2)
+    views.show(run)
+    until(lambda: len(run.rows) > 1)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    try:
+        assert "OSError: [Errno 27] File too large" in last_page(run, shown)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    shown.clear()
+    run = hpclab.launch(client, chatter, ranks=2)
+    views.show(run)
+    until(lambda: len(run.rows) > 1)
+    shutil.rmtree(run.folder)
+    page = last_page(run, shown)
+    assert "FileNotFoundError: [Errno 2] No such file or directory: " in page and "rank-" in page
+    assert no_rank_left()
+
+
+def test_a_page_that_can_not_be_drawn_is_told_and_drawn_again(shown):
+    """And the one that stays is the last that could be."""
+    state = {"page": "first", "ended": False}
+
+    def page():
+        if isinstance(state["page"], Exception):
+            raise state["page"]
+        return state["page"]
+
+    views.keep_up("a key", page, lambda: state["ended"])
+    (place,) = shown
+    state["page"] = KeyError("memory")
+    until(lambda: place.pages[-1].startswith("<pre>KeyError: &#x27;memory&#x27;</pre><details>"))
+    state["page"] = "half a pair: \udcff"
+    until(lambda: place.pages[-1] == "half a pair: ?")
+    state["page"] = OSError("it goes")
+    until(lambda: "it goes" in place.pages[-1])
+    state["ended"] = True
+    until(lambda: "a key" not in views._followed)
+    assert place.pages[-1] == "half a pair: ?"
+
+
+def test_a_client_that_has_closed_says_so(capsys):
+    with hpclab.connect(workers=1) as client:
+        pass
+    cards.show(client)
+    assert capsys.readouterr().out == "This client is closed; hpclab.connect() opens a new one.\n"
+
+
+def test_a_folder_that_was_removed_is_named_in_full(client, monkeypatch, tmp_path):
+    run = hpclab.launch(client, chatter, ranks=1, folder=tmp_path / "run")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    try:
+        assert f"hpclab.open_run({str(tmp_path / 'run')!r})" in views.page(run)
+    finally:
+        monkeypatch.chdir(Path("/"))
+        run.stop()

@@ -180,16 +180,19 @@ class Playground:
             if stepped(self.run.rows):
                 self.before = {_("before: {run}", run=self.label): self.run.rows}
             shutil.rmtree(self.run.folder, ignore_errors=True)  # it may have gone, with all that is temporary
-            self.run = None  # if the new one can't be started
         self._runs += 1
-        self.run = train(
-            *self.arguments,
-            oversubscribe=True,
-            folder=Path(self._folder.name, str(self._runs)),
-            name="playground",
-            progress=False,
-            **wish.settings | self.settings,
-        )
+        try:
+            self.run = train(
+                *self.arguments,
+                oversubscribe=True,
+                folder=Path(self._folder.name, str(self._runs)),
+                name="playground",
+                progress=False,
+                **wish.settings | self.settings,
+            )
+        except Exception:
+            self.run = None
+            raise
         self.label, self.stop.disabled = wish.label, False
 
     def _show(self, page: str) -> None:

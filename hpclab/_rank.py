@@ -498,7 +498,7 @@ def _leave(code: int, seconds: float) -> NoReturn:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         for file in [sys.stdout, sys.stderr, *gc.get_objects()]:
-            if isinstance(file, io.IOBase) and not file.closed:
+            if issubclass(type(file), io.IOBase) and not file.closed:  # isinstance may run code of a proxy
                 with suppress(OSError, ValueError):
                     file.flush()
     finally:

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +20,11 @@ import dask
 import platformdirs
 import psutil
 from distributed import Security, Status
-from distributed.deploy import Cluster
 from distributed.utils import get_ip
 from tqdm.auto import tqdm
 
 from hpclab import _private, _slurm_site, machine, queues, slurm
+from hpclab._healing import LOST_SECONDS, Tended
 from hpclab.queues import QUEUES, QUIET, Request
 from hpclab.slurm import Slurm
 
@@ -32,8 +32,6 @@ LOOK_SECONDS = 0.5
 """How often a private Slurm is asked where missing workers' jobs stand."""
 SITE_LOOK_SECONDS = 15.0
 """How often a site's queue is, which others ask too."""
-LOST_SECONDS = 15.0
-"""How long a worker may be away, as one that is restarted is, before its job is cancelled for a new one."""
 STEADY_SECONDS = 60.0
 """A worker that lived for so long, or for half of its walltime, didn't die of its start."""
 NO_SLURM = "configuration source"
@@ -141,7 +139,7 @@ class _Life:
     """Jobs in a row that ended early."""
 
 
-class JobCluster(queues.jobqueue().JobQueueCluster):  # type: ignore[misc]
+class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[misc]
     """A cluster of jobs; see `submit`."""
 
     def __init__(
@@ -161,7 +159,7 @@ class JobCluster(queues.jobqueue().JobQueueCluster):  # type: ignore[misc]
         self._ask_places: Callable | None = _slurm_site.places if request.kind == "slurm" else None
         self._silence = ""
         """Why the queue doesn't tell, if it doesn't."""
-        self._pause = LOOK_SECONDS if host else SITE_LOOK_SECONDS
+        self.pause = LOOK_SECONDS if host else SITE_LOOK_SECONDS
         self._env = env
         self.after = ExitStack()
         """What to clear away in the end."""
@@ -174,7 +172,7 @@ class JobCluster(queues.jobqueue().JobQueueCluster):  # type: ignore[misc]
         listen: dict[str, Any] = {"dashboard_address": "127.0.0.1:0"} | site["scheduler-options"]
         if not (request.interface or site["interface"] or {"host", "interface"} & listen.keys()):
             listen["host"] = host or get_ip()
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             job_cls=_job_class(request.kind, env),
             name="hpclab",
             security=security,
@@ -228,22 +226,8 @@ class JobCluster(queues.jobqueue().JobQueueCluster):  # type: ignore[misc]
         """Ids of jobs in the queue, but for those of some workers."""
         return [job.job_id for name, job in list(self.workers.items()) if name not in without and job.job_id]
 
-    async def _start(self) -> None:
-        await super()._start()
-        self._ending = asyncio.Event()
-        self._tending = asyncio.create_task(self._tend())
-
-    async def _tend(self) -> None:
-        """Know where jobs stand, and replace those that are lost, until the end."""
-        while not self._ending.is_set():
-            try:
-                await self._look()
-            except Exception as error:  # whatever it is, the next look may do without
-                logger.warning("lost workers can't be replaced: %r", error)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), self._pause)
-
     async def _look(self) -> None:
+        """Know where jobs stand, and replace those that are lost."""
         now = time.monotonic()
         here = {worker.name for worker in self.scheduler.workers.values()}
         away = {name: job for name, job in self.workers.items() if name not in here and name in self.worker_spec}
@@ -262,7 +246,7 @@ class JobCluster(queues.jobqueue().JobQueueCluster):  # type: ignore[misc]
             lost = self._over(job) or (life.left is not None and now - life.left > LOST_SECONDS)
             if lost and self.workers.get(name) is job:  # else it was given up meanwhile
                 await self._bury(name, job, life)
-        if self.worker_spec.keys() - self.workers.keys() and not self._ending.is_set():
+        if self._missing():
             await self._correct_state()
 
     def _over(self, job: Any) -> bool:
@@ -315,18 +299,6 @@ class JobCluster(queues.jobqueue().JobQueueCluster):  # type: ignore[misc]
         except (RuntimeError, ValueError, OSError) as error:  # its words; unreadable ones; no such command
             words = str(error).partition("stderr:\n")[2].strip()  # after all of dask-jobqueue's
             self._give_up(f"the queue refuses a job: {words or error}")
-
-    def _update_worker_status(self, op: str, msg: Any) -> None:
-        # SpecCluster would cancel the new job of a worker that was lost, if that has to wait in the queue; see `_look`.
-        Cluster._update_worker_status(self, op, msg)
-
-    async def _close(self) -> None:
-        try:
-            if hasattr(self, "_tending"):
-                self._ending.set()
-                await self._tending
-        finally:
-            await super()._close()
 
     def close(self, timeout: float | None = None) -> Any:
         """Cancel the jobs and close, then remove what was there for them."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import format_bytes, parse_bytes
-from distributed import Client, LocalCluster, Security, SpecCluster, Worker, WorkerPlugin
+from distributed import Client, Security, SpecCluster, Worker, WorkerPlugin
 
 from hpclab import machine
+from hpclab._healing import LocalCluster, root
 from hpclab._ledger import Ledger, consult
 from hpclab._tls import refusal
 from hpclab.queues import LEAST_MEMORY, QUIET
@@ -140,12 +141,9 @@ def connect(
                 dashboard_address="127.0.0.1:0",
             )
     except RuntimeError as error:
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        if "Nanny" not in str(root):  # Dask's word for what watches a worker, and saw it end
+        if "Nanny" not in str(root(error)):  # Dask's word for what watches a worker, and saw it end
             raise
-        raise RuntimeError(f"no worker could be started ({root}); what they wrote is above. {GUARD}") from None
+        raise RuntimeError(f"no worker could be started ({root(error)}); what they wrote is above. {GUARD}") from None
     return _client(cluster)
 
 

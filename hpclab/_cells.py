@@ -5,6 +5,9 @@ The main thread runs the cells. Another one takes the orders, so that an interru
 
 import _thread
 import ast
+import asyncio
+import builtins
+import inspect
 import io
 import linecache
 import os
@@ -18,7 +21,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -26,7 +29,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from hpclab import _rank
+from hpclab import _magics, _rank
 
 CHARACTERS = 20_000
 """What a rank's cells may print a second before the rest goes to its log, as the prints of other runs do."""
@@ -68,6 +71,11 @@ class _Cells:
         main = sys.modules["__main__"] = types.ModuleType("__main__")  # where pickle looks for a cell's classes
         self.names = main.__dict__
         self.names.update(torch=torch, dist=dist, rank=self.rank, ranks=self.ranks)
+        shell = _magics.Shell(self.execute)
+        self.names.update(get_ipython=lambda: shell, display=_magics.display)
+        self.loop = asyncio.new_event_loop()
+        """Of cells that await."""
+        builtins.input, sys.breakpointhook = _magics.no_input, _magics.no_breakpoint
         sys.stdout = sys.stderr = self.prints = _Prints(self)
 
     def say(self, what: str, body: bytes = b"", **content: Any) -> None:
@@ -93,11 +101,13 @@ class _Cells:
             self.regroup(order["group"])
             if picked:
                 self.names.update(pickle.loads(body) if body else {})
-                found = self.run(order["code"], order["name"])
+                source, name = order["source"] + "\n", order["name"]  # without, Python's marks below it are one off
+                linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+                found = self.execute(order["code"], name, self.names)
                 if order["pull"]:
                     value = _rank.dumps(found, f"the value of {order['code']}", self.context.header["worker_memory"])
                 elif found is not None:
-                    shown = _rank.printable(repr(found)[:SHOWN])
+                    shown = _rank.printable(_magics.as_text(found)[:SHOWN])
             self.running = None  # from here on an interrupt comes too late
         except BaseException as error:
             self.running = None
@@ -106,15 +116,36 @@ class _Cells:
             self.prints.end()
             self.say("answer", value, cell=order["cell"], value=shown, failure=failure)
 
-    def run(self, code: str, name: str) -> Any:
-        """Run a cell in this rank's names; the value of its last line if that is an expression."""
-        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+    def execute(self, code: str, name: str, names: dict) -> Any:
+        """Run code of a cell; the value of its last line if that is an expression that no semicolon ends."""
         tree = ast.parse(code, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, "exec"), self.names)
+        self.evaluate(tree, name, names)
         if not isinstance(last, ast.Expr):
             return None
-        return eval(compile(ast.Expression(last.value), name, "eval"), self.names)
+        value = self.evaluate(ast.Expression(last.value), name, names)
+        return None if code.rstrip().endswith(";") else value
+
+    def evaluate(self, tree: ast.Module | ast.Expression, name: str, names: dict) -> Any:
+        """Run what was parsed, which may await."""
+        mode = "eval" if isinstance(tree, ast.Expression) else "exec"
+        code = compile(tree, name, mode, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        value = eval(code, names)
+        return self.finish(value) if code.co_flags & inspect.CO_COROUTINE else value
+
+    def finish(self, work: Coroutine) -> Any:
+        """Run a cell that awaits; interrupted, it is cancelled, else it would go on in the next one that awaits."""
+        task = self.loop.create_task(work)
+        try:
+            return self.loop.run_until_complete(task)
+        except BaseException as error:
+            if not task.done():
+                if frames := task.get_stack():  # the cell's line isn't on this thread's stack while it is suspended
+                    error.awaited = frames[-1].f_code.co_filename, frames[-1].f_lineno  # type: ignore[attr-defined]
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    self.loop.run_until_complete(task)
+            raise
 
     def regroup(self, group: int) -> None:
         """Be in the process group of this number, with all other ranks; the one before it may be broken."""
@@ -162,11 +193,14 @@ class _Cells:
     def failure(self, error: BaseException, cell: int) -> dict:
         """What the driver is told of an error in a cell."""
         _rank.tell_of_limit(error, self.context.header["memory"], "gang")
+        if isinstance(error, SystemExit):
+            error.add_note("A cell can't end its rank, which goes on with its variables; gang.close() ends them all.")
         return {
             "summary": f"{type(error).__name__}: {_rank.message(error)}",
             "traceback": _rank.printable(_traceback(error)),
             "missing": str(error.name) if isinstance(error, NameError) else None,
             "time": time.time(),
+            "awaited": getattr(error, "awaited", None),
             "interrupted": cell == self.interrupted,
             "consequence": _rank.is_consequence(error),
         }
@@ -183,6 +217,8 @@ class _Prints(io.TextIOBase):
         self.lock = threading.Lock()
         self.line = ""
         self.second, self.room = 0.0, 0
+        self.hidden = 0
+        """Lines of this cell that went to the log instead."""
 
     def write(self, text: str) -> int:
         """Send whole lines, and keep the rest; of a line that overwrites itself, its last state."""
@@ -198,7 +234,10 @@ class _Prints(io.TextIOBase):
         with self.lock:
             if self.line:
                 self.cells.say("print", text=self.line)
-            self.line = ""
+            if self.hidden:
+                log = f"{self.cells.context.header['folder']}/rank-{self.cells.rank}.log"
+                self.cells.say("print", text=f"... {self.hidden:,} more lines are in {log}")
+            self.line, self.hidden = "", 0
 
     def fileno(self) -> int:
         """The descriptor to which C and other programs print."""
@@ -210,6 +249,7 @@ class _Prints(io.TextIOBase):
         self.room -= len(text)
         if self.room < 0 or self.cells.running is None:
             self.usual.write(text)
+            self.hidden += text.count("\n") * (self.cells.running is not None)
         elif text:
             self.cells.say("print", text=text)
 
@@ -258,8 +298,10 @@ def _connections() -> Iterator[tuple[int, socket.socket]]:
 
 
 def _traceback(error: BaseException) -> str:
-    """Text of the traceback from the cell's own frames on."""
+    """Text of the traceback from the cell's own frames on, without those that ran a line of it for a magic."""
     step = error.__traceback__
     while step is not None and not step.tb_frame.f_code.co_filename.startswith("<ranks "):
         step = step.tb_next
-    return "".join(traceback.format_exception(type(error), error, step))
+    told = traceback.TracebackException(type(error), error, step)
+    told.stack[:] = _magics.in_cells(told.stack, __file__)
+    return "".join(told.format())

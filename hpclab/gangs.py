@@ -11,12 +11,14 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import cloudpickle
 from distributed import Client
 from IPython import get_ipython
 from IPython.core.error import UsageError
+from IPython.core.inputtransformer2 import TransformerManager
 
 from hpclab._progress import waits, with_source
 from hpclab._rank import frame
@@ -85,6 +87,10 @@ def gang(
 
     Notes
     -----
+    Cells are IPython's, not only Python: ``!command`` prints line by line, ``x = !command``, ``name?``, ``await``, %cd,
+    %env, %pwd, %time, and %timeit with a number of loops, which must be the same on all ranks that talk to each other.
+    Tasks that a cell of asyncio leaves behind go on while another awaits. Nothing can ask: `input` is an error.
+
     ``%%ranks`` uses the newest gang that is open, and ``%%ranks --on 0,2`` only these ranks of it. What they print is
     shown while it happens, equal lines as one. The value of the last line is shown too. A cell that was interrupted, or
     in which a rank failed that others waited for, costs no names; all ranks then have a new process group, and what
@@ -155,7 +161,7 @@ class Gang:
         Parameters
         ----------
         code : str
-            Python.
+            Python, and what IPython adds to it: ``!command``, ``x = !command``, ``name?``, ``await``, and a few magics.
         on : int or iterable of int, optional
             The rank or ranks to run it on. Default: all.
 
@@ -212,7 +218,8 @@ class Gang:
         number = next(_cells)
         name = name or f"<ranks run {number}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-        order = {"order": "cell", "cell": number, "name": name, "code": code, "pull": pull, "on": sorted(picked)}
+        order = {"order": "cell", "cell": number, "name": name, "source": code, "pull": pull, "on": sorted(picked)}
+        order["code"] = code if pull else _python(code)
         with self._lock:
             self._check()
             return _Cell(self, number, picked).follow(order | {"group": self._group}, body)
@@ -305,7 +312,11 @@ class _Cell:
         deadline = time.monotonic() + LEAVE_SECONDS
         while self.left and time.monotonic() < deadline:
             self.hear()
-        self.stood = {rank: _where(stacks.get(rank, "")) for rank in left}
+        failures = self.failures()
+        awaited = {rank: failures[rank]["awaited"] for rank in left & failures.keys() if failures[rank]["awaited"]}
+        self.stood = {
+            rank: _place(*awaited[rank]) if rank in awaited else _where(stacks.get(rank, "")) for rank in left
+        }
         for rank in self.left:
             self.stood[rank] += f" (has not left it within {LEAVE_SECONDS:g} s; gang.close() ends it)"
         self.left = set()
@@ -382,17 +393,43 @@ def _ranks(line: str, cell: str) -> Values | None:
     return _values(_open[-1]._ask(code, on, f"<ranks cell {number}>"))
 
 
+class _Transformer(TransformerManager):
+    """IPython's own, but that lines keep their numbers: a command of several lines leaves empty ones behind."""
+
+    def do_one_token_transform(self, lines: list[str]) -> tuple[bool, list[str]]:
+        changed, new = super().do_one_token_transform(lines)
+        if (fewer := len(lines) - len(new)) > 0:
+            end = 1 + next(place for place, line in enumerate(new) if line != lines[place])
+            new = [*new[:end], *["\n"] * fewer, *new[end:]]
+        return changed, new
+
+
+def _python(code: str, above: int = 0) -> str:
+    """IPython's code as Python, so many lines further down; what is wrong with it the ranks tell."""
+    lines = code.splitlines(keepends=True)
+    while lines and lines[0].isspace():  # IPython would drop them
+        above, lines = above + 1, lines[1:]
+    if lines and lines[0].startswith("%%"):
+        name, _, line = lines[0][2:].strip().partition(" ")
+        cell = _python("".join(lines[1:]), above + 1)
+        return "\n" * above + f"get_ipython().run_cell_magic({name!r}, {line.strip()!r}, {cell!r})"
+    with suppress(SyntaxError, RuntimeError):
+        lines = [_Transformer().transform_cell("".join(lines))]
+    return "\n" * above + "".join(lines)
+
+
 def _values(answers: dict[int, dict]) -> Values | None:
     return Values({rank: answers[rank]["value"] for rank in sorted(answers) if answers[rank]["value"]}) or None
 
 
 def _where(stack: str) -> str:
     """Where in its cells a rank stands, outermost call first; without a cell's frame, what its stack says instead."""
-    frames = [
-        f"{found['file']}, line {found['line']}: {linecache.getline(found['file'], int(found['line'])).strip()}"
-        for found in reversed([*_CELL_FRAME.finditer(stack)])
-    ]
+    frames = [_place(found["file"], int(found["line"])) for found in reversed([*_CELL_FRAME.finditer(stack)])]
     return ", in ".join(frames) or stack.partition("\n")[0].strip() or "no place that it could tell"
+
+
+def _place(file: str, line: int) -> str:
+    return f"{file}, line {line}: {linecache.getline(file, line).strip()}"
 
 
 def _folded(texts: dict[int, str]) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import no_rank_left, ranks_alive
+from conftest import no_rank_left, ours, ranks_alive
 from jupyter_client.manager import start_new_kernel
 
 import hpclab
@@ -87,7 +87,9 @@ def test_a_line_that_overwrites_itself_shows_its_last_state(gang, capsys):
 
 def test_a_flood_goes_to_the_log(gang, capsys):
     gang.run("for i in range(20_000): print('line', i)", on=0)
-    assert capsys.readouterr().out.startswith("[rank 0] line 0\n[rank 0] line 1\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["[rank 0] line 0", "[rank 0] line 1"]
+    assert any(re.fullmatch(r"\[rank 0\] \.\.\. 1\d,\d+ more lines are in .*rank-0.log", line) for line in lines)
     deadline = time.monotonic() + 60
     log = gang.folder / "rank-0.log"
     while "line 19999\n" not in log.read_text() and time.monotonic() < deadline:
@@ -107,6 +109,80 @@ def test_lines_keep_each_ranks_order(capsys):
 @pytest.mark.parametrize(("ranks", "label"), [([2], "[rank 2]"), ([3, 1, 2], "[ranks 1-3]"), ([0, 2], "[ranks 0,2]")])
 def test_labels(ranks, label):
     assert _label(ranks) == label
+
+
+IPYTHONS = [
+    ("!echo out; echo err >&2; exit 3", "[ranks 0-3] out\n[ranks 0-3] err\n", None),
+    ("x = !printf 'a\\nb'\nx, _exit_code", "", "(['a', 'b'], 3)"),
+    ("w = 'w'\n!echo {w * 2} $w\n!echo '{print $1}' | cat", "[ranks 0-3] ww w\n[ranks 0-3] {print $1}\n", None),
+    ("def f(n):\n    !echo {n}\n    return n\nf(7)", "[ranks 0-3] 7\n", "7"),
+    ("import asyncio\nasync def g(): return 5\nawait g() + 1", "", "6"),
+    ("async def h(): yield 1; yield 2\nasync for i in h(): print(i)", "[ranks 0-3] 1\n[ranks 0-3] 2\n", None),
+    ("g?", "[ranks 0-3] g()\n[ranks 0-3] It has no docstring.\n", None),
+    ("g??", "[ranks 0-3] async def g(): return 5\n", None),
+    ("%env SEEN=yes\n%env SEEN", "[ranks 0-3] env: SEEN=yes\n", "'yes'"),
+    ("%cd /\n%pwd", "[ranks 0-3] /\n", "'/'"),
+    ("display({'a': 1})", "[ranks 0-3] {'a': 1}\n", None),
+    ("import hpclab.tables\nhpclab.tables.Table([{'a': 1}])", "", "a\n-\n1"),
+    ("5;", "", None),
+    ("'%time'", "", "'%time'"),
+    ("import matplotlib.figure\nmatplotlib.figure.Figure()", "", "<Figure size 640x480 with 0 Axes>"),
+    ("import tqdm\nfor i in tqdm.tqdm(range(3), bar_format='{n}'): pass", "[ranks 0-3] 3\n", None),
+]  # fmt: skip
+
+
+def test_cells_are_ipythons(gang, capsys):
+    for code, prints, value in IPYTHONS:
+        values = gang.run(code)
+        assert (capsys.readouterr().out, values) == (prints, value and dict.fromkeys(range(4), value)), code
+
+
+def test_magics_that_measure(gang, capsys):
+    assert gang.run("x = %time 3\n%time y = x + 1\nx, y", on=0) == {0: "(3, 4)"}
+    assert gang.run("%%time\n!echo inside\nz = 5\nz + 1", on=0) == {0: "6"}
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"\[rank 0\] wall time [\d.]+ [mµn]?s, CPU time [\d.]+ [mµn]?s\n", shown)) == 3
+    assert "[rank 0] inside\n[rank 0] wall" in shown
+    gang.run("t = torch.ones(1)\n%timeit -n 5 -r 3 dist.all_reduce(t)")
+    assert "per loop (mean and std. dev. of 3 runs, 5 loops each)" in capsys.readouterr().out
+    gang.run("%%timeit -n 4 -r 2 n = [0]\nn[0] += 1")
+    assert gang.run("n") == dict.fromkeys(range(4), "[8]")
+    with pytest.raises(
+        hpclab.CellError, match=r"RuntimeError: %timeit n: .*same on all.* %timeit -n 100 -r 7 STATEMENT"
+    ):
+        gang.run("%timeit n")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("\n\n!true \\\n  a\n1 / 0", "line 5, in <module>\n    1 / 0\n    ~~^~~\nZeroDivisionError"),
+        ("%%time\n\n%time 1 / 0", "line 3, in <module>\n    %time 1 / 0\nZeroDivisionError"),
+        ("x = 1\ny = (", "line 2\n    y = (\n        ^\nSyntaxError: '(' was never closed"),
+        ("1\nreturn 5", "line 2\nSyntaxError: 'return' outside function"),
+        (
+            "import sys\nsys.exit(3)",
+            "SystemExit: 3\nA cell can't end its rank, which goes on with its variables; gang.",
+        ),
+        (
+            "1\n%matplotlib inline",
+            "line 2, in <module>\n    %matplotlib inline\nRuntimeError: %matplotlib isn't there on",
+        ),
+        ("1\n%%time\n2", "line 2, in <module>\n    %%time\nRuntimeError: %%time must be the first line"),
+        ("%%bash\nls", "RuntimeError: %%bash isn't there on the ranks, which have %cd, %env, "),
+        ("!sleep 1 &", "OSError: !sleep 1 & would be left behind; start what goes on with subprocess.Popen."),
+        ("input('name')", "EOFError: input('name') can't ask on a rank; ask in a cell without %%ranks"),
+        ("breakpoint()", "RuntimeError: breakpoint() can't ask on a rank"),
+        ("class Odd:\n    def __repr__(self): 1 / 0\nOdd()", "line 2, in __repr__\n"),
+    ],
+)
+def test_a_cell_that_can_not_be_is_told_once_and_with_its_line(gang, code, told):
+    gang.run("kept = 1; print = rank = None; del torch")  # names of a cell are no more than names
+    with pytest.raises(hpclab.CellError, match=r"^\[ranks 0-3\]\n") as raised:
+        gang.run(code)
+    text = str(raised.value)
+    assert told in text and "hpclab/" not in text and len(text.splitlines()) <= 9
+    assert gang.run("kept", on=1) == {1: "1"}
 
 
 def test_some_ranks(gang):
@@ -224,12 +300,15 @@ def test_a_deadlock_is_left_without_losing_a_name(gang):
         "dist.irecv(torch.ones(1), src=1).wait()",
         "t = torch.ones(1); dist.broadcast(t, src=1)",
         "threading.Event().wait()",
+        "!trap '' INT; sleep 1000; true",
+        "await asyncio.sleep(1000)",
     ],
 )
 def test_one_rank_is_interrupted_wherever_it_is(gang, line):
-    text = interrupted(gang, f"import threading, time\nif rank == 0:\n    {line}")
+    text = interrupted(gang, f"import asyncio, threading, time\nif rank == 0:\n    {line}")
     assert f"line 3: {line}\n[ranks 1-3] had ended" in text
     assert works(gang)
+    assert ours("sleep 1000") == []
 
 
 DDP = """
@@ -397,6 +476,13 @@ def test_cells_in_a_kernel(kernel):
     }
     assert kernel("%%ranks --on 1,3\nx")["value"] == "[rank 1] 1\n[rank 3] 3"
     assert kernel("import sys; 'torch' in sys.modules")["value"] == "False"
+
+
+def test_magics_around_the_ranks_and_inside(kernel):
+    assert kernel("%%ranks\n%%time\nrank * 0")["value"] == "[ranks 0-3] 0"
+    outside = kernel("%%time\n%%ranks\n!echo seen\nrank * 0")
+    assert outside["value"] == "[ranks 0-3] 0" and "Wall time" in outside["prints"]
+    assert "[ranks 0-3] seen\n" in outside["prints"]
 
 
 def test_an_error_in_a_kernel_is_no_wall(kernel):

@@ -40,15 +40,17 @@ SHOWN = 20_000
 
 
 def serve() -> NoReturn:
-    """Run cells for ever; what a rank of an interactive gang does."""
+    """Run cells until the gang is closed; what a rank of an interactive gang does."""
     assert _rank._context is not None
     cells = _Cells(_rank._context)
     cells.context.should_stop = lambda: False  # type: ignore[method-assign]  # a cell is interrupted, and agrees to nothing
     signal.signal(signal.SIGINT, cells.on_signal)
     threading.Thread(target=cells.listen, daemon=True).start()
     cells.say("hello", worker=cells.context.header["worker"])
-    while True:
-        cells.take(*cells.orders.get())
+    while (order := cells.orders.get()) is not None:
+        cells.take(*order)
+    cells.context.send({"record": "value"}, pickle.dumps(None))
+    _rank.leave(0, _rank.FAILED_SECONDS)
 
 
 class _Cells:
@@ -88,6 +90,8 @@ class _Cells:
             order, body = self.context.inbox.get()
             if order["order"] == "interrupt":
                 self.interrupt(order["cell"])
+            elif order["order"] == "close":
+                self.orders.put(None)
             else:
                 self.orders.put((order, body))
 

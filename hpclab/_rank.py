@@ -326,7 +326,7 @@ def main() -> None:
     except BaseException as error:
         _fail(error, header)
     context.send({"record": "value"}, value)
-    _leave(0, EXIT_SECONDS)
+    leave(0, EXIT_SECONDS)
 
 
 def _run(header: dict, payload: bytes) -> Any:
@@ -483,10 +483,10 @@ def _fail(error: BaseException, header: dict) -> NoReturn:
         body = b""  # the client then raises a RankError with this traceback
     assert _context is not None
     _context.send({"record": "failure", "failure": failure}, body)
-    _leave(1, FAILED_SECONDS)
+    leave(1, FAILED_SECONDS)
 
 
-def _leave(code: int, seconds: float) -> NoReturn:
+def leave(code: int, seconds: float) -> NoReturn:
     """End this process as Python ends: threads end, exit handlers run, open files get what was written to them.
 
     Unlike Python, it has a limit, and then takes nothing down: what torch keeps running could hang there.

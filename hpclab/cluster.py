@@ -131,7 +131,7 @@ def connect(
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
         sys.exit(f"A worker that imports {sys.argv[0]} came upon hpclab.connect(). {GUARD}")
     try:
-        with dask.config.set(QUIET):
+        with dask.config.set(QUIET), machine.every_cpu():
             cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,

@@ -32,6 +32,8 @@ LOOK_SECONDS = 1.0
 """How often to look whether ranks wait for one that has failed."""
 LEAVE_SECONDS = 2.0
 """How long an interrupted rank may take to leave its cell."""
+CLOSE_SECONDS = 2.0
+"""How long ranks may take to end when the gang is closed: exit handlers run."""
 LOST_SECONDS = 10.0
 """How long a run may take to tell that it has lost a worker that took no order."""
 _CELL_FRAME = re.compile(r'File "(?P<file><ranks \w+ \d+>)", line (?P<line>\d+) in (?P<name>.+)')
@@ -204,9 +206,12 @@ class Gang:
         return [pickle.loads(found[rank]) for rank in sorted(answers)]
 
     def close(self) -> None:
-        """End the ranks, and with them their names."""
+        """End the ranks, and with them their names; one that doesn't end by itself is killed."""
         if self in _open:
             _open.remove(self)
+        with suppress(RuntimeError):  # it was closed before
+            self._order({"order": "frame", "frame": frame({"order": "close"})})
+        self._run.wait(CLOSE_SECONDS)
         self._run.stop(now=True)
         self._sender.shutdown(wait=False)
 
@@ -243,10 +248,12 @@ class Gang:
     def _check(self, seconds: float = 0) -> None:
         """Raise if the gang has ended, or does within some seconds, and all that its ranks said has been heard."""
         if self._run.wait(seconds) and self._run.said.empty():
+            why = f"gang {self._run.name} was closed."
             try:
                 self._run.result()
             except Exception as error:
-                raise CellError(f"{error} The gang has ended; hpclab.gang(...) makes a new one.") from None
+                why = str(error)
+            raise CellError(f"{why} The gang has ended; hpclab.gang(...) makes a new one.")
 
 
 class _Cell:

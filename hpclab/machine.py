@@ -5,7 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -131,6 +131,20 @@ def affinity() -> list[int]:
             with suppress(ProcessLookupError):  # it has just ended
                 found |= os.sched_getaffinity(thread)
     return sorted(found)
+
+
+@contextmanager
+def every_cpu() -> Iterator[None]:
+    """Let what this thread starts use all of `affinity`: threads and processes inherit what theirs may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, affinity())
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def _cpu_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:

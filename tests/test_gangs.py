@@ -48,6 +48,16 @@ def interrupted(gang, code, seconds=0.5):
     return str(told.value)
 
 
+def test_ranks_of_a_closed_gang_end_as_python_does(client, tmp_path):
+    with hpclab.gang(client, ranks=2) as gang:
+        gang.run("import atexit, tempfile; folder = tempfile.TemporaryDirectory(); atexit.register(print, 'ended')")
+        folders = gang.pull("folder.name")
+        gang.run(f"kept = open({str(tmp_path)!r} + f'/{{rank}}.txt', 'w'); kept.write('written')")
+    assert not any(os.path.exists(folder) for folder in folders)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["written"] * 2
+    assert [gang._run.logs(rank) for rank in range(2)] == ["ended\n"] * 2
+
+
 def test_names_live_from_cell_to_cell(gang):
     assert gang.run("x = 10 * rank\ndef f(y):\n    return x + y") is None
     assert gang.run("f(ranks)") == {0: "4", 1: "14", 2: "24", 3: "34"}
@@ -412,7 +422,7 @@ def test_close_leaves_nothing_whatever_goes_on(client):
     gang.close()
     assert no_rank_left()
     assert not psutil.wait_procs(started, timeout=30)[1]
-    with pytest.raises(hpclab.CellError, match=r"was stopped.*makes a new one"):
+    with pytest.raises(hpclab.CellError, match=r"was closed.*makes a new one"):
         gang.run("1")
 
 

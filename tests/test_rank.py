@@ -325,8 +325,10 @@ def test_of_a_returned_rank_a_hang_says_that_it_has_returned(client):
 
 LIMITED = textwrap.dedent(
     """
-    import os, sys, hpclab
+    import os, sys, threading, time, hpclab
     if __name__ == "__main__":
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # as a notebook's kernel has others
+        import torch  # which binds this one
         with hpclab.connect(workers=2) as client:
             run = hpclab.launch(client, lambda: sorted(os.sched_getaffinity(0)), ranks=2)
             print(run.result(60), run.rows[0]["cpus"])

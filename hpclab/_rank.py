@@ -333,9 +333,12 @@ def _run(header: dict, payload: bytes) -> Any:
     import torch
     import torch.distributed as dist
 
+    from hpclab import _buckets
+
     torch.set_num_threads(header["threads"])
     _limit_memory(header["memory"])
     _keep_groups()
+    _buckets.settle()
     function, arguments = pickle.loads(payload)
     rank, ranks = header["row"]["rank"], header["row"]["ranks"]
     meeting = store()

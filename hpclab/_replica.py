@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -116,22 +115,11 @@ class _Replica:
         for name, own in self._recipe().items():
             if state[name] != own:
                 raise ValueError(f"resume has {name} {state[name]}, this run {own}; they must be the same.")
-        self._order_buckets()
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.step, self.accuracy = state["step"], state["accuracy"]
-
-    def _order_buckets(self) -> None:
-        """Have DDP put its buckets in the order in which gradients come, as it did after the first step of the run.
-
-        Before, they lie in another order, in which gloo adds the ranks' numbers in another order too: of a run that
-        goes on, the first step would differ in its last bits.
-        """
-        inputs, labels = (torch.from_numpy(part) for part in self.images[np.arange(2)])
-        with torch.random.fork_rng(devices=[]):
-            self._backward(inputs, labels)
 
     @torch.no_grad()
     def test(self, epoch: int) -> float:

@@ -26,15 +26,8 @@ from typing import Any, NoReturn
 
 PRELOAD = (
     *("cloudpickle", "numpy", "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "torch.optim"),
-    *(
-        "hpclab._cells",
-        "hpclab._magics",
-        "hpclab._rank",
-        "hpclab._replica",
-        "hpclab._store",
-        "hpclab._training_job",
-        "hpclab.models",
-    ),
+    *("hpclab._buckets", "hpclab._cells", "hpclab._magics", "hpclab._rank", "hpclab._replica", "hpclab._store"),
+    *("hpclab._training_job", "hpclab.models"),
 )
 """What a rank would else import, or what its first step would (torch._dynamo: 1 to 2.5 s)."""
 PATIENCE_SECONDS = 10.0

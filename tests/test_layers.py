@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hpclab"
 LAYERS = {
     "__init__": set(),
     "__main__": {"cli"},
+    "_buckets": set(),
     "_cells": {"_magics", "_rank"},
     "_fetch": {"_shards"},
     "_agent": {"_private", "_zygote", "machine"},
@@ -18,7 +19,7 @@ LAYERS = {
     "_magics": set(),
     "_private": set(),
     "_progress": {"_rank"},
-    "_rank": {"_store"},
+    "_rank": {"_buckets", "_store"},
     "_rendezvous": set(),
     "_replica": {"_rank", "checkpoint", "data", "timeline"},
     "_shards": set(),

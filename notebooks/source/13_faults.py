@@ -95,9 +95,9 @@ views.recovery(killed)
 # - the optimiser's momentum, and the place in the schedule of its learning rate;
 # - the place in the epoch, so that no image is seen twice, and none never;
 # - the state of the random numbers, of each rank;
-# - and the *order* in which gradients are added up. Floating-point sums depend on it, and DDP arranges its buckets
-#   anew after the first step. hpclab has them arranged before a run goes on; else, with three ranks or more, the last bits
-#   would differ.
+# - and the *order* in which gradients are added up. Floating-point sums depend on it, and DDP by itself arranges its
+#   buckets anew after the first step: with three ranks or more, the last bits of a resumed run would differ. In a rank
+#   of hpclab the buckets are arranged once, when the model is wrapped, and stay.
 #
 # ## A worker dies
 #

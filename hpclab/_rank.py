@@ -365,6 +365,7 @@ def _call(function: Callable, arguments: tuple) -> Any:
     return value
 
 
+@functools.cache
 def store() -> Any:
     """Where this gang's ranks find each other: a file that only this user can open; over several hosts the ledger."""
     import torch.distributed as dist

@@ -6,7 +6,6 @@ measurement, which then counts as certain. The scale g (X of one worker) is a pa
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +29,10 @@ MISFIT = 1e-3
 """Chance of measurements so far off a law that is true, below which they reject it."""
 MOST_REPEATS = 10
 """How many times as often a count may be measured anew, before it is better to measure further out."""
+POLISH = 4
+"""Steps that end a fit; each leaves of its distance to the best one about the share that the noise is of x."""
+EXACT = 1e-8
+"""Relative error up to which a law fits exactly: what is left over is then the solver's, and no noise."""
 
 Array = NDArray[np.float64]
 
@@ -165,7 +168,10 @@ class Fit:
     freedom : int
         Degrees of freedom: points less parameters.
     aicc : float
-        Akaike's criterion, corrected for few points; comparable between fits to the same points.
+        Akaike's criterion, corrected for few points, of ln x or of x in units of its largest value; comparable between
+        fits to the same points.
+    n, x : ndarray, shape (k,)
+        The points, in ascending order.
     """
 
     law: str
@@ -179,7 +185,8 @@ class Fit:
     x: Array = field(repr=False)
     noise: str
     level: float
-    covariance: Array = field(repr=False)
+    spread: Array = field(repr=False)
+    """A root of the parameters' covariance, which is ``spread.T @ spread``."""
 
     def __call__(self, n: ArrayLike) -> Array:
         """The law's value on n workers, in units of x, shape (k,)."""
@@ -203,10 +210,11 @@ class Fit:
         n = np.atleast_1d(_counts(n, self.law))
         value = self(n)
         slopes = _jacobian(_LAWS[self.law], n, list(self.values.values()), self.noise == "relative")
-        variance = np.einsum("ki,ij,kj->k", slopes, self.covariance, slopes) + new * self.residual**2
-        half = quantile(self.level if level is None else level, self.freedom) * np.sqrt(variance)
+        error = np.hypot(np.linalg.norm(slopes @ self.spread.T, axis=1), new * self.residual)
+        half = quantile(self.level if level is None else level, self.freedom) * error
         if self.noise == "relative":
-            return value * np.exp(-half), value * np.exp(half)
+            with np.errstate(over="ignore"):  # where nothing is known, it has no upper end
+                return value * np.exp(-half), value * np.exp(half)
         return np.maximum(value - half, 0.0), value + half
 
     def bootstrap(self, draws: int = 1000, seed: int = 0, level: float | None = None) -> dict[str, tuple[float, float]]:
@@ -255,6 +263,9 @@ class Fit:
 def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
     """Fit a law by bounded least squares.
 
+    Neither the order of the points nor the unit of x (for "alpha-beta" also that of n) matters: parameters and their
+    errors change with the unit, and nothing else does.
+
     Parameters
     ----------
     law : str
@@ -287,23 +298,23 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
     """
     if law not in _LAWS:
         raise ValueError(f"law (={law!r}) must be one of {', '.join(map(repr, _LAWS))}.")
-    if noise not in ("absolute", "relative"):
-        raise ValueError(f"noise (={noise!r}) must be 'absolute' or 'relative'.")
+    _known(noise)
     confidence(level)
     kind = _LAWS[law]
     n, x = _points(n, x, law)
     relative, size, parameters = noise == "relative", len(n), len(kind.names)
-    if len(set(n)) < parameters or size <= parameters:
+    if not _enough(law, n):
         raise ValueError(
             f"{law} has {parameters} parameters, and needs as many different counts and one more point; here are"
             f" {size} points at {len(set(n))} different counts. Measure more counts, or each more often."
         )
     found = _solve(kind, n, x, relative)
-    left, jacobian = _residuals(x, kind.value(n, *found), relative), _jacobian(kind, n, found, relative)
+    unit = 1.0 if relative else float(x.max())
+    left = _residuals(x, kind.value(n, *found), relative) / unit
     squares = float(left @ left)
     freedom = size - parameters
-    covariance = np.linalg.pinv(jacobian.T @ jacobian) * squares / freedom
-    errors = np.sqrt(np.diag(covariance))
+    spread = _root(_jacobian(kind, n, found, relative) / unit) * math.sqrt(squares / freedom)
+    errors = np.linalg.norm(spread, axis=0)
     half = quantile(level, freedom) * errors
     ends = zip(np.maximum(found - half, 0.0), np.minimum(found + half, kind.upper), strict=True)
     return Fit(
@@ -311,22 +322,22 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
         values=dict(zip(kind.names, map(float, found), strict=True)),
         errors=dict(zip(kind.names, map(float, errors), strict=True)),
         intervals={name: (float(low), float(high)) for name, (low, high) in zip(kind.names, ends, strict=True)},
-        residual=math.sqrt(squares / freedom),
+        residual=unit * math.sqrt(squares / freedom),
         freedom=freedom,
         aicc=_aicc(squares, size, parameters),
         n=n,
         x=x,
         noise=noise,
         level=level,
-        covariance=covariance,
+        spread=spread,
     )
 
 
 def confidence(level: float) -> float:
     """Return a level of confidence, if it is between 0 and 1; else raise a ValueError."""
-    if not (isinstance(level, int | float) and 0 < level < 1):
+    if not (isinstance(level, int | float | np.floating) and 0 < level < 1):
         raise ValueError(f"level (={level!r}) must be between 0 and 1, such as 0.95.")
-    return level
+    return float(level)
 
 
 def quantile(level: float, freedom: float) -> float:
@@ -425,14 +436,13 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
     Raises
     ------
     ValueError
-        If a point can't be.
+        If the noise is unknown, or the level or a point can't be.
     """
+    _known(noise)
+    confidence(level)
     n, x = _points(n, x, "usl")
     counts, most = sorted(set(n)), int(max(n))
-    fits = []
-    for law in ("linear", "amdahl", "usl"):
-        with suppress(ValueError):  # too few points for it
-            fits.append(fit(law, n, x, noise, level))
+    fits = [fit(law, n, x, noise, level) for law in ("linear", "amdahl", "usl") if _enough(law, n)]
     if len(counts) < COUNTS:
         start = 2 * most
         more = [start * 2**step for step in range(max(COUNTS - len(counts), 3 if most < 8 else 1))]
@@ -457,10 +467,10 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
     largest, reach = fits[-1], REACH * most
     width = _width(largest, reach)
     if not width <= TOLERANCE:
-        repeats = math.ceil(min((width / TOLERANCE) ** 2, MOST_REPEATS + 1))
+        repeats = math.ceil(min(width / TOLERANCE, MOST_REPEATS) ** 2)
         often = f"each count {repeats} times as often, or also" if repeats <= MOST_REPEATS else "further out,"
         why = (
-            f"the measurements leave {width:.0%} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
+            f"the measurements leave {_share(width)} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
             f" Measure {often} at {2 * most}."
         )
         return Verdict(None, why, [2 * most], fits)
@@ -479,10 +489,10 @@ def _misfit(found: Fit) -> float:
     slopes = _jacobian(_LAWS[found.law], found.n, list(found.values.values()), relative)
     unit = 1.0 if relative else found(found.n)
     bends = np.stack([np.log(found.n) * unit, np.log(found.n) ** 2 * unit], axis=1)
-    more = np.hstack([slopes, bends])
+    more = _alike(np.hstack([slopes, bends]))[0]
     rest = left - more @ np.linalg.lstsq(more, left, rcond=None)[0]
     extra, freedom = bends.shape[1], len(left) - more.shape[1]
-    floor = len(left) * 1e-16 * float(np.square(unit).mean())  # data without noise
+    floor = len(left) * EXACT**2 * float(np.square(unit).mean())
     gain = (left @ left - rest @ rest) / extra
     return float(scipy.special.fdtrc(extra, freedom, gain / ((rest @ rest + floor) / freedom)))
 
@@ -491,6 +501,11 @@ def _width(largest: Fit, n: float) -> float:
     """Half-width of a fit's band at n, as a share of its value."""
     low, high = largest.band([n])
     return float((high - low)[0] / 2 / largest([n])[0])
+
+
+def _share(width: float) -> str:
+    """A width in words; beyond some it no longer matters how wide."""
+    return f"{width:.0%}" if width < 10 else "more than 1000%"
 
 
 @dataclass(frozen=True)
@@ -506,6 +521,8 @@ class _Law:
     """Derivatives of the value by each parameter, each of shape (k,)."""
     start: Callable[[Array, Array], Array]
     """Parameters to start from, given n and x; from a linear problem close to the law's own."""
+    units: Callable[[float, float], tuple[float, ...]]
+    """At which size each parameter is felt, given the largest n and x."""
 
 
 def _usl_start(order: int) -> Callable[[Array, Array], Array]:
@@ -513,7 +530,7 @@ def _usl_start(order: int) -> Callable[[Array, Array], Array]:
 
     def start(n: Array, x: Array) -> Array:
         columns = np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1)[:, :order] * (x / n)[:, None]
-        found, _ = scipy.optimize.nnls(columns, np.ones_like(n))
+        found = _nonnegative(columns)
         first = max(found[0], 1e-6 * (n / x).min())
         return np.concatenate([[1 / first], found[1:] / first])
 
@@ -527,22 +544,42 @@ def _usl_slopes(n: Array, g: float, sigma: float = 0.0, kappa: float = 0.0) -> l
 
 
 def _gustafson_start(n: Array, x: Array) -> Array:
-    shares, _ = scipy.optimize.nnls(np.stack([n, np.ones_like(n)], axis=1) / x[:, None], np.ones_like(x))
+    shares = _nonnegative(np.stack([n, np.ones_like(n)], axis=1) / x[:, None])
     return np.array([shares.sum(), shares[1] / shares.sum()])
 
 
 def _alpha_beta_start(size: Array, seconds: Array) -> Array:
-    return scipy.optimize.nnls(np.stack([np.ones_like(size), size], axis=1) / seconds[:, None], np.ones_like(size))[0]
+    return _nonnegative(np.stack([np.ones_like(size), size], axis=1) / seconds[:, None])
+
+
+def _nonnegative(columns: Array) -> Array:
+    """Coefficients, at least 0, with which the columns come closest to a column of ones."""
+    columns, norms = _alike(columns)
+    return scipy.optimize.nnls(columns, np.ones(len(columns)))[0] / norms
+
+
+def _alike(columns: Array) -> tuple[Array, Array]:
+    """Columns of length 1, and what they were divided by: else rounding, and what counts as 0, depend on units."""
+    norms = np.linalg.norm(columns, axis=0)
+    return columns / norms, norms
+
+
+def _root(jacobian: Array) -> Array:
+    """A root of the inverse of J'J; where the points can't tell parameters apart, it is huge, as their errors are."""
+    columns, norms = _alike(jacobian)
+    _left, strengths, right = np.linalg.svd(columns, full_matrices=False)
+    return right / np.maximum(strengths, np.finfo(float).eps)[:, None] / norms
 
 
 _LAWS = {
-    "linear": _Law(("g",), (np.inf,), lambda n, g: g * n, lambda n, g: [n], _usl_start(1)),
+    "linear": _Law(("g",), (np.inf,), lambda n, g: g * n, lambda n, g: [n], _usl_start(1), lambda n, x: (x,)),
     "amdahl": _Law(
         ("g", "sigma"),
         (np.inf, 1.0),
         lambda n, g, sigma: g * usl(n, sigma, 0.0),
         lambda n, *at: _usl_slopes(n, *at)[:2],
         _usl_start(2),
+        lambda n, x: (x, 1 / n),
     ),
     "usl": _Law(
         ("g", "sigma", "kappa"),
@@ -550,6 +587,7 @@ _LAWS = {
         lambda n, g, sigma, kappa: g * usl(n, sigma, kappa),
         _usl_slopes,
         _usl_start(3),
+        lambda n, x: (x, 1 / n, 1 / n**2),
     ),
     "gustafson": _Law(
         ("g", "sigma"),
@@ -557,6 +595,7 @@ _LAWS = {
         lambda n, g, sigma: g * gustafson(n, sigma),
         lambda n, g, sigma: [n - sigma * (n - 1), -g * (n - 1)],
         _gustafson_start,
+        lambda n, x: (x / n, 1.0),
     ),
     "alpha-beta": _Law(
         ("alpha", "beta"),
@@ -564,30 +603,50 @@ _LAWS = {
         alpha_beta,
         lambda size, alpha, beta: [np.ones_like(size), size],
         _alpha_beta_start,
+        lambda size, x: (x, x / size),
     ),
 }
 
 
 def _solve(law: _Law, n: Array, x: Array, relative: bool) -> Array:
-    """Parameters of the least squares within the bounds."""
+    """Parameters of the least squares within the bounds; the solver has them in units of their own.
+
+    Its tolerances, and the least value to start from, are numbers without a unit.
+    """
     unit = 1.0 if relative else x.max()
+    units = np.array(law.units(n.max(), x.max()))
+    upper = np.array(law.upper) / units
 
     def residuals(at: Array) -> Array:
         with np.errstate(divide="ignore"):  # a message of no bytes and no latency takes no time at all
-            return -_residuals(x, law.value(n, *at), relative) / unit
+            return -_residuals(x, law.value(n, *at * units), relative) / unit
 
     def jacobian(at: Array) -> Array:
-        return _jacobian(law, n, at, relative) / unit
+        return _jacobian(law, n, at * units, relative) * units / unit
 
-    start = np.clip(law.start(n, x), 1e-12, np.array(law.upper) * (1 - 1e-9))
+    start = np.clip(law.start(n, x) / units, 1e-12, upper * (1 - 1e-9))
     tight = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12}
-    found = scipy.optimize.least_squares(residuals, start, jacobian, (0.0, law.upper), x_scale="jac", **tight).x
+    found = scipy.optimize.least_squares(residuals, start, jacobian, (0.0, upper), x_scale="jac", **tight).x
     for place in range(1 if law.names[0] == "g" else 0, len(found)):  # the solver stops short of a bound
         at_bound = found.copy()
         at_bound[place] = 0.0
-        if np.square(residuals(at_bound)).sum() <= np.square(residuals(found)).sum() * (1 + 1e-9):
+        if _as_close(residuals(at_bound), residuals(found)):
             found = at_bound
-    return found
+    # The solver goes by the sum of squares, whose rounding hides the last half of a parameter's digits, and what lies
+    # at a bound now has moved the others: steps of Gauss and Newton, which go by the slopes, find them. They don't go
+    # along what the points can't tell (`rcond`), where there is nothing to find.
+    free, polished = found > 0, found.copy()
+    for _ in range(POLISH):
+        columns, norms = _alike(jacobian(polished)[:, free])
+        polished[free] -= np.linalg.lstsq(columns, residuals(polished), rcond=1e-8)[0] / norms
+        if not ((polished >= 0) & (polished <= upper)).all():
+            return found * units
+    return (polished if _as_close(residuals(polished), residuals(found)) else found) * units
+
+
+def _as_close(residuals: Array, others: Array) -> bool:
+    """Whether a fit that leaves these residuals is as good as another, but for rounding."""
+    return bool(residuals @ residuals <= others @ others * (1 + 1e-9))
 
 
 def _residuals(x: Array, value: Array, relative: bool) -> Array:
@@ -606,7 +665,7 @@ def _aicc(squares: float, size: int, parameters: int) -> float:
     k = parameters + 1
     if size <= k + 1:
         return math.inf
-    return size * math.log(max(squares, 1e-300) / size) + 2 * k + 2 * k * (k + 1) / (size - k - 1)
+    return size * math.log(max(squares / size, EXACT**2)) + 2 * k + 2 * k * (k + 1) / (size - k - 1)
 
 
 def _points(n: ArrayLike, x: ArrayLike, law: str) -> tuple[Array, Array]:
@@ -615,7 +674,19 @@ def _points(n: ArrayLike, x: ArrayLike, law: str) -> tuple[Array, Array]:
         raise ValueError(f"n (of shape {n.shape}) and x (of shape {x.shape}) must be lists of the same length.")
     if len(n) == 0 or not np.isfinite(n).all() or not (np.isfinite(x) & (x > 0)).all():
         raise ValueError(f"n and x must hold finite numbers, those of x above 0; got n={n.tolist()}, x={x.tolist()}.")
-    return n, x
+    order = np.lexsort((x, n))  # sums of the same points, in whatever order, are the same to the last bit
+    return n[order], x[order]
+
+
+def _enough(law: str, n: Array) -> bool:
+    """Whether there are as many different counts as a law has parameters, and one more point."""
+    parameters = len(_LAWS[law].names)
+    return len(set(n)) >= parameters and len(n) > parameters
+
+
+def _known(noise: str) -> None:
+    if noise not in ("absolute", "relative"):
+        raise ValueError(f"noise (={noise!r}) must be 'absolute' or 'relative'.")
 
 
 def _counts(n: ArrayLike, law: str = "usl") -> Array:

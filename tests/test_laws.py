@@ -1,7 +1,11 @@
 """The laws against published fits, planted truths and closed forms."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from hpclab import laws
@@ -51,15 +55,87 @@ def planted(law, n, values, noise, dice):
     ],
 )
 def test_intervals_cover_the_truth(law, values, noise):
-    """In 1,000 draws: 93 to 97 % for truths inside the bounds, at least 93 % at a boundary."""
+    """In 1,000 draws: 93 to 97 % for truths inside the bounds, at least 93 % at a boundary; in whatever unit x is."""
     dice = np.random.default_rng(0)
     n = np.repeat([1.0, 2, 4, 8, 16], 3)
     covered = np.zeros(len(values))
-    for _ in range(1000):
-        found = laws.fit(law, n, planted(law, n, values, noise, dice), noise="relative")
-        covered += [low <= truth <= high for truth, (low, high) in zip(values, found.intervals.values(), strict=True)]
+    for _, unit in zip(range(1000), itertools.cycle((1e-9, 1.0, 1e9, 1e12)), strict=False):
+        found = laws.fit(law, n, unit * planted(law, n, values, noise, dice), noise="relative")
+        truths = (unit * values[0], *values[1:])
+        covered += [low <= truth <= high for truth, (low, high) in zip(truths, found.intervals.values(), strict=True)]
     assert (covered >= 930).all()
     assert 0.0 in values or (covered <= 970).all()
+
+
+LAWS = {
+    "linear": (lambda n, sigma, kappa: laws.usl(n, 0, 0)),
+    "amdahl": (lambda n, sigma, kappa: laws.amdahl(n, sigma)),
+    "usl": laws.usl,
+    "gustafson": (lambda n, sigma, kappa: laws.gustafson(n, sigma)),
+    "alpha-beta": (lambda n, sigma, kappa: laws.alpha_beta(n, 1.0, sigma)),
+}
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(
+    st.sampled_from(sorted(LAWS)),
+    st.sampled_from(["relative", "absolute"]),
+    st.floats(0.01, 0.5),
+    st.floats(0.0, 0.02),
+    st.floats(-9, 12),
+    st.floats(-9, 9),
+    st.integers(0, 99),
+)
+def test_fits_change_with_the_unit_alone_and_not_with_the_order(law, noise, sigma, kappa, unit, of_size, seed):
+    dice = np.random.default_rng(seed)
+    n = np.repeat([1.0, 2, 4, 8, 16], 3)
+    x = LAWS[law](n, sigma, kappa) * (1 + 0.02 * dice.standard_normal(len(n)))
+    unit, of_size = 10**unit, 10**of_size if law == "alpha-beta" else 1.0
+    order = dice.permutation(len(n))
+    found = laws.fit(law, n, x, noise)
+    same = laws.fit(law, of_size * n[order], unit * x[order], noise)
+    of = {"g": unit, "alpha": unit, "beta": unit / of_size}
+    drawn, drawn_too = found.bootstrap(20), same.bootstrap(20)
+    for name, value in found.values.items():
+        scale = of.get(name, 1.0)
+        assert same.values[name] / scale == pytest.approx(value, rel=1e-6, abs=1e-6 * found.errors[name])
+        assert same.errors[name] / scale == pytest.approx(found.errors[name], rel=1e-6)
+        for ends, ends_too in ((found.intervals, same.intervals), (drawn, drawn_too)):
+            fine = pytest.approx(ends[name], rel=1e-6, abs=1e-6 * found.errors[name])
+            assert np.array(ends_too[name]) / scale == fine
+    at = np.array([1.0, 5, 32])
+    for new in (False, True):
+        assert np.array(same.band(of_size * at, new=new)) / unit == pytest.approx(np.array(found.band(at, new=new)))
+    assert same.aicc == pytest.approx(found.aicc, abs=1e-6)
+    assert same.residual / (1.0 if noise == "relative" else unit) == pytest.approx(found.residual)
+    assert laws.fit(law, n[order], x[order], noise).values == found.values, "to the last bit"
+    verdict = laws.choose(n[order], unit * x[order], noise)
+    assert (verdict.law, verdict.why, verdict.measure) == (
+        (other := laws.choose(n, x, noise)).law,
+        other.why,
+        other.measure,
+    )
+
+
+def test_a_line_of_messages_is_ordinary_least_squares():
+    """Sizes over eight decades, in bytes: the error of the latency is that of the textbook, of any size."""
+    size = np.array([0, 1e2, 1e4, 1e6, 1e8] * 4)
+    dice = np.random.default_rng(0)
+    seconds = 1e-3 + 1e-9 * size + 1e-4 * dice.random(len(size))
+    found = laws.fit_alpha_beta(size, seconds, noise="absolute")
+    line = stats.linregress(size, seconds)
+    assert tuple(found.values.values()) == pytest.approx((line.intercept, line.slope), rel=1e-6)
+    assert tuple(found.errors.values()) == pytest.approx((line.intercept_stderr, line.stderr), rel=1e-6)
+
+
+def test_what_the_points_cannot_tell_has_no_small_error():
+    """Without a point at one worker, X that falls as 1 / (n - 1) fits any g, if sigma and kappa are large enough."""
+    n = np.array([2.0, 4, 8, 16, 32, 64])
+    found = laws.fit_usl(n, 1 / (n - 1))
+    assert found.errors["g"] > found.values["g"]
+    low, high = found.intervals["g"]
+    assert low == 0 and high > 2 * found.values["g"]
+    assert all(np.isfinite(found.band([4.0])))
 
 
 def test_bands_and_bootstrap_cover_too():
@@ -189,6 +265,8 @@ EXACT = laws.fit_usl([1, 2, 4, 8], [1, 2, 4, 8])
         (lambda: laws.choose([1, 2, 0], [1, 2, 3]), r"n \(=0\) must be >= 1"),
         (lambda: laws.choose([], []), "must hold finite numbers"),
         (lambda: laws.fit_usl([1, 2, 3, 4], [1, 2, 3, 4], noise="pink"), r"noise \(='pink'\) must be 'absolute' or"),
+        (lambda: laws.choose([1, 2, 3, 4], [1, 2, 3, 4], noise="absolut"), r"noise \(='absolut'\) must be 'absolute'"),
+        (lambda: laws.choose([1, 2, 3, 4], [1, 2, 3, 4], level=95), r"level \(=95\) must be between 0 and 1"),
         (lambda: laws.fit_usl([1, 2, 3, 4], [1, 2, 3, 4], level=95), r"level \(=95\) must be between 0 and 1"),
         (lambda: EXACT.band([4], level=95), r"level \(=95\) must be between 0 and 1"),
         (lambda: EXACT.band([4], level=0), r"level \(=0\) must be between 0 and 1"),

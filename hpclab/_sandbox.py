@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -24,8 +25,8 @@ PROCESSES = 128
 """Processes at which a notebook is stopped: no training here needs so many."""
 STRAY = 2**24
 """Bytes that may be written into the folder of the sockets, the only one that is not private to the sandbox."""
-MOST_FOLDER = 100
-"""Bytes of that folder's path: a socket's in it has at most 107."""
+LONGEST_PLACE = 75
+"""Bytes of the path in which a kernel's folder is made: its own name and a socket's take 32 more."""
 HOME = "/home/student"
 USER = 61234
 """User and group in a sandbox made by root: nobody's, from the range that systemd keeps for such."""
@@ -44,6 +45,7 @@ class Kernel:
     process: subprocess.Popen
     folder: Path
     memory: int
+    home: str
     seen: list[psutil.Process] = field(default_factory=list)
 
     def look(self) -> None:
@@ -55,8 +57,23 @@ class Kernel:
             raise Stopped("processes")
         if sum(map(_memory, processes)) > self.memory and sum(map(_share, processes)) > self.memory:
             raise Stopped("memory")
-        if sum(file.lstat().st_size for file in self.folder.iterdir()) > STRAY:
+        if self.stray() > STRAY:
             raise Stopped("disk")
+
+    def stray(self) -> float:
+        """Bytes in the folder of the sockets; what nobody but a student can have done there counts as too many."""
+        try:
+            with os.scandir(self.folder) as entries:
+                return sum(self._size(entry) for entry in entries)
+        except OSError:  # closed, or removed
+            return math.inf
+
+    def _size(self, entry: os.DirEntry) -> float:
+        if entry.is_dir(follow_symlinks=False):
+            return 0 if entry.path == self.home else math.inf
+        with contextlib.suppress(OSError):  # it has just gone
+            return entry.stat(follow_symlinks=False).st_size
+        return 0
 
     def family(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
@@ -98,7 +115,14 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def kernel(memory: int, hidden: list[Path], environment: dict[str, str], trust: bool) -> Iterator[Kernel]:
+def kernel(
+    memory: int,
+    hidden: list[Path],
+    environment: dict[str, str],
+    trust: bool,
+    beside: IO[bytes] | None = None,
+    inner: Path = Path(),
+) -> Iterator[Kernel]:
     """A fresh kernel, in a sandbox unless it is trusted, which ends with this context, and all that it has started.
 
     Parameters
@@ -111,6 +135,10 @@ def kernel(memory: int, hidden: list[Path], environment: dict[str, str], trust: 
         Variables beside those that a kernel needs.
     trust : bool
         Run it without a sandbox, but with a folder and a session of its own.
+    beside : binary file, optional
+        A tar archive, unpacked into the kernel's home before it starts.
+    inner : Path
+        Folder in its home in which the kernel works.
     """
     from jupyter_client import BlockingKernelClient
     from jupyter_client.connect import write_connection_file
@@ -126,25 +154,42 @@ def kernel(memory: int, hidden: list[Path], environment: dict[str, str], trust: 
         elif os.getuid() == 0:
             for path in (folder, folder / "kernel.json"):
                 os.chown(path, USER, USER)
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", file]
+        command = [sys.executable, "-c", _START, str(inner), "-f", file]
         process = subprocess.Popen(
             command if trust else [*wrapped(folder, hidden), *command],
             env=_environment(home) | environment,
             cwd=home if trust else "/",
-            stdin=subprocess.DEVNULL,
+            stdin=beside or subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=partial(_limit, memory, trust),
         )
         client = BlockingKernelClient()
-        one = Kernel(client, process, folder, memory)
+        one = Kernel(client, process, folder, memory, home)
         try:
             client.load_connection_info(json.loads(Path(file).read_text()) | {"key": settings["key"]})
             client.start_channels()
             yield one
         finally:
             _end(one)
+
+
+_START = """
+import os, runpy, sys
+del sys.path[0]  # nothing that lies beside the notebook is imported before the kernel has begun
+if os.read(0, 1):
+    import tarfile
+    os.lseek(0, 0, 0)
+    with tarfile.open(fileobj=os.fdopen(os.dup(0), "rb")) as tar:
+        tar.extractall(**({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+nothing = os.open(os.devnull, os.O_RDONLY)
+os.dup2(nothing, 0)
+os.makedirs(sys.argv[1], exist_ok=True)
+os.chdir(sys.argv.pop(1))
+runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
+"""
+"""What the kernel's first process runs, in its home: it unpacks there as the student, into the student's own disk."""
 
 
 def _end(one: Kernel) -> None:
@@ -161,14 +206,28 @@ def _end(one: Kernel) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
+def place() -> Path:
+    """Where the folders of kernels are made.
+
+    Raises
+    ------
+    OSError
+        If there is no such place, or its path is too long: a socket's has at most 107 bytes.
+    """
+    base = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    if (size := len(os.fsencode(base))) > LONGEST_PLACE:
+        raise OSError(
+            f"TMPDIR (={base}) has {size} bytes, and kernels have sockets there, whose paths may have 107; set it to a"
+            f" folder whose path has at most {LONGEST_PLACE}."
+        )
+    return base
+
+
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A private folder with a short name: a socket's path has at most 107 bytes."""
-    base = "/tmp" if os.access("/tmp", os.W_OK) else None
-    folder = tempfile.mkdtemp(prefix="hpclab-grade-", dir=base)
+    """A private folder with a short name."""
+    folder = tempfile.mkdtemp(prefix="hpclab-grade-", dir=place())
     try:
-        if len(os.fsencode(folder)) > MOST_FOLDER:
-            raise OSError(f"TMPDIR (={tempfile.gettempdir()!r}) is too long a name for sockets; set it to a short one.")
         yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,15 +1,29 @@
 """What a class has handed in: which file is whose, of which notebook, and what of it is run and judged."""
 
 import ast
+import contextlib
+import importlib.machinery
+import io
+import json
+import logging
 import os
 import stat
+import sys
+import tarfile
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LARGEST = 50 * 2**20
 """Bytes of a file beyond which it isn't even read."""
+MOST_FILES = 100_000
+"""Files in a student's folder beyond which none is looked at."""
+MOST_BESIDE = (2_000, 200 * 2**20)
+"""Files, and bytes of them all, that are put beside a notebook; the nearest go first."""
+LONGEST_CHECK = 20_000
+"""Characters of a cell beyond which it is no copy of a check."""
 
 
 class Unreadable(ValueError):
@@ -23,6 +37,12 @@ class Step:
     code: str
     exercise: str = ""
     answer: str = ""
+    cell: int = 0
+    """Its number among the notebook's cells of code, from 1, as *Run All* counts them."""
+    copies: int = 1
+    """How many copies of the check the notebook has; this is the last."""
+    changed: bool = False
+    """Whether the student's own cell asked for something else than the course's, which counts."""
 
 
 @dataclass
@@ -44,16 +64,123 @@ def found(folder: Path, course: list[Assignment]) -> Iterator[tuple[str, Path]]:
         if path.name.startswith("."):
             continue
         if path.is_dir() and not path.is_symlink():
-            files = [file for file in sorted(path.rglob("*")) if not _hidden(file, path) and not file.is_dir()]
+            try:
+                files = [path / name for name in _files(path)]
+            except Unreadable:  # `read` says why
+                files = []
             notebooks = [file for file in files if file.suffix == ".ipynb"]
-            for file in sorted(notebooks or files, key=lambda file: _order(file, course)):
+            for file in sorted(notebooks or files or [path], key=lambda file: _order(file, course)):
                 yield str(file.relative_to(folder)), file
         else:
             yield path.name, path
 
 
-def _hidden(file: Path, below: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(below).parts)
+def _files(top: Path) -> list[Path]:
+    """Files in a folder and the folders in it, as paths from there; nothing hidden, and through no link to a folder.
+
+    A folder in it that can't be read stands for what it holds.
+
+    Raises
+    ------
+    Unreadable
+        If it can't be read itself, or there is more in it than anybody hands in.
+    """
+    named: list[Path] = []
+    left = [Path()]
+    while left:  # and no recursion: folders can be nested deeper than Python's stack
+        inner = left.pop()
+        try:
+            with os.scandir(top / inner) as found:
+                entries = list(found)
+        except OSError as error:
+            if inner == Path():
+                raise Unreadable(f"its folder can't be read ({os.strerror(error.errno or 0)})") from None
+            named.append(inner)
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__pycache__":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                left.append(inner / entry.name)
+            elif not os.path.isdir(entry.path):
+                named.append(inner / entry.name)
+        if len(named) + len(left) > MOST_FILES:
+            raise Unreadable(f"its folder holds more than {MOST_FILES} files")
+    return sorted(named)
+
+
+def beside(path: Path, folder: Path, archive: IO[bytes]) -> list[str]:
+    """Write what a student has handed in with a notebook as a tar archive; empty if it lies in no folder of theirs.
+
+    Returns names of what isn't in it, as it would be too much, or can't be read. No link is followed, wherever a
+    student puts one meanwhile.
+    """
+    inner = path.relative_to(folder)
+    with tarfile.open(fileobj=archive, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        left = _pack(tar, folder / inner.parts[0], Path(*inner.parts[1:-1])) if len(inner.parts) > 1 else []
+    archive.seek(0)
+    return left
+
+
+def _pack(tar: tarfile.TarFile, top: Path, first: Path) -> list[str]:
+    (many, room), left = MOST_BESIDE, []
+    for name in sorted(_files(top), key=lambda name: (first not in name.parents, len(name.parts))):
+        try:
+            with _opened(top, name) as file:
+                status = os.fstat(file.fileno())
+                if not many or status.st_size > min(room, LARGEST):
+                    raise Unreadable("too much")
+                about = tarfile.TarInfo(str(name))
+                about.size, about.mtime, about.mode = status.st_size, status.st_mtime, status.st_mode & 0o100 | 0o644
+                # As many bytes as it had then, whatever a student does to it meanwhile.
+                tar.addfile(about, io.BytesIO(file.read(about.size).ljust(about.size, b"\0")))
+                many, room = many - 1, room - about.size
+        except (OSError, Unreadable):
+            left.append(str(name))
+    return left
+
+
+def _opened(top: Path, name: Path) -> IO[bytes]:
+    """A file of a student's, opened step by step through no link; a pipe doesn't hold it up.
+
+    Raises
+    ------
+    OSError
+        If it can't be opened so.
+    Unreadable
+        If it is no file.
+    """
+    handle = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in name.parts[:-1]:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        file = os.open(name.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)
+    finally:
+        os.close(handle)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise Unreadable("it is no file")
+    return open(file, "rb")
+
+
+def hiding(path: Path, folder: Path) -> list[str]:
+    """Names of files beside a notebook that Python finds before its own, or installed, modules of the same name."""
+    if path.parent == folder:
+        return []
+    places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    places.append(str(Path(__file__).parents[1]))
+    hide = []
+    with os.scandir(path.parent) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name, suffix = os.path.splitext(entry.name)
+            if not name.isidentifier() or not (suffix == ".py" or os.path.isfile(f"{entry.path}/__init__.py")):
+                continue
+            other = importlib.machinery.PathFinder.find_spec(name, places)
+            if name in sys.stdlib_module_names or (other and other.loader):
+                hide.append(entry.name)
+    return hide
 
 
 def _order(file: Path, course: list[Assignment]) -> tuple[int, str]:
@@ -90,18 +217,25 @@ def read(path: Path) -> dict:
     """
     import nbformat
 
-    if path.is_symlink():
-        raise Unreadable("it is a link, and leads elsewhere")
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable("it is no file")
-        if status.st_size > LARGEST:
-            raise Unreadable(f"it has {status.st_size / 2**20:.0f} MB, more than {LARGEST / 2**20:.0f}")
-        if path.suffix != ".ipynb":
-            raise Unreadable("its name doesn't end in .ipynb")
-        notebook = nbformat.reads(path.read_text("utf-8"), as_version=4)
-        nbformat.validate(notebook)
+        if path.is_symlink():
+            raise Unreadable("it is a link, and leads elsewhere")
+        if path.is_dir():
+            _files(path)
+            raise Unreadable("its folder holds no file")
+        with _opened(path.parent, Path(path.name)) as file:
+            if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+                raise Unreadable(f"it has {size / 2**20:.0f} MB, more than {LARGEST / 2**20:.0f}")
+            if path.suffix != ".ipynb":
+                raise Unreadable("its name doesn't end in .ipynb")
+            raw = file.read(LARGEST)
+        if not raw.strip():
+            raise Unreadable("it is empty")
+        with _quiet():
+            text = raw.decode(json.detect_encoding(raw), "surrogatepass")
+            notebook = nbformat.reads(text, as_version=4, capture_validation_error={})
+        for cell in notebook["cells"]:
+            _sound(cell)
     except Unreadable:
         raise
     except OSError as error:
@@ -113,18 +247,41 @@ def read(path: Path) -> dict:
     return notebook
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from a terminal what Python and nbformat find odd about a notebook: they quote what is in it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _sound(cell: Any) -> None:
+    """Bring a cell into the form that is read here; Jupyter opens notebooks that lack more than this."""
+    source, metadata = cell.setdefault("source", ""), cell.setdefault("metadata", {})
+    # No kernel takes half of a surrogate pair, which JSON can hold.
+    cell["source"] = "".join(source).encode("utf-8", "replace").decode()
+    if not isinstance(cell["cell_type"], str) or not isinstance(metadata.get("nbgrader", {}), dict):
+        raise TypeError
+
+
 def of(path: Path, notebook: dict, course: list[Assignment]) -> Assignment:
-    """The notebook of the course that this one began as: by its file's name, else by its cells' ids.
+    """The notebook of the course that this one began as: by its file's name, unless its checks are another's; else by
+    its cells' ids.
 
     Raises
     ------
     Unreadable
         If it is none of them.
     """
-    for one in course:
-        if path.stem == one.stem:
-            return one
     ids = {_id(cell) for cell in _cells(notebook)}
+    for one in course:
+        if path.stem == one.stem and (ids & set(one.checks) or not any(ids & set(other.checks) for other in course)):
+            return one
     best = max(course, key=lambda one: len(ids & set(one.checks)) * 1000 + len(ids & set(one.ids)))
     if not ids & set(best.checks) and 2 * len(ids & set(best.ids)) < len(best.ids):
         raise Unreadable("it is none of the course's notebooks")
@@ -132,15 +289,36 @@ def of(path: Path, notebook: dict, course: list[Assignment]) -> Assignment:
 
 
 def steps(notebook: dict, assignment: Assignment) -> list[Step]:
-    """What is run: the student's cells, with the course's checks in place of theirs, and of those that are gone."""
-    planned, left = [], dict(assignment.checks)
-    for cell in _cells(notebook):
-        if _id(cell) in assignment.checks:
-            if step := left.pop(_id(cell), None):
-                planned.append(step)
-        elif cell["cell_type"] == "code":
-            planned.append(Step(_text(cell)))
-    return planned + list(left.values())
+    """What is run: the student's cells, with the course's checks in place of theirs, and of those that are gone.
+
+    Of several copies of a check the last one counts. A copy is a cell that has the check's id, or asks for the same
+    exercise. What the student wrote into one, before its last line, is run as any other cell of theirs.
+    """
+    planned: list[Step] = []
+    last: dict[str, int] = {}  # where in the plan an exercise's check is
+    copies: dict[str, int] = {}
+    named = {step.exercise: step for step in assignment.checks.values()}
+    codes = [cell for cell in _cells(notebook) if cell["cell_type"] == "code"]
+    for number, cell in enumerate(codes, start=1):
+        text = _text(cell)
+        theirs = _check(text)
+        check = named.get(theirs.exercise) if theirs else None
+        check = check or assignment.checks.get(_id(cell))
+        if check is None:
+            planned.append(Step(text, cell=number))
+            continue
+        changed = theirs != check
+        own = theirs.code if theirs and theirs.exercise == check.exercise else text
+        if changed and own:
+            planned.append(Step(own, cell=number))
+        if check.exercise in last:
+            earlier = planned[last[check.exercise]]
+            planned[last[check.exercise]] = Step(earlier.code, cell=earlier.cell)
+        copies[check.exercise] = copies.get(check.exercise, 0) + 1
+        last[check.exercise] = len(planned)
+        planned.append(replace(check, cell=number, copies=copies[check.exercise], changed=changed))
+    gone = [step for step in assignment.checks.values() if step.exercise not in last]
+    return planned + [replace(step, cell=len(codes) + more) for more, step in enumerate(gone, start=1)]
 
 
 def _cells(notebook: dict) -> list[Any]:
@@ -158,10 +336,16 @@ def _id(cell: Any) -> str:
 
 def _check(code: str) -> Step | None:
     """A check cell, cut into what stands before `hpclab.check(...)` and the answer; None if it is no such cell."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError:  # a cell with magics
+    if "check" not in code or len(code) > LONGEST_CHECK:
         return None
+    try:
+        with _quiet():
+            return _parsed(ast.parse(code))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a cell with magics, or one that is no Python
+        return None
+
+
+def _parsed(tree: ast.Module) -> Step | None:
     match tree.body[-1:]:
         case [
             ast.Expr(

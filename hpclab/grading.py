@@ -10,11 +10,13 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpclab import _sandbox, _submissions, data
 from hpclab._sandbox import Kernel, Stopped
 from hpclab._submissions import Step, Unreadable
+from hpclab.language import language
 from hpclab.language import translate as _
 from hpclab.tables import Table
 
@@ -22,6 +24,8 @@ TIME = 600.0
 MEMORY = 2 * 10**9
 OUTPUT = 20 * 10**6
 """Bytes of output, of all cells of a notebook, at which it is stopped."""
+LONGEST = 200
+"""Characters of what a check or an error says that are told."""
 START_SECONDS = 120.0
 """How long a kernel may take to start, which is no fault of the student's."""
 
@@ -73,6 +77,8 @@ def grade(
         If an argument can't be.
     RuntimeError
         If no sandbox can be made here and `trust` isn't set.
+    OSError
+        If there is no temporary folder for the kernels, or the path to it is too long.
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
@@ -85,6 +91,7 @@ def grade(
     there = [(name, path) for name, path in _submissions.found(folder, notebooks) if path not in skip]
     if not there:
         raise ValueError(f"folder (={folder}) holds nothing to grade: no FOLDER/*.ipynb, no FOLDER/STUDENT/*.ipynb.")
+    _sandbox.place()
     if not trust and (why := _sandbox.missing()):
         raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you say: --trust")
     limits = _Limits(time_s, memory, folder, trust, str(seed))
@@ -92,8 +99,8 @@ def grade(
     rows = Table()
     for name, path in there:
         for exercise, verdict, reason in _judged(path, notebooks, limits):
-            row = {"submission": _plain(name), "exercise": exercise, "verdict": verdict}
-            rows.append(row | {"points": points.get(verdict, 0.0), "reason": _plain(reason)})
+            row = {"submission": _name(name), "exercise": exercise, "verdict": verdict}
+            rows.append(row | {"points": points.get(verdict, 0.0), "reason": _line(reason)})
             told(rows[-1])
     return rows
 
@@ -126,14 +133,26 @@ def write(rows: list[dict], file: str | Path) -> None:
 
 
 def _harmless(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    """Text of which no cell, also where a spreadsheet splits it at a semicolon, begins as a formula does."""
+    return re.sub(r"(^\s*|;\s*)(?=[=+\-@＝＋－＠])", r"\1'", value) if isinstance(value, str) else value
 
 
-def _plain(text: str) -> str:
+def _name(text: str) -> str:
+    """A submission's name as one line; no two become the same."""
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(one if one.isprintable() and one != "\\" else one.encode("unicode_escape").decode() for one in text)
+
+
+def _line(text: str) -> str:
     """A line of what a student may have made up: a terminal must not obey it."""
     line = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    line = "".join(letter if letter.isprintable() else " " for letter in line)
-    return line if len(line) <= 200 else f"{line[:197]}..."
+    return "".join(letter if letter.isprintable() else " " for letter in line)
+
+
+def _short(text: str) -> str:
+    """As much of a text as goes into a table."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 class _Limits:
@@ -143,11 +162,12 @@ class _Limits:
     def why(self, stopped: Stopped) -> str:
         """What ended a notebook, in the teacher's language."""
         return {
+            "start": _("its kernel didn't start within {seconds:g} s", seconds=START_SECONDS),
             "time": _("stopped: it took more than {seconds:g} s", seconds=self.time_s),
             "memory": _("stopped: it took more than {gb:.3g} GB of memory", gb=self.memory / 1e9),
             "output": _("stopped: it printed more than {mb:.0f} MB", mb=OUTPUT / 1e6),
             "processes": _("stopped: it started more than {count} processes", count=_sandbox.PROCESSES),
-            "disk": _("stopped: it filled the folder of its sockets"),
+            "disk": _("stopped: it filled, or changed, the folder of its sockets"),
             "dead": _("its kernel died"),
         }[str(stopped)]
 
@@ -160,37 +180,73 @@ def _judged(path: Path, course: list[_submissions.Assignment], limits: _Limits) 
     except Unreadable as error:
         return [("", "not reached", _("not graded: {why}", why=str(error)))]
     steps = _submissions.steps(notebook, assignment)
+    says = _Notes()
     rows: list[tuple[str, str, str]] = []
     try:
-        with _sandbox.kernel(limits.memory, [limits.folder], {}, limits.trust) as kernel:
-            _Session(kernel, limits).run(steps, rows)
+        with tempfile.TemporaryFile() as archive:
+            says.left = _submissions.beside(path, limits.folder, archive)
+            says.hiding = _submissions.hiding(path, limits.folder)
+            inner = Path(*path.relative_to(limits.folder).parts[1:-1])
+            hidden, environment = [limits.folder], {"HPCLAB_LANG": language()}
+            with _sandbox.kernel(limits.memory, hidden, environment, limits.trust, archive, inner) as kernel:
+                _Session(kernel, limits, says).run(steps, rows)
+        return rows
     except Stopped as stopped:
-        done = [exercise for exercise, _verdict, _reason in rows]
-        exercises = [step.exercise for step in steps if step.exercise]
-        return rows + [(name, "not reached", limits.why(stopped)) for name in exercises if name not in done]
-    return rows
+        why = limits.why(stopped)
+    except Exception as error:  # a kernel can answer whatever it likes, and that is no reason to stop the class
+        why = _("not graded: {why}", why=_short(f"{type(error).__name__}: {error}"))
+    missing = [step for step in steps if step.exercise][len(rows) :]
+    return rows + [(step.exercise, "not reached", says.about(step, "not reached", why)) for step in missing]
+
+
+@dataclass
+class _Notes:
+    """What a teacher must know to understand a verdict: which cell was judged, and what lay beside the notebook."""
+
+    left: list[str] = field(default_factory=list)
+    hiding: list[str] = field(default_factory=list)
+
+    def about(self, step: Step, verdict: str, reason: str) -> str:
+        """The reason of a verdict, after what is to be said of its check."""
+        notes = []
+        if step.copies > 1:
+            notes.append(_("the last of {count} copies of this check counts", count=step.copies))
+        if step.changed:
+            notes.append(_("this check was changed, and the course's own counts"))
+        if verdict != "pass" and self.hiding:
+            notes.append(_("{file} beside the notebook has a module's name, and may hide it", file=_some(self.hiding)))
+        if verdict != "pass" and self.left:
+            notes.append(_("{file} was not put beside it: too large, or unreadable", file=_some(self.left)))
+        return f"({'; '.join(notes)}) {reason}" if notes else reason
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(_short(_name(name)) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown}, ..."
 
 
 class _Session:
     """Talks to one kernel: runs cells, throws away what they show, and asks for verdicts."""
 
-    def __init__(self, kernel: Kernel, limits: _Limits):
-        self.kernel, self.client, self.limits = kernel, kernel.client, limits
+    def __init__(self, kernel: Kernel, limits: _Limits, says: _Notes):
+        self.kernel, self.client, self.limits, self.says = kernel, kernel.client, limits, says
         self.output = 0
         self.trouble = ""
         """The first error of a cell, which may be why an answer isn't there."""
+        self.late = "start"
         self.deadline = time.monotonic() + START_SECONDS
 
     def run(self, steps: list[Step], rows: list[tuple[str, str, str]]) -> None:
         self._wait(self.client.kernel_info())
-        self.deadline = time.monotonic() + self.limits.time_s
-        for number, step in enumerate(steps, start=1):
-            reply = self._wait(self.client.execute(step.code, allow_stdin=False, stop_on_error=False))
-            if reply.get("status") == "error" and not self.trouble:
-                told = {"number": number, "error": f"{reply.get('ename')}: {reply.get('evalue')}"}
-                self.trouble = _("cell {number} raised {error}", **told)
+        self.late, self.deadline = "time", time.monotonic() + self.limits.time_s
+        for step in steps:
+            if step.code.strip():
+                reply = self._wait(self.client.execute(step.code, allow_stdin=False, stop_on_error=False))
+                if reply.get("status") == "error" and not self.trouble:
+                    self.trouble = _("cell {number} raised {error}", number=step.cell, error=_error(reply))
             if step.exercise:
-                rows.append((step.exercise, *self._verdict(step)))
+                verdict, message = self._verdict(step)
+                rows.append((step.exercise, verdict, self.says.about(step, verdict, message)))
 
     def _verdict(self, step: Step) -> tuple[str, str]:
         """What the course's check says: in the reply to a request that nothing printed can be mistaken for."""
@@ -198,16 +254,19 @@ class _Session:
         call = f"__import__('hpclab.exercises').exercises.judged({nonce!r}, {step.exercise!r}, {self.limits.seed!r}, "
         asked = {"verdict": f"{call}lambda: ({step.answer}))"}
         reply = self._wait(self.client.execute("", silent=True, user_expressions=asked, allow_stdin=False))
-        found = (reply.get("user_expressions") or {}).get("verdict", {})
         try:
-            echoed, status, message = json.loads(ast.literal_eval(found["data"]["text/plain"]))
-            if echoed != nonce or status not in ("pass", "fail", "inconclusive"):
+            answer = reply["user_expressions"]["verdict"]
+            if answer["status"] == "error":
+                return "fail", self._with_trouble(_("The check raised {error}", error=_error(answer)))
+            echoed, status, message = json.loads(ast.literal_eval(answer["data"]["text/plain"]))
+            if echoed != nonce or status not in ("pass", "fail", "inconclusive") or not isinstance(message, str):
                 raise ValueError
-        except (KeyError, ValueError, SyntaxError, TypeError):
-            return "fail", self._with_trouble(f"{found.get('ename', '')}: {found.get('evalue', '')}")
+        except (KeyError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return "fail", self._with_trouble(_("Its kernel gave no verdict: does the notebook change the checks?"))
         return status, self._with_trouble(message)
 
     def _with_trouble(self, message: str) -> str:
+        message = _short(message)
         return f"{message} ({self.trouble})" if self.trouble and self.trouble not in message else message
 
     def _wait(self, request: str) -> dict:
@@ -220,7 +279,7 @@ class _Session:
                 self.kernel.look()
                 looked = now
             if now > self.deadline:
-                raise Stopped("time")
+                raise Stopped(self.late)
             self._discard()
             try:
                 message = self.client.get_shell_msg(timeout=0.05)
@@ -242,3 +301,8 @@ class _Session:
             self.output += len(json.dumps(message.get("content"), default=str)) + sum(map(len, message["buffers"]))
             if self.output > OUTPUT:
                 raise Stopped("output")
+
+
+def _error(reply: dict) -> str:
+    """The error in a reply of a kernel's, which may be of any length."""
+    return _short(_line(f"{str(reply.get('ename'))[:LONGEST]}: {str(reply.get('evalue'))[:LONGEST]}"))

@@ -1,11 +1,14 @@
 """A class's notebooks, good and bad, graded for real: in fresh kernels, in bubblewrap, under limits."""
 
 import csv
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -250,8 +253,10 @@ def test_without_bubblewrap_it_refuses_unless_trusted(tmp_path, course, monkeypa
     assert cli.main(["grade", str(folder), "--course", str(course)]) == 1
     told = capsys.readouterr().err
     assert "bubblewrap is missing; apt install bubblewrap" in told and "--trust" in told
-    handed_in(folder, rate=notebook(RIGHT, "import subprocess\nkept = subprocess.Popen(['sleep', '1000'])"))
-    found = graded(folder, course, trust=True)
+    helped = notebook("from mine import scaled_lr", "import subprocess\nkept = subprocess.Popen(['sleep', '1000'])")
+    ann = handed_in(tmp_path / "trusted" / "ann" / "week 1", rate=helped)
+    (ann / "mine.py").write_text(RIGHT)
+    found = graded(tmp_path / "trusted", course, trust=True)
     assert found["rate"][0] == "pass", found
     assert ours("sleep") == []
 
@@ -292,13 +297,191 @@ def test_a_renamed_notebook_is_known_by_its_cells(tmp_path):
         _submissions.of(path, nbformat.reads(notebook(check=None), 4), course)
 
 
-def test_the_students_check_cells_give_way_to_the_courses(tmp_path, course):
+def cells(*codes) -> dict:
+    """A notebook of cells of code, each given with its id, and with the course's metadata if it is the check."""
+    new = nbformat.v4.new_code_cell
+    made = [
+        new(code, id=f"cell-{n}", metadata={"nbgrader": {"grade_id": name}}) for n, (name, code) in enumerate(codes)
+    ]
+    return nbformat.v4.new_notebook(cells=made)
+
+
+def plan(course, *codes) -> list[tuple]:
     (one,) = _submissions.assignments(course)
-    theirs = nbformat.reads(notebook(RIGHT, check="print('pass')"), 4)
-    theirs.cells.append(theirs.cells[-1].copy())
-    steps = _submissions.steps(theirs, one)
-    assert [step.exercise for step in steps] == ["", "", "cnn.learning_rate"]
-    assert (steps[-1].code, steps[-1].answer) == ("", "scaled_lr")
+    steps = _submissions.steps(cells(*codes), one)
+    return [(step.cell, step.code, step.answer, step.copies, step.changed) for step in steps]
+
+
+def test_the_last_copy_of_a_check_counts_and_gives_way_to_the_courses(course):
+    ours = (1, False)
+    assert plan(course, ("rate-check", CHECK), ("", "x = 1")) == [(1, "", "scaled_lr", *ours), (2, "x = 1", "", *ours)]
+    assert plan(course, ("", "x = 1")) == [(1, "x = 1", "", *ours), (2, "", "scaled_lr", *ours)]
+    # Copied with its id, typed anew with another, moved to the front: the last one's place counts.
+    for first, second in (("rate-check", "rate-check"), ("", "rate-check"), ("rate-check", ""), ("", "")):
+        steps = plan(course, (first, CHECK), ("", "x = 1"), (second, CHECK), ("", "x = 2"))
+        assert [step[:3] for step in steps if step[1] or step[2]] == [
+            (2, "x = 1", ""),
+            (3, "", "scaled_lr"),
+            (4, "x = 2", ""),
+        ]
+        assert [step[3:] for step in steps if step[2] and step[0] == 3] == [(2, False)]
+    # What a student wrote into it is run, and said; what it asks for is the course's.
+    (own, check) = plan(course, ("rate-check", f"{WRONG}\nhpclab.check('cnn.learning_rate', lambda *given: 1)"))
+    assert own[1].startswith("def scaled_lr") and "check" not in own[1] and check == (1, "", "scaled_lr", 1, True)
+    assert plan(course, ("rate-check", "print('pass')"))[0][1] == "print('pass')"
+    assert plan(course, ("rate-check", f"{CHECK}  # mine"))[0] == (1, "", "scaled_lr", 1, False)
+    for odd in ("check\0", f"check({'-' * 15_000}1)", f"check{'.a' * 9_000}", "%%time\ncheck", f"#{'check' * 10_000}"):
+        assert plan(course, ("", odd))[0][1] == odd
+
+
+def test_a_notebook_under_anothers_name_is_known_by_its_checks(tmp_path):
+    course = _submissions.assignments(ROOT / "notebooks")
+    path = Path(shutil.copy(ROOT / "notebooks" / "03_cnn.ipynb", tmp_path / "05_dask.ipynb"))
+    assert _submissions.of(path, _submissions.read(path), course).stem == "03_cnn"
+    assert _submissions.of(path, cells(("", "1")), course).stem == "05_dask"
+
+
+def test_no_cell_of_the_marks_begins_a_formula_and_no_two_names_become_one(tmp_path):
+    names = [
+        "=1",
+        " @a",
+        "a;=1",
+        "a\n;\t+1",
+        "\t-1",
+        "＝1",
+        "a\udcff",
+        "a\udcfe",
+        "a\\udcff",
+        "a\x1b[1m",
+        "n" * 300,
+        "n" * 301,
+    ]
+    rows = [{"submission": grading._name(name), "exercise": "e", "verdict": "fail", "points": 0.5} for name in names]
+    grading.write(
+        [row | {"reason": f"=1; {name}".replace("\udcff", "")} for row, name in zip(rows, names, strict=True)][:6],
+        tmp_path / "m.csv",
+    )
+    with (tmp_path / "m.csv").open(newline="", encoding="utf-8") as file:
+        values = [value for row in csv.reader(file) for value in row]
+    assert len(values) == 35 and not [
+        part for value in values for part in value.split(";") if part.lstrip()[:1] in "=+-@＝"
+    ]
+    assert len(grading.totals(rows)) == len(names) and all(row["submission"].isprintable() for row in rows)
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A folder in which folders lie deeper than Python's stack, and in the end than any path may be."""
+    made = handed_in(tmp_path / "class" / "deep", rate=notebook(RIGHT))
+    for _level in range(1500):
+        os.mkdir("in")
+        os.chdir("in")
+    os.chdir(tmp_path)
+    os.rename("in", made / "in")
+    yield made
+    subprocess.run(["rm", "-r", made / "in"], check=True)  # pytest couldn't
+
+
+def test_a_students_folder_is_found_however_deep_and_large_it_is(tmp_path, course, deep):
+    (deep / "photos").mkdir()
+    for number in range(_submissions.MOST_BESIDE[0]):
+        (deep / "photos" / f"{number}.png").touch()
+    found = list(_submissions.found(tmp_path / "class", _submissions.assignments(course)))
+    assert [name for name, _path in found] == ["deep/rate.ipynb"]
+    with (tmp_path / "tar").open("w+b") as archive:
+        left = _submissions.beside(found[0][1], tmp_path / "class", archive)
+        with tarfile.open(fileobj=archive) as tar:
+            names = tar.getnames()
+    assert left[0] == "photos/999.png" and left[1].startswith("in/in") and len(left) == 2
+    assert "rate.ipynb" in names and len(names) == _submissions.MOST_BESIDE[0]
+    with pytest.raises(Unreadable, match=r"it can't be read \(File name too long"):
+        _submissions.read(deep / left[1])
+
+
+def test_what_only_a_student_can_have_put_among_the_sockets_counts_as_too_much(tmp_path):
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    kernel = _sandbox.Kernel(None, None, folder, 10**9, home=str(folder / "home"))
+    (folder / "home").mkdir()
+    (folder / "kernel.json").write_text("{}")
+    assert kernel.stray() == 2
+    (folder / "more").mkdir()
+    assert kernel.stray() == float("inf")
+    shutil.rmtree(folder)
+    assert kernel.stray() == float("inf")
+
+
+def test_a_place_too_long_for_a_socket_is_named(tmp_path, course, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as where there is no /tmp
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 80)))
+    with pytest.raises(OSError, match=r"TMPDIR \(=.*x\) has \d+ bytes"):
+        grading.grade(handed_in(tmp_path / "class", rate=notebook(RIGHT)), course=course, trust=True)
+
+
+def test_what_students_hand_in_beside_a_notebook_is_there_and_nothing_else_is(tmp_path, course, sandbox, monkeypatch):
+    """And what is odd about one submission is no reason to stop the class."""
+    monkeypatch.setenv("HPCLAB_PATIENCE", "10")
+    folder = tmp_path / "class"
+    (tmp_path / "secret").write_text("marks")
+    ann = handed_in(folder / "ann" / "homework", rate=notebook(HELPED)).parent
+    for name, text in {
+        "homework/mymodel.py": RIGHT,
+        "homework/sub/größe.csv": "1,2",
+        "up.txt": "3",
+        ".netrc": "4",
+    }.items():
+        (ann / name).parent.mkdir(exist_ok=True)
+        (ann / name).write_text(text)
+    (ann / "homework" / "link.txt").symlink_to(tmp_path / "secret")
+    (ann / "homework" / "all").symlink_to(tmp_path)
+    os.mkfifo(ann / "homework" / "pipe")
+    bob = handed_in(folder / "bob", rate=notebook(f"{RIGHT} * __import__('torch').ones(1)"))
+    (bob / "torch.py").write_text("raise ImportError('not the real one')")
+    with (bob / "film.avi").open("wb") as large:
+        large.truncate(_submissions.LARGEST + 1)
+    odd = json.loads(notebook(RIGHT, "x = 'HALF'\nraise ValueError('\\ud800 \\n \\udc80')", f"{WRONG}\n{CHECK}"))
+    for cell in odd["cells"]:
+        del cell["outputs"], cell["execution_count"]
+    strange = handed_in(folder / "\udcff\n=1")
+    (strange / "rate.ipynb").write_bytes(b"\xef\xbb\xbf" + json.dumps(odd).replace("HALF", "\\ud800").encode())
+    handed_in(folder / "forges", rate=notebook(RIGHT, "get_ipython().user_expressions = lambda *given: ['x']"))
+    garbage = "get_ipython().kernel.iopub_socket.send_multipart([b'<IDS|MSG>', b'a', b'b', b'c', b'd', b'e'])"
+    handed_in(folder, sends=notebook(RIGHT, "ls = !ls\nassert not ls, ls", garbage, "import time\ntime.sleep(9)"))
+    (folder / "empty").mkdir()
+    handed_in(folder / "none", rate="")
+    rows = {row["submission"]: row for row in grading.grade(folder, course=course, time_s=120)}
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "ann/homework/rate.ipynb": "pass",
+        "bob/rate.ipynb": "fail",
+        "empty": "not reached",
+        "forges/rate.ipynb": "fail",
+        "none/rate.ipynb": "not reached",
+        "sends.ipynb": "not reached",
+        "\\udcff\\n=1/rate.ipynb": "fail",
+    }, rows
+    for name, says in {
+        "ann/homework/rate.ipynb": "One large step",
+        "bob/rate.ipynb": "(torch.py beside the notebook has a module's name, and may hide it; film.avi was not put",
+        "empty": "not graded: its folder holds no file",
+        "forges/rate.ipynb": "Its kernel gave no verdict: does the notebook change the checks?",
+        "none/rate.ipynb": "not graded: it is empty",
+        "sends.ipynb": "not graded: ValueError: Invalid Signature",
+        "\\udcff\\n=1/rate.ipynb": "(the last of 2 copies of this check counts",
+    }.items():
+        assert rows[name]["reason"].startswith(says), rows[name]
+    assert "raised" not in rows["ann/homework/rate.ipynb"]["reason"]
+    assert (tmp_path / "secret").read_text() == "marks" and (ann / "up.txt").read_text() == "3"
+
+
+HELPED = """
+import os
+from mymodel import scaled_lr
+assert open("sub/größe.csv").read() == "1,2" and sorted(os.listdir()) == ["mymodel.py", "rate.ipynb", "sub"]
+assert not {"mymodel.py", "link.txt", "secret", ".netrc"} & set(os.listdir("..")) and os.path.exists("../up.txt")
+for file in ("../up.txt", "mymodel.py", "rate.ipynb"):  # they are the student's own
+    with open(file, "a") as opened:
+        opened.write(" ")
+"""
 
 
 LOOK = """

@@ -1,8 +1,9 @@
-"""How a worker comes by the process of a rank: a fork of the host's zygote, or without fork a standby process."""
+"""How a worker comes by the process of a rank, a fork of the host's zygote or a standby process; and by its orders."""
 
 import hashlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -31,20 +32,47 @@ BACKOFF_SECONDS = (0.5, 60.0)
 """How long to wait before a zygote that has died is replaced: at first, and at most."""
 LOOK_SECONDS = 5.0
 """How often a worker looks whether the zygote can still be called: who cleans ``/tmp`` removes its socket."""
+ANSWER_SECONDS = 0.02
+"""How long a worker that is told to die lives on."""
+ORDER = "hpclab-order"
+"""What the scheduler sends a worker for its ranks, in the stream in which it sends tasks: so it waits for none."""
+POOLS = "hpclab-pools"
+"""Topic on which workers tell which CPUs they may use."""
+inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
+"""Where the ranks that this worker supervises get their orders: by run, rank and attempt."""
 
 
 class ZygoteDied(RuntimeError):
     """The zygote went before it had forked a rank; another takes its place."""
 
 
+def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> None:
+    """Give the ranks of a run that this worker supervises an order; called on the worker, in its event loop.
+
+    Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
+    "die", which kills the worker itself; "expire" stops ranks that ask `should_stop`, and leaves the others alone;
+    "frame" hands ``frame`` to the rank.
+    """
+    if order["order"] == "die":
+        threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    for (name, number, of), inbox in list(inboxes.items()):
+        if (name, of) == (run, attempt) and rank in (None, number):
+            inbox.put(("order", order))
+
+
 class Warmth(WorkerPlugin):
-    """Keeps what ranks start from ready on each worker: a lease on the host's zygote, or a standby process."""
+    """Has each worker tell its CPUs and take orders, and keeps what ranks start from ready there.
+
+    That is a lease on the host's zygote, or a standby process.
+    """
 
     name = "hpclab-warmth"
     idempotent = True  # registered again, Dask would take the running one down, and with its lease the zygote
 
     def setup(self, worker: Worker) -> None:
         """Begin, in the background; called by Dask on each worker, also on one that comes later."""
+        worker.stream_handlers[ORDER] = give  # before it tells: who has told is sent orders, and one that is unknown
+        worker.log_event(POOLS, {"pool": machine.cpu_pool()})  # to a worker ends it
         self.closed = threading.Event()
         self.leases: list[socket.socket] = []
         if FORK:

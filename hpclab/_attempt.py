@@ -13,9 +13,9 @@ from typing import Any
 
 from distributed import Client, Future
 
-from hpclab._ledger import Gang
+from hpclab._ledger import Gang, Ledger, consult, send
 from hpclab._progress import GangProgress, HangError
-from hpclab._supervisor import Outcome, Place, failure, give, supervise
+from hpclab._supervisor import Outcome, Place, failure, supervise
 
 log = logging.getLogger(__name__)
 
@@ -185,22 +185,25 @@ class Attempt:
         """Cancel the tasks: a worker that is still there then ends its ranks."""
         with suppress(Exception):
             self.client.cancel(self._futures, force=True)
+            if self._ending and self.client.status == "running":
+                left = self.left()
+                consult(self.client, Ledger.give_up, [place.worker for place in self.places if place.rank in left])
         for place in self.places:
             why = "did not end when it was told to, and was given up"
             lost = failure("Unreachable", why, consequence=True)
             self.outcomes.setdefault(place.rank, Outcome(place.rank, place.worker, place.attempt, failure=lost))
 
     def order(self, order: dict, rank: int | None = None) -> None:
-        """Give an order to one rank, or all that are left, without waiting for a worker that may have gone."""
+        """Give an order to one rank, or all that are left, without waiting for the scheduler, which may have gone."""
         left = self.left()
         workers = [place.worker for place in self.places if place.rank in left and rank in (None, place.rank)]
 
-        def send() -> None:
+        def work() -> None:
             with suppress(Exception):  # with a client that closes, its futures end, and the workers end their ranks
-                self.client.run(give, self.run, order, rank, self.number, workers=workers, on_error="ignore")
+                send(self.client, workers, self.run, order, rank=rank, attempt=self.number)
 
         if workers:
-            threading.Thread(target=send, name=f"{self.run}-order", daemon=True).start()
+            threading.Thread(target=work, name=f"{self.run}-order", daemon=True).start()
 
     def close(self) -> None:
         """Let go of all that is left."""

@@ -5,19 +5,28 @@ say to a gang's driver goes out on the run's topic, as what the workers say does
 """
 
 import math
+import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distributed import Client, Scheduler, SchedulerPlugin, Status
 
-from hpclab import machine
-from hpclab._agent import Warmth
+from hpclab._agent import ORDER, POOLS, Warmth
 from hpclab._rendezvous import Keys
 
 TOPIC_SECONDS = 5.0
 """How long the events of an ended run stay with the scheduler: what is still under way would bring its topic back."""
+ASK_SECONDS = 0.02
+"""How often to ask again for as long as workers have not told which CPUs they may use."""
+TELL_SECONDS = 30.0
+"""How long they may take to tell."""
+SILENT_SECONDS = 5.0
+"""How long of that one may say nothing at all, not that it lives; beats come every half second, of many workers less
+often."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +67,57 @@ def topic(run: str) -> str:
 
 
 def consult(client: Client, question: Callable[..., dict | None], *args: Any) -> dict:
-    """Put a question to the ledger of a client's cluster, one of its methods; the first question makes it."""
-    pools: dict[str, tuple[str, str, int] | None] = {}
-    while True:
-        answer = client.run_on_scheduler(_answer, question, args, pools)
-        unknown = answer.get("unknown")
-        if not unknown:
-            return answer
-        client.register_plugin(Warmth())  # does nothing on workers that have it
-        pools = dict.fromkeys(unknown) | client.run(machine.cpu_pool, workers=unknown, on_error="ignore")
+    """Put a question to the ledger of a client's cluster, one of its methods; the first question makes it.
+
+    One about seats is answered once all workers have told which CPUs they may use, but for those that hang.
+    """
+    told: Future | None = None
+    while "unknown" in (answer := client.run_on_scheduler(_answer, question, args)):
+        told = told or aside(client.register_plugin, Warmth())  # does nothing if they have it; waits for each of them
+        if told.done() and not isinstance(told.exception(), OSError | TimeoutError):  # of those that have gone
+            told.result()
+        time.sleep(ASK_SECONDS)
+    return answer
 
 
-def _answer(question: Callable[..., dict | None], args: tuple, pools: dict, dask_scheduler: Scheduler) -> dict:
+def _answer(question: Callable[..., dict | None], args: tuple, dask_scheduler: Scheduler) -> dict:
     ledger: Any = dask_scheduler.plugins.get(Ledger.name)
     if ledger is None:
         ledger = Ledger(dask_scheduler)
         dask_scheduler.add_plugin(ledger)
         dask_scheduler.handlers["hpclab_rendezvous"] = ledger.rendezvous
-    ledger.pools |= pools
-    unknown = [address for address in dask_scheduler.workers if address not in ledger.pools]
-    return {"unknown": unknown} if unknown else question(ledger, *args) or {}
+    if question in SEATING and (unknown := ledger.unknown()):
+        return {"unknown": unknown}
+    return question(ledger, *args) or {}
+
+
+def send(client: Client, workers: Collection[str], run: str, order: dict, **whom: Any) -> None:
+    """Have workers give ranks of a run an order, as `hpclab._agent.give` tells it, after those that were sent before.
+
+    It waits for the scheduler, and for no worker: one that has gone gets none, and of one that hangs nothing comes.
+    """
+    client.run_on_scheduler(_send, workers, {"run": run, "order": order} | whom)
+
+
+def _send(workers: Collection[str], order: dict, dask_scheduler: Scheduler) -> None:
+    ledger: Any = dask_scheduler.plugins[Ledger.name]
+    for worker in workers:
+        if worker in ledger.pools:  # it is there, and takes orders
+            dask_scheduler.worker_send(worker, {"op": ORDER} | order)
+
+
+def aside(call: Callable, *args: Any) -> Future:
+    """Call in a thread that nobody has to wait for, not even this process at its end."""
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call(*args))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="hpclab-aside", daemon=True).start()
+    return outcome
 
 
 class Ledger(SchedulerPlugin):
@@ -89,9 +129,12 @@ class Ledger(SchedulerPlugin):
         self.scheduler = scheduler
         self.gangs: dict[str, Gang] = {}
         self.queue: list[Gang] = []
-        self.pools: dict[str, tuple[str, str, int] | None] = {}
-        """By worker: its machine, the name of the CPUs there that it may use, and their number; None: it didn't answer.
-        """
+        self.pools: dict[str, tuple[str, str, int]] = {}
+        """By worker that has told: its machine, the name of the CPUs there that it may use, and their number."""
+        self.asked: dict[str, float] = {}
+        """Since when others have been to tell."""
+        self.given_up: dict[str, float] = {}
+        """When workers didn't end their ranks in time; until they are heard again, nobody is seated there."""
         self.expiring: set[str] = set()
         """Workers that end soon."""
         self.keys: dict[str, Keys] = {}
@@ -103,18 +146,36 @@ class Ledger(SchedulerPlugin):
         # Dask keeps the last thousand events of a topic, of up to a megabyte here, and has no public way to keep fewer.
         self.scheduler._broker._topics[topic(gang.run)].events = deque(maxlen=1)
 
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Take in which CPUs a worker may use; called by Dask for whatever anybody says."""
+        if topic == POOLS and msg["worker"] in self.scheduler.workers:  # else it has gone meanwhile
+            self.pools[msg["worker"]] = msg["pool"]
+            self.advance()
+
+    def unknown(self) -> list[str]:
+        """Workers that haven't told yet which CPUs they may use, and still may."""
+        now = time.monotonic()
+        return [
+            address
+            for address, worker in self.scheduler.workers.items()
+            if address not in self.pools
+            if now - self.asked.setdefault(address, now) < TELL_SECONDS
+            if time.time() - worker.last_seen < SILENT_SECONDS
+        ]
+
     def running(self) -> dict[Seat, int]:
         """Threads of each worker that runs, and told which CPUs it may use."""
         return {
             Seat(address, worker.host, pool[:2]): worker.nthreads
             for address, worker in self.scheduler.workers.items()
             if worker.status == Status.running and address not in self.expiring
+            if worker.last_seen > self.given_up.get(address, 0)
             if (pool := self.pools.get(address)) is not None
         }
 
     def cpus(self) -> dict[tuple[str, str], int]:
         """CPUs of each pool."""
-        return {pool[:2]: pool[2] for pool in self.pools.values() if pool is not None}
+        return {pool[:2]: pool[2] for pool in self.pools.values()}
 
     def most(self, threads: int = 1, beside: Iterable[Gang] = ()) -> int:
         """Ranks that this cluster takes, beside other gangs: each takes a CPU and a thread of a worker per thread."""
@@ -143,6 +204,10 @@ class Ledger(SchedulerPlugin):
     def expire(self, worker: str) -> None:
         """Seat nobody any more under a worker whose job ends soon."""
         self.expiring.add(worker)
+
+    def give_up(self, workers: Iterable[str]) -> None:
+        """Seat nobody under workers that hang, for as long as they do."""
+        self.given_up |= dict.fromkeys(self.scheduler.workers.keys() & set(workers), time.time())
 
     def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> dict:
         """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing.
@@ -217,6 +282,8 @@ class Ledger(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Tell the gangs that have ranks there; called by Dask when a worker has gone."""
         self.pools.pop(worker, None)
+        self.asked.pop(worker, None)
+        self.given_up.pop(worker, None)
         self.expiring.discard(worker)
         for gang in self.gangs.values():
             if worker in gang.workers():
@@ -295,6 +362,9 @@ class Ledger(SchedulerPlugin):
 
     def _tell(self, gang: Gang, news: dict) -> None:
         self.scheduler.log_event(topic(gang.run), news)
+
+
+SEATING = (Ledger.admit, Ledger.room, Ledger.reseat, Ledger.advance)
 
 
 class _Room:

@@ -22,7 +22,7 @@ from dask.typing import Key
 from distributed import Status, Worker, get_worker, secede
 
 from hpclab import _private, machine
-from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, import_path, start
+from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, import_path, inboxes, start
 from hpclab._ledger import topic
 from hpclab._progress import RankProgress
 from hpclab._rank import frame, read_frames
@@ -42,8 +42,6 @@ ON_DEMAND = ", on demand"
 """What is said of a rank that was killed to see what follows."""
 CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
-ANSWER_SECONDS = 0.02
-"""How long a worker that is told to die lives on, so that its answer gets away."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
 ENDS = "HPCLAB_ENDS"
@@ -53,7 +51,6 @@ NOTICE = (0.2, 60.0)
 BROKEN = "wrote what is no record to the pipe that hpclab reads its records from; leave open files of others alone"
 OURS = re.compile(r'hpclab/_(cells|rank|store|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
-_inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
 _values: dict[tuple[str, int], bytes] = {}
 """What ranks of interactive gangs were asked for, by run and rank, until it is fetched."""
 
@@ -113,7 +110,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     worker = get_worker()
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
-    inbox = _inboxes[place.run, place.rank, place.attempt] = queue.SimpleQueue()
+    inbox = inboxes[place.run, place.rank, place.attempt] = queue.SimpleQueue()
     outcome = Outcome(place.rank, machine.node(), place.attempt)
     try:
         for folder in {Path(worker.local_directory), *(Path(file).parent for file in [place.store] if file)}:
@@ -134,25 +131,11 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     except (RuntimeError, OSError) as error:
         outcome.failure = failure("NotStarted", f"could not start: {error} {machine.remedy(error)}".rstrip(" ."))
     finally:
-        del _inboxes[place.run, place.rank, place.attempt]
+        del inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
         for file in [place.store] * (place.rank == 0 and bool(place.store)) + [_stacks(place, worker)]:
             Path(file).unlink(missing_ok=True)
     return outcome
-
-
-def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> None:
-    """Give the ranks of a run that this worker supervises an order; called on the worker by the driver.
-
-    Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
-    "die", which kills the worker itself; "expire" stops ranks that ask `should_stop`, and leaves the others alone;
-    "frame" hands ``frame`` to the rank.
-    """
-    if order["order"] == "die":
-        threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    for (name, number, of), inbox in list(_inboxes.items()):
-        if (name, of) == (run, attempt) and rank in (None, number):
-            inbox.put(("order", order))
 
 
 def fetch(run: str) -> dict[int, bytes]:

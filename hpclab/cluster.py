@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -12,7 +13,7 @@ from distributed import Client, Security, SpecCluster, Worker, WorkerPlugin
 
 from hpclab import machine
 from hpclab._healing import LocalCluster, root
-from hpclab._ledger import Ledger, consult
+from hpclab._ledger import Ledger, aside, consult
 from hpclab._tls import refusal
 from hpclab.queues import LEAST_MEMORY, QUIET
 from hpclab.runs import stop_all
@@ -20,6 +21,8 @@ from hpclab.runs import stop_all
 if TYPE_CHECKING:
     from hpclab.slurm import Slurm
 
+REGISTER_SECONDS = 5.0
+"""How long `connect` waits for workers to ignore Ctrl-C."""
 GUARD = 'In a script, put what it does under `if __name__ == "__main__":`, since every worker imports the script.'
 
 
@@ -162,7 +165,8 @@ def _submit(where: "str | Slurm", security: Security | bool, options: dict[str, 
 def _client(cluster: SpecCluster) -> ClusterClient:
     try:
         client = ClusterClient(cluster)
-        client.register_plugin(IgnoreInterrupt())
+        with suppress(OSError, TimeoutError):  # of a worker that has just died, or hangs
+            aside(client.register_plugin, IgnoreInterrupt()).result(REGISTER_SECONDS)
         consult(client, Ledger.advance)  # nobody waits yet, but what ranks start from is made ready meanwhile
         return client
     except BaseException:

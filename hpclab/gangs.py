@@ -10,8 +10,10 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -20,9 +22,10 @@ from IPython import get_ipython
 from IPython.core.error import UsageError
 from IPython.core.inputtransformer2 import TransformerManager
 
+from hpclab._ledger import aside, send
 from hpclab._progress import waits, with_source
 from hpclab._rank import frame
-from hpclab._supervisor import fetch, give
+from hpclab._supervisor import fetch
 from hpclab.launcher import check_pickles, launch
 from hpclab.runs import Run
 
@@ -200,8 +203,11 @@ class Gang:
         """Return the value of a name, or of an expression, from all ranks or some, in their order."""
         answers = self._ask(expression, on, pull=True)
         workers = sorted(set(self._workers.values()))
+        fetched = aside(partial(self._client.run, fetch, self._run.name, workers=workers))
+        while futures.wait([fetched], FOLD_SECONDS).not_done:
+            self._check()  # a worker that has gone would be tried for long
         found: dict[int, bytes] = {}
-        for part in self._client.run(fetch, self._run.name, workers=workers).values():
+        for part in fetched.result().values():
             found |= part
         return [pickle.loads(found[rank]) for rank in sorted(answers)]
 
@@ -232,7 +238,7 @@ class Gang:
     def _order(self, order: dict) -> None:
         """Give all ranks an order, after those that were given before."""
         workers = sorted(set(self._workers.values()))
-        self._sent = self._sender.submit(self._client.run, give, self._run.name, order, workers=workers)
+        self._sent = self._sender.submit(send, self._client, workers, self._run.name, order)
 
     def _hear(self) -> dict:
         """The next news of a rank, or none for now; raises if the gang has ended."""

@@ -89,10 +89,24 @@ __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(import_module(f"hpclab.{_HOME[name]}"), name)
+        return getattr(_load(_HOME[name]), name)
     if name in _MODULES:
-        return import_module(f"hpclab.{name}")
+        return _load(name)
     raise AttributeError(f"module 'hpclab' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def _load(name: str) -> object:
+    """Import a module of ours; if that fails, name the file that hides another one, should there be such a file."""
+    try:
+        return import_module(f"hpclab.{name}")
+    except Exception as error:
+        from traceback import format_exc
+
+        from hpclab import _namesakes
+
+        if why := _namesakes.blame(format_exc()):
+            error.add_note(why)
+        raise
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,7 @@ from typing import BinaryIO, ClassVar
 
 from distributed import Worker, WorkerPlugin
 
-from hpclab import _private, machine
+from hpclab import _namesakes, _private, machine
 from hpclab._zygote import FORK_ORDER, MESSAGE_BYTES
 
 FORK = sys.platform == "linux"
@@ -201,9 +201,8 @@ class _Forked(Process):
                 stream.close()
             whose = f"the zygote of host {socket.gethostname()}"
             if "error" not in answer:
-                raise ZygoteDied(
-                    f"had no start: {whose} ended before it was ready; the worker's log has its last words"
-                )
+                last = "; ".join(filter(None, ["the worker's log has its last words", _namesakes.blame()]))
+                raise ZygoteDied(f"had no start: {whose} ended before it was ready; {last}")
             what = f"{whose} can't fork ranks: {answer['error']}"
             raise OSError(answer["errno"], what) if "errno" in answer else RuntimeError(what)
         self.pid = answer["pid"]

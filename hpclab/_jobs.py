@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from distributed import Security, Status
 from distributed.utils import get_ip
 from tqdm.auto import tqdm
 
-from hpclab import _private, _slurm_site, machine, queues, slurm
+from hpclab import _namesakes, _private, _slurm_site, machine, queues, slurm
 from hpclab._healing import LOST_SECONDS, Tended
 from hpclab.queues import QUEUES, QUIET, Request
 from hpclab.slurm import Slurm
@@ -277,6 +278,8 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
                 f"\nIts node may not reach the scheduler at {self.scheduler.address}; use interface= with the name of a"
                 " network that both see."
             )
+        if why := _namesakes.blame(log, [os.getcwd(), *sys.path]):
+            hint += f"\n{why}"
         return f"its last job, {job.job_id}, is {place}.{log}{hint}"
 
     def _log(self, jobs: Iterable[str]) -> str:

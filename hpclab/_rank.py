@@ -29,6 +29,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from hpclab import _namesakes
+
 RESERVED = ("run", "attempt", "rank", "ranks", "source")
 RESERVED_KINDS = ("run", "restart", "attempt", "end")
 """Kinds of rows that a run's driver writes."""
@@ -469,6 +471,8 @@ def _fail(error: BaseException, header: dict) -> NoReturn:
     """Tell who failed and how, then leave: peers must not wait for a rank that will never answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would cut this short
     tell_of_limit(error, header["memory"], "launch")
+    if isinstance(error, ImportError | AttributeError) and (why := _namesakes.blame(error)):
+        error.add_note(why)
     failure = {
         "type": type(error).__name__,
         "message": message(error),

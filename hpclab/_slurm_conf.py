@@ -8,6 +8,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpclab._whole import plain, whole_number
+
 SCHEDULERS = ("backfill", "builtin")
 MOST_NODES = 200
 """More would not fit into the last number of an address."""
@@ -47,9 +49,8 @@ class Settings:
 
     def __post_init__(self):
         for name, most in (("nodes", MOST_NODES), ("cpus", 1024)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ValueError(f"{name} (={value!r}) must be a whole number from 1 to {most}.")
+            setattr(self, name, whole_number(name, getattr(self, name), 1, most))
+        self.memory = plain(self.memory)
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler (={self.scheduler!r}) must be one of {', '.join(SCHEDULERS)}.")
         if self.walltime is not None and not (isinstance(self.walltime, str) and _WALLTIME.fullmatch(self.walltime)):

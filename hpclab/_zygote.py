@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hpclab import _namesakes
+
 PRELOAD = (
     *("cloudpickle", "numpy", "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "torch.optim"),
     *("hpclab._buckets", "hpclab._cells", "hpclab._magics", "hpclab._rank", "hpclab._replica", "hpclab._store"),
@@ -172,8 +174,9 @@ def _preload() -> str | None:
     try:
         for module in PRELOAD:
             importlib.import_module(module)
-    except Exception:
-        return traceback.format_exc()
+    except (Exception, SystemExit):  # the latter of a script with the name of a module, which isn't one
+        text = traceback.format_exc()
+        return f"{text}{_namesakes.blame(text)}"
     gc.collect()
     gc.freeze()  # else the collector in a rank would write to every page that it shares with this process
     if sys.platform == "linux" and (threads := len(os.listdir("/proc/self/task"))) > 1:

@@ -6,6 +6,7 @@ import threading
 import time
 from types import TracebackType
 
+from hpclab._whole import whole_number
 from hpclab.runs import Run
 
 
@@ -50,7 +51,7 @@ class Chaos:
         self.mtbf = mtbf
         self.what = kill
         self.rows: list[dict] = []
-        self._dice = random.Random(seed)
+        self._dice = random.Random(whole_number("seed", seed, least=None))
         self._stopped = threading.Event()
         threading.Thread(target=self._rage, name="hpclab-chaos", daemon=True).start()
 

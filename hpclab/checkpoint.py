@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from hpclab import _rank, machine
+from hpclab._whole import whole_number
 
 KEPT = 2
 """Checkpoints that stay: the newest, and the one before it, should a disk lose the newest."""
@@ -69,6 +70,7 @@ def save(state: dict[str, Any], step: int) -> None:
     Under ``fully_shard`` save what ``get_state_dict`` of ``torch.distributed.checkpoint.state_dict`` gives with
     ``StateDictOptions(full_state_dict=True, cpu_offload=True)``, and put it back with ``set_state_dict`` and the same.
     """
+    step = whole_number("step", step, least=0)
     if not _rank.in_gang():
         return
     started = time.perf_counter()

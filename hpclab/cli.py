@@ -2,8 +2,11 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from hpclab import _namesakes
 
 if TYPE_CHECKING:
     from hpclab.slurm import Slurm
@@ -20,12 +23,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
+        if isinstance(error, AttributeError) and not _hints(error):  # else of a module that isn't the one it seems
+            raise
         print(f"hpclab {options.command}: {error}", file=sys.stderr)
-        for note in getattr(error, "__notes__", ()):
+        for note in dict.fromkeys([*getattr(error, "__notes__", ()), *_hints(error)]):
             print(note, file=sys.stderr)
         return 1
     return 0
+
+
+def _hints(error: Exception) -> list[str]:
+    """What to do about an error, where that is known."""
+    if isinstance(error, ImportError | AttributeError):
+        return list(filter(None, [_namesakes.blame(traceback.format_exc())]))
+    from hpclab import machine  # here, as it loads psutil
+
+    return list(filter(None, [machine.remedy(error)]))
 
 
 def _parser() -> argparse.ArgumentParser:

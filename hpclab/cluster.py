@@ -1,20 +1,24 @@
 """Start a cluster, or join one: `connect` gives a Dask client that closes what it opened."""
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import format_bytes, parse_bytes
 from distributed import Client, Security, SpecCluster, Worker, WorkerPlugin
 
-from hpclab import machine
+from hpclab import _namesakes, machine
 from hpclab._healing import LocalCluster, root
 from hpclab._ledger import Ledger, aside, consult
 from hpclab._tls import refusal
+from hpclab._whole import plain, whole_number
 from hpclab.queues import LEAST_MEMORY, QUIET
 from hpclab.runs import stop_all
 
@@ -133,6 +137,7 @@ def connect(
     workers, limit = _fit(workers, memory)
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
         sys.exit(f"A worker that imports {sys.argv[0]} came upon hpclab.connect(). {GUARD}")
+    _spare_main()
     try:
         with dask.config.set(QUIET), machine.every_cpu():
             cluster = LocalCluster(
@@ -146,8 +151,35 @@ def connect(
     except RuntimeError as error:
         if "Nanny" not in str(root(error)):  # Dask's word for what watches a worker, and saw it end
             raise
-        raise RuntimeError(f"no worker could be started ({root(error)}); what they wrote is above. {GUARD}") from None
+        why = _namesakes.blame() or (GUARD if _main_is_unguarded() else "")
+        words = f"no worker could be started ({root(error)}); what they wrote is above. {why}"
+        raise RuntimeError(words.rstrip()) from None
     return _client(cluster)
+
+
+def _spare_main() -> None:
+    """Have workers not import a `__main__` that is no module: what ``python -`` has read, or a notebook's names.
+
+    The latter may hold a ``__file__``, by which multiprocessing takes them for a script; but it asks for the name in
+    ``__spec__`` first, and one of this name is left alone, as that of a package is.
+    """
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is None and script is not None:
+        shell = sys.modules.get("IPython")  # where it runs, it is loaded
+        if (shell is not None and shell.get_ipython() is not None) or not os.path.isfile(script):
+            main.__spec__ = ModuleSpec("__main__", getattr(main, "__loader__", None))
+
+
+def _main_is_unguarded() -> bool:
+    """Whether workers that start import the program which runs here, and it never asks whether it is imported."""
+    main = sys.modules["__main__"]
+    spec, script = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if script is None or (spec is not None and spec.name.rpartition(".")[2] == "__main__"):
+        return False
+    with suppress(OSError):
+        return b"__main__" not in Path(script).read_bytes()
+    return False
 
 
 def _submit(where: "str | Slurm", security: Security | bool, options: dict[str, Any]) -> ClusterClient:
@@ -204,11 +236,11 @@ def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
     """Check the wish against the machine, and return workers and bytes a worker."""
     there = machine.memory()
     most = machine.most()
-    if workers is None:
-        workers = machine.fits()
-    elif not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise ValueError(f"workers (={workers!r}) must be a whole number >= 1; this machine has {machine.cpus()} CPUs.")
-    elif workers > most:
+    try:
+        workers = machine.fits() if workers is None else whole_number("workers", workers)
+    except ValueError as error:
+        raise ValueError(f"{str(error)[:-1]}; this machine has {machine.cpus()} CPUs.") from None
+    if workers > most:
         raise ValueError(
             f"workers (={workers}) need {format_bytes(machine.RANK_MEMORY)} each, and the notebook"
             f" {format_bytes(machine.BASE_MEMORY)}: more than the {format_bytes(there)} of this machine;"
@@ -217,7 +249,7 @@ def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
     if memory is None:
         return workers, there // workers
     try:
-        limit = parse_bytes(memory)
+        limit = parse_bytes(plain(memory))
     except ValueError:
         raise ValueError(f"memory (={memory!r}) must be bytes or a size such as '2GB'.") from None
     if limit * workers > there or limit < LEAST_MEMORY:

@@ -34,8 +34,7 @@ def demo(folder: str | None = None, epochs: int = 3, repeats: int = 2) -> Path:
     repeats : int, default 2
         Rounds of the sweep.
     """
-    whole_number("epochs", epochs)
-    whole_number("repeats", repeats)
+    epochs, repeats = whole_number("epochs", epochs), whole_number("repeats", repeats)
     place = occupy(folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-demo"))
     found = doctor.examine()
     print(f"{_('This machine')}\n\n{found}\n\n{doctor.advice()}\n")

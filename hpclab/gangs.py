@@ -26,6 +26,7 @@ from hpclab._ledger import aside, send
 from hpclab._progress import waits, with_source
 from hpclab._rank import frame
 from hpclab._supervisor import fetch
+from hpclab._whole import plain, whole_number
 from hpclab.launcher import check_pickles, launch
 from hpclab.runs import Run
 
@@ -223,8 +224,12 @@ class Gang:
 
     def _ask(self, code: str, on: Any = None, name: str = "", body: bytes = b"", pull: bool = False) -> dict[int, dict]:
         """Run a cell; the answers by rank."""
-        picked = set(range(self.ranks) if on is None else [on] if isinstance(on, int) else on)
-        if not picked or not picked <= set(range(self.ranks)):
+        given = range(self.ranks) if on is None else on if isinstance(plain(on), Iterable) else [on]
+        try:
+            picked = {whole_number("on", rank, 0, self.ranks - 1) for rank in given}
+        except ValueError:
+            picked = set()
+        if not picked:
             raise ValueError(f"on (={on!r}) must name ranks from 0 to {self.ranks - 1}.")
         number = next(_cells)
         name = name or f"<ranks run {number}>"

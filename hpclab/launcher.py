@@ -15,6 +15,8 @@ from distributed import Client
 
 from hpclab._attempt import Settings
 from hpclab._ledger import Gang, Ledger, consult
+from hpclab._whole import plain
+from hpclab._whole import whole_number as whole_number
 from hpclab.runs import Run
 
 TITLE_BYTES = 100
@@ -115,8 +117,9 @@ def launch(
     itself to the same first CPU. What a rank returns passes through its worker's memory, so a value of more than a
     quarter of its share is refused.
     """
-    whole_number("max_restarts", max_restarts, least=0)
+    max_restarts = whole_number("max_restarts", max_restarts, least=0)
     ranks = gang_size(client, ranks, threads, oversubscribe)
+    threads = whole_number("threads", threads)
     payload = _pickle(function, args)
     title = str(name or getattr(function, "__name__", type(function).__name__))
     title = re.sub(r"[^\w.=-]+", "-", title).strip("-").encode()[:TITLE_BYTES].decode(errors="ignore")
@@ -134,22 +137,24 @@ def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe
         raise TypeError(f"client (={reprlib.repr(client)}) must be a distributed.Client, which hpclab.connect() gives.")
     if client.status != "running":
         raise ValueError(f"client is {client.status}; open a new one with hpclab.connect().")
-    whole_number("threads", threads)
+    threads = whole_number("threads", threads)
     wish = 1 if ranks is None else whole_number("ranks", ranks)
     found = consult(client, Ledger.room, Gang("", client.id, wish, threads, oversubscribe))
     if found["wrong"]:
         raise ValueError(found["wrong"])
-    return found["ranks"] if ranks is None else ranks
+    return found["ranks"] if ranks is None else wish
 
 
 def _sizes(ranks: int, min_ranks: int | Iterable[int] | None) -> tuple[int, ...]:
     """Numbers of ranks that a gang may have, the largest first."""
     if min_ranks is None:
         return (ranks,)
-    found = [min_ranks] if isinstance(min_ranks, int) else list(min_ranks)
-    if not all(isinstance(size, int) and 1 <= size <= ranks for size in found):
-        raise ValueError(f"min_ranks (={min_ranks!r}) must be from 1 to ranks (={ranks}).")
-    every = range(min_ranks, ranks) if isinstance(min_ranks, int) else found
+    several = isinstance(plain(min_ranks), Iterable)
+    try:
+        found = [whole_number("min_ranks", size, 1, ranks) for size in (min_ranks if several else [min_ranks])]  # type: ignore[union-attr]
+    except ValueError:
+        raise ValueError(f"min_ranks (={min_ranks!r}) must be from 1 to ranks (={ranks}).") from None
+    every = found if several else range(found[0], ranks)
     return tuple(sorted({ranks, *every}, reverse=True))
 
 
@@ -166,19 +171,12 @@ def _resumable(folder: str | os.PathLike | None) -> str | None:
 
 def _bytes(memory: int | str | None) -> int | None:
     try:
-        found = None if memory is None else parse_bytes(memory)
+        found = None if memory is None else parse_bytes(plain(memory))
     except ValueError:
         found = 0
     if found is not None and found <= 0:
         raise ValueError(f"memory (={memory!r}) must be bytes above 0, or a size such as '2GB'.")
     return found
-
-
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` if it is an int of at least `least`, else raise a ValueError that names it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} (={value!r}) must be a whole number >= {least}.")
-    return value
 
 
 def _pickle(function: Callable, args: tuple) -> bytes:

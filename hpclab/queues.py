@@ -21,6 +21,7 @@ from distributed import Security
 
 from hpclab import sites
 from hpclab._supervisor import ENDS
+from hpclab._whole import plain, whole_number
 
 # Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
 # wake-up makes a rank late, and the others wait for it.
@@ -193,7 +194,7 @@ def request(where: str, profile: Mapping[str, Any], options: Mapping[str, Any]) 
         raise ValueError(f"kind (={kind!r}) of {where} must be one of {', '.join(QUEUES)}, and stand in its profile.")
     given = {**profile, **options}
     _refuse_unknown(where, given)
-    asked = Request(**given)
+    asked = Request(**{name: plain(value) for name, value in given.items()})
     _check(asked)
     return asked
 
@@ -210,9 +211,7 @@ def _refuse_unknown(where: str, given: dict[str, Any]) -> None:
 
 def _check(request: Request) -> None:
     for name in ("workers", "cores"):
-        value = getattr(request, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} (={value!r}) must be a whole number >= 1.")
+        whole_number(name, getattr(request, name))
     for name, least in (("memory", LEAST_MEMORY), ("disk", 1)):
         value = getattr(request, name)
         try:

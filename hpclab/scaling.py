@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from hpclab import laws
 from hpclab._rank import report
+from hpclab._whole import plain
 from hpclab.launcher import gang_size, launch, whole_number
 from hpclab.network import Network
 from hpclab.rows import kept, label, line, read, some, source, span
@@ -96,8 +97,8 @@ def sweep(
     Exception
         What a run raised; the rows before it are in the folder.
     """
-    chosen, fixed = _cases(ranks, cases), fixed or {}
-    whole_number("repeats", repeats)
+    chosen, fixed = _cases(ranks, cases), {name: plain(value) for name, value in (fixed or {}).items()}
+    repeats, seed = whole_number("repeats", repeats), None if seed is None else whole_number("seed", seed, least=None)
     for case in chosen:
         asked = fixed | case
         if "ranks" in asked:
@@ -127,7 +128,7 @@ def _cases(ranks: Iterable[int] | None, cases: Iterable[dict] | None) -> list[di
         raise ValueError("ranks or cases is empty; give at least one, such as ranks=[1, 2].")
     if odd := [case for case in chosen if not isinstance(case, dict)]:
         raise TypeError(f"cases (={odd[0]!r}) must be dicts of the job's arguments, such as {{'ranks': 2}}.")
-    return chosen
+    return [{name: plain(value) for name, value in case.items()} for case in chosen]
 
 
 class _Kept:
@@ -384,11 +385,11 @@ def allreduce(
         Rows of kind "allreduce": ``ranks``, ``nbytes``, ``duration_s`` (of the slowest rank), ``source``, and the
         machine.
     """
-    whole_number("repeats", repeats)
-    sizes = tuple(sizes)
+    repeats = whole_number("repeats", repeats)
+    sizes = tuple(whole_number("sizes", size, 4) for size in sizes)
     if not sizes:
         raise ValueError("sizes is empty; give some bytes, such as sizes=[1_000, 1_000_000].")
-    if odd := [size for size in sizes if whole_number("sizes", size, 4) % 4]:
+    if odd := [size for size in sizes if size % 4]:
         raise ValueError(f"sizes (={odd[0]}) must be a multiple of 4 bytes, which a number takes.")
     run = launch(client, _time_allreduce, sizes, repeats, ranks=ranks, name="allreduce", **settings)
     run.result()

@@ -12,6 +12,7 @@ from typing import Any
 from distributed import Client
 
 from hpclab import forecast, laws, models, plots, scaling
+from hpclab._whole import whole_number
 from hpclab.figures import Figure, source_word
 from hpclab.language import language
 from hpclab.language import translate as _
@@ -53,8 +54,9 @@ def measure(
         Also run more ranks than CPUs, and say *emulated*.
     """
     place = Path(folder).expanduser().absolute()
-    counts = sorted({1, *ranks})
-    if odd := [count for count in counts if count < 1 or batch_size % count]:
+    counts = sorted({1, *(whole_number("ranks", count) for count in ranks)})
+    batch_size = whole_number("batch_size", batch_size)
+    if odd := [count for count in counts if batch_size % count]:
         raise ValueError(f"ranks (={odd[0]}) must be at least 1, and divide batch_size (={batch_size}).")
     if not (place / "strong").exists():
         occupy(place)

@@ -152,14 +152,14 @@ def train(
     if not lr > 0:
         raise ValueError(f"lr (={lr!r}) must be above 0.")
     ranks = gang_size(client, ranks, threads, oversubscribe)
-    whole_number("epochs", epochs)
-    whole_number("batch_size", batch_size)
+    epochs, batch_size = whole_number("epochs", epochs), whole_number("batch_size", batch_size)
     found = datasets.find(data)
     an_epoch = _steps_of_an_epoch(found, ranks, batch_size)
-    whole_number("trace", trace, least=0)
-    total = epochs * an_epoch if steps is None else whole_number("steps", steps)
+    trace, seed = whole_number("trace", trace, least=0), whole_number("seed", seed, least=None)
+    steps = None if steps is None else whole_number("steps", steps)
+    total = steps or epochs * an_epoch
     if checkpoint_every is not None:
-        whole_number("checkpoint_every", checkpoint_every)
+        checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
     batch = batch_size * ranks
     job = Job(
         *(model, str(found.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
@@ -193,7 +193,8 @@ def _steps_of_an_epoch(data: Path, ranks: int, batch_size: int) -> int:
 
 def _divisors(batch: int, ranks: int, least: int) -> list[int]:
     """Numbers of ranks that can share a batch evenly."""
-    if whole_number("min_ranks", least) > ranks:
+    least = whole_number("min_ranks", least)
+    if least > ranks:
         raise ValueError(f"min_ranks (={least}) exceeds ranks (={ranks}).")
     return [size for size in range(least, ranks + 1) if batch % size == 0]
 

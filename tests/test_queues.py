@@ -789,8 +789,8 @@ def test_from_nothing_to_a_lost_node_and_back_as_an_ordinary_user(home):
 
 
 def test_names_of_folders_in_scripts(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert '#SBATCH -o "/home/me/a \'b\' \\"c\\" #%%j"/hpclab-%J.out\n' in queues.script(
+    monkeypatch.setenv("HOME", "/homes/me")
+    assert '#SBATCH -o "/homes/me/a \'b\' \\"c\\" #%%j"/hpclab-%J.out\n' in queues.script(
         "slurm", folder="~/a 'b' \"c\" #%j"
     )
     assert "#$ -o /scratch/größe/\n" in queues.script("sge", folder="/scratch/größe")

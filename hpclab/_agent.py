@@ -328,7 +328,7 @@ def _code(call: str) -> str:
 
     Not by PYTHONPATH: a folder's name may hold the colon that parts them.
     """
-    return f"import sys; sys.path[:] = {import_path()!r}; from hpclab import _zygote; _zygote.{call}"
+    return f"import sys; sys.path[:] = {import_path()!r}; import hpclab._zygote; hpclab._zygote.{call}"
 
 
 def import_path() -> list[str]:

@@ -61,7 +61,7 @@ def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> No
 
 
 class Warmth(WorkerPlugin):
-    """Has each worker tell its CPUs and take orders, and keeps what ranks start from ready there.
+    """Has each worker take orders and tell its CPUs, and keep ready what ranks start from.
 
     That is a lease on the host's zygote, or a standby process.
     """
@@ -71,8 +71,10 @@ class Warmth(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Begin, in the background; called by Dask on each worker, also on one that comes later."""
-        worker.stream_handlers[ORDER] = give  # before it tells: who has told is sent orders, and one that is unknown
-        worker.log_event(POOLS, {"pool": machine.cpu_pool()})  # to a worker ends it
+        # First it can take orders, then it tells its CPUs: the ledger sends orders to whoever has told, and a message
+        # that a worker doesn't know ends it.
+        worker.stream_handlers[ORDER] = give
+        worker.log_event(POOLS, {"pool": machine.cpu_pool()})
         self.closed = threading.Event()
         self.leases: list[socket.socket] = []
         if FORK:

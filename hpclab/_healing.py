@@ -23,7 +23,7 @@ BACKOFF_SECONDS = (0.25, 60.0)
 Twenty workers that are killed while they start cost a few seconds; one that can't start takes ever less of the machine.
 """
 TRIES = 6
-"""Starts of a worker in a row, all but the last of which failed, after which it is said."""
+"""So many starts in a row, all but the last of which failed, are told."""
 _ENDED = (Status.closing, Status.closing_gracefully, Status.closed, Status.failed)
 
 logger = logging.getLogger("hpclab")
@@ -60,9 +60,9 @@ class Tended(SpecCluster):
         """Replace the workers that are lost."""
         raise NotImplementedError
 
-    def _missing(self) -> bool:
-        """Whether there is to be another worker."""
-        return bool(self.worker_spec.keys() - self.workers.keys()) and not self._ending.is_set()
+    def _differs(self) -> bool:
+        """Whether other workers are there than were asked for."""
+        return self.worker_spec.keys() != self.workers.keys() and not self._ending.is_set()
 
     def _update_worker_status(self, op: str, msg: Any) -> None:
         # After 15 s without a worker, SpecCluster would close what keeps it (a nanny, or its new job that still waits
@@ -146,7 +146,7 @@ class LocalCluster(Tended, distributed.LocalCluster):
                 self._left.pop(name, None)
             elif self._lost(name, nanny):
                 await self._bury(name, nanny)
-        if self._missing() and time.monotonic() > self._again:
+        if self._differs() and time.monotonic() > self._again:
             await self._correct_state()
         self._tell()
 
@@ -166,11 +166,11 @@ class LocalCluster(Tended, distributed.LocalCluster):
     async def _correct_state_internal(self) -> None:
         try:
             await super()._correct_state_internal()
-            self._tries = 1
-        except Exception as error:  # of a worker that didn't start; its nanny has closed, which `_look` sees
+            self._tries, self._why = 1, ""
+        except Exception as error:  # most often of a worker that didn't start, whose nanny has closed
             if not self._up:
                 raise
-            self._tries += 1
+            self._tries += 1  # by the next look; `_tell` has its words
             self._again = time.monotonic() + backoff(self._tries)
             self._why = f" ({root(error)})"
 

@@ -247,7 +247,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
             lost = self._over(job) or (life.left is not None and now - life.left > LOST_SECONDS)
             if lost and self.workers.get(name) is job:  # else it was given up meanwhile
                 await self._bury(name, job, life)
-        if self._missing():
+        if self._differs():
             await self._correct_state()
 
     def _over(self, job: Any) -> bool:

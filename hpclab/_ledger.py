@@ -23,10 +23,9 @@ TOPIC_SECONDS = 5.0
 ASK_SECONDS = 0.02
 """How often to ask again for as long as workers have not told which CPUs they may use."""
 TELL_SECONDS = 30.0
-"""How long they may take to tell."""
-SILENT_SECONDS = 5.0
-"""How long of that one may say nothing at all, not that it lives; beats come every half second, of many workers less
-often."""
+"""How long to wait for one that lives."""
+SILENT_SECONDS = 10.0
+"""How long for one that gives no sign of life; Dask's workers give one each half second, of hundreds less often."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def consult(client: Client, question: Callable[..., dict | None], *args: Any) ->
     """
     told: Future | None = None
     while "unknown" in (answer := client.run_on_scheduler(_answer, question, args)):
-        told = told or aside(client.register_plugin, Warmth())  # does nothing if they have it; waits for each of them
-        if told.done() and not isinstance(told.exception(), OSError | TimeoutError):  # of those that have gone
+        told = told or aside(client.register_plugin, Warmth())  # aside, since Dask waits until each worker has it
+        if told.done() and not isinstance(told.exception(), OSError | TimeoutError):  # of one that has gone
             told.result()
         time.sleep(ASK_SECONDS)
     return answer
@@ -365,6 +364,7 @@ class Ledger(SchedulerPlugin):
 
 
 SEATING = (Ledger.admit, Ledger.room, Ledger.reseat, Ledger.advance)
+"""Questions whose answer depends on all workers that are there."""
 
 
 class _Room:

@@ -107,8 +107,8 @@ def connect(
     ClusterClient
         A `distributed.Client`. Use it in a `with` block, or call its `close`: both end the cluster it started. In a
         script, call this under ``if __name__ == "__main__":``, since workers import the script (as Dask's own clusters
-        do). On a queue, a worker whose job is lost gets a new job; ``client.cluster.scale`` and ``adapt`` change their
-        number.
+        do). A worker that is lost is replaced, on a queue by a new job; ``client.cluster.scale`` and ``adapt`` change
+        their number.
 
     Raises
     ------

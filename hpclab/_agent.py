@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -40,6 +41,18 @@ POOLS = "hpclab-pools"
 """Topic on which workers tell which CPUs they may use."""
 inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
 """Where the ranks that this worker supervises get their orders: by run, rank and attempt."""
+_ended: deque[tuple[str, int]] = deque(maxlen=1000)
+"""Newest attempts that were told to end."""
+_lock = threading.Lock()
+
+
+def open_inbox(run: str, rank: int, attempt: int) -> queue.SimpleQueue:
+    """Where a rank gets its orders; the one to end may have come before it, if others of its attempt failed early."""
+    with _lock:
+        inbox = inboxes[run, rank, attempt] = queue.SimpleQueue()
+        if (run, attempt) in _ended:
+            inbox.put(("order", {"order": "end"}))
+    return inbox
 
 
 class ZygoteDied(RuntimeError):
@@ -55,7 +68,11 @@ def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> No
     """
     if order["order"] == "die":
         threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    for (name, number, of), inbox in list(inboxes.items()):
+    with _lock:
+        if order["order"] == "end":
+            _ended.append((run, attempt))
+        there = list(inboxes.items())
+    for (name, number, of), inbox in there:
         if (name, of) == (run, attempt) and rank in (None, number):
             inbox.put(("order", order))
 

@@ -22,7 +22,7 @@ from dask.typing import Key
 from distributed import Status, Worker, get_worker, secede
 
 from hpclab import _private, machine
-from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, import_path, inboxes, start
+from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, import_path, inboxes, open_inbox, start
 from hpclab._ledger import topic
 from hpclab._progress import RankProgress
 from hpclab._rank import frame, read_frames
@@ -110,7 +110,7 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     worker = get_worker()
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
-    inbox = inboxes[place.run, place.rank, place.attempt] = queue.SimpleQueue()
+    inbox = open_inbox(place.run, place.rank, place.attempt)
     outcome = Outcome(place.rank, machine.node(), place.attempt)
     try:
         for folder in {Path(worker.local_directory), *(Path(file).parent for file in [place.store] if file)}:

@@ -11,6 +11,7 @@ from conftest import no_rank_left
 from distributed import LocalCluster
 
 import hpclab
+from hpclab import _agent
 from hpclab._ledger import aside
 
 ALL = "t = torch.ones(3) * (rank + 1)\ndist.all_reduce(t)\nt.tolist()"
@@ -80,3 +81,12 @@ def twice():
     hpclab.report(step=attempt)
     time.sleep(0 if attempt else 1000)
     return attempt
+
+
+def test_an_end_that_comes_before_its_rank_is_not_lost():
+    """Of an attempt that has failed already, such as with a worker that died at once."""
+    _agent.give("run", {"order": "end"}, attempt=1)
+    assert _agent.open_inbox("run", 0, 1).get_nowait() == ("order", {"order": "end"})
+    assert _agent.open_inbox("run", 0, 2).empty(), "the next attempt isn't meant"
+    for attempt in (1, 2):
+        del _agent.inboxes["run", 0, attempt]

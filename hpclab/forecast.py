@@ -383,7 +383,7 @@ def calibrate(
     if noise is None:
         freedom = float(len(ranks) - len(names))
         noise = math.sqrt(float(found.fun @ found.fun) / freedom)
-    inverse = np.linalg.inv(own.T @ own)
+    inverse = np.linalg.inv((own * scale).T @ (own * scale)) * np.outer(scale, scale)
     shift = np.append(inverse @ own.T @ link, -1.0) * link_error
     covariance = np.asarray(inverse * noise**2, dtype=np.float64)
     return Forecast(best, links[-1], ranks, measured_s, noise, freedom, names, link_error, covariance, shift)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import scipy
 
 from hpclab.language import translate as _
+from hpclab.laws import quantile
 
 Measures = Mapping[str, Callable[[Any], float]]
 
@@ -37,13 +37,15 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
     """
     if rounds < 2:
         raise ValueError(f"rounds (={rounds}) must be >= 2, as one ratio has no interval.")
+    wide = quantile(level, rounds - 1) / np.sqrt(rounds)
     logs: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(rounds):
         for name, measure in measures.items():
             first, second = (one, other) if turn % 2 == 0 else (other, one)
             found = [measure(first), measure(second)][:: (-1) ** turn]
+            if not min(found) > 0:
+                raise ValueError(f"measures[{name!r}] gave {min(found)!r}; a ratio needs numbers above 0.")
             logs[name].append(float(np.log(found[1] / found[0])))
-    wide = scipy.special.stdtrit(rounds - 1, 0.5 + level / 2) / np.sqrt(rounds)
     return [
         {"measure": name, **_ends(np.mean(log), wide * np.std(log, ddof=1)), "rounds": rounds, "source": "measured"}
         for name, log in logs.items()

@@ -332,3 +332,18 @@ def test_memory_of_a_module_is_what_its_training_holds():
     for weight in model.parameters():
         weight.requires_grad_(weight.ndim > 1)
     assert weights < Workload.of(model, 0.1).memory_bytes < work.memory_bytes
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_a_calibration_depends_neither_on_the_unit_of_time_nor_on_the_order_of_points(unit):
+    work, link = Workload(0.1, 1e8, jitter_s=0.004, visible=0.3), Network(latency=1e-4, bandwidth=1e10)
+    ranks = np.array([1, 2, 4, 8, 16, 32] * 2)
+    seconds = step_s(work, link, ranks) * (1 + 0.01 * np.random.default_rng(0).standard_normal(12))
+    scaled = dataclasses.replace(work, compute_s=unit * work.compute_s, jitter_s=unit * work.jitter_s)
+    order = np.random.default_rng(1).permutation(12)
+    columns = calibrate(work, link, ranks, seconds).columns([1, 64])
+    others = calibrate(scaled, link.slower(unit), ranks[order], unit * seconds[order]).columns([1, 64])
+    for name, values in columns.items():
+        scale = unit if name.endswith(("_s", "core_h")) and name != "samples_per_s" else 1.0
+        scale = 1 / unit if name.startswith("samples_per_s") else scale
+        assert others[name] / scale == pytest.approx(values, rel=1e-4), name

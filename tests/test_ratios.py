@@ -26,6 +26,10 @@ def test_paired_ratios_hold_the_true_one_and_turns_cancel_a_drift():
     assert [row["low"], row["high"]] == pytest.approx([np.exp(low), np.exp(high)])
     with pytest.raises(ValueError, match=r"rounds \(=1\) must be >= 2"):
         ratios.paired({}, 1, 2, rounds=1)
+    with pytest.raises(ValueError, match=r"level \(=95\) must be between 0 and 1, such as 0.95"):
+        ratios.paired({"length": len}, "ab", "abcd", rounds=3, level=95)
+    with pytest.raises(ValueError, match=r"measures\['length'\] gave 0; a ratio needs numbers above 0"):
+        ratios.paired({"length": len}, "ab", "", rounds=3)
 
 
 def test_times_as_fast_is_over_the_baseline_and_each_is_called_as_often():

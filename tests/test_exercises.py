@@ -50,6 +50,15 @@ def test_an_unknown_exercise_is_answered_with_the_valid_ones():
         check("start.gong", 1)
 
 
+def concluded(exercise_id, answer, times=8):
+    """The verdict of a check that measures: where the machine has other things to do it may take another try."""
+    for _ in range(times):
+        result = check(exercise_id, answer)
+        if result.status != "inconclusive":
+            break
+    return result
+
+
 @pytest.mark.parametrize("exercise_id", EXERCISES)
 @pytest.mark.parametrize("stub", [..., None])
 def test_a_stub_is_not_answered_yet(exercise_id, stub):
@@ -484,8 +493,8 @@ def test_chunks_name_each_misconception(answer, message):
 
 
 def test_chunks_that_are_good_by_the_model_race_their_baselines():
-    result = check("dask.chunk", pieces(root))
-    assert result.status == "pass" or "the noise hides the difference" in result.message, result
+    result = concluded("dask.chunk", pieces(root))
+    assert result.status == "pass" and "times as long" in result.message, result
 
 
 @pytest.mark.parametrize(
@@ -837,7 +846,7 @@ def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        result = check("one-process.bottleneck", diagnose)
+        result = concluded("one-process.bottleneck", diagnose)
         assert result, result
         assert torch.get_num_threads() == 2
     finally:
@@ -862,7 +871,7 @@ def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
     ],
 )
 def test_bottleneck_names_each_misconception(answer, message):
-    result = check("one-process.bottleneck", answer)
+    result = concluded("one-process.bottleneck", answer)
     assert result.status == "fail" and re.search(message, result.message), result
 
 

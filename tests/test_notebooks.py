@@ -328,7 +328,10 @@ def execute(notebook, folder, tell, label) -> dict[str, str]:
 )
 def test_solutions_pass_and_stubs_do_not(path, tmp_path, record_property):
     """In English; other editions differ in prose only. The others run in a browser, in test_browser."""
-    shown = execute(with_stubs(path), tmp_path / "notebooks", record_property, path.stem)
+    for turn in range(3):  # a check that measures may have nothing to say while the machine has other things to do
+        shown = execute(with_stubs(path), tmp_path / str(turn) / "notebooks", record_property, path.stem)
+        if not any('data-status="inconclusive"' in html for html in shown.values()):
+            break
     expected = {cell_id: "fail" if cell_id.startswith("stub-") else "pass" for cell_id in shown}
     assert {cell_id: re.findall('data-status="(.*?)"', html) for cell_id, html in shown.items()} == {
         cell_id: [status] for cell_id, status in expected.items()

@@ -2,7 +2,6 @@
 
 import html
 import itertools
-import json
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hpclab.cluster import connect
 from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.launcher import whole_number
+from hpclab.rows import line
 from hpclab.runs import Run, occupy
 from hpclab.tables import Table, markup
 from hpclab.training import train
@@ -51,7 +51,7 @@ def demo(folder: str | None = None, epochs: int = 3, repeats: int = 2) -> Path:
     shown.savefig(place / "figure.png", dpi=120)
     raced = [row | {"kind": "race"} for row in race.trials()]  # not rounds of the sweep, which are of kind "trial"
     with open(place / "rows.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in [*raced, *rows])
+        file.writelines(line(row) for row in [*raced, *rows])
     _page(place, found, race, table, shown)
     print(_("Results: {folder}", folder=place / "index.html"))
     print(_("Next: hpclab lab opens the course; its first notebook lets you predict, and then race."))

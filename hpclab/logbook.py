@@ -14,6 +14,7 @@ from hpclab import data
 from hpclab.course import MANIFEST, slug
 from hpclab.language import language
 from hpclab.language import translate as _
+from hpclab.rows import append, lines
 from hpclab.tables import Table, markup
 
 LOG = ".hpclab-progress.jsonl"
@@ -125,7 +126,7 @@ def remember(exercise_id: str) -> None:
     try:
         folder = working_copy()
         if folder is not None and exercise_id not in _read(folder / LOG):
-            _append(folder / LOG, {"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")})
+            append(folder / LOG, {"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")}, mode=0o600)
     except OSError as error:
         _tell(_("Your progress can't be remembered: {error}", error=error))
 
@@ -167,33 +168,17 @@ def _source(cell: dict) -> str:
 
 def _read(log: Path) -> dict[str, str]:
     """Day on which each exercise first passed."""
+    passed: dict[str, str] = {}
     try:
-        lines = log.read_bytes().decode("utf-8", "replace").splitlines()
+        for number, row in lines(log):
+            if row is None or not {"exercise", "day"} <= {*row}:
+                about = {"number": number, "file": log}
+                _tell(_("Line {number} of {file} can't be read; it is left as it is, and the others count.", **about))
+            else:
+                passed.setdefault(str(row["exercise"]), str(row["day"]))
     except FileNotFoundError:
         return {}
-    passed: dict[str, str] = {}
-    for line in filter(str.strip, lines):
-        try:
-            row = json.loads(line)
-            passed.setdefault(str(row["exercise"]), str(row["day"]))
-        except (ValueError, TypeError, KeyError):
-            _tell(_("{file} has a line that can't be read; it is left as it is, and the others count.", file=log))
     return passed
-
-
-def _append(log: Path, row: dict) -> None:
-    """Add a line in one write: what others add at the same time stays, whatever becomes of this process."""
-    handle = os.open(log, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        size = os.fstat(handle).st_size
-        if size:
-            os.lseek(handle, size - 1, os.SEEK_SET)
-        torn = size and os.read(handle, 1) != b"\n"
-        line = b"\n" * bool(torn) + json.dumps(row).encode() + b"\n"
-        if os.write(handle, line) < len(line):
-            raise OSError(f"{log} took a part of a line only; is the disk full?")
-    finally:
-        os.close(handle)
 
 
 def _tell(message: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpclab.language import translate as _
+from hpclab.rows import append, lines
 from hpclab.tables import Table, markup
 
 if TYPE_CHECKING:
@@ -109,13 +110,12 @@ def write(path: str | os.PathLike, predicted: dict[str, tuple[float, float]], le
         "before": known[-1]["sha256"] if known else "",
     }
     entry["sha256"] = _digest(entry)
-    with open(place, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    append(place, entry)
     return entry
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """All predictions in a file, oldest first.
+    """All predictions in a file, oldest first; a last line that was cut off, whose writing never ended, is none.
 
     Raises
     ------
@@ -123,14 +123,9 @@ def read(path: str | os.PathLike) -> list[dict]:
         If the file isn't as `write` wrote it.
     """
     entries: list[dict] = []
-    for number, line in enumerate(Path(path).expanduser().read_text("utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            whole = entry["sha256"] == _digest(entry)
-            chained = entry["before"] == (entries[-1]["sha256"] if entries else "")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            whole = chained = False
-        if not (whole and chained):
+    for number, entry in lines(Path(path).expanduser()):
+        last = entries[-1]["sha256"] if entries else ""
+        if entry is None or (entry.get("sha256"), entry.get("before")) != (_digest(entry), last):
             raise ValueError(
                 f"path (={str(path)!r}) was changed after it was written, in line {number} or before; begin a new file."
             )

@@ -28,8 +28,15 @@ forecast    a step on some number of ranks; see `forecast.Forecast.rows`
 
 import json
 import math
+import os
+import warnings
+from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
+
+CUT_OFF = b"\x18\n"
+"""What `append` ends a line with that was cut off: ASCII's CANCEL, so that no reader takes it for damage."""
+LONGEST = 2**20
+"""Bytes from the end of a file in which its last line is looked for."""
 
 
 def line(row: dict) -> str:
@@ -41,16 +48,72 @@ def line(row: dict) -> str:
         return json.dumps(row | dict.fromkeys(odd)) + "\n"
 
 
-def read(path: Path) -> list[dict]:
-    """Rows of a file of JSON lines; a last line that was cut off is left out."""
+def lines(path: str | os.PathLike) -> Iterator[tuple[int, dict | None]]:
+    """Number and row of each line of a file of JSON lines; None for the row where the line holds none.
+
+    A line without its end counts if it is a whole row; else it was cut off as its writer was, and is left out.
+    """
+    with open(path, "rb") as file:  # as bytes, since one line that isn't UTF-8 must not hide the others
+        for number, text in enumerate(file, start=1):
+            row = _row(text)
+            cut_off = not text.endswith(b"\n") or text.endswith(CUT_OFF)
+            if text.strip() and (row is not None or not cut_off):
+                yield number, row
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """Rows of a file of JSON lines.
+
+    A last line that was cut off is left out. A line before it that holds no row is skipped, with a warning that names
+    it, and stays in the file.
+    """
     found = []
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            try:
-                found.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+    for number, row in lines(path):
+        if row is None:
+            message = f"line {number} of {os.fspath(path)} holds no row: it is skipped, and the other lines count."
+            warnings.warn(message, UserWarning, stacklevel=2)
+        else:
+            found.append(row)
     return found
+
+
+def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
+    """Add a row to a file of JSON lines, on a line of its own: what is in the file stays as it is.
+
+    It is one write at the file's end, so rows that others add at the same time stay whole, and so does this one,
+    whatever becomes of this process.
+
+    Parameters
+    ----------
+    path : path
+    row : dict
+    mode : int, default 0o666
+        Permissions of a new file, less the umask.
+
+    Raises
+    ------
+    OSError
+        If the file can't be written, or took a part of the line only, such as on a full disk.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
+    try:
+        size = os.fstat(handle).st_size
+        os.lseek(handle, max(0, size - LONGEST), os.SEEK_SET)
+        last = os.read(handle, LONGEST).rpartition(b"\n")[2]
+        end = b"" if not last else CUT_OFF if _row(last) is None else b"\n"
+        text = end + line(row).encode()
+        if os.write(handle, text) < len(text):
+            raise OSError(f"{os.fspath(path)} took a part of a line only; is the disk full?")
+    finally:
+        os.close(handle)
+
+
+def _row(text: bytes) -> dict | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # also what isn't UTF-8, and brackets without end
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def span(rows: list[dict]) -> tuple[float, float]:

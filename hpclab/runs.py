@@ -136,12 +136,14 @@ def open_run(folder: str | os.PathLike) -> Record:
     """
     path = Path(folder).expanduser().absolute()
     found = read(path / "rows.jsonl") if (path / "rows.jsonl").is_file() else []
-    if not found or found[0].get("kind") != "run":
+    # Its first row, or if that is damaged any that a rank reported.
+    about = next((row for row in found if row.get("kind") == "run" or {"run", "attempt", "ranks"} <= {*row}), None)
+    if about is None:
         raise FileNotFoundError(
             f"folder (={str(folder)!r}) holds no rows.jsonl of a run; name one such as results/<run>."
         )
-    status = found[-1]["status"] if found[-1]["kind"] == "end" else "interrupted"
-    return Record(found[0]["run"], path, found[0]["ranks"], found, status)
+    status = next((row["status"] for row in found if row.get("kind") == "end"), "interrupted")
+    return Record(about["run"], path, about["ranks"], found, status)
 
 
 class Run(Record):

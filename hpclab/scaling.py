@@ -19,7 +19,7 @@ from hpclab._rank import report
 from hpclab._whole import plain
 from hpclab.launcher import gang_size, launch, whole_number
 from hpclab.network import Network
-from hpclab.rows import kept, label, line, read, some, source, span
+from hpclab.rows import append, kept, label, read, some, source, span
 from hpclab.runs import Run
 
 LEAST_STEPS = 6
@@ -141,12 +141,11 @@ class _Kept:
         self.file = None if folder is None else Path(folder, "trials.jsonl").expanduser()
         self.rows = []
         if self.file is not None and self.file.exists():
-            whole = self.file.read_bytes().rpartition(b"\n")
-            os.truncate(self.file, len(whole[0] + whole[1]))  # a line that was cut off would spoil the next one
             self.rows = read(self.file)
         for row in self.rows:
-            if self.cases[row["case"] : row["case"] + 1] != [row["asked"]]:
-                raise ValueError(f"folder (={str(folder)!r}) holds another sweep, of {row['asked']}; name a new one.")
+            case, asked = row.get("case"), row.get("asked")
+            if not isinstance(case, int) or self.cases[case : case + 1] != [asked]:
+                raise ValueError(f"folder (={str(folder)!r}) holds another sweep, of {asked}; name a new one.")
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -164,8 +163,7 @@ class _Kept:
         row = about | found | {"label": label, "setting": setting}
         self.rows.append(row)
         if self.file is not None:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(line(row))
+            append(self.file, row)
 
 
 def _asked(case: dict) -> dict[str, str]:

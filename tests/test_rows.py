@@ -1,0 +1,118 @@
+"""Files of rows: what is whole counts, what is damaged is named, what was cut off is left out, and all of it stays."""
+
+import json
+import warnings
+
+import pytest
+
+from hpclab import predictions, rows, runs, scaling
+
+WHOLE = b'{"kind": "step", "step": 0}\n'
+LAST = b'{"kind": "step", "step": 2}\n'
+DAMAGED = {
+    "cut in the middle": b'{"kind": "st\n',
+    "not UTF-8": b'{"kind": "\xff\xfe"}\n',
+    "a list": b'[{"kind": "step"}]\n',
+    "a number": b"7\n",
+    "null": b"null\n",
+    "zeros of a disk that lost power": b"\0" * 64 + b"\n",
+    "brackets without end": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_is_named_and_hides_no_other(damage, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(WHOLE + b"\n" + DAMAGED[damage] + LAST)  # an empty line is no damage
+    with pytest.warns(UserWarning, match=r"line 3 of .*rows.jsonl holds no row: it is skipped") as told:
+        assert [row["step"] for row in rows.read(file)] == [0, 2]
+    assert len(told) == 1 and told[0].filename == __file__
+    assert file.read_bytes() == WHOLE + b"\n" + DAMAGED[damage] + LAST
+
+
+@pytest.mark.parametrize("cut_off", [b'{"kind": "st', b'{"kind": "step"', b'{"kind": "\xe4', b"[", b'{"step": 1}, '])
+def test_a_last_line_that_was_cut_off_is_left_out_without_fuss_and_stays(cut_off, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(WHOLE + cut_off)
+    assert [row["step"] for row in rows.read(file)] == [0]
+    for step in (1, 2):
+        rows.append(file, {"kind": "step", "step": step})
+        assert [row["step"] for row in rows.read(file)] == [0, *range(1, step + 1)]
+    assert file.read_bytes().startswith(WHOLE + cut_off)
+
+
+@pytest.mark.parametrize("before", [b"", WHOLE, b"\xef\xbb\xbf" + WHOLE.replace(b"\n", b"\r\n")])
+def test_a_whole_last_line_without_an_end_counts_and_stays(before, tmp_path):
+    """As an editor leaves it; and with the mark and the line ends that Windows' own writes."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(before + LAST.strip())
+    assert rows.read(file)[-1] == {"kind": "step", "step": 2}
+    rows.append(file, {"kind": "step", "step": 3})
+    assert file.read_bytes() == before + LAST + b'{"kind": "step", "step": 3}\n'
+    assert [row["step"] for row in rows.read(file)] == [0] * bool(before) + [2, 3]
+
+
+def test_a_row_longer_than_the_last_look_is_whole_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LONGEST", 8)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(LAST)
+    rows.append(file, {"step": 3})
+    assert file.read_bytes() == LAST + b'{"step": 3}\n'
+
+
+def test_a_sweep_of_one_row_without_an_end_goes_on_with_it(tmp_path):
+    for number, text in enumerate((b'{"case": 0, "asked": {"ranks": "1"}, "repeat": 0}', b'{"case": 0, "as')):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        file = folder / "trials.jsonl"
+        file.write_bytes(text)
+        kept = scaling._Kept(folder, [{"ranks": 1}], {})
+        assert kept.has(0, 0) == (number == 0)
+        assert file.read_bytes() == text
+        kept.add(0, 1, {"label": "1 rank"})
+        assert file.read_bytes().startswith(text)
+        assert rows.read(file) == scaling._Kept(folder, [{"ranks": 1}], {}).rows == kept.rows
+    for other in ({"kind": "step"}, {"case": None, "asked": 3}):
+        (tmp_path / "0" / "trials.jsonl").write_text(json.dumps(other) + "\n")
+        with pytest.raises(ValueError, match="holds another sweep"):
+            scaling._Kept(tmp_path / "0", [{"ranks": 1}], {})
+
+
+def test_a_run_with_a_damaged_line_is_opened_with_the_others(tmp_path):
+    about = {"run": "r", "ranks": 2, "attempt": 0, "rank": 0}
+    lines = [
+        {"kind": "run"} | about,
+        {"kind": "step", "step": 0} | about,
+        {"kind": "end", "status": "finished"} | about,
+    ]
+    texts = [json.dumps(line).encode() + b"\n" for line in lines]
+    for place in range(3):
+        (tmp_path / "rows.jsonl").write_bytes(b"".join([*texts[:place], b"\0\0\n", *texts[place + 1 :]]))
+        with pytest.warns(UserWarning, match=f"line {place + 1} of"):
+            run = runs.open_run(tmp_path)
+        assert (run.name, run.ranks, len(run.rows)) == ("r", 2, 2)
+        assert run.status == ("interrupted" if place == 2 else "finished")
+    (tmp_path / "rows.jsonl").write_text('{"kind": "trial", "run": "r", "ranks": 2}\n')
+    with pytest.raises(FileNotFoundError, match=r"holds no rows\.jsonl of a run"):
+        runs.open_run(tmp_path)
+
+
+def test_a_prediction_whose_writing_was_cut_off_spoils_no_book(tmp_path):
+    book = tmp_path / "book"
+    first = predictions.write(book, {"a": (1, 2)})
+    book.write_bytes(book.read_bytes() + b'{"predicted": {"a": [1')
+    assert predictions.read(book) == [first]
+    second = predictions.write(book, {"a": (1, 3)})
+    assert predictions.read(book) == [first, second]
+    book.write_bytes(book.read_bytes()[:-1])
+    assert predictions.read(book) == [first, second], "whole, but for its end"
+    book.write_bytes(book.read_bytes() + b"\n7\n")
+    with pytest.raises(ValueError, match="was changed after it was written, in line 4"):
+        predictions.read(book)
+
+
+def test_appending_warns_of_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows.append(tmp_path / "new", {"loss": float("nan")})
+        assert rows.read(tmp_path / "new") == [{"loss": None}]

@@ -103,14 +103,14 @@ def missing() -> str | None:
         return f"bubblewrap is missing; {INSTALL}"
     if os.getuid() == 0 and shutil.which("setpriv") is None:
         return "setpriv is missing; apt install util-linux"
-    with _folder() as folder:
-        try:
-            tried = [*wrapped(folder, []), sys.executable, "-c", ""]
-            done = subprocess.run(tried, capture_output=True, text=True, timeout=120, env={})
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f"bubblewrap doesn't work here: {error}"
+    try:
+        with _folder() as folder:
+            tried = [*wrapped(folder, []), sys.executable, "-c", "import hpclab, ipykernel_launcher"]
+            done = subprocess.run(tried, capture_output=True, text=True, timeout=120, env=_environment(HOME))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"bubblewrap doesn't work here: {error}"
     if done.returncode:
-        return f"bubblewrap doesn't work here: {done.stderr.strip()[-200:]}"
+        return f"bubblewrap doesn't work here, or no kernel in it: {done.stderr.strip()[-200:]}"
     return None
 
 
@@ -236,9 +236,16 @@ def _folder() -> Iterator[Path]:
 def _environment(home: str) -> dict[str, str]:
     """What a kernel needs; nothing else of the grader's own environment, where secrets may be."""
     kept = ("PATH", "LANG", "LC_ALL", "TZ", "HPCLAB_LANG", "HPCLAB_PATIENCE", "HPCLAB_TESTS")
-    own = {"HOME": home, "USER": "student", "LOGNAME": "student", "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    packages = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if _holds_packages(place)]
+    own = {"HOME": home, "USER": "student", "LOGNAME": "student"}
+    own |= {"PYTHONPATH": os.pathsep.join([str(Path(data.__file__).parents[1]), *packages])}
     own |= {"PYTHONDONTWRITEBYTECODE": "1", "HPCLAB_SIZE": "small"}
     return {name: os.environ[name] for name in kept if name in os.environ} | own
+
+
+def _holds_packages(place: str) -> bool:
+    """Whether a place that Python looks in is one of installed packages, and no folder of the teacher's."""
+    return Path(place).name in ("site-packages", "dist-packages")
 
 
 def _limit(memory: int, trust: bool) -> None:
@@ -322,7 +329,7 @@ def _seen() -> list[str]:
     package = Path(data.__file__).parent
     paths = [Path(sys.prefix), Path(sys.base_prefix), Path(os.path.realpath(sys.executable)).parents[1], package]
     paths += [path for path in [data.share() / "data"] if path.is_dir()]
-    paths += [path for entry in sys.path if (path := Path(entry)).name in ("site-packages", "dist-packages")]
+    paths += [Path(entry) for entry in sys.path if _holds_packages(entry)]
     found: list[str] = []
     for name in sorted({str(path) for path in paths if path.is_dir()}):
         if not any(Path(known) in (Path(name), *Path(name).parents) for known in [*found, "/usr"]):

@@ -485,29 +485,32 @@ for file in ("../up.txt", "mymodel.py", "rate.ipynb"):  # they are the student's
 
 
 LOOK = """
-import os, pwd
+import os, pwd, sites_own
 assert os.getuid() == pwd.getpwnam("student").pw_uid
 for folder in [{places}, "/etc", "/etc/ssl", "/home", "/var", "/usr", "/proc", "/dev", "/sys", "/run", "/tmp"]:
     os.listdir(folder)
 for file in ("/etc/passwd", "/etc/group", "/etc/hosts", "/etc/nsswitch.conf"):
     assert open(file).read(), file
-made = {{top for top, inner, _ in os.walk("/") if os.stat(top).st_dev == os.stat("/").st_dev}}
-print(sorted(folder for folder in made if not os.access(folder, os.R_OK | os.X_OK)))
+closed = []
+for top, inner, files in os.walk("/"):
+    closed += [top] * (not os.access(top, os.R_OK | os.X_OK))
+    inner[:] = [name for name in inner if not os.path.ismount(os.path.join(top, name))]
+print(closed)
 """
 
 
 def test_no_folder_of_the_sandbox_is_closed_to_whom_it_is_for(tmp_path, sandbox, monkeypatch):
-    """Also not above what lies in /tmp, as a Python of a test's does, and whatever the teacher's umask is."""
-    there = tmp_path / "venv" / "lib"
+    """Also not above packages in /tmp, which a site's PYTHONPATH names, and whatever the teacher's umask is."""
+    there = tmp_path / "site" / "site-packages"
     there.mkdir(parents=True)
-    (there / "module.py").touch()
-    seen = [*_sandbox._seen(), str(there)]
-    monkeypatch.setattr(_sandbox, "_seen", lambda: seen)
+    (there / "sites_own.py").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{there}")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path), str(there)])
     umask = os.umask(0o077)
     try:
         with _sandbox._folder() as folder:
             line = [*_sandbox.wrapped(folder, []), sys.executable, "-c", LOOK.format(places=repr(str(there)))]
-            done = subprocess.run(line, capture_output=True, text=True)
+            done = subprocess.run(line, capture_output=True, text=True, env=_sandbox._environment(_sandbox.HOME))
     finally:
         os.umask(umask)
     assert done.stdout == "[]\n", done.stderr

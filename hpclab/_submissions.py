@@ -150,7 +150,7 @@ def _opened(top: Path, name: Path) -> IO[bytes]:
     Unreadable
         If it is no file.
     """
-    handle = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    handle = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         for part in name.parts[:-1]:
             inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)

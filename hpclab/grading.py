@@ -255,7 +255,7 @@ class _Session:
         asked = {"verdict": f"{call}lambda: ({step.answer}))"}
         reply = self._wait(self.client.execute("", silent=True, user_expressions=asked, allow_stdin=False))
         try:
-            answer = reply["user_expressions"]["verdict"]
+            answer = reply if reply["status"] == "error" else reply["user_expressions"]["verdict"]
             if answer["status"] == "error":
                 return "fail", self._with_trouble(_("The check raised {error}", error=_error(answer)))
             echoed, status, message = json.loads(ast.literal_eval(answer["data"]["text/plain"]))

@@ -418,7 +418,9 @@ def test_a_place_too_long_for_a_socket_is_named(tmp_path, course, monkeypatch):
         grading.grade(handed_in(tmp_path / "class", rate=notebook(RIGHT)), course=course, trust=True)
 
 
-def test_what_students_hand_in_beside_a_notebook_is_there_and_nothing_else_is(tmp_path, course, sandbox, monkeypatch):
+def test_what_students_hand_in_beside_a_notebook_is_there_and_nothing_else_is(
+    tmp_path, course, sandbox, monkeypatch, caplog
+):
     """And what is odd about one submission is no reason to stop the class."""
     monkeypatch.setenv("HPCLAB_PATIENCE", "10")
     folder = tmp_path / "class"
@@ -470,6 +472,7 @@ def test_what_students_hand_in_beside_a_notebook_is_there_and_nothing_else_is(tm
     }.items():
         assert rows[name]["reason"].startswith(says), rows[name]
     assert "raised" not in rows["ann/homework/rate.ipynb"]["reason"]
+    assert "JSON" not in caplog.text  # where nbformat would quote what is in a notebook
     assert (tmp_path / "secret").read_text() == "marks" and (ann / "up.txt").read_text() == "3"
 
 

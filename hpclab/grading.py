@@ -74,7 +74,7 @@ def grade(
     Raises
     ------
     ValueError
-        If an argument can't be.
+        If an argument can't be, or a setting in the environment; if the course has a check that hpclab hasn't.
     RuntimeError
         If no sandbox can be made here and `trust` isn't set.
     OSError
@@ -88,13 +88,14 @@ def grade(
     if not time_s > 0 or not memory > 0:
         raise ValueError(f"time_s (={time_s:g}) and memory (={memory}) must be above 0.")
     notebooks = _submissions.assignments(Path(course).expanduser().resolve() if course else data.share() / "notebooks")
+    _askable(notebooks)
     there = [(name, path) for name, path in _submissions.found(folder, notebooks) if path not in skip]
     if not there:
         raise ValueError(f"folder (={folder}) holds nothing to grade: no FOLDER/*.ipynb, no FOLDER/STUDENT/*.ipynb.")
     _sandbox.place()
     if not trust and (why := _sandbox.missing()):
         raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you say: --trust")
-    limits = _Limits(time_s, memory, folder, trust, str(seed))
+    limits = _Limits(time_s, memory, folder, trust, str(seed), language())
     points = {"pass": 1.0, "inconclusive": float(inconclusive)}
     rows = Table()
     for name, path in there:
@@ -103,6 +104,20 @@ def grade(
             rows.append(row | {"points": points.get(verdict, 0.0), "reason": _line(reason)})
             told(rows[-1])
     return rows
+
+
+def _askable(course: list[_submissions.Assignment]) -> None:
+    """Raise what would fail every student's checks, and is no student's fault."""
+    from hpclab import _apart, exercises
+
+    _apart.patience()
+    for one in course:
+        for step in one.checks.values():
+            if step.exercise not in exercises.CHECKS:
+                raise ValueError(
+                    f"course: {one.stem}.ipynb checks {step.exercise!r}, which is no exercise; hpclab.check has"
+                    f" {', '.join(sorted(exercises.CHECKS))}."
+                )
 
 
 def totals(rows: list[dict]) -> Table:
@@ -156,8 +171,9 @@ def _short(text: str) -> str:
 
 
 class _Limits:
-    def __init__(self, time_s: float, memory: int, folder: Path, trust: bool, seed: str):
+    def __init__(self, time_s: float, memory: int, folder: Path, trust: bool, seed: str, language: str):
         self.time_s, self.memory, self.folder, self.trust, self.seed = time_s, memory, folder, trust, seed
+        self.environment = {"HPCLAB_LANG": language}
 
     def why(self, stopped: Stopped) -> str:
         """What ended a notebook, in the teacher's language."""
@@ -187,8 +203,8 @@ def _judged(path: Path, course: list[_submissions.Assignment], limits: _Limits) 
             says.left = _submissions.beside(path, limits.folder, archive)
             says.hiding = _submissions.hiding(path, limits.folder)
             inner = Path(*path.relative_to(limits.folder).parts[1:-1])
-            hidden, environment = [limits.folder], {"HPCLAB_LANG": language()}
-            with _sandbox.kernel(limits.memory, hidden, environment, limits.trust, archive, inner) as kernel:
+            about = limits.memory, [limits.folder], limits.environment, limits.trust, archive, inner
+            with _sandbox.kernel(*about) as kernel:
                 _Session(kernel, limits, says).run(steps, rows)
         return rows
     except Stopped as stopped:

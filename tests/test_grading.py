@@ -279,6 +279,19 @@ def test_what_can_not_be_graded_says_why(tmp_path, course, settings, message):
         grading.grade(given.pop("folder"), **given)
 
 
+@pytest.mark.parametrize("variable", ["HPCLAB_PATIENCE", "HPCLAB_LANG"])
+def test_what_would_fail_all_students_is_the_teachers_to_mend(tmp_path, course, monkeypatch, variable):
+    folder = handed_in(tmp_path / "class", rate=notebook(RIGHT))
+    other = handed_in(tmp_path / "other", rate=notebook(check="hpclab.check('cnn.of_mine', 1)"))
+    with pytest.raises(
+        ValueError, match=r"rate.ipynb checks 'cnn.of_mine', which is no exercise; .* cnn.learning_rate"
+    ):
+        grading.grade(folder, course=other, trust=True)
+    monkeypatch.setenv(variable, "soon")
+    with pytest.raises(ValueError, match=rf"{variable} \(=soon\)"):
+        grading.grade(folder, course=course, trust=True)
+
+
 def test_every_notebook_of_the_course_has_checks_that_are_found():
     """Each exercise is checked by one notebook, and its answer is read from the check cell."""
     from hpclab.exercises import CHECKS

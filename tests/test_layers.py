@@ -40,7 +40,7 @@ LAYERS = {
     "_apart": {"machine"},
     "_sandbox": {"data"},
     "_submissions": set(),
-    "grading": {"_sandbox", "_submissions", "data", "language", "tables"},
+    "grading": {"_apart", "_sandbox", "_submissions", "data", "exercises", "language", "tables"},
     "cli": {"_namesakes", "course", "data", "demo", "doctor", "grading", "machine", "slurm", "study"},
     "_tls": set(),
     "_training_job": {"_replica", "models", "network"},

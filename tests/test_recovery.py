@@ -8,14 +8,17 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import no_rank_left, require
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import hpclab
 from hpclab import chaos, checkpoint, plots, views
@@ -254,6 +257,129 @@ def test_save_and_restore_in_a_function_of_ones_own(four, tmp_path):
     steps = [row["step"] for row in from_rows.kept(run.rows) if row["kind"] == "step" and row["rank"] == 0]
     assert sorted(steps) == list(range(20))
     assert count(20, tmp_path), "by itself it runs too, and keeps nothing"
+
+
+def own_loop(folder, rank_to_die, step_to_die):
+    """A training loop as users write them, with `save` and `restore`, and nothing else of hpclab's."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    draws = torch.Generator().manual_seed(1)
+    inputs = torch.randn(480, 40, generator=draws)
+    images = TensorDataset(inputs, (inputs[:, :10].sum(1) > 0).long())
+    sampler = DistributedSampler(images, ranks, rank, seed=5, drop_last=True)
+    loader = DataLoader(images, 5, sampler=sampler, generator=torch.Generator(), drop_last=True)
+    layers = [nn.Linear(40, 200), nn.BatchNorm1d(200), nn.ReLU(), nn.Dropout(0.3), nn.Linear(200, 200), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Linear(200, 2))
+    model = DistributedDataParallel(net, bucket_cap_mb=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    torch.manual_seed(rank)
+    parts = {"model": net, "optimizer": optimizer, "schedule": schedule}
+    state = hpclab.restore() or {"step": 0}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
+    step, each = state["step"], 2  # batches a step
+    while step < STEPS:
+        epoch, done = divmod(step * each, len(loader) // each * each)
+        sampler.set_epoch(epoch)
+        for number, (batch, labels) in enumerate(loader):
+            if number < done:
+                continue
+            if (step, rank) == (step_to_die, rank_to_die) and number % each and not (folder / "died").exists():
+                (folder / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            last = number % each == each - 1
+            with nullcontext() if last else model.no_sync():
+                (nn.functional.cross_entropy(model(batch), labels) / each).backward()
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                step += 1
+                hpclab.report(step=step)
+                if step % 4 == 0:
+                    hpclab.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, step)
+                if step == STEPS or len(loader) - number <= each:
+                    break
+    return [tensor.tolist() for tensor in net.state_dict().values()]
+
+
+def own_sharded_loop(folder, rank_to_die, step_to_die):
+    """The same under FSDP2: each rank holds a shard of each weight, and of what the optimiser keeps of it."""
+    from torch.distributed.checkpoint import state_dict as sharded
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank = dist.get_rank()
+    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 61), nn.ReLU(), nn.Dropout(0.3), nn.Linear(61, 61), nn.ReLU(), nn.Linear(61, 2))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (*model, model):
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    torch.manual_seed(rank)
+    first = 0
+    if (state := hpclab.restore()) is not None:
+        held = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        sharded.set_state_dict(model, optimizer, **held, options=whole)
+        first = state["step"]
+    for step in range(first, STEPS):
+        if (step, rank) == (step_to_die, rank_to_die) and not (folder / "died").exists():
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        model(torch.randn(6, 40)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        hpclab.report(step=step)
+        if step == 0:
+            try:
+                hpclab.save({"model": model.state_dict()}, 1)
+                raise AssertionError("rank 0's shards were saved as if they were all")
+            except TypeError as error:
+                if "DTensor, which" not in str(error) or "use get_state_dict(" not in str(error):
+                    raise
+        if (step + 1) % 4 == 0:
+            weights, moments = sharded.get_state_dict(model, optimizer, options=whole)
+            hpclab.save({"model": weights, "optimizer": moments, "step": step + 1}, step + 1)
+    return [weight.full_tensor().tolist() for weight in model.parameters()]
+
+
+class Strike:
+    """Kills the worker of a rank, once, when the run has come to a step."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step, self.done = rank, step, False
+
+    def __call__(self, run, rows):
+        if not self.done and any(row.get("step", -1) >= self.step for row in rows):
+            self.done = True
+            run.kill_worker(self.rank)
+
+
+@pytest.mark.parametrize(
+    ("loop", "ranks"),
+    [*((own_loop, ranks) for ranks in (1, 2, 3, 4)), (own_sharded_loop, 2), (own_sharded_loop, 3)],
+)
+def test_loops_of_ones_own_go_on_bit_for_bit(four, loop, ranks, tmp_path):
+    """Killed at random: a rank, then a worker with its rank."""
+    settings = {"ranks": ranks, "oversubscribe": True}
+    undisturbed = hpclab.launch(four, loop, tmp_path, -1, -1, **settings).result(120)
+    dice = random.Random(ranks)
+    for number in range(max(1, KILLS // 3)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rank, step = dice.randrange(ranks), dice.randrange(STEPS)
+        run = hpclab.launch(four, loop, folder, rank, step, max_restarts=1, **settings)
+        assert run.result(120) == undisturbed
+        assert [row["step"] for row in run.rows if row["kind"] == "resume"] == [step // 4 * 4] * (step >= 4)
+        if loop is own_sharded_loop:  # dear to start
+            continue
+        run = hpclab.launch(four, loop, tmp_path, -1, -1, max_restarts=1, **settings)
+        run.watch(Strike(dice.randrange(ranks), dice.randrange(STEPS // 2)))
+        assert run.result(120) == undisturbed
+        assert len([row for row in run.rows if row["kind"] == "restart"]) == 1
 
 
 def test_under_chaos_nothing_is_lost_but_time(four):

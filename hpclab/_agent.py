@@ -91,7 +91,7 @@ class Warmth(WorkerPlugin):
         # First it can take orders, then it tells its CPUs: the ledger sends orders to whoever has told, and a message
         # that a worker doesn't know ends it.
         worker.stream_handlers[ORDER] = give
-        worker.log_event(POOLS, {"pool": machine.cpu_pool()})
+        worker.log_event(POOLS, {"pool": machine.introduce()})
         self.closed = threading.Event()
         self.leases: list[socket.socket] = []
         if FORK:

@@ -280,9 +280,15 @@ class Attempt:
 
 
 def plan(
-    gang: Gang, folder: Path, settings: Settings, seats: dict, attempt: int = 0, launched: float | None = None
+    gang: Gang,
+    folder: Path,
+    settings: Settings,
+    seats: dict,
+    attempt: int = 0,
+    launched: float | None = None,
+    ahead: float = 0.0,
 ) -> list[Place]:
-    """The places of an attempt's ranks, on the seats that the ledger gave."""
+    """The places of an attempt's ranks, on the seats that the ledger gave; `ahead` as in `Place`."""
     launched = time.time() if launched is None else launched
     hosts = seats["hosts"]
     nodes = list(dict.fromkeys(hosts))
@@ -301,6 +307,8 @@ def plan(
             main=hosts[0],
             threads=gang.threads,
             launched=launched,
+            clock=seats["clock"],
+            ahead=ahead,
             store=seats["store"] and f"{seats['store']}-{attempt}",
             init=settings.init,
             memory=settings.memory or memory,

@@ -24,7 +24,7 @@ from distributed import Security, Status
 from distributed.utils import get_ip
 from tqdm.auto import tqdm
 
-from hpclab import _namesakes, _private, _slurm_site, machine, queues, slurm
+from hpclab import _namesakes, _private, _slurm_site, _tls, machine, queues, slurm
 from hpclab._healing import LOST_SECONDS, Tended
 from hpclab.queues import QUEUES, QUIET, Request
 from hpclab.slurm import Slurm
@@ -64,7 +64,7 @@ def submit(where: str | Slurm, security: Security | bool, options: Mapping[str, 
         folder = own if request.folder is None else Path(request.folder).expanduser()
         folder = queues.check_folder(request.kind, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tls = _on_disk(Security.temporary() if security is True else security, own) if security else None
+        tls = _on_disk(_tls.temporary() if security is True else security, own) if security else None
         if host:  # a virtual node's disk is this machine's, where what a killed worker left would stay
             scratch = _temporary("jobs-", _private.folder(), stack)
             request = replace(request, env={"TMPDIR": str(scratch), **request.env})

@@ -15,6 +15,7 @@ from typing import Any
 
 from distributed import Client, Scheduler, SchedulerPlugin, Status
 
+from hpclab import machine
 from hpclab._agent import ORDER, POOLS, Warmth
 from hpclab._rendezvous import Keys
 
@@ -85,6 +86,7 @@ def _answer(question: Callable[..., dict | None], args: tuple, dask_scheduler: S
         ledger = Ledger(dask_scheduler)
         dask_scheduler.add_plugin(ledger)
         dask_scheduler.handlers["hpclab_rendezvous"] = ledger.rendezvous
+        dask_scheduler.handlers["hpclab_clock"] = ledger.clock
     if question in SEATING and (unknown := ledger.unknown()):
         return {"unknown": unknown}
     return question(ledger, *args) or {}
@@ -128,8 +130,9 @@ class Ledger(SchedulerPlugin):
         self.scheduler = scheduler
         self.gangs: dict[str, Gang] = {}
         self.queue: list[Gang] = []
-        self.pools: dict[str, tuple[str, str, int]] = {}
-        """By worker that has told: its machine, the name of the CPUs there that it may use, and their number."""
+        self.pools: dict[str, machine.Introduction] = {}
+        """By worker that has told: its machine, the name of the CPUs there that it may use, their number, and what the
+        machine is."""
         self.asked: dict[str, float] = {}
         """Since when others have been to tell."""
         self.given_up: dict[str, float] = {}
@@ -200,6 +203,10 @@ class Ledger(SchedulerPlugin):
         """Whether a gang would fit if no other were there: ``ranks``, the most that do, and ``wrong``, or None."""
         return {"ranks": max(1, self.most(gang.threads)), "wrong": self.wrong(gang)}
 
+    def machines(self) -> dict:
+        """The machines of all workers that run, as `machine.together` has them."""
+        return machine.together(self.pools[seat.worker] for seat in self.running())
+
     def expire(self, worker: str) -> None:
         """Seat nobody any more under a worker whose job ends soon."""
         self.expiring.add(worker)
@@ -243,7 +250,8 @@ class Ledger(SchedulerPlugin):
         return True
 
     def told(self, gang: Gang) -> dict:
-        """What an admitted gang is told: for each rank the worker, its host and memory; and a file for the rendezvous.
+        """What an admitted gang is told: for each rank the worker, its host and memory; a file for the rendezvous; what
+        machines these are, and whose clock is here.
 
         Over several hosts there is no such file: `rendezvous` serves them.
         """
@@ -254,7 +262,9 @@ class Ledger(SchedulerPlugin):
         store = f"{first.local_directory}/{gang.run}" if len(set(hosts)) == 1 else ""
         memory = [self.scheduler.workers[worker].memory_limit // workers.count(worker) or None for worker in workers]
         emulated = self._crowded(gang) or len(set(hosts)) > len({seat.pool[0] for seat in gang.seats})
-        return {"workers": workers, "hosts": hosts, "emulated": emulated, "store": store, "memory": memory}
+        there = machine.together(filter(None, map(self.pools.get, dict.fromkeys(workers))))
+        seats = {"workers": workers, "hosts": hosts, "emulated": emulated, "store": store, "memory": memory}
+        return seats | {"machine": there, "clock": machine.boot()}
 
     def release(self, run: str) -> None:
         """Free a gang's seats, or its place in the queue."""
@@ -264,6 +274,10 @@ class Ledger(SchedulerPlugin):
             self.keys.pop(run).close()
         self.scheduler.loop.call_later(TOPIC_SECONDS, self.scheduler._broker._topics.pop, topic(run), None)
         self.advance()
+
+    async def clock(self) -> float:
+        """The time here; asked by workers on other machines."""
+        return time.time()
 
     async def rendezvous(self, run: str, attempt: int, question: dict, value: bytes) -> dict:
         """Answer a rank that looks for the others of its gang; called by its worker."""
@@ -297,9 +311,9 @@ class Ledger(SchedulerPlugin):
 
     def wrong(self, gang: Gang) -> str | None:
         """What forbids this gang, however long it waited; None if nothing does."""
-        there = self.running()
+        there, deaf = self.running(), self._deaf()
         if not there:
-            return "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
+            return deaf or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
         most = self.most(gang.threads)
         if gang.oversubscribe or gang.ranks <= most:
             return None
@@ -309,7 +323,17 @@ class Ledger(SchedulerPlugin):
         return (
             f"ranks (={gang.ranks}) with threads (={gang.threads}) take {need} CPUs; this cluster gives a gang"
             f" {self.most()} ({here}, {cpus} CPUs); use"
-            f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}."
+            f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(deaf)}{deaf}"
+        )
+
+    def _deaf(self) -> str:
+        """Who is here, but was not to be reached; or nothing."""
+        deaf = [address for address in self.scheduler.workers if address not in self.pools]
+        if not deaf:
+            return ""
+        return (
+            f"The scheduler on {machine.node()} doesn't reach {len(deaf)} of the workers, at {', '.join(deaf[:3])}: a"
+            " firewall must let it through to the ports of workers; then start them anew."
         )
 
     def busy(self, gang: Gang) -> str:
@@ -363,7 +387,8 @@ class Ledger(SchedulerPlugin):
         self.scheduler.log_event(topic(gang.run), news)
 
 
-SEATING = (Ledger.admit, Ledger.room, Ledger.reseat, Ledger.advance)
+SEATING = (Ledger.admit, Ledger.room, Ledger.reseat, Ledger.advance, Ledger.machines)
+"""Questions that need to know of each worker what it tells of itself."""
 """Questions whose answer depends on all workers that are there."""
 
 

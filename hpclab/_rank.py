@@ -18,7 +18,6 @@ import pickle
 import queue
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -254,6 +253,12 @@ def restore_folders() -> list[Path]:
     return own + [Path(folder) for folder in [_context.header["resume"]] if folder]
 
 
+def clock_ahead() -> float:
+    """Seconds by which the clock of this rank's machine is ahead of the driver's."""
+    assert _context is not None
+    return _context.header["ahead"]
+
+
 def run_folder() -> Path:
     """Folder of this run's results, from inside a rank."""
     assert _context is not None
@@ -336,6 +341,7 @@ def _run(header: dict, payload: bytes) -> Any:
     import torch.distributed as dist
 
     from hpclab import _buckets
+    from hpclab._store import check_ways
 
     torch.set_num_threads(header["threads"])
     _limit_memory(header["memory"])
@@ -344,6 +350,8 @@ def _run(header: dict, payload: bytes) -> Any:
     function, arguments = pickle.loads(payload)
     rank, ranks = header["row"]["rank"], header["row"]["ranks"]
     meeting = store()
+    if not header["store"] and os.environ["LOCAL_RANK"] == "0":
+        check_ways(meeting, header["host"], rank)
     if not header["init"]:
         with _environment_of_torchrun(meeting, rank, ranks):
             return _call(function, arguments)
@@ -419,9 +427,11 @@ def _environment_of_torchrun(store: Any, rank: int, ranks: int) -> Iterator[None
     who serve something there themselves. All stay until all have ended.
     """
     handlers = importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers
+    from hpclab._store import listen
+
     main = _context.header["main"]  # type: ignore[union-attr]
     if rank == 0:
-        with socket.create_server((main, 0)) as listener:
+        with listen(main) as listener:
             store.set("port", str(listener.getsockname()[1]))
     os.environ |= {"MASTER_ADDR": main, "MASTER_PORT": store.get("port").decode()}
     # torch's `register_rendezvous_handler` refuses a scheme that is there.

@@ -3,11 +3,23 @@
 A rank asks its supervisor, and that the scheduler; see `_rendezvous`.
 """
 
+import json
+import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from hpclab import machine
+
+REACH_SECONDS = 5.0
+"""How long another host may take to answer."""
+PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Ports of this host that programs get which ask for any; for IPv6 too."""
 
 
 class GangStore(dist.Store):
@@ -63,6 +75,47 @@ class GangStore(dist.Store):
     def num_keys(self) -> int:
         """How many keys there are."""
         return self._ask({"do": "count", "keys": []})[0]["found"]
+
+
+def listen(host: str) -> socket.socket:
+    """Listen at a free port of this host's address."""
+    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+def check_ways(store: dist.Store, host: str, rank: int) -> None:
+    """Raise an error if this host can't connect to another one of the gang; called by the first rank of each host.
+
+    Where a firewall drops what gloo sends, that (torch 2.13) waits for half an hour, without a word. Of two hosts the
+    one with the higher address connects, as there.
+
+    Raises
+    ------
+    ConnectionError
+        It names both hosts, the port, and which ones must be open.
+    """
+    node, nodes = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
+    ways = dist.PrefixStore("ways", store)
+    with listen(host) as listener:
+        here = {"rank": rank, "node": machine.node(), "host": host, "port": listener.getsockname()[1]}
+        here["ports"] = "-".join(PORTS.read_text().split()) if PORTS.exists() else "any"
+        ways.set(str(node), json.dumps(here))
+        for other in range(nodes):
+            there = json.loads(ways.get(str(other)))
+            if ip_address(host).packed > ip_address(there["host"]).packed:
+                _reach(here, there)
+        ways.set(f"tried-{node}", "")
+        ways.wait([f"tried-{other}" for other in range(nodes)])  # until then this one listens
+
+
+def _reach(here: dict, there: dict) -> None:
+    try:
+        socket.create_connection((there["host"], there["port"]), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"rank {here['rank']} on {here['node']} can't reach rank {there['rank']} on {there['node']} at"
+            f" {there['host']}, port {there['port']}: {error}. Ranks connect at any port that a host gives programs, on"
+            f" {there['node']} {there['ports']}; a firewall must let these through between the hosts."
+        ) from None
 
 
 def _bytes(value: Any) -> bytes:

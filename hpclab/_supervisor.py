@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 from dask.typing import Key
 from distributed import Status, Worker, get_worker, secede
+from distributed.utils import sync
 
 from hpclab import _private, machine
 from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, import_path, inboxes, open_inbox, start
@@ -42,6 +43,8 @@ ON_DEMAND = ", on demand"
 """What is said of a rank that was killed to see what follows."""
 CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
+CLOCK_SECONDS = 10.0
+"""How long the scheduler may take to tell its time."""
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
 ENDS = "HPCLAB_ENDS"
@@ -77,7 +80,11 @@ class Place:
     """Address of rank 0's host."""
     threads: int
     launched: float
-    """When the driver launched the gang, seconds since the epoch."""
+    """When the driver launched the gang, in seconds since the epoch by the driver's clock."""
+    clock: str
+    """The scheduler's machine."""
+    ahead: float
+    """Seconds by which the driver's clock is ahead of the scheduler's."""
     store: str
     """File of the rendezvous; "" over several hosts, as the scheduler then keeps it."""
     init: bool
@@ -112,12 +119,14 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     inbox = open_inbox(place.run, place.rank, place.attempt)
     outcome = Outcome(place.rank, machine.node(), place.attempt)
+    ahead = 0.0
     try:
         for folder in {Path(worker.local_directory), *(Path(file).parent for file in [place.store] if file)}:
             _private.restore(folder)
+        ahead = _ahead(place, worker)
         process = start(_environment(place, worker.address), worker.scheduler.address)
         try:
-            supervisor = _Supervisor(place, outcome, worker, process, inbox)
+            supervisor = _Supervisor(place, outcome, worker, process, inbox, ahead)
             supervisor.feed(payload)
             while supervisor.take():
                 if _cancelled(worker, key):
@@ -135,6 +144,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
         _values.pop((place.run, place.rank), None)
         for file in [place.store] * (place.rank == 0 and bool(place.store)) + [_stacks(place, worker)]:
             Path(file).unlink(missing_ok=True)
+    if outcome.failure is not None:
+        outcome.failure["time"] -= ahead  # which failure was the first is told by one clock
     return outcome
 
 
@@ -147,13 +158,21 @@ class _Supervisor:
     """Carries what a rank says to the driver, in batches, and the driver's orders to it; keeps how it ended."""
 
     def __init__(
-        self, place: Place, outcome: Outcome, worker: Worker, process: Process, inbox: queue.SimpleQueue
+        self,
+        place: Place,
+        outcome: Outcome,
+        worker: Worker,
+        process: Process,
+        inbox: queue.SimpleQueue,
+        ahead: float,
     ) -> None:
         self.place = place
         self.outcome = outcome
         self.worker = worker
         self.process = process
         self.inbox = inbox
+        self.ahead = ahead
+        """Seconds by which the clock here is ahead of the driver's."""
         self.rows: list[str] = []
         """Each as JSON."""
         self.text: list[str] = []
@@ -187,12 +206,12 @@ class _Supervisor:
             "row": {"run": place.run, "attempt": place.attempt, "rank": place.rank, "ranks": place.ranks},
             "stacks": _stacks(place, self.worker),
             "sys_path": import_path(),
+            "host": host_of(place.worker),
+            "launched": place.launched + self.ahead,
+            "ahead": self.ahead,
         } | {
             name: getattr(place, name)
-            for name in (
-                *("threads", "store", "main", "folder", "launched", "init", "memory", "worker_memory", "resume"),
-                "worker",
-            )
+            for name in ("threads", "store", "main", "folder", "init", "memory", "worker_memory", "resume", "worker")
         }
         self.orders.put(frame(header, payload))
         for work in (self._read_records, self._read_text, self._write):
@@ -269,6 +288,8 @@ class _Supervisor:
 
     def _relay(self, record: dict, body: bytes) -> None:
         """Pass on what a rank of an interactive gang says: prints soon, answers at once, values when fetched."""
+        if record.get("failure"):
+            record["failure"]["time"] -= self.ahead
         self.news.setdefault("said", []).append(record)
         if record["said"] != "print":
             self.sent = -math.inf
@@ -315,7 +336,7 @@ class _Supervisor:
         elif self.progress.due():
             self.news["stuck_s"] = self.progress.stuck_s()
         if time.time() > self.notice:
-            self.notice, self.news["expires"] = math.inf, float(os.environ[ENDS])
+            self.notice, self.news["expires"] = math.inf, float(os.environ[ENDS]) - self.ahead
 
     def _send(self) -> None:
         self.sent = time.monotonic()
@@ -373,6 +394,14 @@ class _Supervisor:
                 self.process.stdin.flush()
 
 
+def _ahead(place: Place, worker: Worker) -> float:
+    """Seconds by which the clock of this machine is ahead of the driver's."""
+    if place.clock == machine.boot():
+        return -place.ahead
+    ask = worker.scheduler.hpclab_clock
+    return machine.ahead(lambda: sync(worker.loop, ask, callback_timeout=CLOCK_SECONDS)) - place.ahead
+
+
 def _environment(place: Place, address: str) -> dict[str, str]:
     # What job queues export of the worker's own place would mislead the libraries in a rank.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name not in BINDING}
@@ -405,9 +434,14 @@ def _stacks(place: Place, worker: Worker) -> str:
     return f"{worker.local_directory}/{place.run}-{place.attempt}-{place.rank}.stacks"
 
 
+def host_of(address: str) -> str:
+    """The host of an address of Dask's, such as "tls://10.0.0.1:8786" or "tls://[fd00::1]:8786"."""
+    return address.rsplit("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+
+
 def _interface(address: str) -> str | None:
     """Name of the network interface that owns the worker's address, so that gloo neither guesses nor looks up names."""
-    host = address.rsplit("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    host = host_of(address)
     loopback = host.startswith("127.")  # all of 127.0.0.0/8 is there, and only 127.0.0.1 listed
     for name, owned in psutil.net_if_addrs().items():
         mine = [a.address for a in owned if a.family in (socket.AF_INET, socket.AF_INET6)]

@@ -1,8 +1,13 @@
-"""Whether a scheduler lets a client in, and if not, why: Dask says no more than that certificates don't match."""
+"""A cluster's certificates, and why a scheduler lets no client in: Dask says only that they don't match."""
 
 import socket
 import ssl
+from datetime import UTC, datetime, timedelta
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
 from distributed import Security
 
 SECONDS = 5.0
@@ -13,6 +18,35 @@ _ALERTS = {
     "WRONG_VERSION_NUMBER": "it is not encrypted, so its address begins with tcp://",
 }
 """What OpenSSL calls it, and what it means here."""
+LATE, VALID = timedelta(days=1), timedelta(days=365)
+"""How far another host's clock may be behind for it to accept a new certificate, and how long that is valid."""
+
+
+def temporary() -> Security:
+    """Make new certificates for one cluster, as `Security.temporary` does, which also hold where a clock is behind.
+
+    Those of Dask begin in the second in which they are made: a worker whose clock is a minute behind gives up.
+    """
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hpclab")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - LATE)
+        .not_valid_after(now + VALID)
+        .sign(key, hashes.SHA256())
+    )
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    certificate = made.public_bytes(pem).decode()
+    secret = key.private_bytes(pem, pkcs8, serialization.NoEncryption()).decode()
+    files = {"tls_ca_file": certificate}
+    for role in ("client", "scheduler", "worker"):
+        files |= {f"tls_{role}_cert": certificate, f"tls_{role}_key": secret}
+    return Security(require_encryption=True, **files)
 
 
 def refusal(address: str, security: Security | None) -> str | None:

@@ -131,14 +131,22 @@ def number(value: float) -> str:
 
 
 def provenance(rows: list[dict]) -> str:
-    """One line that says where rows come from: their source, the machine, the versions, the day."""
-    about = next((row for row in rows if "cpu" in row), None)
+    """One line that says where rows come from: their source, the machines, the versions, the day."""
+    abouts = [row for row in rows if "cpu" in row]
     in_part = {row["source"] for row in rows if "source" in row} == {"measured", "emulated"}
     word = _("in part emulated") if in_part else source_word(source(rows))
-    if about is None:
+    if not abouts:
         return word
-    machine = f"{about['cpu']}, {about['cpus']} CPU, torch {about['torch']}, {about['started'][:10]}"
-    return f"{word}: {machine}"
+    machines = dict.fromkeys(map(_machine, abouts))
+    return f"{word}: {'; '.join(machines)}, {abouts[0]['started'][:10]}"
+
+
+def _machine(about: dict) -> str:
+    """What a row says of the machines that it was measured on."""
+    cpus = f"{about['cpus']} CPU"
+    if about.get("hosts", 1) > 1:
+        cpus = _("{cpus} CPU on {hosts} hosts", cpus=about["cpus"], hosts=about["hosts"])
+    return f"{about['cpu']}, {cpus}, torch {about['torch']}"
 
 
 def source_word(kind: str) -> str:

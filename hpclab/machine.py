@@ -4,7 +4,8 @@ import errno
 import math
 import os
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,8 @@ BASE_MEMORY = 500 * 2**20
 """Bytes for what is there once: the notebook's kernel with torch, and the scheduler in it."""
 RANK_MEMORY = 400 * 2**20
 """Bytes for each rank: its Dask worker, its process with torch, a small model."""
+TRIPS = 3
+"""How often another machine is asked for its time."""
 
 
 def cpus() -> int:
@@ -29,7 +32,7 @@ def cpu_pool() -> tuple[str, str, int]:
     """
     allowed = affinity()
     bound = _own_cgroup() if _cpu_quota() < len(allowed) else ""  # what a quota gives, only its cgroup shares
-    return _boot(), ",".join(map(str, allowed)) + bound, cpus()
+    return boot(), ",".join(map(str, allowed)) + bound, cpus()
 
 
 def memory() -> int:
@@ -75,6 +78,73 @@ def installed(package: str) -> str | None:
         return None
 
 
+Introduction = tuple[str, str, int, dict]
+"""What `introduce` returns."""
+
+
+def introduce() -> Introduction:
+    """What a worker tells of itself: its `cpu_pool`, and the machine that it is on as `describe` has it."""
+    return *cpu_pool(), describe()
+
+
+def together(workers: Iterable[Introduction]) -> dict:
+    """Describe the machines of some workers as one row.
+
+    Returns
+    -------
+    dict
+        As from `describe`, and ``hosts``, how many machines these are. ``cpus`` are those that any of the workers may
+        use. CPUs and memory are added up over the machines. Names and versions that differ are joined: "X; Y".
+    """
+    pools: dict[tuple[str, str], int] = {}
+    machines: dict[str, list[dict]] = {}
+    for boot, allowed, count, about in workers:
+        pools[boot, allowed] = count
+        machines.setdefault(boot, []).append(about)
+    rows = [about for here in machines.values() for about in here]
+    if not rows:
+        return {"hosts": 0}
+    row = {name: joined(row[name] for row in rows) for name in rows[0]}
+    for name in ("cpus_host", "memory_gb", "memory_host_gb"):
+        row[name] = sum(max(about[name] for about in here) for here in machines.values())
+    # Sets of CPUs on one machine may overlap.
+    row["cpus"] = sum(
+        min(here[0]["cpus_host"], sum(count for pool, count in pools.items() if pool[0] == boot))
+        for boot, here in machines.items()
+    )
+    return {"hosts": len(machines)} | row
+
+
+def joined(values: Iterable) -> object:
+    """One value if all are alike, else each that there is once, as text: "X; Y"."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else "; ".join(map(str, different))
+
+
+def ahead(ask: Callable[[], float]) -> float:
+    """Seconds by which this machine's clock is ahead of another's.
+
+    Parameters
+    ----------
+    ask : callable
+        Returns the other's time, in seconds since the epoch.
+
+    Returns
+    -------
+    float
+        By the quickest of a few round trips, as NTP has it. 0 if the two agree as far as that can tell: clocks that a
+        site keeps together differ less than a round trip takes.
+    """
+    trips = []
+    for _ in range(TRIPS):
+        sent = time.time()
+        there = ask()
+        back = time.time()
+        trips.append((back - sent, (sent + back) / 2 - there))
+    took, found = min(trips)
+    return found if abs(found) > took / 2 else 0.0
+
+
 def node() -> str:
     """Name of the node that this process is on: a job queue's own name for it, as one machine may be several."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
@@ -106,7 +176,7 @@ _REMEDIES = {
 }
 
 
-def _boot() -> str:
+def boot() -> str:
     """Name of this machine since its start, the same in all its containers."""
     return " ".join(_lines(Path("/proc/sys/kernel/random/boot_id"))) or platform.node()
 

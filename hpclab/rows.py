@@ -5,14 +5,16 @@ since the launch) and ``source`` ("measured" or "emulated"; others know "recorde
 in run, attempt, rank, kind and step. What else is in it has its unit in its name. The kinds:
 
 ==========  ============================================================================================================
-run         the first of a run: ``run``, ``started``, ``ranks``, ``threads``, and the machine (see `machine.describe`)
+run         the first of a run: ``run``, ``started``, ``ranks``, ``threads``, and the machines of its ranks' workers
+            (see `machine.together`)
 step        one of a rank: ``step``, ``loss``, ``samples``, ``step_s``, and of it ``data_s`` (waiting for data),
             ``compute_s`` (the CPU time of the rank's main thread), ``wait_s`` (the rest: talking to other ranks,
             waiting for them or for a CPU); ``cpu_s`` is the CPU time of the whole rank
 epoch       one of a gang: ``epoch``, ``test_loss``, ``test_accuracy``, ``samples``
 checkpoint  one that rank 0 wrote: ``step``, ``save_s``, ``nbytes``
 resume      where an attempt began, if not at the start: ``step``, ``checkpoint``
-restart     one of a new attempt: ``attempt``, ``ranks``, ``cause``, ``failed_s`` and ``time_s`` (since the launch)
+restart     one of a new attempt: ``attempt``, ``ranks``, ``cause``, ``failed_s`` and ``time_s`` (since the launch), and
+            its machines, which may be others
 attempt     what became of one; see `attempts`
 end         the last of a run: ``status``, ``time_s``, and ``error`` if it failed
 trial       one run of a sweep, summed up; see `scaling.trial`
@@ -114,6 +116,27 @@ def _row(text: bytes) -> dict | None:
     except (ValueError, RecursionError):  # also what isn't UTF-8, and brackets without end
         return None
     return found if isinstance(found, dict) else None
+
+
+MACHINE = ("started", "host", "hosts", "cpu", "cpus", "torch")
+"""What rows that sum up a run take over from its first."""
+
+
+def machine(rows: list[dict]) -> dict:
+    """When and where a run ran, of its rows: its `MACHINE`.
+
+    Of one that went on on other machines, the names of all: "X; Y"; numbers are those of its last attempt.
+    """
+    first, *later = [row for row in rows if row["kind"] in ("run", "restart") and "cpu" in row]
+    found = {name: first[name] for name in MACHINE if name in first}
+    for row in later:
+        for name, value in found.items():
+            if name in row and isinstance(value, str):
+                names = dict.fromkeys([*value.split("; "), *str(row[name]).split("; ")])
+                found[name] = "; ".join(names)
+            elif name in row:
+                found[name] = row[name]
+    return found
 
 
 def span(rows: list[dict]) -> tuple[float, float]:

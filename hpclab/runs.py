@@ -157,6 +157,8 @@ class Run(Record):
         self._payload = payload
         self._attempt: Attempt | None = None
         self._launched = 0.0
+        self._ahead = 0.0
+        """Seconds by which the clock here is ahead of the scheduler's."""
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.said: queue.SimpleQueue = queue.SimpleQueue()
         """What ranks of an interactive gang say, as `hpclab.gangs` reads it."""
@@ -389,11 +391,14 @@ class Run(Record):
         self._emulated |= seats["emulated"]
         self._gone -= set(seats["workers"]) if before else set()  # a worker that came back at its old address
         gang = replace(self._gang, ranks=len(seats["workers"]))
-        places = plan(gang, self.folder, self._settings, seats, number, self._launched)
+        if seats["clock"] != machine.boot():
+            with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
+                self._ahead = machine.ahead(lambda: self._client.run_on_scheduler(time.time))
+        places = plan(gang, self.folder, self._settings, seats, number, self._launched, self._ahead)
         self._attempt = Attempt(self._client, gang, self._settings, number, places)
         self.status = "running"
         first = _about(gang, self._launched) if before is None else self._restart(before, self._attempt)
-        self._take_rows([first], file)
+        self._take_rows([first | seats["machine"]], file)
         self._attempt.start(self._payload, self._inbox)
         self._attempt.lose(self._gone)
 
@@ -589,8 +594,7 @@ def _read(news: str | dict) -> dict:
 def _about(gang: Gang, launched: float) -> dict:
     """The first row of a run."""
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(launched))
-    about = {"kind": "run", "run": gang.run, "started": started, "ranks": gang.ranks, "threads": gang.threads}
-    return about | machine.describe()
+    return {"kind": "run", "run": gang.run, "started": started, "ranks": gang.ranks, "threads": gang.threads}
 
 
 def occupy(folder: str | os.PathLike) -> Path:

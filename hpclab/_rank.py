@@ -267,7 +267,12 @@ def run_folder() -> Path:
 
 def frame(record: dict, body: bytes = b"") -> bytes:
     """One record on the wire: a line of JSON, then as many bytes as its ``nbytes`` says."""
-    return json.dumps(record | {"nbytes": len(body)}).encode() + b"\n" + body
+    return head(record, body) + body
+
+
+def head(record: dict, body: bytes) -> bytes:
+    """What goes before the body of a record."""
+    return json.dumps(record | {"nbytes": len(body)}).encode() + b"\n"
 
 
 def take_frame(buffer: bytearray) -> tuple[dict, bytes] | None:
@@ -281,7 +286,8 @@ def take_frame(buffer: bytearray) -> tuple[dict, bytes] | None:
     stop = end + record["nbytes"]
     if len(buffer) < stop:
         return None
-    body = bytes(buffer[end:stop])
+    with memoryview(buffer) as view:  # a slice of the buffer itself would be another copy
+        body = bytes(view[end:stop])
     del buffer[:stop]
     return record, body
 
@@ -481,8 +487,8 @@ def _fail(error: BaseException, header: dict) -> NoReturn:
     """Tell who failed and how, then leave: peers must not wait for a rank that will never answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would cut this short
     tell_of_limit(error, header["memory"], "launch")
-    if isinstance(error, ImportError | AttributeError) and (why := _namesakes.blame(error)):
-        error.add_note(why)
+    for note in filter(None, _ways_out(error, header)):
+        error.add_note(note)
     failure = {
         "type": type(error).__name__,
         "message": message(error),
@@ -543,6 +549,19 @@ def printable(text: str) -> str:
         half = LONGEST_MESSAGE // 2
         text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters left out ...\n{text[-half:]}"
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _ways_out(error: BaseException, header: dict) -> Iterator[str]:
+    """What to do about an error whose own words speak of something else."""
+    if isinstance(error, ImportError | AttributeError):
+        yield _namesakes.blame(error)
+    if isinstance(error, ValueError) and "default process group twice" in str(error) and header["init"]:
+        yield (
+            "hpclab.launch has initialised it already, for this function: leave that call out, or use"
+            " launch(..., init=False), as for functions that were written for torchrun."
+        )
+    if isinstance(error, RuntimeError) and "find_unused_parameters=True" in str(error):
+        yield "hpclab.train has that argument, too: train(..., find_unused_parameters=True)."
 
 
 def tell_of_limit(error: BaseException, limit: int | None, verb: str) -> None:

@@ -26,7 +26,7 @@ from hpclab import _private, machine
 from hpclab._agent import BINDING, MALLOC, Process, ZygoteDied, import_path, inboxes, open_inbox, start
 from hpclab._ledger import topic
 from hpclab._progress import RankProgress
-from hpclab._rank import frame, read_frames
+from hpclab._rank import frame, head, read_frames
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
@@ -138,7 +138,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     except ZygoteDied as error:
         outcome.failure = failure("RankDied", str(error))
     except (RuntimeError, OSError) as error:
-        outcome.failure = failure("NotStarted", f"could not start: {error} {machine.remedy(error)}".rstrip(" ."))
+        what = ". ".join(filter(None, [f"could not start: {error}", machine.remedy(error)]))
+        outcome.failure = failure("NotStarted", what.rstrip("."))
     finally:
         del inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
@@ -213,7 +214,8 @@ class _Supervisor:
             name: getattr(place, name)
             for name in ("threads", "store", "main", "folder", "init", "memory", "worker_memory", "resume", "worker")
         }
-        self.orders.put(frame(header, payload))
+        self.orders.put(head(header, payload))
+        self.orders.put(payload)  # apart: both in one piece would be another copy
         for work in (self._read_records, self._read_text, self._write):
             threading.Thread(target=work, daemon=True).start()
 

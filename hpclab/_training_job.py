@@ -38,6 +38,8 @@ class Job:
     """Steps to trace."""
     checkpoint_every: int | None
     """Steps between checkpoints, besides those of each epoch."""
+    find_unused_parameters: bool = False
+    """Whether steps may leave parameters without a gradient."""
 
     def module(self) -> nn.Module:
         """The model, made if it isn't yet."""

@@ -123,7 +123,7 @@ class Zygote:
         try:
             pid = os.fork()
         except OSError as error:  # no memory, or too many processes: the ranks that there are go on
-            _tell(caller, {"error": str(error), "errno": error.errno})
+            _tell(caller, {"error": error.strerror, "errno": error.errno})
             return
         if pid == 0:
             _become_rank(order, fds, parent)

@@ -148,11 +148,14 @@ def connect(
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
             )
-    except RuntimeError as error:
-        if "Nanny" not in str(root(error)):  # Dask's word for what watches a worker, and saw it end
+    except (OSError, RuntimeError) as error:
+        cause = root(error)
+        if "Nanny" not in str(cause):  # Dask's word for what watches a worker, and saw it end
+            if remedy := machine.remedy(cause):
+                error.add_note(remedy)
             raise
         why = _namesakes.blame() or (GUARD if _main_is_unguarded() else "")
-        words = f"no worker could be started ({root(error)}); what they wrote is above. {why}"
+        words = f"no worker could be started ({cause}); what they wrote is above. {why}"
         raise RuntimeError(words.rstrip()) from None
     return _client(cluster)
 

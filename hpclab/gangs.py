@@ -27,7 +27,7 @@ from hpclab._progress import waits, with_source
 from hpclab._rank import frame
 from hpclab._supervisor import fetch
 from hpclab._whole import plain, whole_number
-from hpclab.launcher import check_pickles, launch
+from hpclab.launcher import check_pickles, check_size, launch
 from hpclab.runs import Run
 
 FOLD_SECONDS = 0.1
@@ -192,12 +192,15 @@ class Gang:
         ------
         TypeError
             If one can't be pickled; the message names it.
+        ValueError
+            If they would take the memory of a worker.
         """
         try:
             body = cloudpickle.dumps(values)
         except Exception:
             check_pickles(values)
             raise
+        check_size(self._client, len(body), self.ranks, "these values")
         self._ask("", body=body)
 
     def pull(self, expression: str, on: int | Iterable[int] | None = None) -> list:

@@ -1,5 +1,6 @@
 """Run a function on a gang of ranks: processes that start together, can talk by torch.distributed, and end together."""
 
+import math
 import os
 import re
 import reprlib
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-from dask.utils import parse_bytes
+from dask.utils import format_bytes, parse_bytes
 from distributed import Client
 
 from hpclab._attempt import Settings
@@ -19,6 +20,11 @@ from hpclab._whole import plain
 from hpclab._whole import whole_number as whole_number
 from hpclab.runs import Run
 
+LARGE_BYTES = 2**23
+"""Smaller messages fit anywhere."""
+COPIES, IDLE_BYTES = 3, 2**28
+"""How often a worker holds a message to a rank at once (as it came in, in parts, and unpacked), and what it takes
+without one."""
 TITLE_BYTES = 100
 """Of a run's name in the names of its files, which may have 255."""
 
@@ -99,8 +105,8 @@ def launch(
     Raises
     ------
     ValueError
-        If the cluster never has room for that many ranks, the folder is occupied, or the one to resume has no
-        checkpoint.
+        If the cluster never has room for that many ranks, the function and its arguments would take the memory of a
+        worker, the folder is occupied, or the one to resume has no checkpoint.
     RuntimeError
         If it has none now, and `wait` is False.
     TypeError
@@ -121,6 +127,7 @@ def launch(
     ranks = gang_size(client, ranks, threads, oversubscribe)
     threads = whole_number("threads", threads)
     payload = _pickle(function, args)
+    check_size(client, len(payload), ranks, "the function and its arguments")
     title = str(name or getattr(function, "__name__", type(function).__name__))
     title = re.sub(r"[^\w.=-]+", "-", title).strip("-").encode()[:TITLE_BYTES].decode(errors="ignore")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
@@ -187,6 +194,20 @@ def _pickle(function: Callable, args: tuple) -> bytes:
     except Exception:
         check_pickles({"function": function} | {f"args[{i}]": arg for i, arg in enumerate(args)})
         raise
+
+
+def check_size(client: Client, nbytes: int, ranks: int, what: str) -> None:
+    """Raise a ValueError if what is sent to each rank would take the memory of its worker."""
+    if nbytes < LARGE_BYTES:
+        return
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    limit = min((worker["memory_limit"] for worker in workers if worker["memory_limit"]), default=math.inf)
+    if COPIES * nbytes * math.ceil(ranks / max(1, len(workers))) > limit - IDLE_BYTES:
+        raise ValueError(
+            f"{what} take {format_bytes(nbytes)} when they are pickled, and a worker with"
+            f" {format_bytes(int(limit))} of memory would hold {COPIES} copies for each of its ranks; read large"
+            " data from a file inside the function, as hpclab.data does, or give workers more: connect(memory=...)."
+        )
 
 
 def check_pickles(values: dict[str, Any]) -> None:

@@ -172,6 +172,7 @@ _REMEDIES = {
     errno.ENOMEM: "The machine has no memory left: use fewer ranks or smaller models, or end other programs.",
     errno.ENOSPC: "The disk is full: make room, or use folder= for results, and TMPDIR for the rest, on another one.",
     errno.EDQUOT: "The user's share of the disk is full: make room, or use folder= for results on another one.",
+    errno.EFBIG: "A file may have no more bytes: raise `ulimit -f` before Python starts, or report and print less.",
     errno.EROFS: "The disk takes no writing: use folder= for results, and TMPDIR for the rest, on another one.",
 }
 

@@ -182,8 +182,10 @@ class Run(Record):
                 raise ValueError(refusal) if "wrong" in answer else RuntimeError(refusal)
             occupy(self.folder)
             (self.folder / "rows.jsonl").touch(exist_ok=False)  # from here on the folder is taken
-        except BaseException:
+        except BaseException as error:
             self._leave()
+            if why := machine.remedy(error):
+                error.add_note(why)
             raise
         self._logs = [Log(self.folder / f"rank-{rank}.log", rank) for rank in range(gang.ranks)]
         self._inbox.put(("news", answer))
@@ -302,6 +304,7 @@ class Run(Record):
                 self._take_rows([self._end()], file)
         except Exception as error:  # such as a full disk
             log.exception("run %s breaks off", self.name)
+            error.add_note(f"Run {self.name}, of folder {self.folder}, broke off. {machine.remedy(error)}".rstrip())
             self._broken = error
         finally:
             self._close()

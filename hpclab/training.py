@@ -67,6 +67,7 @@ def train(
     network: Network | None = None,
     trace: int = 0,
     checkpoint_every: int | None = None,
+    find_unused_parameters: bool = False,
     max_restarts: int = 0,
     min_ranks: int | None = None,
     resume: str | os.PathLike | None = None,
@@ -118,6 +119,9 @@ def train(
     checkpoint_every : int, optional
         Write a checkpoint after every so many steps, besides that of each epoch; the newest two stay. See
         `checkpoint.save`.
+    find_unused_parameters : bool, default False
+        Take a model of which a step may leave parameters unused, as DistributedDataParallel does with the argument of
+        this name; without it such a model fails in its second step. It takes some time in each step.
     max_restarts : int, default 0
         How often to go on from the newest checkpoint when a rank, a worker or a host is lost, or its job in a queue
         reaches its walltime. With as many ranks as before, the result is that of a run without losses, bit for bit.
@@ -164,6 +168,7 @@ def train(
     job = Job(
         *(model, str(found.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
         checkpoint_every,
+        bool(find_unused_parameters),
     )
     sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)
     admission: dict[str, Any] = {"oversubscribe": oversubscribe, "wait": wait}

@@ -378,6 +378,16 @@ def test_what_was_written_for_torchrun(client):
     usable(client)
 
 
+def initialise_again():
+    torch.distributed.init_process_group("gloo")
+
+
+def test_who_initialises_again_is_told_of_init_false(client):
+    with pytest.raises(ValueError, match="process group twice") as caught:
+        hpclab.launch(client, initialise_again, ranks=1).result(60)
+    assert "launch(..., init=False)" in "".join(caught.value.__notes__)
+
+
 def test_a_worker_that_joins_harms_no_gang():
     with hpclab.connect(workers=1) as client:
         run = hpclab.launch(client, train_until_told, 100_000, True, ranks=1)

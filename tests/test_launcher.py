@@ -181,11 +181,13 @@ def test_a_full_disk_ends_the_run_and_is_told(client):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large") as caught:
             run.result(60)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert run.status == "failed"
+    assert str(run.folder) in caught.value.__notes__[0]
+    assert "raise `ulimit -f`" in caught.value.__notes__[0]
     assert no_rank_left()
     assert hpclab.launch(client, describe, ranks=2).result(60)
 
@@ -460,6 +462,15 @@ def test_bad_arguments(client, arguments, error, says):
 def test_unpicklable_argument_is_named(client):
     with pytest.raises(TypeError, match=r"args\[1\] \(=<unlocked _thread.lock.*can't be pickled"):
         hpclab.launch(client, print, 1, threading.Lock(), ranks=2)
+
+
+def test_an_argument_that_would_kill_its_worker_is_refused():
+    with hpclab.connect(workers=1, memory="300MB") as client:
+        assert hpclab.launch(client, len, bytes(2**22)).result(60) == [2**22]
+        with pytest.raises(ValueError, match=r"the function and its arguments take 20.00 MiB .* from a file inside"):
+            hpclab.launch(client, len, bytes(20 * 2**20))
+        with hpclab.gang(client) as gang, pytest.raises(ValueError, match=r"these values take 20.00 MiB"):
+            gang.push(large=bytes(20 * 2**20))
 
 
 def test_occupied_folder(client, tmp_path):

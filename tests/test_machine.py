@@ -1,9 +1,13 @@
 """Limits are read from trees of cgroup files as kernels write them, and from a real cgroup where one can be made."""
 
 import math
+import mmap
 import os
+import resource
+import socket
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,3 +141,46 @@ def test_a_clock_is_compared_by_the_quickest_round_trip(monkeypatch):
     trips = iter([(0.0, 1.0), (0.01, 0.02), (3.0, 0.0)])
     assert machine.ahead(lambda: ask(*next(trips))) == pytest.approx(60, abs=0.02)
     assert machine.ahead(lambda: ask(0.1, 0.3) + 60) == 0, "within what the trip leaves open"
+
+
+def too_many_files():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        os.pipe()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def too_long_a_path():
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("/tmp/" + "x" * 120)
+
+
+def too_large_a_thread():
+    size = threading.stack_size(2**46)  # more than there are addresses
+    try:
+        threading.Thread(target=print).start()
+    finally:
+        threading.stack_size(size)
+
+
+@pytest.mark.parametrize(
+    ("fail", "says"),
+    [
+        (too_many_files, "raise `ulimit -n`"),
+        (too_large_a_thread, "`ulimit -u` shows"),
+        (lambda: mmap.mmap(-1, 2**46), "no memory left"),
+        (too_long_a_path, "set TMPDIR to a folder with a shorter name"),
+        (lambda: Path("/dev/full").write_text("x"), "make room"),
+    ],
+)
+def test_what_to_do_about_a_limit(fail, says):
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        fail()
+    assert says in machine.remedy(caught.value)
+
+
+def test_nothing_is_to_be_done_about_other_errors():
+    for error in (OSError("odd"), FileNotFoundError(2, "none"), ValueError("no space left")):
+        assert machine.remedy(error) == ""

@@ -160,6 +160,25 @@ def test_own_optimizer_loss_and_model(client):
     assert set(losses(result.rows)) == {7}
 
 
+class Half(torch.nn.Module):
+    """A model of which no step uses one half."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(784, 10), torch.nn.Linear(784, 10)
+
+    def forward(self, x):
+        return self.used(x.flatten(1))
+
+
+def test_unused_parameters(client):
+    settings = {"ranks": 2, "steps": 3, "progress": False}
+    with pytest.raises(RuntimeError, match="not used in producing loss") as caught:
+        hpclab.train(client, Half, "fashion_mnist", **settings).result()
+    assert "train(..., find_unused_parameters=True)" in "".join(caught.value.__notes__)
+    assert hpclab.train(client, Half, "fashion_mnist", find_unused_parameters=True, **settings).result().weights
+
+
 def test_a_model_by_name_is_the_class_of_that_name(client):
     public = {name for name, made in vars(hpclab.models).items() if getattr(made, "__module__", "") == "hpclab.models"}
     assert public == set(MODELS)

@@ -139,6 +139,9 @@ def check(request: Request, queue: str | None, there: list[Node]) -> None:
 
 def _ask(env: Mapping[str, str] | None, *command: str) -> list[str]:
     words = [*command, "--noheader"]
+    conf = (env or {}).get("SLURM_CONF")
+    if conf and not os.path.exists(conf):  # Slurm itself would look for others, for a long time
+        raise ConnectionError(f"its settings, {conf}, have gone")
     try:
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except (FileNotFoundError, NotADirectoryError):  # the latter if PATH names what is no folder

@@ -148,6 +148,9 @@ def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe
     wish = 1 if ranks is None else whole_number("ranks", ranks)
     found = consult(client, Ledger.room, Gang("", client.id, wish, threads, oversubscribe))
     if found["wrong"]:
+        cluster: Any = client.cluster
+        if hasattr(cluster, "standing") and cluster.worker_spec and not cluster.scheduler.workers:
+            raise ValueError(f"{found['wrong']} Its jobs: {cluster.standing()}.")  # which may wait for ever
         raise ValueError(found["wrong"])
     return found["ranks"] if ranks is None else wish
 

@@ -806,3 +806,22 @@ def test_a_path_with_what_is_no_folder(monkeypatch, tmp_path):
         assert isinstance(slurm.missing(), list)
         with pytest.raises(FileNotFoundError, match=r"^sinfo is (not installed|nowhere on PATH)"):
             _slurm_site.nodes({"PATH": path})
+
+
+def test_who_launches_without_workers_is_told_what_their_jobs_wait_for(slurm4):
+    with hpclab.connect(slurm4, workers=1) as client:
+        for node in slurm4.addresses:
+            slurm4.drain(node, "a test")
+        try:
+            slurm4.run("scancel", *(job.job_id for job in client.cluster.workers.values()))
+            until(lambda: "1st in the queue" in client.cluster.standing())
+            with pytest.raises(ValueError, match=r"without workers; .* Its jobs: job \d+: 1st in the queue, PENDING"):
+                hpclab.launch(client, os.getcwd)
+        finally:
+            for node in slurm4.addresses:
+                slurm4.resume(node)
+
+
+def test_a_slurm_whose_folder_was_cleaned_away(tmp_path):
+    with pytest.raises(ConnectionError, match=r"^its settings, .*gone/slurm.conf, have gone$"):
+        _slurm_site.places({"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "gone" / "slurm.conf")})

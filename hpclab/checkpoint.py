@@ -206,11 +206,11 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 def _write_for_all(state: dict[str, Any], every: list[dict]) -> Path:
     """Write rank 0's state, and what every rank told."""
     steps = [told["step"] for told in every]
+    if wrong := [step for step in steps if not isinstance(step, int | np.integer) or step < 0]:
+        raise ValueError(f"step (={wrong[0]!r}) must be a whole number >= 0.")
     if len(set(steps)) > 1:
         by_rank = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(steps))
         raise ValueError(f"step differs by rank ({by_rank}); every rank must call save after the same step.")
-    if not isinstance(steps[0], int | np.integer) or steps[0] < 0:
-        raise ValueError(f"step (={steps[0]!r}) must be a whole number >= 0.")
     step = int(steps[0])
     _check_shared()
     _check_kinds(state, "state")

@@ -231,6 +231,24 @@ def test_a_folder_that_a_node_does_not_see(hosts):
         hpclab.launch(hosts.client, lose, ranks=2).result(60)
 
 
+def test_ranks_save_and_restore_before_they_have_a_process_group(hosts):
+    """Over several hosts by way of the scheduler."""
+
+    def begin():
+        state = hpclab.restore()
+        torch.manual_seed(int(os.environ["RANK"]))
+        hpclab.save({"step": 7}, 7)
+        return state or torch.rand(1).item(), torch.rand(1).item()
+
+    run = hpclab.launch(hosts.client, begin, ranks=2, init=False)
+    begun = run.result(60)
+    assert len({number for number, _ in begun}) == 2
+    held = hpclab.checkpoint.load(hpclab.checkpoint.newest(run.folder / "checkpoints"))
+    assert [torch.Generator().set_state(kept["torch"]).initial_seed() for kept in held["random"]] == [0, 1]
+    again = hpclab.launch(hosts.client, begin, ranks=2, init=False, resume=run.folder).result(60)
+    assert [state for state, _ in again] == [{"step": 7}] * 2
+
+
 def test_nothing_of_a_gang_is_left_on_its_hosts(hosts):
     hpclab.launch(hosts.client, add, ranks=2).result(60)
     assert no_rank_left()

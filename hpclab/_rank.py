@@ -554,13 +554,13 @@ def printable(text: str) -> str:
 def _ways_out(error: BaseException, header: dict) -> Iterator[str]:
     """What to do about an error whose own words speak of something else."""
     if isinstance(error, ImportError | AttributeError):
-        yield _namesakes.blame(error)
-    if isinstance(error, ValueError) and "default process group twice" in str(error) and header["init"]:
+        yield _namesakes.blame(message(error))
+    if isinstance(error, ValueError) and "default process group twice" in message(error) and header["init"]:
         yield (
             "hpclab.launch has initialised it already, for this function: leave that call out, or use"
             " launch(..., init=False), as for functions that were written for torchrun."
         )
-    if isinstance(error, RuntimeError) and "find_unused_parameters=True" in str(error):
+    if isinstance(error, RuntimeError) and "find_unused_parameters=True" in message(error):
         yield "hpclab.train has that argument, too: train(..., find_unused_parameters=True)."
 
 

@@ -33,7 +33,7 @@ class Text(str):
     pass
 
 
-class Mute(Exception):
+class Mute(RuntimeError):
     def __str__(self):
         raise KeyError("no message")
 

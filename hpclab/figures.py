@@ -132,7 +132,7 @@ def number(value: float) -> str:
 
 def provenance(rows: list[dict]) -> str:
     """One line that says where rows come from: their source, the machines, the versions, the day."""
-    abouts = [row for row in rows if "cpu" in row]
+    abouts = sorted((row for row in rows if "cpu" in row), key=lambda row: row.get("started", "later"))
     in_part = {row["source"] for row in rows if "source" in row} == {"measured", "emulated"}
     word = _("in part emulated") if in_part else source_word(source(rows))
     if not abouts:

@@ -5,6 +5,7 @@ Without an `ax` they draw in a `figures.Figure`, which also says what it shows i
 
 import math
 import time
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def speedup(rows: list[dict], ax: Axes | None = None) -> Axes:
         As from `scaling.summary`.
     """
     ax = _bars(rows, "speedup", _("speed-up over the first"), ax)
-    ideal = [row["speedup"] / row["efficiency"] for row in rows]
+    ideal = [row["speedup"] / row["efficiency"] for row in _cases(rows)]
     return _ideal(ax, ideal)
 
 
@@ -89,7 +90,7 @@ def efficiency(rows: list[dict], ax: Axes | None = None) -> Axes:
     rows : list of dict
         As from `scaling.summary`.
     """
-    return _ideal(_bars(rows, "efficiency", _("efficiency"), ax), [1.0] * len(rows))
+    return _ideal(_bars(rows, "efficiency", _("efficiency"), ax), [1.0] * len(_cases(rows)))
 
 
 def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Axes | None = None) -> Axes:
@@ -108,8 +109,10 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
         As from `forecast.Forecast.rows`.
     """
     ax = figures.axes(ax)
-    counts = [row["ranks"] for row in some(rows, "trial")]
-    most = max([*counts, *(row["ranks"] for row in forecast or ())])
+    rows = sorted(some(rows, "trial"), key=lambda row: (row["ranks"], row["samples_per_s"]))
+    forecast = sorted(some(forecast, "forecast"), key=lambda row: row["ranks"]) if forecast else []
+    counts = [row["ranks"] for row in rows]
+    most = max([*counts, *(row["ranks"] for row in forecast)])
     ax.plot(
         counts, [row["samples_per_s"] for row in rows], label=figures.source_word(source(rows)), **figures.points(0)
     )
@@ -129,7 +132,7 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
     ax.set_yscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_major_formatter("{x:,.0f}")
-    return finish(ax, rows + (forecast or []), _("ranks"), _("samples a second"), told)
+    return finish(ax, rows + forecast, _("ranks"), _("samples a second"), told)
 
 
 def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: Axes | None = None) -> Axes:
@@ -177,7 +180,8 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
         As from `scaling.split`.
     """
     ax = figures.axes(ax)
-    names = [str(row["rank"]) for row in some(rows, "split")]
+    rows = sorted(some(rows, "split"), key=lambda row: row["rank"])
+    names = [str(row["rank"]) for row in rows]
     titles = {
         "compute_s": _("computing"),
         "comm_s": _("communication"),
@@ -216,7 +220,8 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
         "all-reduce": _("all-reduce of a bucket"),
     }
     unnamed = dict(titles)  # each is named once, if it is there
-    ranks = sorted({row["rank"] for row in some(rows, "span")})
+    rows = sorted(some(rows, "span"), key=lambda row: row["start_s"])
+    ranks = sorted({row["rank"] for row in rows})
     spent: dict[int, dict[str, float]] = {rank: {} for rank in ranks}
     for number, (name, title) in enumerate(titles.items()):
         for place, rank in enumerate(ranks):
@@ -244,6 +249,7 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
     rows : list of dict
         As from ``Run.rows`` of `train`.
     """
+    some(rows, "step")
     ax = figures.axes(ax)
     told = []
     titles = {
@@ -257,7 +263,7 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
         "lost": look(1) | {"marker": "", "linewidth": 2.5},
     }
     for row in attempts(rows):
-        steps = [(step["time_s"], step["step"] + 1) for step in rows if _is_of_rank_0(step, row["attempt"])]
+        steps = sorted((step["time_s"], step["step"] + 1) for step in rows if _is_of_rank_0(step, row["attempt"]))
         done = row["first"] + row["kept"]
         parts = {
             "kept": [point for point in steps if point[1] <= done],
@@ -293,7 +299,8 @@ def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
         As from `tasks.spans`.
     """
     ax = figures.axes(ax)
-    workers = sorted({row["worker"] for row in some(rows, "task")})
+    rows = sorted(some(rows, "task"), key=lambda row: row["start_s"])
+    workers = sorted({row["worker"] for row in rows})
     titles = {"compute": _("computing"), "transfer": _("fetching what a task needs")}
     unnamed, told = dict(titles), []
     for place, worker in enumerate(workers):
@@ -326,15 +333,17 @@ def grain(rows: list[dict], fit: "Fit", unseen: list[dict] | None = None, ax: Ax
         Rows that the law hasn't seen, to look whether it foretells them.
     """
     ax = figures.axes(ax)
-    items, told = rows[0]["items"], []
-    for place, (word, some_rows) in enumerate(
-        {_("measured"): some(rows, "grain"), _("not seen by the law"): unseen}.items()
-    ):
+    rows = sorted(some(rows, "grain"), key=lambda row: (row["tasks"], row["duration_s"]))
+    unseen = some(unseen, "grain") if unseen else []
+    if len(works := {row["items"] for row in [*rows, *unseen]}) > 1:
+        raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one.")
+    items, told = works.pop(), []
+    for place, (word, some_rows) in enumerate({_("measured"): rows, _("not seen by the law"): unseen}.items()):
         if some_rows:
             sizes, seconds = zip(*((items / row["tasks"], row["duration_s"]) for row in some_rows), strict=True)
             ax.plot(sizes, seconds, alpha=0.7, label=word, **figures.points(place))
             told.append(cloud(word, sizes, seconds))
-    counts = [row["tasks"] for row in rows + (unseen or [])]
+    counts = [row["tasks"] for row in rows + unseen]
     n = np.geomspace(max(2, min(fit.n)), max(counts), 100)
     low, high = fit.band(n, new=True)
     ax.fill_between(items / n, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
@@ -359,12 +368,13 @@ def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) ->
     Parameters
     ----------
     jobs : list of dict
-        As from ``Slurm.jobs()``; the newest `JOBS` are shown.
+        As from ``Slurm.jobs()``; the newest `JOBS` are shown, by their number.
     now : float, optional
         Seconds since the epoch up to which jobs that have not ended are drawn. Default: this moment.
     """
     ax = figures.axes(ax)
-    jobs, now = jobs[-JOBS:], time.time() if now is None else now
+    jobs = sorted(jobs, key=lambda job: job["job"])[-JOBS:]
+    now = time.time() if now is None else now
     first = min((job["submitted_s"] for job in jobs), default=now)
     nodes = sorted({job["nodes"] for job in jobs if job["nodes"]})
     told = []
@@ -407,7 +417,8 @@ def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None
         As from `laws.fit_alpha_beta`.
     """
     ax = figures.axes(ax)
-    size = np.array([row["nbytes"] for row in some(rows, "allreduce")], dtype=float)
+    rows = sorted(some(rows, "allreduce"), key=lambda row: (row["nbytes"], row["duration_s"]))
+    size = np.array([row["nbytes"] for row in rows], dtype=float)
     seconds = [row["duration_s"] for row in rows]
     word = figures.source_word(source(rows))
     ax.plot(size, seconds, alpha=0.5, label=word, **figures.points(0))
@@ -452,7 +463,8 @@ def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
     """
     ax = figures.subplots(size=(8, 4.2))[1] if ax is None else ax
     peak, bandwidth, ridge = ceiling["flops_per_s"], ceiling["bytes_per_s"], ceiling["ridge"]
-    intensities = [row["intensity"] for row in some(rows, "roofline")]
+    rows = some(rows, "roofline")
+    intensities = [row["intensity"] for row in rows]
     x = np.geomspace(min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 4, 200)
     label = _("the lower of both ceilings")
     ax.plot(x, np.minimum(peak, bandwidth * x) / 1e9, color="black", label=label)
@@ -525,7 +537,7 @@ def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[fl
         return [], []
     start, _end = span(rows)
     means = sorted(
-        (max(row["time_s"] for row in at) - start, sum(row["loss"] for row in at) / len(at)) for at in steps.values()
+        (max(row["time_s"] for row in at) - start, fmean(row["loss"] for row in at)) for at in steps.values()
     )
     size = max(1, len(means) // points)
     parts = [means[first : first + size] for first in range(0, len(means), size)]
@@ -543,7 +555,7 @@ def rate(rows: list[dict], ax: Axes | None = None, points: int = 40) -> Axes:
     width = (steps[-1]["time_s"] - first) / max(1, min(points, len(steps) // 16))
     sums: dict[int, float] = {}
     for row in steps:
-        place = int((row["time_s"] - first - 1e-9) / width)
+        place = int((row["time_s"] - first) / width * (1 - 1e-9))  # the last step belongs to the last part
         sums[place] = sums.get(place, 0.0) + ((row.get(counted) or 0) if counted else 1)
     seconds, rates = [(place + 1) * width for place in sums], [total / width for total in sums.values()]
     ax.plot(seconds, rates, **look(0))
@@ -554,7 +566,8 @@ def rate(rows: list[dict], ax: Axes | None = None, points: int = 40) -> Axes:
 
 def _bars(rows: list[dict], measure: str, title: str, ax: Axes | None) -> Axes:
     ax = figures.axes(ax)
-    names = [figures.series_name(row["label"], [row]) for row in some(rows, "summary")]
+    rows = _cases(rows)
+    names = [figures.series_name(row["label"], [row]) for row in rows]
     told = []
     for place, row in enumerate(rows):
         value, low, high = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
@@ -567,6 +580,11 @@ def _bars(rows: list[dict], measure: str, title: str, ax: Axes | None) -> Axes:
     ax.set_ylim(0, max(row[f"{measure}_high"] for row in rows) * 1.2)
     repeats = min(row["repeats"] for row in rows)
     return finish(ax, rows, _("median and range of {repeats} repeats", repeats=repeats), title, told)
+
+
+def _cases(rows: list[dict]) -> list[dict]:
+    """Rows of kind "summary", as their sweep had them: its first case is the baseline."""
+    return sorted(some(rows, "summary"), key=lambda row: row.get("case", 0))
 
 
 def _ideal(ax: Axes, values: list[float]) -> Axes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpclab.language import translate as _
-from hpclab.rows import append, lines
+from hpclab.rows import append, lines, some
 from hpclab.tables import Table, markup
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
 
     written = {
         _("written"): entry["written"],
-        _("first measured"): min(row["started"] for row in rows if row["kind"] == "trial"),
+        _("first measured"): min(row["started"] for row in some(rows, "trial")),
         _("level"): f"{entry['level']:.0%}",
     }
     trials = [row for row in rows if row.get("regime") == "setting"]
@@ -267,7 +267,7 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
         for row in trials
     )
     mean = _("Mean score: {score:.2f}", score=total(scores))
-    measured = [row for row in rows if row["kind"] == "trial"]
+    measured = some(rows, "trial")
     parts = [
         f"<h2>{_('Written before the run')}</h2>",
         markup(Table([written])),

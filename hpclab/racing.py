@@ -172,7 +172,7 @@ def own_cpu(rows: Rows) -> Rows:
     """The rows of a run on a clock that counts only each rank's own CPU seconds: as if each had a CPU for itself."""
     clock: dict[int, float] = {}
     moved = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.get("time_s", 0.0)):
         if row["kind"] == "step":
             clock[row["rank"]] = clock.get(row["rank"], 0.0) + row["cpu_s"]
             row = row | {"time_s": clock[row["rank"]], "step_s": row["cpu_s"]}

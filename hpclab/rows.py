@@ -127,7 +127,8 @@ def machine(rows: list[dict]) -> dict:
 
     Of one that went on on other machines, the names of all: "X; Y"; numbers are those of its last attempt.
     """
-    first, *later = [row for row in rows if row["kind"] in ("run", "restart") and "cpu" in row]
+    restarts = [row for row in rows if row["kind"] == "restart" and "cpu" in row]
+    first, *later = some(rows, "run")[0], *sorted(restarts, key=lambda row: row["attempt"])
     found = {name: first[name] for name in MACHINE if name in first}
     for row in later:
         for name, value in found.items():
@@ -141,7 +142,7 @@ def machine(rows: list[dict]) -> dict:
 
 def span(rows: list[dict]) -> tuple[float, float]:
     """Seconds from the launch to the start of the first training step, and to the end of the last."""
-    steps = [row for row in rows if row["kind"] == "step"]
+    steps = some(rows, "step")
     return min(row["time_s"] - (row.get("step_s") or 0.0) for row in steps), max(row["time_s"] for row in steps)
 
 
@@ -204,7 +205,7 @@ def attempts(rows: list[dict]) -> list[dict]:
                 "end_s": end_s,
                 "kept_s": kept_s,
                 "lost_s": 0.0 if failure is None else end_s - kept_s,
-                "save_s": sum(
+                "save_s": math.fsum(
                     row.get("save_s") or 0.0
                     for row in rows
                     if row["kind"] == "checkpoint" and row["attempt"] == attempt
@@ -236,10 +237,15 @@ def _counts(row: dict, end: float) -> bool:
 
 
 def some(rows: list[dict], kind: str) -> list[dict]:
-    """Return the rows of a kind that a caller needs, or raise a ValueError if there are none."""
-    if not rows:
-        raise ValueError(f"rows hold no {kind}; give those of a measurement.")
-    return rows
+    """Return the rows of a kind that a caller needs, or raise a ValueError if there are none.
+
+    A row that doesn't tell its kind is taken for one that is asked for.
+    """
+    found = [row for row in rows if row.get("kind", kind) == kind]
+    if not found:
+        others = f" (but {', '.join(sorted({str(row['kind']) for row in rows}))})" if rows else ""
+        raise ValueError(f"rows hold no {kind}{others}; give those of a measurement.")
+    return found
 
 
 def label(ranks: int, threads: int = 1) -> str:

@@ -91,8 +91,8 @@ class Record:
 
     def error(self) -> str:
         """Return what ended a run that failed, as text; "" of any other."""
-        last = self.rows[-1] if self.rows else {}
-        return last.get("error", "") if last.get("kind") == "end" and "status" in last else ""
+        ends = [row for row in self.rows if row.get("kind") == "end"]
+        return ends[-1].get("error", "") if ends else ""
 
     def _ipython_display_(self) -> None:
         from hpclab.views import show

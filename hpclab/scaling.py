@@ -214,9 +214,10 @@ def trial(rows: list[dict]) -> dict:
     ValueError
         If there are too few steps, some don't tell their ``samples``, or a rank tells of none.
     """
-    about = some([row for row in rows if row["kind"] == "run"], "row of kind 'run'")[0]
+    about = some(rows, "run")[0]
     steps = _warm(rows)
-    ranks = [row["ranks"] for row in rows if row["kind"] in ("run", "restart")][-1]
+    starts = [row for row in rows if row["kind"] in ("run", "restart")]
+    ranks = max(starts, key=lambda row: row.get("attempt", 0) if row["kind"] == "restart" else -1)["ranks"]
     if silent := sorted({*range(ranks)} - {row["rank"] for row in steps}):
         raise ValueError(
             f"rows hold no steps of rank {silent[0]} of {ranks} after the warm-up; every rank must report each of its"
@@ -226,7 +227,8 @@ def trial(rows: list[dict]) -> dict:
     start_s, end_s = span(rows)
     last = max(row["step"] for row in steps)
     losses = [row["loss"] for row in steps if row["step"] > last - 5 and row.get("loss") is not None]
-    tests = [row["test_accuracy"] for row in rows if row["kind"] == "epoch"]
+    tests = [row for row in rows if row["kind"] == "epoch"]
+    newest = max(tests, key=lambda row: (row.get("attempt", 0), row["epoch"]), default={"test_accuracy": None})
     return (
         {
             "kind": "trial",
@@ -242,7 +244,7 @@ def trial(rows: list[dict]) -> dict:
             "start_s": start_s,
             "train_s": end_s - start_s,
             "loss": statistics.fmean(losses) if losses else None,
-            "accuracy": tests[-1] if tests else None,
+            "accuracy": newest["test_accuracy"],
             "source": source(rows),
         }
         | means
@@ -350,7 +352,7 @@ def verdict(rows: list[dict], level: float = laws.LEVEL) -> laws.Verdict:
     if regime(rows) == "weak":
         raise ValueError("rows are of weak scaling, which these laws aren't for; use scaling.fit(rows, 'gustafson').")
     told = laws.choose(n, x, level=level)
-    if any(row["source"] == "emulated" for row in rows):
+    if any(row["source"] == "emulated" for row in some(rows, "trial")):
         turns = "Rows are emulated: this is of ranks that take turns, or of a dialled network, and no law of a machine."
         return dataclasses.replace(told, why=f"{told.why} {turns}")
     return told
@@ -425,12 +427,14 @@ def network(rows: list[dict]) -> Network:
     rows : list of dict
         As from `allreduce`, of one number of ranks.
     """
-    if len(counts := {row["ranks"] for row in some(rows, "allreduce")}) != 1 or min(counts) < 2:
+    rows = some(rows, "allreduce")
+    if len(counts := {row["ranks"] for row in rows}) != 1 or min(counts) < 2:
         raise ValueError(f"rows are of {sorted(counts)} ranks; a network is fitted to those of one number, at least 2.")
     ranks = counts.pop()
     found = laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["duration_s"] for row in rows]).values
     hops = 2 * (ranks - 1)
-    return Network(latency=found["alpha"] / hops, bandwidth=8 * hops / ranks / max(found["beta"], 1e-15))
+    bandwidth = 8 * hops / ranks / found["beta"] if found["beta"] else math.inf  # more bytes took no longer
+    return Network(latency=found["alpha"] / hops, bandwidth=bandwidth)
 
 
 def regime(rows: list[dict]) -> str:
@@ -441,7 +445,8 @@ def regime(rows: list[dict]) -> str:
     ValueError
         If they keep neither.
     """
-    if len({row["batch"] for row in some(rows, "trial")}) == 1:
+    rows = sorted(some(rows, "trial"), key=lambda row: row["ranks"])
+    if len({row["batch"] for row in rows}) == 1:
         return "strong"
     if len({row["batch"] / row["ranks"] for row in rows}) == 1:
         return "weak"
@@ -456,14 +461,14 @@ def remarks(rows: list[dict]) -> list[str]:
     for row in some(rows, "trial"):
         trials.setdefault(row["case"], []).append(row)
     baseline = trials[min(trials)]
-    for case in trials.values():
+    for _case, case in sorted(trials.items()):
         speed = [row["samples_per_s"] for row in case]
         if len(speed) > 1 and (spread := statistics.stdev(speed) / statistics.fmean(speed)) > NOISY:
             told.append(
                 f"{case[0]['label']}: its repeats differ by {spread:.0%} (standard deviation); the machine was too"
                 " noisy to show differences below that."
             )
-        if case[0]["source"] == "emulated":
+        if source(case) == "emulated":
             told.append(f"{case[0]['label']}: emulated; no speed-up of this machine.")
         elif (gain := _gain(case, baseline)) > IDEAL:
             told.append(
@@ -491,7 +496,8 @@ def _cpus(case: list[dict], baseline: list[dict]) -> float:
 
 
 def _points(rows: list[dict]) -> tuple[list[int], list[float]]:
-    if len(threads := {row["threads"] for row in some(rows, "trial")}) > 1:
+    rows = some(rows, "trial")
+    if len(threads := {row["threads"] for row in rows}) > 1:
         raise ValueError(f"rows differ in threads (={sorted(threads)}) as well; keep those of one number.")
     settings: dict[tuple, str] = {}
     for row in rows:
@@ -514,11 +520,11 @@ def summary(rows: list[dict]) -> list[dict]:
     Returns
     -------
     list of dict
-        One row of kind "summary" a case: ``label``, ``ranks``, ``threads``, ``repeats``; ``samples_per_s``, ``speedup``
-        and ``efficiency``, each the median, with ``..._low`` and ``..._high``, the smallest and the largest. A speed-up
-        divides two throughputs of the same round, so that what slowed both falls out, and rounds without both are left
-        out; the efficiency divides it by the number of CPUs that the case uses (ranks times threads) over the
-        baseline's.
+        One row of kind "summary" a case: ``case`` (0 is the first), ``label``, ``ranks``, ``threads``, ``repeats``;
+        ``samples_per_s``, ``speedup`` and ``efficiency``, each the median, with ``..._low`` and ``..._high``, the
+        smallest and the largest. A speed-up divides two throughputs of the same round, so that what slowed both falls
+        out, and rounds without both are left out; the efficiency divides it by the number of CPUs that the case uses
+        (ranks times threads) over the baseline's.
 
     Raises
     ------
@@ -529,15 +535,15 @@ def summary(rows: list[dict]) -> list[dict]:
     for row in sorted(some(rows, "trial"), key=lambda row: row["repeat"]):
         trials.setdefault(row["case"], []).append(row)
     baseline = trials[min(trials)]
-    return [_summary(trials[case], baseline) for case in sorted(trials)]
+    return [_summary(trials[case], baseline) | {"case": case} for case in sorted(trials)]
 
 
 def _summary(trials: list[dict], baseline: list[dict]) -> dict:
     base = {row["repeat"]: row["samples_per_s"] for row in baseline}
     first = trials[0]
-    trials = some(
-        [row for row in trials if row["repeat"] in base], f"round with both {first['label']} and the baseline"
-    )
+    trials = [row for row in trials if row["repeat"] in base]
+    if not trials:
+        raise ValueError(f"rows hold no round with both {first['label']} and the baseline; measure them in turn.")
     speed = [row["samples_per_s"] for row in trials]
     speedup = [row["samples_per_s"] / base[row["repeat"]] for row in trials]
     cpus = _cpus(trials, baseline)
@@ -590,7 +596,7 @@ def _timed(steps: list[dict]) -> list[dict]:
         )
     before: dict[int, float] = {}
     found = []
-    for row in steps:
+    for row in sorted(steps, key=lambda row: row["time_s"]):
         start = before.get(row["rank"])
         before[row["rank"]] = row["time_s"]
         if "step_s" in row:

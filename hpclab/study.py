@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from distributed import Client
@@ -99,7 +100,7 @@ def write(rows: list[dict], path: str | os.PathLike) -> Path:
 
 def sections(rows: list[dict]) -> list[str]:
     """What the rows of a study show, as HTML: the machine, figures, laws, verdicts and a forecast; see `write`."""
-    trials = some([row for row in rows if row["kind"] == "trial"], "trial")
+    trials = sorted(some(rows, "trial"), key=lambda row: row["started"])
     plain = [row for row in trials if "regime" not in row]
     trials = [row | {"regime": row.get("regime") or scaling.regime(plain)} for row in trials]
     names = ("host", "hosts", "cpu", "cpus", "torch")
@@ -189,10 +190,11 @@ def _network(messages: list[dict]) -> list[str]:
 def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> list[str]:
     """From weak trials on several ranks, where the CPUs are as busy as they will be."""
     known = [row for row in trials if row["regime"] == "weak" and row["ranks"] > 1 and row["source"] == "measured"]
+    known.sort(key=lambda row: (row["ranks"], row["step_s"]))  # the same to the last bit, whatever the rows' order
     about = next((row for row in rows if row["kind"] == "workload"), None)
     if len(known) < 2 or about is None:
         return []
-    jitter = sum(row["jitter_s"] for row in known) / len(known)
+    jitter = fmean(row["jitter_s"] for row in known)
     samples = known[0]["batch"] // known[0]["ranks"]
     sizes = {name: about[name] for name in _SIZES if name in about}
     work = forecast.Workload(known[0]["step_s"], samples=samples, jitter_s=jitter, **sizes)

@@ -256,7 +256,7 @@ def recovery(rows: list[dict]) -> Table:
 
 
 def _rank(rank: int, steps: list[dict]) -> dict:
-    last = steps[-1]
+    last = max(steps, key=lambda row: row["time_s"])
     shown = {_("rank"): rank, _("step"): last.get("step"), _("loss"): last.get("loss")}
     about = {_("seconds"): round(last["time_s"], 1), _("source"): source_word(source(steps))}
     return shown | _spent(steps) | about
@@ -269,7 +269,7 @@ def _spent(steps: list[dict]) -> dict[str, str]:
     return {
         title: f"{sum(row.get(name) or 0.0 for row in steps) / whole:.0%}"
         for name, title in titles.items()
-        if whole and name in steps[-1]
+        if whole and any(name in row for row in steps)
     }
 
 

@@ -1,12 +1,13 @@
 """What figures say in words, against the rows that they draw."""
 
+import random
 import re
 
 import matplotlib.pyplot as plt
 import pytest
 from IPython.core.formatters import DisplayFormatter
 
-from hpclab import figures, laws, plots, rows, tasks
+from hpclab import figures, laws, plots, racing, rows, tasks, views
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
 
@@ -120,6 +121,71 @@ def test_a_notebook_shows_the_words_below_the_picture(drawn):
     alt = re.search(r'alt="([^"]+)"', bundle["text/html"])[1]
     assert caption.startswith(alt)
     assert bundle["image/png"].startswith("iVBOR")
+
+
+MANY = [
+    step | {"rank": rank, "time_s": 1.5 * step["step"] + 1.5 + 0.1 * rank, "attempt": 0, "ranks": 2, "cpu_s": 0.5}
+    for step in [STEPS[0] | {"step": number, "loss": 3 / (1 + number)} for number in range(50)]
+    for rank in (0, 1)
+]
+CASES = [
+    SUMMARY[0] | {"case": case, "label": f"{case + 1} ranks", "speedup": 1.5 + case / 5} | {"speedup_high": 2.5}
+    for case in range(4)
+]
+RANKS = [ABOUT | {"rank": rank} | SPLIT for rank in range(4)]
+LAW = laws.fit_usl([1, 1, 2, 4], [100, 104, 190, 360])
+LINE = laws.fit_alpha_beta(COUNTS[:-1], GRAIN_S[:-1])
+OF_ROWS = {
+    "loss": (lambda rows: plots.loss({"a": rows}), MANY),
+    "loss on an own CPU": (lambda rows: plots.loss({"a": racing.own_cpu(rows)}), MANY),
+    "rate": (plots.rate, MANY),
+    "recovery": (plots.recovery, MANY),
+    "speedup": (plots.speedup, CASES),
+    "efficiency": (
+        plots.efficiency,
+        [row | {"efficiency_low": 0.7, "efficiency_high": 0.9 + row["case"] / 50} for row in CASES],
+    ),
+    "law": (lambda rows: plots.law(rows, LAW), TRIALS),
+    "forecast of a law": (lambda rows: plots.law(TRIALS, LAW, rows), AHEAD.rows([1, 2, 4, 8, 16])),
+    "gantt": (lambda rows: plots.gantt(rows, now=15.0), JOBS),
+    "split": (plots.split, RANKS),
+    "timeline": (plots.timeline, SPANS),
+    "tasks": (plots.tasks, tasks.spans(STREAM)),
+    "grain": (lambda rows: plots.grain(rows, LINE), GRAIN),
+    "allreduce": (
+        lambda rows: plots.allreduce(rows, LINE),
+        [ABOUT | {"nbytes": n, "duration_s": s} for n, s in zip(COUNTS, GRAIN_S, strict=True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_in_another_order_make_the_same_figure(name):
+    draw, rows = OF_ROWS[name]
+    pictures = set()
+    for order in (rows, random.Random(1).sample(rows, len(rows))):
+        ax = draw(order)
+        pictures.add((ax.figure.words(), figures.png(ax.figure)))
+        plt.close(ax.figure)
+    assert len({words for words, _picture in pictures}) == 1
+    assert len(pictures) == 1
+
+
+def test_tables_of_a_run_do_not_depend_on_the_order_of_its_rows():
+    mixed = random.Random(1).sample(MANY, len(MANY))
+    assert views.ranks(mixed) == views.ranks(MANY) and views.gang(mixed) == views.gang(MANY)
+    newest = ABOUT | {"cpu": "d", "started": "2026-01-02T00:00:00"}
+    assert (
+        figures.provenance([newest, ABOUT])
+        == figures.provenance([ABOUT, newest])
+        == "measured: " + ("c, 2 CPU, torch 2, 2026-01-01")
+    )
+
+
+def test_pieces_of_different_work_are_not_drawn_as_one():
+    with pytest.raises(ValueError, match=r"rows are of different work \(items: \[10000, 20000\]\)"):
+        plots.grain(GRAIN, LINE, [GRAIN[0] | {"items": 20_000}])
+    plt.close("all")
 
 
 def test_series_differ_in_more_than_colour():

@@ -1,11 +1,13 @@
 """Files of rows: what is whole counts, what is damaged is named, what was cut off is left out, and all of it stays."""
 
 import json
+import random
 import warnings
 
+import matplotlib.pyplot as plt
 import pytest
 
-from hpclab import predictions, rows, runs, scaling
+from hpclab import plots, predictions, rows, runs, scaling
 
 WHOLE = b'{"kind": "step", "step": 0}\n'
 LAST = b'{"kind": "step", "step": 2}\n'
@@ -109,6 +111,67 @@ def test_a_prediction_whose_writing_was_cut_off_spoils_no_book(tmp_path):
     book.write_bytes(book.read_bytes() + b"\n7\n")
     with pytest.raises(ValueError, match="was changed after it was written, in line 4"):
         predictions.read(book)
+
+
+def test_rows_are_chosen_by_their_kind_and_untold_ones_are_believed():
+    steps, epochs = [{"kind": "step"}], [{"kind": "epoch"}]
+    assert rows.some([*epochs, *steps], "step") == steps
+    assert rows.some([{"loss": 1.0}], "step") == [{"loss": 1.0}]
+    with pytest.raises(ValueError, match=r"rows hold no trial \(but epoch, step\); give those of a measurement"):
+        rows.some([*steps, *epochs], "trial")
+    for ask in (rows.span, plots.recovery):
+        with pytest.raises(ValueError, match=r"rows hold no step \(but trial\)"):
+            ask([{"kind": "trial"}])
+    with pytest.raises(ValueError, match=r"rows hold no forecast \(but trial\)"):
+        plots.law([{"ranks": 1, "samples_per_s": 1.0}], None, [{"kind": "trial"}])
+    plt.close("all")
+
+
+def attempts(dice):
+    """A run of 2 ranks that was lost twice."""
+    found = [{"kind": "run", "run": "r", "ranks": 2, "threads": 1, "started": "2026-01-01T00:00:00"}]
+    found[0] |= {"host": "h", "cpu": "c", "cpus": 2, "torch": "2"}
+    clock, first = 1.0, 0
+    for attempt in range(3):
+        about = {"attempt": attempt, "ranks": 2}
+        if attempt:
+            failure = {"kind": "restart", "cause": "lost", "failed_s": clock + 0.1, "time_s": clock + 0.2}
+            found += [about | failure, about | {"kind": "resume", "step": first}]
+        for step in range(first, first + 12):
+            clock += 0.1 + 0.01 * dice.random()
+            for rank in range(2):
+                row = {"kind": "step", "step": step, "rank": rank, "time_s": clock + 0.001 * rank, "samples": 8}
+                found.append(about | row | {"source": "measured", "loss": dice.random()})
+        found.append(about | {"kind": "checkpoint", "step": first + 5, "save_s": dice.random(), "nbytes": 1})
+        found.append(about | {"kind": "epoch", "epoch": attempt, "step": first + 4, "test_accuracy": dice.random()})
+        first += 8
+    return [*found, {"kind": "end", "status": "failed", "error": "boom", "time_s": clock + 1}]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_rows_say_does_not_depend_on_their_order(seed):
+    dice = random.Random(seed)
+    ordered = attempts(dice)
+    shuffled = dice.sample(ordered, len(ordered))
+    assert rows.attempts(shuffled) == rows.attempts(ordered)
+    assert [row["kept"] for row in rows.attempts(ordered)] == [8, 8, 12]
+    assert rows.span(shuffled) == rows.span(ordered)
+    one_by_one = [json.dumps(row) for row in rows.kept(ordered)]
+    assert sorted(json.dumps(row) for row in rows.kept(shuffled)) == sorted(one_by_one)
+    assert scaling.trial(shuffled) == scaling.trial(ordered)
+    assert scaling.split(shuffled) == scaling.split(ordered)
+    trials = [
+        scaling.trial(ordered) | {"case": case, "repeat": repeat, "ranks": case + 1, "samples_per_s": dice.random()}
+        for repeat in range(3)
+        for case in range(4)
+    ]
+    mixed = dice.sample(trials, len(trials))
+    assert scaling.summary(mixed) == scaling.summary(trials)
+    assert [row["case"] for row in scaling.summary(mixed)] == [0, 1, 2, 3]
+    assert scaling.remarks(mixed) == scaling.remarks(trials)
+    assert scaling.regime(mixed) == scaling.regime(trials) == "strong"
+    assert scaling.fit(mixed).values == scaling.fit(trials).values
+    assert str(scaling.verdict(mixed)) == str(scaling.verdict(trials))
 
 
 def test_appending_warns_of_nothing(tmp_path):

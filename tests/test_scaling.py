@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import hpclab
-from hpclab import laws, plots, racing, scaling
+from hpclab import laws, plots, racing, scaling, study
 from hpclab import rows as from_rows
 from hpclab.network import Network
 
@@ -124,7 +124,7 @@ def test_laws_of_trials():
 @pytest.mark.parametrize(
     ("ask", "kind"),
     [
-        *((scaling.trial, "row of kind 'run'"), (scaling.summary, "trial"), (scaling.remarks, "trial")),
+        *((scaling.trial, "run"), (scaling.summary, "trial"), (scaling.remarks, "trial")),
         *(
             (scaling.regime, "trial"),
             (scaling.verdict, "trial"),
@@ -136,6 +136,12 @@ def test_laws_of_trials():
             (plots.split, "split"),
             (plots.timeline, "span"),
             (plots.allreduce, "allreduce"),
+            (plots.tasks, "task"),
+            (plots.speedup, "summary"),
+            (plots.efficiency, "summary"),
+            (lambda rows: plots.roofline(rows, {"flops_per_s": 1.0, "bytes_per_s": 1.0, "ridge": 1.0}), "roofline"),
+            (lambda rows: plots.grain(rows, laws.fit_alpha_beta([1, 2, 4], [1, 2, 3])), "grain"),
+            (study.sections, "trial"),
         ),
         (lambda rows: plots.law(rows, laws.fit_amdahl([1, 2, 4], [1, 2, 3])), "trial"),
     ],
@@ -143,6 +149,8 @@ def test_laws_of_trials():
 def test_no_rows_are_no_answer(ask, kind):
     with pytest.raises(ValueError, match=f"rows hold no {kind}; give"):
         ask([])
+    with pytest.raises(ValueError, match=rf"rows hold no {kind} \(but epoch, step\); give"):
+        ask([{"kind": "step"}, {"kind": "epoch"}])
     plt.close("all")
 
 
@@ -154,6 +162,13 @@ def test_messages_of_no_bytes_are_drawn():
     assert ax.transData.transform((0, 1e-4))[0] == pytest.approx(ax.transAxes.transform((0, 0))[0], abs=50)
     assert [float(value) for value in ax.get_lines()[1].get_xdata()[[0, -1]]] == pytest.approx([1, 1000])
     plt.close(ax.figure)
+
+
+def test_a_network_that_bytes_do_not_slow_has_no_bandwidth_made_up():
+    found = [{"ranks": 2, "nbytes": size, "duration_s": 1e-3 - size * 1e-12} for size in (1000, 10_000, 10_000)]
+    link = scaling.network([*found, {"kind": "workload"}])
+    assert (link.latency, link.bandwidth) == (pytest.approx(5e-4, rel=1e-4), float("inf"))
+    assert link.allreduce_s(1e9, 2) == pytest.approx(1e-3, rel=1e-4)
 
 
 def test_remarks_own_up():
@@ -240,7 +255,7 @@ def test_a_sweep_of_a_function_of_ones_own(client):
     assert all(row["samples_per_s"] == pytest.approx(16 / row["step_s"], rel=0.5) for row in found)
     untold = ("compute_s", "comm_s", "straggle_s", "data_s", "data_share", "jitter_s")
     assert [row[name] for row in found for name in untold] == [None] * 12
-    ax = plots.split([{"rank": 0} | found[0]])
+    ax = plots.split([{"rank": 0} | found[0] | {"kind": "split"}])
     assert [bar.get_width() for bar in ax.patches] == [0] * 4
     assert "None" not in str(hpclab.tables.Table(found))
     plt.close(ax.figure)

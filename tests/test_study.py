@@ -1,5 +1,6 @@
 """A study's page: made from rows alone, it carries them, and makes itself anew."""
 
+import random
 import re
 
 import pytest
@@ -39,6 +40,11 @@ def test_the_page_carries_its_rows_and_makes_itself_anew(tmp_path, capsys):
     again = tmp_path / "again" / "index.html"
     assert str(again) in capsys.readouterr().out
     assert again.read_text("utf-8") == first.read_text("utf-8")
+
+
+def test_rows_in_another_order_make_the_same_page():
+    found = rows()
+    assert study.sections(random.Random(0).sample(found, len(found))) == study.sections(found)
 
 
 def test_the_page_says_what_the_rows_prove(tmp_path):

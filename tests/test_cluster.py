@@ -93,22 +93,22 @@ def test_works_in_a_script(tmp_path):
     assert done.stdout.split() == [str(machine.cpus()), f"[{machine.cpus()}]"], done.stderr
 
 
-def test_works_without_a_script_that_workers_could_import(tmp_path):
+def test_works_in_a_notebook_that_sets_its_file(tmp_path):
     (tmp_path / "analysis.ipynb").write_text('{"cells": [null]}')  # as Python, it breaks off
-    program = "import hpclab\nwith hpclab.connect(workers=1) as client:\n    print(client.submit(abs, -3).result())\n"
-    for command, code in (
-        (["-"], program),
-        (["-m", "IPython", "--quiet", "-c", f"__file__ = 'analysis.ipynb'\n{program}"], ""),
-    ):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env=os.environ | {"IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(Path(hpclab.__file__).parents[1])},
-            input=code,
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout.split() == ["3"], done.stderr
+    program = (
+        "__file__ = 'analysis.ipynb'\n"
+        "import hpclab\n"
+        "with hpclab.connect(workers=1) as client:\n"
+        "    print(client.submit(abs, -3).result())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "IPython", "--quiet", "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(Path(hpclab.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["3"], done.stderr
 
 
 def test_a_script_without_its_guard_is_told_so_in_a_few_lines(tmp_path):

@@ -66,7 +66,6 @@ def test_odd_names_everywhere(tmp_path):
     for folder in (home, temporary, here / "lib:with a colon"):
         folder.mkdir(parents=True)
     (here / "lib:with a colon" / "beside.py").write_text("X = 3\n")
-    (here / "program.py").write_text(PROGRAM)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--symlinks", python], check=True)
     (packages,) = python.glob("lib/python*/site-packages")
     ours = Path(hpclab.__file__).parents[1]
@@ -77,7 +76,8 @@ def test_odd_names_everywhere(tmp_path):
     jobs = ["slurm"] * (not slurm.missing())
     bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XDG_CACHE_HOME")}
     done = subprocess.run(
-        [python / "bin" / "python", "program.py", *jobs],
+        [python / "bin" / "python", "-", *jobs],  # whose __main__ no worker could import
+        input=PROGRAM,
         cwd=here,
         env=bare | {"HOME": str(home), "TMPDIR": str(temporary)},
         capture_output=True,

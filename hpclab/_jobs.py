@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ STEADY_SECONDS = 60.0
 """A worker that lived for so long, or for half of its walltime, didn't die of its start."""
 NO_SLURM = "configuration source"
 """In what Slurm's commands say where no Slurm is configured."""
+LOOK_UPS = 3
+"""Nodes whose names are looked up to find the way there."""
 LIVES = 3
 """Early deaths in a row after which a worker gets no new job."""
 LOG_LINES = 15
@@ -52,9 +55,9 @@ def submit(where: str | Slurm, security: Security | bool, options: Mapping[str, 
     else:
         request = queues.request("slurm", {"kind": "slurm"}, options)  # what a profile says is of the site's
     with ExitStack() as stack:
-        env, host = None, None
+        env, host, virtual = None, None, False
         if request.kind == "slurm":
-            env, host = _reach(request, where, stack)
+            env, host, virtual = _reach(request, where, stack)
         elif not shutil.which(QUEUES[request.kind].command):
             raise FileNotFoundError(
                 f"where (={where!r}) needs {QUEUES[request.kind].command}, which isn't on this machine."
@@ -65,19 +68,20 @@ def submit(where: str | Slurm, security: Security | bool, options: Mapping[str, 
         folder = queues.check_folder(request.kind, folder)
         folder.mkdir(parents=True, exist_ok=True)
         tls = _on_disk(_tls.temporary() if security is True else security, own) if security else None
-        if host:  # a virtual node's disk is this machine's, where what a killed worker left would stay
+        if virtual:  # a virtual node's disk is this machine's, where what a killed worker left would stay
             scratch = _temporary("jobs-", _private.folder(), stack)
             request = replace(request, env={"TMPDIR": str(scratch), **request.env})
         with dask.config.set(QUIET):
-            cluster = JobCluster(request, env, host, folder, tls)
+            cluster = JobCluster(request, env, host, virtual, folder, tls)
         cluster.after = stack.pop_all()
         return cluster
 
 
-def _reach(request: Request, where: str | Slurm, stack: ExitStack) -> tuple[Mapping[str, str] | None, str | None]:
+def _reach(request: Request, where: str | Slurm, stack: ExitStack) -> tuple[Mapping[str, str] | None, str | None, bool]:
     """Find a Slurm, and check that it can meet the request.
 
-    Returns the environment of its commands, None for that of this process, and where to listen, None for the network.
+    Returns the environment of its commands, None for that of this process; the address at which its nodes reach this
+    machine, None if that isn't known; and whether they are virtual nodes of this machine.
     """
     env: Mapping[str, str] | None = where.env if isinstance(where, Slurm) else None
     if request.private and env is None:
@@ -101,7 +105,21 @@ def _reach(request: Request, where: str | Slurm, stack: ExitStack) -> tuple[Mapp
         env = found.env
         there = _slurm_site.nodes(env)
     _slurm_site.check(request, request.queue or dask.config.get("jobqueue.slurm.queue", None), there)
-    return env, "127.0.0.1" if all(node.address.startswith("127.") for node in there) else None
+    virtual = all(node.address.startswith("127.") for node in there)
+    return env, "127.0.0.1" if virtual else _facing([node.address for node in there[:LOOK_UPS]]), virtual
+
+
+def _facing(hosts: list[str]) -> str | None:
+    """This machine's address on its way to some hosts, which need not be that of its default route."""
+    for host in hosts:
+        with suppress(OSError):  # a name that isn't known here, or no way there
+            family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(place)  # which sends nothing
+                found = probe.getsockname()[0]
+            if not ip_address(found.partition("%")[0]).is_loopback:  # as a node on this machine is reached
+                return found
+    return None
 
 
 def _temporary(prefix: str, base: Path, stack: ExitStack) -> Path:
@@ -148,6 +166,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         request: Request,
         env: Mapping[str, str] | None,
         host: str | None,
+        virtual: bool,
         folder: Path,
         security: Security | None,
     ):
@@ -160,7 +179,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         self._ask_places: Callable | None = _slurm_site.places if request.kind == "slurm" else None
         self._silence = ""
         """Why the queue doesn't tell, if it doesn't."""
-        self.pause = LOOK_SECONDS if host else SITE_LOOK_SECONDS
+        self.pause = LOOK_SECONDS if virtual else SITE_LOOK_SECONDS
         self._env = env
         self.after = ExitStack()
         """What to clear away in the end."""
@@ -177,6 +196,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
             job_cls=_job_class(request.kind, env),
             name="hpclab",
             security=security,
+            protocol=queues.TLS if security else None,
             scheduler_options=listen,
             **options,
         )

@@ -284,12 +284,15 @@ def script(where: str, *, security: Security | bool = True, **options: Any) -> s
         tls: dict[str, Any] = {}
         if security:
             files = Security(**{f"tls_{name}": f"<folder>/{name}.pem" for name in WORKER_TLS})
-            tls = {"protocol": "tls://", "security": files}
+            tls = {"protocol": TLS, "security": files}
         job = job_class(request.kind)("<scheduler>", name="hpclab-0", **job_options(request, folder), **tls)
         text = job.job_script().replace(_written(request.kind, folder), shown)
         return re.sub(r"(''|')(<folder>/\w+\.pem)\1", r"\2", text)  # not quoted just for its brackets
 
 
+TLS = "tls"
+"""Not "tls://", dask-jobqueue's own: a worker that is told that takes the address of its default route, not that on its
+way to the scheduler (distributed 2026.8)."""
 WORKER_TLS = ("ca_file", "worker_cert", "worker_key")
 """What a worker needs to be let in: names of arguments of `distributed.Security`, after ``tls_``."""
 

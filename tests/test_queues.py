@@ -37,7 +37,7 @@ export DATA='/scratch/my data'
 {sys.executable} -m distributed.cli.dask_worker <scheduler> --name hpclab-0 --nthreads 2 --memory-limit 3.73GiB \
 --nanny --death-timeout 60 --no-dashboard --dashboard-address 127.0.0.1:0"""
 TLS = (
-    "--protocol tls:// --tls-ca-file <folder>/ca_file.pem --tls-cert <folder>/worker_cert.pem"
+    "--protocol tls --tls-ca-file <folder>/ca_file.pem --tls-cert <folder>/worker_cert.pem"
     " --tls-key <folder>/worker_key.pem"
 )
 WALLTIME = "export HPCLAB_ENDS=$(($(date +%s) + 5400))"

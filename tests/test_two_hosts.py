@@ -1,6 +1,8 @@
 """Gangs over two real hosts, as far as namespaces can be: see `two_hosts`."""
 
 import os
+import sys
+import textwrap
 import time
 
 import cloudpickle
@@ -8,12 +10,14 @@ import pytest
 import test_hosts
 import torch
 import torch.distributed as dist
+from conftest import require
 from test_hosts import train
 from two_hosts import EPHEMERAL, Lan, needed
 
 import hpclab
-from hpclab import figures, machine, runs, scaling, tasks, timeline
+from hpclab import figures, machine, runs, scaling, slurm, tasks, timeline
 
+LONG = pytest.mark.skipif("HPCLAB_KILLS" not in os.environ, reason="takes a quarter of a minute; set HPCLAB_KILLS")
 cloudpickle.register_pickle_by_value(test_hosts)  # also where its own tests aren't run
 BOTH = {"host": "east; west", "hosts": 2, "cpu": "CPU of east; CPU of west", "cpus": 2 * machine.cpus()}
 ONE = {"hosts": 1, "cpus": machine.cpus()}
@@ -115,6 +119,10 @@ def test_ranks_meet_on_the_network_of_their_workers(lan, client):
     first = f"{lan.net}.2"
     expected = [(2.0, first, "ib0", "east"), (2.0, first, "ib0", "west")]
     assert hpclab.launch(client, by_env, ranks=2, init=False).result(60) == expected
+    ask = "from hpclab import _jobs; print(_jobs._facing(['nowhere.invalid', '127.0.0.1', 'east']))"
+    assert lan.head.run(sys.executable, "-c", ask) == f"{lan.net}.1\n", (
+        "where a scheduler of jobs on these hosts listens"
+    )
     with hpclab.gang(client, ranks=2) as gang:
         assert gang.run("x = torch.ones(1); dist.all_reduce(x); x.item()") == {0: "2.0", 1: "2.0"}
 
@@ -132,6 +140,7 @@ def test_a_host_that_loses_its_power_and_comes_back_costs_nothing_but_time(lan, 
     assert 0 < restart["failed_s"] < restart["time_s"] < run.rows[-1]["time_s"]
 
 
+@LONG
 def test_a_host_that_falls_silent_leaves_the_other_at_work(lan, client, monkeypatch):
     """Its cable is pulled: nothing tells that it has gone, and what runs there goes on."""
     monkeypatch.setattr(runs, "RETURN_SECONDS", 1.0)
@@ -158,3 +167,57 @@ def test_a_port_that_is_closed_is_named(lan, client):
             hpclab.launch(client, int, ranks=2, hang_after=None).result(60)
     finally:
         east.open_ports(ports)
+
+
+JOBS = """
+    import os, time
+    import dask, hpclab, torch, torch.distributed as dist
+
+    def train():
+        saved = hpclab.restore() or {"step": 0, "sum": torch.zeros(1)}
+        for step in range(saved["step"], 100):
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            saved = {"step": step + 1, "sum": saved["sum"] + total}
+            hpclab.report(step=step)
+            if step % 10 == 9:
+                hpclab.save(saved, step + 1)
+            time.sleep(0.01)
+        return saved["sum"].item(), os.uname().nodename
+
+    if __name__ == "__main__":
+        site = {
+            "scheduler-options": {"port": 8799},
+            "worker-extra-args": ["--worker-port", "40000:40009", "--nanny-port", "40010:40019"],
+        }
+        with dask.config.set({f"jobqueue.slurm.{name}": value for name, value in site.items()}):
+            with hpclab.connect("slurm", memory="1GB", timeout=120, folder="logs") as client:
+                print(client.cluster.scheduler_address)
+                run = hpclab.launch(client, train, ranks=2, max_restarts=1, min_ranks=1)
+                while not any(row["kind"] == "checkpoint" for row in run.rows):
+                    time.sleep(0.01)
+                open("saved", "w").close()
+                print(run.result(120))
+                print([row["host"] for row in run.rows if "host" in row])
+"""
+
+
+@LONG
+def test_jobs_of_a_site_run_on_its_nodes_and_outlive_one(lan, client):
+    require(not slurm.missing(), "Slurm")
+    settings = lan.slurm()
+    script = lan.head.home / "jobs.py"
+    script.write_text(textwrap.dedent(JOBS))
+    with open(lan.head.home / "said", "w+") as said:
+        lan.head.start(sys.executable, script, said=said, SLURM_CONF=str(settings), HOME=str(lan.head.home))
+        job = lan.head.jobs[-1]
+        while not (lan.head.home / "saved").exists() and job.poll() is None:
+            time.sleep(0.01)
+        lan.hosts["west"].kill()
+        lan.join("west", 3)
+        assert job.wait(240) == 0
+        said.seek(0)
+        where, *_, values, hosts = said.read().splitlines()
+    assert where == f"tls://{lan.net}.1:8799"
+    assert values.endswith(", 'east')]")
+    assert hosts in ("['east; west', 'east']", "['west; east', 'east']")

@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 import psutil
 from conftest import require
@@ -27,6 +29,7 @@ mount --bind {shared} /mnt
 mount -t tmpfs tmpfs /tmp
 mkdir -p {shared}
 mount --move /mnt {shared}
+mount --bind {shared}/names /etc/hosts
 mount --bind {home}/boot /proc/sys/kernel/random/boot_id
 mount --bind {home}/cpu /proc/cpuinfo
 ip link set lo up
@@ -52,8 +55,31 @@ FIREWALL = """table inet filter {{
   }}
 }}
 """
-SCHEDULER, WORKERS, NANNIES, EPHEMERAL = 8786, "40000-40009", "40010-40019", (41000, 41099)
-"""Ports that are open: on the head the first, on the others the rest."""
+SCHEDULER, OF_JOBS, SLURMCTLD = 8786, 8799, 6817
+"""Ports that are open on the head: of the scheduler, of one of a cluster of jobs, and of Slurm's controller."""
+WORKERS, NANNIES, EPHEMERAL, SLURMD = "40000-40009", "40010-40019", (41000, 41099), 6818
+"""Those on the other hosts."""
+SLURM = """ClusterName=site
+SlurmctldHost=head({net}.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=/tmp/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile=/tmp/slurmctld.pid
+SlurmdPidFile=/tmp/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+SlurmdParameters=config_overrides
+ReturnToService=2
+NodeName=east NodeAddr={net}.2 CPUs=1 RealMemory=4000
+NodeName=west NodeAddr={net}.3 CPUs=1 RealMemory=4000
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
 CLOCK = """#define _GNU_SOURCE
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -135,13 +161,15 @@ class Host:
         """Run a command there, and return what it prints."""
         return subprocess.run(self.within(*command), check=True, capture_output=True, text=True).stdout
 
-    def start(self, *command: str | Path, **env: str) -> None:
-        """Start a command there that goes on; what it says is in the file `log`."""
+    def start(self, *command: str | Path, said: IO | None = None, **env: str) -> None:
+        """Start a command there that goes on; what it says is in the file `log`, but what it prints in that given."""
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | env
         if self.ahead:
             env |= {"LD_PRELOAD": str(self.shared / "clock.so"), "AHEAD": str(self.ahead)}
         with open(self.home / "log", "a") as log:
-            job = subprocess.Popen(self.within(*command), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            job = subprocess.Popen(
+                self.within(*command), env=env, stdin=subprocess.DEVNULL, stdout=said or log, stderr=log
+            )
         self.jobs.append(job)
 
     def plug(self, switch: "Host", *addresses: str, name: str = "ib0") -> None:
@@ -181,10 +209,13 @@ class Lan:
         self.shared, self.net = shared, f"10.77.{os.getpid() % 250}"
         (shared / "clock.c").write_text(CLOCK)
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", shared / "clock.so", shared / "clock.c"], check=True)
+        numbers = {"head": 1, "east": 2, "west": 3}
+        names = "".join(f"{self.net}.{number} {name}\n" for name, number in numbers.items())
+        (shared / "names").write_text(f"127.0.0.1 localhost\n{names}")
         self.security = _tls.temporary()
         self.ahead = dict(zip(("head", "east", "west"), ahead, strict=True))
         self.hosts: dict[str, Host] = {}
-        self.head = Host("head", 1, shared, str(SCHEDULER), self.ahead["head"])
+        self.head = Host("head", 1, shared, f"{SCHEDULER},{OF_JOBS},{SLURMCTLD}", self.ahead["head"])
         self.head.run("ip", "link", "add", "ib0", "type", "bridge")
         self.head.address("ib0", f"{self.net}.1/24", "fd77::1/64")
         here = f"hpclab{os.getpid()}"
@@ -214,7 +245,7 @@ class Lan:
 
     def join(self, name: str, number: int) -> Host:
         """Have a host, new or anew, with a worker."""
-        ports = f"{WORKERS},{NANNIES},{EPHEMERAL[0]}-{EPHEMERAL[1]}"
+        ports = f"{WORKERS},{NANNIES},{EPHEMERAL[0]}-{EPHEMERAL[1]},{SLURMD}"
         host = self.hosts[name] = Host(name, number, self.shared, ports, self.ahead[name])
         host.plug(self.head, f"{self.net}.{number}/24", f"fd77::{number}/64")
         self.work(host)
@@ -229,6 +260,25 @@ class Lan:
     def client(self) -> ClusterClient:
         """A client on this machine."""
         return hpclab.connect(self.where, security=self.security)
+
+    def slurm(self) -> Path:
+        """Start a site's Slurm, with its controller on the head; its settings."""
+        folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=self.shared))
+        for name in ("state", "east", "west"):
+            (folder / name).mkdir(parents=True)
+        (folder / "munge.key").touch(mode=0o600)
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        settings = folder / "slurm.conf"
+        settings.write_text(SLURM.format(net=self.net, folder=folder))
+        for host in (self.head, *self.hosts.values()):
+            files = [f"--{what}-file={host.home}/munge.{what}" for what in ("pid", "seed", "log")]
+            key = f"--key-file={folder}/munge.key"
+            host.start("munged", "--foreground", "--force", "--socket=/tmp/munge", key, *files)
+            host.run("sh", "-c", "until [ -S /tmp/munge ]; do sleep 0.1; done")
+            program = ("slurmctld",) if host is self.head else ("slurmd", "-N", host.name)
+            host.start(*program, "-D", "-f", settings)
+        return settings
 
     def close(self) -> None:
         """Kill all."""

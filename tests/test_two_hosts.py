@@ -119,7 +119,7 @@ def test_ranks_meet_on_the_network_of_their_workers(lan, client):
     first = f"{lan.net}.2"
     expected = [(2.0, first, "ib0", "east"), (2.0, first, "ib0", "west")]
     assert hpclab.launch(client, by_env, ranks=2, init=False).result(60) == expected
-    ask = "from hpclab import _jobs; print(_jobs._facing(['nowhere.invalid', '127.0.0.1', 'east']))"
+    ask = "from hpclab import _jobs; print(_jobs._facing(['127.0.0.1', 'east']))"
     assert lan.head.run(sys.executable, "-c", ask) == f"{lan.net}.1\n", (
         "where a scheduler of jobs on these hosts listens"
     )

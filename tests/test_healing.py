@@ -16,7 +16,7 @@ import pytest
 import hpclab
 from hpclab import _healing
 
-KILLS = int(os.environ.get("HPCLAB_KILLS", "6"))
+KILLS = int(os.environ.get("HPCLAB_KILLS", "4"))
 """Kills of workers; by hand more."""
 
 
@@ -44,7 +44,7 @@ def kill(pid):
         os.kill(pid, signal.SIGKILL)
 
 
-def until(true, seconds=60):
+def until(true, seconds=120):
     """Wait for something, with patience for a loaded machine; tell whether it came."""
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:
@@ -71,7 +71,7 @@ def test_a_cluster_whose_workers_die_young_comes_back_and_a_run_goes_on(tmp_path
     """Every other one while it is starting."""
     dice = random.Random(0)
     with hpclab.connect(workers=2) as client, busy():
-        run = hpclab.launch(client, count_until, tmp_path / "enough", ranks=2, max_restarts=1000)
+        run = hpclab.launch(client, count_until, tmp_path / "enough", ranks=2, max_restarts=1000, wait=True)
         for number in range(KILLS):
             young = bool(number % 2)
             assert until(lambda young=young: pids(client, young))

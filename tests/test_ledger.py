@@ -11,7 +11,7 @@ from conftest import no_rank_left
 from distributed import LocalCluster
 
 import hpclab
-from hpclab import _agent
+from hpclab import _agent, _attempt, _ledger
 from hpclab._ledger import aside
 
 ALL = "t = torch.ones(3) * (rank + 1)\ndist.all_reduce(t)\nt.tolist()"
@@ -37,7 +37,9 @@ def soon(call):
     return aside(call).result(60)
 
 
-def test_who_hangs_holds_up_neither_a_launch_nor_cells_nor_a_stop_nor_another_attempt(three, tmp_path):
+def test_who_hangs_holds_up_neither_a_launch_nor_cells_nor_a_stop_nor_another_attempt(three, monkeypatch):
+    monkeypatch.setattr(_ledger, "SILENT_SECONDS", 2.0)  # the scheduler is in this process
+    monkeypatch.setattr(_attempt, "KILL_SECONDS", 1.0)
     *_, last = three.scheduler_info(n_workers=-1)["workers"]
     stopped = pid_of(three, last)
     os.kill(stopped, signal.SIGSTOP)  # before anybody has asked it a thing

@@ -515,18 +515,24 @@ def leave(code: int, seconds: float) -> NoReturn:
 
     Unlike Python, it has a limit, and then takes nothing down: what torch keeps running could hang there.
     """
-    patience = threading.Timer(seconds, os._exit, (code,))
+
+    def end() -> NoReturn:
+        try:
+            for file in [sys.stdout, sys.stderr, *gc.get_objects()]:
+                if issubclass(type(file), io.IOBase) and not file.closed:  # isinstance may run code of a proxy
+                    with suppress(OSError, ValueError):
+                        file.flush()
+        finally:
+            os._exit(code)
+
+    patience = threading.Timer(seconds, end)
     patience.daemon = True
     patience.start()
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        for file in [sys.stdout, sys.stderr, *gc.get_objects()]:
-            if issubclass(type(file), io.IOBase) and not file.closed:  # isinstance may run code of a proxy
-                with suppress(OSError, ValueError):
-                    file.flush()
     finally:
-        os._exit(code)
+        end()
 
 
 def message(error: BaseException) -> str:

@@ -106,6 +106,29 @@ def test_every_value_arrives_or_raises_in_its_rank(client):
     assert hpclab.open_run(run.folder).rows[-1]["status"] == "finished"
 
 
+def print_each(values):
+    for value in values:
+        print(value)
+    return values
+
+
+def test_every_value_is_printed_and_returned(client, capsys):
+    values = [value for value in ODD if not (isinstance(value, int) and value > 10**4000)]  # Python prints no such one
+    run = hpclab.launch(client, print_each, values, ranks=1)
+    (returned,) = run.result(60)
+    assert len(returned) == len(values) > 50
+    assert "caf\\udce9\n" in run.logs(0)
+    with hpclab.gang(client, ranks=1) as gang:
+        gang.push(values=values)
+        for place in range(len(values)):
+            gang.run(f"print(values[{place}])")
+            gang.run(f"values[{place}]")
+            assert len(gang.pull(f"values[{place}]")) == 1
+            with pytest.raises(hpclab.CellError, match="ValueError"):
+                gang.run(f"raise ValueError(values[{place}])")
+    assert "[rank 0] caf\\udce9\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("row", "error"),
     [

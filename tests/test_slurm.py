@@ -357,7 +357,7 @@ def test_it_ends_when_its_keeper_is_killed_and_the_next_start_clears_what_was_le
     process.kill()
     process.wait()
     assert folder.exists()
-    assert slurm.find(folder) is None
+    until(lambda: slurm.find(folder) is None)
     slurm.start(nodes=1).stop()
     assert not folder.exists()
 
@@ -663,7 +663,7 @@ if __name__ == "__main__":
 
 
 @as_root
-def test_a_host_with_no_address_but_the_loopbacks(tmp_path):
+def test_a_host_whose_only_interface_is_lo(tmp_path):
     """As an ordinary user: it needs no second address on lo, which only root could give it."""
     alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"']
     require(subprocess.run([*alone, "true"], capture_output=True).returncode == 0, "unshare --net, and ip")

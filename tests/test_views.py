@@ -1,5 +1,6 @@
 """The view of a run, as it is without a browser: what it shows of odd rows, of failures, and of what can't be drawn."""
 
+import contextlib
 import math
 import resource
 import shutil
@@ -53,11 +54,13 @@ def report_what_one_likes():
     for name in ("step", "loss", "time_s", "step_s", "samples", "compute_s"):
         for step, value in enumerate(odd):
             usual = {"step": step, "loss": 1.0, "step_s": 0.01, "compute_s": 0.005} | ({"samples": 8} if rank else {})
-            hpclab.report(**usual | {name: value})
+            with contextlib.suppress(TypeError, ValueError):  # it is refused, so there is nothing to draw
+                hpclab.report(**usual | {name: value})
     hpclab.report(loss=0.5)
     for kind in ("end", "restart", "checkpoint", "resume", "attempt", "other"):
         for step in (3, "s"):
-            hpclab.report(kind=kind, error=0.5, step=step)
+            with contextlib.suppress(TypeError, ValueError):
+                hpclab.report(kind=kind, error=0.5, step=step)
     time.sleep(1)
     print("that was all")
 

@@ -25,10 +25,10 @@ from hpclab.cluster import ClusterClient
 PROGRAMS = ("gcc", "ip", "nft", "nsenter", "unshare")
 BEGIN = """set -e
 hostname {name}
-mount --bind {shared} /mnt
+mount -t tmpfs tmpfs /mnt
+{kept}
 mount -t tmpfs tmpfs /tmp
-mkdir -p {shared}
-mount --move /mnt {shared}
+{back}
 mount --bind {shared}/names /etc/hosts
 mount --bind {home}/boot /proc/sys/kernel/random/boot_id
 mount --bind {home}/cpu /proc/cpuinfo
@@ -139,7 +139,13 @@ class Host:
         (self.home / "cpu").write_text(f"model name : CPU of {name}\n")
         (self.home / "firewall").write_text(FIREWALL.format(ports=ports))
         first, last = EPHEMERAL
-        begin = BEGIN.format(name=name, shared=shared, home=self.home, number=number, first=first, last=last)
+        # Its own /tmp hides this machine's, where the shared folder lies, and perhaps Python and hpclab.
+        seen = {shared, *map(Path, (sys.prefix, sys.base_prefix)), Path(hpclab.__file__).parents[1]}
+        outer = [path for path in seen if path.is_relative_to("/tmp") and not seen & {*path.parents}]
+        kept = "\n".join(f"mkdir /mnt/{n}; mount --bind '{path}' /mnt/{n}" for n, path in enumerate(outer))
+        back = "\n".join(f"mkdir -p '{path}'; mount --move /mnt/{n} '{path}'" for n, path in enumerate(outer))
+        own = {"name": name, "number": number, "home": self.home, "shared": shared, "kept": kept, "back": back}
+        begin = BEGIN.format(first=first, last=last, **own)
         spaces = ("--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
         with open(self.home / "log", "a") as log:
             self.process = subprocess.Popen(

@@ -15,6 +15,7 @@ from distributed import Client, Future
 
 from hpclab._ledger import Gang, Ledger, consult, send
 from hpclab._progress import GangProgress, HangError
+from hpclab._rank import note
 from hpclab._supervisor import Outcome, Place, failure, supervise
 
 log = logging.getLogger(__name__)
@@ -250,17 +251,18 @@ class Attempt:
         for outcome in sorted(self.outcomes.values(), key=lambda outcome: outcome.rank):
             told = outcome.failure
             if told is not None and told["consequence"] and outcome is not first and told["type"] != "Stopped":
-                error.add_note(
-                    f"In consequence, rank {outcome.rank}: {told['type']}: {' '.join(told['message'].split())[:300]}"
+                note(
+                    error,
+                    f"In consequence, rank {outcome.rank}: {told['type']}: {' '.join(told['message'].split())[:300]}",
                 )
         returned = [outcome.rank for outcome in self.outcomes.values() if not outcome.failure]
         if returned and first.failure["consequence"] and first.failure["traceback"]:  # type: ignore[index]
-            error.add_note(f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
+            note(error, f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
         return error
 
     def values(self) -> list[Any]:
         """What the ranks returned, by rank."""
-        return [_value(self.outcomes[rank]) for rank in range(self.ranks)]
+        return [unpickle(self.outcomes[rank].value, f"the return value of rank {rank}") for rank in range(self.ranks)]
 
     def _first(self) -> Outcome | None:
         """The outcome that is to blame."""
@@ -338,11 +340,12 @@ def _outcome(future: Future, place: Place) -> Outcome:
     return Outcome(place.rank, place.worker, place.attempt, failure=lost)
 
 
-def _value(outcome: Outcome) -> Any:
+def unpickle(body: bytes, what: str) -> Any:
+    """Bring a value of a rank here, or raise a RankError that calls it by a name."""
     try:
-        return pickle.loads(outcome.value)
+        return pickle.loads(body)
     except (Exception, SystemExit) as error:  # its own code may do anything, such as exit
-        raise RankError(f"the return value of rank {outcome.rank} can't be unpickled here: {error!r}") from error
+        raise RankError(f"{what} can't be unpickled here: {error!r}") from error
 
 
 def _error(outcome: Outcome, ranks: int) -> BaseException:
@@ -351,11 +354,13 @@ def _error(outcome: Outcome, ranks: int) -> BaseException:
     who = f"rank {outcome.rank} of {ranks} on {outcome.host}"
     if not failure["traceback"]:
         return RankError(f"{who} {failure['message']}.")
+    told = f"\nRaised first by {who}:\n{failure['traceback']}"
     try:
         error = pickle.loads(outcome.error)
-    except (Exception, SystemExit):
+        error.add_note(told)
+    except (Exception, SystemExit):  # it can't be brought here, or takes no note
         error = None
     if not isinstance(error, Exception):  # SystemExit and its like would end the notebook's kernel
         error = RankError(f"{failure['type']}: {failure['message']}")
-    error.add_note(f"\nRaised first by {who}:\n{failure['traceback']}")
+        error.add_note(told)
     return error

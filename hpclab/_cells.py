@@ -44,7 +44,7 @@ def serve() -> NoReturn:
     assert _rank._context is not None
     cells = _Cells(_rank._context)
     cells.context.should_stop = lambda: False  # type: ignore[method-assign]  # a cell is interrupted, and agrees to nothing
-    signal.signal(signal.SIGINT, cells.on_signal)
+    cells.context.interrupt = cells.leave
     threading.Thread(target=cells.listen, daemon=True).start()
     cells.say("hello", worker=cells.context.header["worker"])
     while (order := cells.orders.get()) is not None:
@@ -62,6 +62,8 @@ class _Cells:
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
         self.main = threading.get_ident()
         self.running: int | None = None
+        self.awaited: tuple[str, int] | None = None
+        """Where a cell stood that awaited when it was interrupted: the line isn't on this thread's stack then."""
         self.interrupted = 0
         """Number of the cell that was interrupted last."""
         self.signalled = False
@@ -98,7 +100,7 @@ class _Cells:
     def take(self, order: dict, body: bytes) -> None:
         """Run one cell, if this rank was picked for it, and answer."""
         self.running, picked = order["cell"], self.rank in order["on"]
-        shown, value, failure = None, b"", None
+        shown, value, failure, self.awaited = None, b"", None, None
         try:
             if self.interrupted == self.running:
                 raise KeyboardInterrupt
@@ -115,7 +117,10 @@ class _Cells:
             self.running = None  # from here on an interrupt comes too late
         except BaseException as error:
             self.running = None
-            failure = self.failure(error, order["cell"])
+            try:
+                failure = self.failure(error, order["cell"])
+            except BaseException as failed:  # its own code may do anything, such as exit
+                failure = self.failure(RuntimeError(f"{type(error).__name__}, of which {failed!r}"), order["cell"])
         if picked:
             self.prints.end()
             self.say("answer", value, cell=order["cell"], value=shown, failure=failure)
@@ -142,10 +147,10 @@ class _Cells:
         task = self.loop.create_task(work)
         try:
             return self.loop.run_until_complete(task)
-        except BaseException as error:
+        except BaseException:
             if not task.done():
                 if frames := task.get_stack():  # the cell's line isn't on this thread's stack while it is suspended
-                    error.awaited = frames[-1].f_code.co_filename, frames[-1].f_lineno  # type: ignore[attr-defined]
+                    self.awaited = frames[-1].f_code.co_filename, frames[-1].f_lineno
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     self.loop.run_until_complete(task)
@@ -186,9 +191,10 @@ class _Cells:
         with suppress(FileNotFoundError):
             for number, connection in _connections():
                 if number not in self.spared:
-                    connection.shutdown(socket.SHUT_RDWR)
+                    with suppress(OSError):  # the other side was faster
+                        connection.shutdown(socket.SHUT_RDWR)
 
-    def on_signal(self, *_: Any) -> None:
+    def leave(self) -> None:
         """Leave the cell; if an interrupt finds none any more, go on."""
         interrupt, self.signalled = self.signalled, False
         if self.running is not None or not interrupt:
@@ -198,13 +204,14 @@ class _Cells:
         """What the driver is told of an error in a cell."""
         _rank.tell_of_limit(error, self.context.header["memory"], "gang")
         if isinstance(error, SystemExit):
-            error.add_note("A cell can't end its rank, which goes on with its variables; gang.close() ends them all.")
+            text = "A cell can't end its rank, which goes on with its variables; gang.close() ends them all."
+            _rank.note(error, text)
         return {
             "summary": f"{type(error).__name__}: {_rank.message(error)}",
             "traceback": _rank.printable(_traceback(error)),
             "missing": str(error.name) if isinstance(error, NameError) else None,
             "time": time.time(),
-            "awaited": getattr(error, "awaited", None),
+            "awaited": self.awaited,
             "interrupted": cell == self.interrupted,
             "consequence": _rank.is_consequence(error),
         }
@@ -231,13 +238,16 @@ class _Prints(io.TextIOBase):
             lines, end, rest = (self.line + text).rpartition("\n")
             self.line = rest.rpartition("\r")[2] or rest
             self._send(lines + end)
+            if len(self.line) > CHARACTERS:  # it would be held, and be sent in one piece
+                self._send(self.line)
+                self.line = ""
         return len(text)
 
     def end(self) -> None:
         """Send what is left at the end of a cell."""
         with self.lock:
             if self.line:
-                self.cells.say("print", text=self.line)
+                self.cells.say("print", text=self.line)  # no longer than CHARACTERS
             if self.hidden:
                 log = f"{self.cells.context.header['folder']}/rank-{self.cells.rank}.log"
                 self.cells.say("print", text=f"... {self.hidden:,} more lines are in {log}")

@@ -50,6 +50,8 @@ LARGEST_ERROR = 10_000_000
 """Bytes of an error that goes to the notebook as it is."""
 EXIT_SECONDS, FAILED_SECONDS = 10.0, 2.0
 """How long exit handlers may take after a function has returned; and after it failed, while its peers wait in vain."""
+WRITE_SECONDS = 1.0
+"""How long open files may take to be written when that time is over."""
 BEAT_SECONDS = 1.0
 """How often a rank shows that its Python still runs; one that holds the GIL can't."""
 # What a rank says when a peer has gone: gloo's words, and torch's own classes for it.
@@ -69,6 +71,11 @@ class Context:
         self.pid = os.getpid()
         self.turn: int | None = None
         """File that processes lock in turn before they write a record, once this one has been forked."""
+        self.main = threading.get_ident()
+        self.writing = self.postponed = False
+        """Whether the main thread writes a record, and whether it was interrupted meanwhile."""
+        self.interrupt: Callable[[], None] = _interrupt
+        """What an interrupt does, in the main thread."""
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         """Orders, with their bodies, for what runs here."""
         self.answers: dict[int, queue.SimpleQueue] = {}
@@ -83,9 +90,24 @@ class Context:
 
     def send(self, record: dict, body: bytes = b"") -> None:
         """Write one record, whole, from any thread, and from forks of this process."""
-        with self.lock, self._alone():
-            self.records.write(frame(record, body))
-            self.records.flush()
+        mine = threading.get_ident() == self.main
+        try:
+            with self.lock, self._alone():
+                self.writing |= mine
+                self.records.write(frame(record, body))
+                self.records.flush()
+        finally:
+            self.writing &= not mine
+        if mine and self.postponed:
+            self.postponed = False
+            self.interrupt()
+
+    def on_signal(self, *_: Any) -> None:
+        """Interrupt the main thread, but not in the middle of a record, of which Python would drop the rest."""
+        if self.writing:
+            self.postponed = True
+        else:
+            self.interrupt()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -166,6 +188,10 @@ class Context:
             while self.stopping and self.stop_at is None:
                 self.stop.wait()
             return self.stop_at is not None and self.calls >= self.stop_at
+
+
+def _interrupt() -> NoReturn:
+    raise KeyboardInterrupt
 
 
 _context: Context | None = None
@@ -326,6 +352,7 @@ def main() -> None:
         return
     header, payload = first
     _context = context = Context(header, records)
+    signal.signal(signal.SIGINT, context.on_signal)
     for work in (lambda: context.obey(orders), context.beat):
         threading.Thread(target=work, daemon=True).start()
     sys.path[:] = header["sys_path"]
@@ -474,7 +501,7 @@ def dumps(value: Any, what: str, memory: int | None) -> bytes:
     except MemoryError:
         raise
     except Exception as error:
-        raise TypeError(f"{what} (of type {type(value).__name__}) can't be pickled: {error}") from error
+        raise TypeError(f"{what} (of type {type(value).__name__}) can't be pickled: {message(error)}") from error
     if memory is not None and len(body) > memory // VALUE_SHARE:
         raise ValueError(
             f"{what} takes {len(body):,} bytes, more than a worker with {memory:,} bytes a rank can pass on"
@@ -486,9 +513,10 @@ def dumps(value: Any, what: str, memory: int | None) -> bytes:
 def _fail(error: BaseException, header: dict) -> NoReturn:
     """Tell who failed and how, then leave: peers must not wait for a rank that will never answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would cut this short
+    _lift_limit()
     tell_of_limit(error, header["memory"], "launch")
-    for note in filter(None, _ways_out(error, header)):
-        error.add_note(note)
+    for text in filter(None, _ways_out(error, header)):
+        note(error, text)
     failure = {
         "type": type(error).__name__,
         "message": message(error),
@@ -516,30 +544,52 @@ def leave(code: int, seconds: float) -> NoReturn:
     Unlike Python, it has a limit, and then takes nothing down: what torch keeps running could hang there.
     """
 
-    def end() -> NoReturn:
-        try:
-            for file in [sys.stdout, sys.stderr, *gc.get_objects()]:
-                if issubclass(type(file), io.IOBase) and not file.closed:  # isinstance may run code of a proxy
-                    with suppress(OSError, ValueError):
-                        file.flush()
-        finally:
-            os._exit(code)
+    def give_up() -> None:
+        writing = threading.Thread(target=_write_files, daemon=True)
+        writing.start()
+        writing.join(WRITE_SECONDS)
+        os._exit(code)
 
-    patience = threading.Timer(seconds, end)
-    patience.daemon = True
-    patience.start()
     try:
+        _lift_limit()
+        patience = threading.Timer(seconds, give_up)
+        patience.daemon = True
+        patience.start()
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
+        _write_files()
     finally:
-        end()
+        os._exit(code)
+
+
+def _write_files() -> None:
+    """Have all open files write what they still hold; one may wait for ever, such as a pipe that nobody reads."""
+    for file in [sys.stdout, sys.stderr, *gc.get_objects()]:
+        with suppress(Exception):  # of a class of the user's own
+            if issubclass(type(file), io.IOBase) and not file.closed:  # isinstance would run code of a proxy
+                file.flush()
+
+
+def _lift_limit() -> None:
+    """Give what ends this process the memory for it: a thread takes some, and what was raised may hold the rest."""
+    if sys.platform == "linux":
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a note to an error, if it takes one: that of a frozen dataclass doesn't."""
+    with suppress(Exception):
+        error.add_note(text)
 
 
 def message(error: BaseException) -> str:
     """What an error says, fit to be shown; its own code may fail."""
     try:
         return printable(str(error))
-    except Exception as failed:
+    except BaseException as failed:
         return f"(its message can't be had: {type(failed).__name__})"
 
 
@@ -573,7 +623,7 @@ def _ways_out(error: BaseException, header: dict) -> Iterator[str]:
 def tell_of_limit(error: BaseException, limit: int | None, verb: str) -> None:
     """Add to an error of a lack of memory that this rank has a limit, which a verb of hpclab sets."""
     if limit and (isinstance(error, MemoryError) or _NO_MEMORY.search(message(error))):
-        error.add_note(f"This rank's limit is {limit:,} bytes of memory; {verb}(memory=...) sets it.")
+        note(error, f"This rank's limit is {limit:,} bytes of memory; {verb}(memory=...) sets it.")
 
 
 def _traceback(error: BaseException) -> str:

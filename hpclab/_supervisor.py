@@ -125,6 +125,11 @@ def supervise(place: Place, payload: bytes) -> Outcome:
             _private.restore(folder)
         ahead = _ahead(place, worker)
         process = start(_environment(place, worker.address), worker.scheduler.address)
+    except ZygoteDied as error:
+        outcome.failure = failure("RankDied", str(error))
+    except (RuntimeError, OSError) as error:
+        outcome.failure = failure("NotStarted", _said("could not start", error))
+    else:
         try:
             supervisor = _Supervisor(place, outcome, worker, process, inbox, ahead)
             supervisor.feed(payload)
@@ -133,13 +138,10 @@ def supervise(place: Place, payload: bytes) -> Outcome:
                     process.kill()
             process.kill()
             supervisor.close(process.wait())
+        except (RuntimeError, OSError) as error:  # no more threads, or files of the worker's that have gone
+            outcome.failure = failure("BrokeOff", _said("was ended, since its worker can't go on", error))
         finally:
             process.kill()
-    except ZygoteDied as error:
-        outcome.failure = failure("RankDied", str(error))
-    except (RuntimeError, OSError) as error:
-        what = ". ".join(filter(None, [f"could not start: {error}", machine.remedy(error)]))
-        outcome.failure = failure("NotStarted", what.rstrip("."))
     finally:
         del inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
@@ -148,6 +150,10 @@ def supervise(place: Place, payload: bytes) -> Outcome:
     if outcome.failure is not None:
         outcome.failure["time"] -= ahead  # which failure was the first is told by one clock
     return outcome
+
+
+def _said(what: str, error: Exception) -> str:
+    return ". ".join(filter(None, [f"{what}: {error}", machine.remedy(error)])).rstrip(".")
 
 
 def fetch(run: str) -> dict[int, bytes]:
@@ -322,7 +328,7 @@ class _Supervisor:
             case "stacks":
                 self.news["stack"] = self._stack()
             case "stop" if not self.cooperates:
-                self.ended_by_driver = True
+                self.ended_by_driver = not self.told
                 self.process.interrupt()
                 self.deadline = time.monotonic() + GRACE_SECONDS
             case "expire":

@@ -3,7 +3,6 @@
 import itertools
 import linecache
 import os
-import pickle
 import queue
 import re
 import threading
@@ -22,6 +21,7 @@ from IPython import get_ipython
 from IPython.core.error import UsageError
 from IPython.core.inputtransformer2 import TransformerManager
 
+from hpclab._attempt import unpickle
 from hpclab._ledger import aside, send
 from hpclab._progress import waits, with_source
 from hpclab._rank import frame
@@ -213,7 +213,7 @@ class Gang:
         found: dict[int, bytes] = {}
         for part in fetched.result().values():
             found |= part
-        return [pickle.loads(found[rank]) for rank in sorted(answers)]
+        return [unpickle(found[rank], f"the value of rank {rank}") for rank in sorted(answers)]
 
     def close(self) -> None:
         """End the ranks, and with them their names; one that doesn't end by itself is killed."""

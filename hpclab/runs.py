@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hpclab import machine
 from hpclab._attempt import Attempt, RankError, Settings, plan
 from hpclab._ledger import Gang, Ledger, consult, topic
-from hpclab._rank import message, printable
+from hpclab._rank import message, note, printable
 from hpclab._supervisor import ON_DEMAND
 from hpclab.rows import line, read
 
@@ -185,7 +185,7 @@ class Run(Record):
         except BaseException as error:
             self._leave()
             if why := machine.remedy(error):
-                error.add_note(why)
+                note(error, why)
             raise
         self._logs = [Log(self.folder / f"rank-{rank}.log", rank) for rank in range(gang.ranks)]
         self._inbox.put(("news", answer))
@@ -531,7 +531,7 @@ class Run(Record):
         if self._attempt.lost() and (most := self._settings.max_restarts):
             why = f"max_restarts (={most})" if self._attempt.number == most else "no room was left for another"
             why = "the run was stopped" if self._stopping else why
-            error.add_note(f"It was attempt {self._attempt.number + 1}, and the last: {why}.")
+            note(error, f"It was attempt {self._attempt.number + 1}, and the last: {why}.")
         return error
 
 
@@ -586,7 +586,9 @@ class Log:
 
 def _words(error: BaseException) -> str:
     """An error as text, with its notes."""
-    return "\n".join([f"{type(error).__name__}: {message(error)}", *map(printable, getattr(error, "__notes__", []))])
+    notes = getattr(error, "__notes__", None)
+    told = [printable(str(text)) for text in notes] if isinstance(notes, list) else []
+    return "\n".join([f"{type(error).__name__}: {message(error)}", *told])
 
 
 def _read(news: str | dict) -> dict:

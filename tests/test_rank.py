@@ -1,7 +1,9 @@
 """The inside of a rank: whatever its function reports, prints, returns, raises or leaves behind harms nobody else."""
 
 import atexit
+import dataclasses
 import enum
+import io
 import math
 import os
 import re
@@ -257,6 +259,111 @@ def test_a_rank_ends_as_python_does(client, how, tmp_path):
 def in_folder(folder, function, *arguments):
     os.chdir(folder)
     return function(*arguments)
+
+
+def leave_what_blocks():
+    """A pipe that nobody reads, in which something is left to be written; and a file whose code fails."""
+    global kept, pipe, odd
+
+    class Odd(io.RawIOBase):
+        closed = property(lambda self: 1 / 0)
+
+    odd = Odd()
+    kept = open("kept.txt", "w")  # noqa: SIM115  # left open
+    kept.write("written")
+    pipe = subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE)
+    pipe.stdin.write(b"x" * 65536)
+    pipe.stdin.flush()
+    pipe.stdin.write(b"y")
+    atexit.register(time.sleep, 1000)
+    raise LookupError("planted")
+
+
+def test_what_blocks_keeps_no_rank(client, tmp_path):
+    with pytest.raises(LookupError, match="planted"):
+        hpclab.launch(client, in_folder, tmp_path, leave_what_blocks, ranks=1).result(60)
+    assert (tmp_path / "kept.txt").read_text() == "written"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    """It takes no notes."""
+
+    code: int = 3
+
+
+class Stubborn(Exception):
+    awaited = object()
+
+    def __str__(self):  # noqa: PLE0307
+        sys.exit(5)
+
+
+def test_errors_that_do_as_they_like(client):
+    run = hpclab.launch(client, lambda: (_ for _ in ()).throw(Frozen()), ranks=1)
+    with pytest.raises(hpclab.RankError, match="Frozen") as caught:
+        run.result(60)
+    assert "Raised first by rank 0 of 1" in "".join(caught.value.__notes__)
+    assert "error" in run.rows[-1]
+    with hpclab.gang(client, ranks=1) as gang:
+        gang.push(Stubborn=Stubborn)
+        with pytest.raises(hpclab.CellError, match="Stubborn"):
+            gang.run("raise Stubborn()")
+        gang.run("print('x' * 12_000_000, end='')")
+        assert str(gang.run("1 + 1")) == "[rank 0] 2", "its names are there still"
+
+
+def hold_memory(then):
+    kept = []
+    try:
+        while True:
+            kept.append(np.ones(10**6))
+    except MemoryError:
+        atexit.register(print, "exit handler")
+        if then == "raise":
+            raise
+    globals()["held"] = kept
+
+
+@pytest.mark.parametrize("then", ["raise", "return"])
+def test_who_has_no_memory_left_ends_in_order_too(client, then):
+    run = hpclab.launch(client, hold_memory, then, ranks=1, memory="300MB")
+    if then == "raise":
+        with pytest.raises(MemoryError):
+            run.result(60)
+    else:
+        assert run.result(60) == [None]
+    assert run.logs(0) == "exit handler\n"
+
+
+def fail_slowly():
+    atexit.register(time.sleep, 1.5)
+    hpclab.report(step=1)
+    raise LookupError("planted")
+
+
+def test_a_stop_hides_no_failure(client):
+    run = hpclab.launch(client, fail_slowly, ranks=1)
+    while not any(row["kind"] == "step" for row in run.rows):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    run.stop()
+    with pytest.raises(LookupError, match="planted"):
+        run.result(60)
+
+
+def test_an_interrupt_in_the_midst_of_a_record_breaks_none(client):
+    with hpclab.gang(client, ranks=1) as gang:
+        gang.run("import hpclab, itertools; numbers = itertools.count()")
+        for _ in range(3):
+            timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                gang.run("while True: hpclab.report(step=next(numbers), text='x' * 20_000)")
+            timer.join()
+            gang.run("hpclab.report(kind='after')")
+        assert str(gang.run("1 + 1")) == "[rank 0] 2"
+    assert len([row for row in gang._run.rows if row["kind"] == "after"]) == 3
 
 
 def report_from_children(count, rows, size):

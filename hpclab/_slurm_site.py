@@ -146,7 +146,7 @@ def _ask(env: Mapping[str, str] | None, *command: str) -> list[str]:
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except (FileNotFoundError, NotADirectoryError):  # the latter if PATH names what is no folder
         raise FileNotFoundError(f"{command[0]} is not installed") from None
-    except OSError as error:  # "Permission denied" also if PATH names a folder that this user can't enter
+    except PermissionError as error:  # also if PATH names a folder that this user can't enter
         raise FileNotFoundError(f"{command[0]} is nowhere on PATH where it can be run ({error.strerror})") from None
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} gave no answer in {PATIENCE_SECONDS} s") from None

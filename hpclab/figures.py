@@ -138,7 +138,7 @@ def provenance(rows: list[dict]) -> str:
     if not abouts:
         return word
     machines = dict.fromkeys(map(_machine, abouts))
-    return f"{word}: {'; '.join(machines)}, {abouts[0]['started'][:10]}"
+    return f"{word}: {' | '.join(machines)}, {abouts[0]['started'][:10]}"
 
 
 def _machine(about: dict) -> str:

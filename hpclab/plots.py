@@ -5,7 +5,6 @@ Without an `ax` they draw in a `figures.Figure`, which also says what it shows i
 
 import math
 import time
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -537,7 +536,8 @@ def loss_curve(rows: list[dict], points: int = 40) -> tuple[list[float], list[fl
         return [], []
     start, _end = span(rows)
     means = sorted(
-        (max(row["time_s"] for row in at) - start, fmean(row["loss"] for row in at)) for at in steps.values()
+        (max(row["time_s"] for row in at) - start, sum(sorted(row["loss"] for row in at)) / len(at))
+        for at in steps.values()
     )
     size = max(1, len(means) // points)
     parts = [means[first : first + size] for first in range(0, len(means), size)]

@@ -97,7 +97,8 @@ def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
     OSError
         If the file can't be written, or took a part of the line only, such as on a full disk.
     """
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
+    binary = getattr(os, "O_BINARY", 0)  # else Windows would write its own end of line after the mark of a cut-off one
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | binary, mode)
     try:
         size = os.fstat(handle).st_size
         os.lseek(handle, max(0, size - LONGEST), os.SEEK_SET)
@@ -181,7 +182,7 @@ def attempts(rows: list[dict]) -> list[dict]:
         and ``cause`` (of the failure, or None).
     """
     ends = _ends(rows)
-    # A function may report rows of these kinds too: ours have what they need.
+    # In files of before, rows of these kinds may be a function's own: ours have what they need.
     restarts = {row["attempt"]: row for row in rows if row["kind"] == "restart" and "cause" in row}
     broken = next((row for row in rows if row["kind"] == "end" and row.keys() >= {"status", "error"}), None)
     all_steps = [row for row in rows if row["kind"] == "step" and row.get("step") is not None]

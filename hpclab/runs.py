@@ -421,7 +421,9 @@ class Run(Record):
         self._attempt.close()
         self.status = "recovering"
         self._fruitless = 0 if self._attempt.reported else self._fruitless + 1
-        self._pause(file)
+        if self._fruitless > 1:
+            first, most = PAUSE_SECONDS
+            self._pause(min(most, first * 2 ** (min(self._fruitless, 10) - 2)), file)
         started = time.monotonic()
         patience = math.inf if self._settings.wait else ROOM_SECONDS
         while (waited := time.monotonic() - started) < patience and not self._stopping and not self._is_cut_off():
@@ -432,10 +434,9 @@ class Run(Record):
                 self._take(kind, content, file)
         return None
 
-    def _pause(self, file: TextIO) -> None:
+    def _pause(self, seconds: float, file: TextIO) -> None:
         """Wait before what has failed at once, again and again, is tried once more."""
-        first, most = PAUSE_SECONDS
-        until = time.monotonic() + (min(most, first * 2 ** min(self._fruitless - 2, 10)) if self._fruitless > 1 else 0)
+        until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._stopping and not self._is_cut_off():
             with suppress(queue.Empty):
                 kind, content = self._inbox.get(timeout=min(left, AGAIN_SECONDS))

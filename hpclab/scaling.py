@@ -228,7 +228,7 @@ def trial(rows: list[dict]) -> dict:
     last = max(row["step"] for row in steps)
     losses = [row["loss"] for row in steps if row["step"] > last - 5 and row.get("loss") is not None]
     tests = [row for row in rows if row["kind"] == "epoch"]
-    newest = max(tests, key=lambda row: (row.get("attempt", 0), row["epoch"]), default={"test_accuracy": None})
+    newest: dict = max(tests, key=lambda row: (row.get("attempt", 0), row.get("epoch") or 0), default={})
     return (
         {
             "kind": "trial",
@@ -244,7 +244,7 @@ def trial(rows: list[dict]) -> dict:
             "start_s": start_s,
             "train_s": end_s - start_s,
             "loss": statistics.fmean(losses) if losses else None,
-            "accuracy": newest["test_accuracy"],
+            "accuracy": newest.get("test_accuracy"),
             "source": source(rows),
         }
         | means

@@ -205,10 +205,13 @@ class Slurm:
     @property
     def up(self) -> bool:
         """Whether it has not ended, though a daemon of it may have."""
-        with suppress(ConnectionError, FileNotFoundError):
+        try:
             self._call("alive")
+        except TimeoutError:  # its keeper is busy
             return True
-        return False
+        except (ConnectionError, FileNotFoundError):
+            return False
+        return True
 
     def _named(self, node: str) -> None:
         if node not in self.addresses:

@@ -1,6 +1,7 @@
 """Controls of the notebooks. The kernel's state is the truth: with nobody clicking, Run All works and makes sense."""
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import ipywidgets
@@ -151,8 +152,9 @@ class Explorer:
         """Draw anew, in the place where it was first shown."""
         if self.figure is None or self.text is None:
             return
-        put(self.figure, drawn(lambda: self._picture(self.curves())))
-        put(self.text, drawn(lambda: markup(self.table(self.curves()))))
+        curves = cache(self.curves)
+        put(self.figure, drawn(lambda: self._picture(curves())))
+        put(self.text, drawn(lambda: markup(self.table(curves()))))
 
     def _picture(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
         shown = Figure(figsize=(7, 4), layout="constrained")

@@ -65,6 +65,15 @@ def no_rank_left(seconds: float = 10) -> bool:
     return not ranks_alive()
 
 
+def until(true, run=None, seconds=120):
+    """Wait for something, which is patience for a loaded machine and no measurement; fail if the run ends before it."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert run is None or not run.wait(0), run
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
 class Footprint:
     """Samples the memory of a process and all its descendants while a block runs: the peak, in bytes.
 

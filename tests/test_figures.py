@@ -178,7 +178,7 @@ def test_tables_of_a_run_do_not_depend_on_the_order_of_its_rows():
     assert (
         figures.provenance([newest, ABOUT])
         == figures.provenance([ABOUT, newest])
-        == "measured: c, 2 CPU, torch 2; d, 2 CPU, torch 2, 2026-01-01"
+        == "measured: c, 2 CPU, torch 2 | d, 2 CPU, torch 2, 2026-01-01"
     )
 
 
@@ -212,7 +212,7 @@ def test_figures_name_all_machines_that_rows_are_of():
     other = {"kind": "restart", "attempt": 1, "host": "a; b", "hosts": 2, "cpu": "c; d", "cpus": 6, "torch": "2"}
     assert figures.provenance([run]) == "measured: c, 2 CPU, torch 2, 2026-01-01"
     assert figures.provenance([run, other]) == (
-        "measured: c, 2 CPU, torch 2; c; d, 6 CPU on 2 hosts, torch 2, 2026-01-01"
+        "measured: c, 2 CPU, torch 2 | c; d, 6 CPU on 2 hosts, torch 2, 2026-01-01"
     )
     summed = rows.machine([run, {"kind": "restart"}, other])
     assert summed == {name: run[name] for name in ("started", "torch")} | {

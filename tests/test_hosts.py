@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import no_rank_left, ours, require
+from conftest import no_rank_left, ours, require, until
 from distributed import Scheduler, Security, SpecCluster
 
 import hpclab
@@ -182,8 +182,7 @@ def train(steps):
 def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(hosts):
     undisturbed = hpclab.launch(hosts.client, train, 100, ranks=2).result(60)
     run = hpclab.launch(hosts.client, train, 100, ranks=2, max_restarts=3)
-    while not any(row["kind"] == "checkpoint" and row["step"] >= 30 for row in run.rows):
-        time.sleep(0.01)
+    until(lambda: any(row["kind"] == "checkpoint" and row["step"] >= 30 for row in run.rows), run)
     hosts.kill(1)
     hosts.start(1)
     assert run.result(120) == undisturbed
@@ -193,8 +192,7 @@ def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(hosts):
 
 def test_a_host_that_stays_away_leaves_the_others_at_work(hosts):
     run = hpclab.launch(hosts.client, train, 100, ranks=2, max_restarts=1, min_ranks=1)
-    while not any(row["kind"] == "checkpoint" for row in run.rows):
-        time.sleep(0.01)
+    until(lambda: any(row["kind"] == "checkpoint" for row in run.rows), run)
     hosts.kill(1)
     assert len(run.result(120)) == 1
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import no_rank_left
+from conftest import no_rank_left, until
 from distributed import LocalCluster
 
 import hpclab
@@ -68,8 +68,7 @@ def test_who_hangs_holds_up_neither_a_launch_nor_cells_nor_a_stop_nor_another_at
     assert no_rank_left(60)
 
     run = hpclab.launch(three, twice, ranks=2, max_restarts=1, hang_after=20)
-    while not run.rows or run.rows[-1]["kind"] != "step":
-        time.sleep(0.05)
+    until(lambda: any(row["kind"] == "step" for row in run.rows), run)
     stopped = pid_of(three, run._attempt.places[1].worker)
     os.kill(stopped, signal.SIGSTOP)
     run.kill(0)

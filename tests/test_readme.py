@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hpclab
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +36,19 @@ def test_the_first_hours_programs_run(tmp_path):
     done = subprocess.run([sys.executable, "sweep.py"], capture_output=True, text=True, timeout=240)
     assert "not identifiable: 2 different counts" in done.stdout, done.stderr
     assert (tmp_path / "my-speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loop_that_goes_on_does_so_also_after_its_last_step(client):
+    loop, draws = programs("docs/going-on.md")
+    names = {"__name__": "page"}
+    exec(loop + draws, names)
+    run = hpclab.launch(client, names["training"], 2, ranks=2)
+    first, _ = run.result(60)
+    again, _ = hpclab.launch(client, names["training"], 2, ranks=2, resume=run.folder).result(60)
+    assert first.keys() == again.keys() and all(first[name].equal(again[name]) for name in first)
+    run = hpclab.launch(client, names["draws"], 3, ranks=2)
+    run.result(60)
+    assert hpclab.launch(client, names["draws"], 4, ranks=2, resume=run.folder).result(60) == [None, None]
 
 
 def test_the_chinese_program_is_its_beginning():

@@ -10,7 +10,7 @@ import pytest
 import test_hosts
 import torch
 import torch.distributed as dist
-from conftest import require
+from conftest import require, until
 from test_hosts import train
 from two_hosts import EPHEMERAL, Lan, needed
 
@@ -130,8 +130,7 @@ def test_ranks_meet_on_the_network_of_their_workers(lan, client):
 def test_a_host_that_loses_its_power_and_comes_back_costs_nothing_but_time(lan, client):
     undisturbed = hpclab.launch(client, train, 60, ranks=2).result(60)
     run = hpclab.launch(client, train, 60, ranks=2, max_restarts=3)
-    while not any(row["kind"] == "checkpoint" and row["step"] >= 20 for row in run.rows):
-        time.sleep(0.01)
+    until(lambda: any(row["kind"] == "checkpoint" and row["step"] >= 20 for row in run.rows), run)
     lan.hosts["west"].kill()
     lan.join("west", 3)
     assert run.result(120) == undisturbed
@@ -146,8 +145,7 @@ def test_a_host_that_falls_silent_leaves_the_other_at_work(lan, client, monkeypa
     monkeypatch.setattr(runs, "RETURN_SECONDS", 1.0)
     west = lan.hosts["west"]
     run = hpclab.launch(client, train, 60, ranks=2, max_restarts=1, min_ranks=1)
-    while not any(row["kind"] == "checkpoint" for row in run.rows):
-        time.sleep(0.01)
+    until(lambda: any(row["kind"] == "checkpoint" for row in run.rows), run)
     west.run("ip", "link", "set", "ib0", "down")
     assert len(run.result(180)) == 1
     [restart] = [row for row in run.rows if row["kind"] == "restart"]

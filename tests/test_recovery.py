@@ -259,7 +259,7 @@ def test_save_and_restore_in_a_function_of_ones_own(four, tmp_path):
     assert count(20, tmp_path), "by itself it runs too, and keeps nothing"
 
 
-def own_loop(folder, rank_to_die, step_to_die):
+def own_loop(folder, rank_to_die, step_to_die, pause=0.0):
     """A training loop as users write them, with `save` and `restore`, and nothing else of hpclab's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -297,6 +297,7 @@ def own_loop(folder, rank_to_die, step_to_die):
                 schedule.step()
                 step += 1
                 hpclab.report(step=step)
+                time.sleep(pause)
                 if step % 4 == 0:
                     hpclab.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, step)
                 if step == STEPS or len(loader) - number <= each:
@@ -376,7 +377,8 @@ def test_loops_of_ones_own_go_on_bit_for_bit(four, loop, ranks, tmp_path):
         assert [row["step"] for row in run.rows if row["kind"] == "resume"] == [step // 4 * 4] * (step >= 4)
         if loop is own_sharded_loop:  # dear to start
             continue
-        run = hpclab.launch(four, loop, tmp_path, -1, -1, max_restarts=3, **settings)
+        # Slow enough that who sees a step come can still strike.
+        run = hpclab.launch(four, loop, tmp_path, -1, -1, 0.03, max_restarts=3, **settings)
         run.watch(Strike(dice.randrange(ranks), dice.randrange(STEPS // 2)))
         assert run.result(120) == undisturbed
         assert any(row["kind"] == "restart" for row in run.rows)

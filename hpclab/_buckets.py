@@ -34,7 +34,12 @@ def _then_lay(method: Callable) -> Callable:
         value = method(model, *args, **kwargs)
         try:
             _lay(model)
-        except (AttributeError, TypeError) as error:  # what another version of torch may do to names that are its own
+        except (
+            AttributeError,
+            IndexError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # of another torch, whose names these are
             warnings.warn(
                 f"torch {torch.__version__} doesn't let hpclab lay DDP's buckets ({error}): on 3 ranks or more, a run"
                 " that goes on from a checkpoint may differ in its last bits from one that never stopped.",

@@ -388,7 +388,6 @@ class Ledger(SchedulerPlugin):
 
 
 SEATING = (Ledger.admit, Ledger.room, Ledger.reseat, Ledger.advance, Ledger.machines)
-"""Questions that need to know of each worker what it tells of itself."""
 """Questions whose answer depends on all workers that are there."""
 
 

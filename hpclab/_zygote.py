@@ -81,7 +81,7 @@ class Zygote:
     def kill_all(self) -> None:
         """Kill every rank, and what they have started."""
         for pid in self.ranks:
-            _kill_group(pid)
+            kill_group(pid)
         with suppress(ChildProcessError):  # until there is none
             while True:
                 self._kill_orphans()
@@ -116,7 +116,7 @@ class Zygote:
             self.leases.discard(caller)
         for pid, supervisor in self.ranks.items():
             if supervisor is caller:
-                _kill_group(pid)
+                kill_group(pid)
 
     def _fork(self, caller: socket.socket, order: dict, fds: list[int]) -> None:
         parent = os.getpid()
@@ -138,7 +138,7 @@ class Zygote:
             while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 caller = self.ranks.get(ended.si_pid)
                 if caller is not None:
-                    _kill_group(ended.si_pid)  # what it left; before it is reaped, no other group has its number
+                    kill_group(ended.si_pid)  # what it left; before it is reaped, no other group has its number
                 _, status = os.waitpid(ended.si_pid, 0)
                 self.ranks.pop(ended.si_pid, None)
                 self._kill_orphans()
@@ -234,9 +234,12 @@ def _children() -> list[int]:
         return [child.pid for child in psutil.Process().children()]
 
 
-def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+def kill_group(pid: int) -> None:
+    """Kill a rank and its group, also one so new that it has none yet."""
+    for kill in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+            return
 
 
 def _tell(caller: socket.socket, answer: dict) -> None:

@@ -170,7 +170,9 @@ def _spare_main() -> None:
     script = getattr(main, "__file__", None)
     if getattr(main, "__spec__", None) is None and script is not None:
         shell = sys.modules.get("IPython")  # where it runs, it is loaded
-        if (shell is not None and shell.get_ipython() is not None) or not os.path.isfile(script):
+        # A program that %run runs there stays as it is: its own multiprocessing needs it.
+        notebook = shell is not None and shell.get_ipython() is not None and not script.endswith(".py")
+        if notebook or not os.path.isfile(script):
             main.__spec__ = ModuleSpec("__main__", getattr(main, "__loader__", None))
 
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, ClassVar
 from distributed import Worker, WorkerPlugin
 
 from hpclab import _namesakes, _private, machine
-from hpclab._zygote import FORK_ORDER, MESSAGE_BYTES
+from hpclab._zygote import FORK_ORDER, MESSAGE_BYTES, kill_group
 
 FORK = sys.platform == "linux"
 """Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
@@ -112,9 +112,18 @@ class Warmth(WorkerPlugin):
             started = time.monotonic()
             with suppress(OSError), ExitStack() as stack:
                 self._lease(cluster, stack)
-                while not self._has_ended() and not self.closed.is_set():
-                    if not _socket_of(cluster).exists():  # the old lease stays: ranks may be at work under it
-                        self._lease(cluster, stack)
+                lost = False
+                while not self.closed.is_set():
+                    if self._has_ended():
+                        self.leases.pop().close()
+                        lost = True
+                        if not self.leases:
+                            break
+                        continue  # with those of zygotes that live, and after a while another
+                    with suppress(OSError):  # the folder has gone: the old leases stay, ranks may be at work under them
+                        if lost or not _socket_of(cluster).exists():
+                            self._lease(cluster, stack)
+                            lost = False
             self.leases = []
             pause = BACKOFF_SECONDS[0] if time.monotonic() - started > most else min(2 * pause, most)
             self.closed.wait(pause)
@@ -132,6 +141,8 @@ class Warmth(WorkerPlugin):
             return not self.leases[-1].recv(1)
         except TimeoutError:
             return False
+        except OSError:
+            return True
 
 
 class Process:
@@ -251,8 +262,7 @@ class _Forked(Process):
 
     def kill(self) -> None:
         if self.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            kill_group(self.pid)
 
 
 class _Standby(Process):

@@ -17,6 +17,7 @@ from conftest import no_rank_left, ranks_alive, zygotes_alive
 from distributed import Client
 
 import hpclab
+from hpclab import _agent
 
 
 def rank():
@@ -561,3 +562,37 @@ def test_launches_in_a_row_leave_no_trace(own):
     assert after[1] <= before[1] + 5
     assert after[2] <= before[2] + 5
     assert after[3] <= before[3] + 60e6
+
+
+def test_ranks_go_on_without_the_folder_of_temporary_files(tmp_path):
+    (tmp_path / "t").mkdir()
+    program = (
+        "import os, shutil, tempfile, time, hpclab\n"
+        "def work():\n    hpclab.report(step=1)\n    time.sleep(7)\n    return 1\n"
+        "if __name__ == '__main__':\n"
+        "    with hpclab.connect(workers=1) as client:\n"
+        "        run = hpclab.launch(client, work, ranks=1, folder='r')\n"
+        "        while not run.rows or run.rows[-1]['kind'] != 'step':\n"
+        "            time.sleep(0.1)\n"
+        "        shutil.rmtree(tempfile.gettempdir())\n"
+        "        print(run.result(60))\n"
+    )
+    (tmp_path / "p.py").write_text(program)
+    env = os.environ | {"TMPDIR": str(tmp_path / "t"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "p.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["[1]"], done.stderr
+
+
+def killed_at_once():
+    made = []
+    for _ in range(25):
+        made.append(_agent.start(os.environ | {"RANK": "0"}, "a cluster"))
+        made[-1].kill()
+    deadline = time.monotonic() + 30
+    while any(rank.poll() is None for rank in made) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return {rank.poll() for rank in made}
+
+
+def test_a_kill_that_comes_before_a_fork_has_its_session_is_not_lost(client):
+    assert client.submit(killed_at_once).result(60) == {-signal.SIGKILL}

@@ -160,7 +160,7 @@ def as_text(value: Any) -> str:
     if any(hasattr(type(value), name) for name in ("_repr_pretty_", "_repr_mimebundle_")):
         from IPython.core.formatters import DisplayFormatter
 
-        return DisplayFormatter().format(value, include={"text/plain"})[0].get("text/plain", repr(value))
+        return DisplayFormatter().format(value, include={"text/plain"})[0].get("text/plain") or repr(value)
     return repr(value)
 
 

@@ -255,7 +255,7 @@ def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
         return workers, there // workers
     try:
         limit = parse_bytes(plain(memory))
-    except ValueError:
+    except (ValueError, OverflowError, AttributeError, TypeError):
         raise ValueError(f"memory (={memory!r}) must be bytes or a size such as '2GB'.") from None
     if limit * workers > there or limit < LEAST_MEMORY:
         raise ValueError(

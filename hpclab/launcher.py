@@ -182,10 +182,10 @@ def _resumable(folder: str | os.PathLike | None) -> str | None:
 def _bytes(memory: int | str | None) -> int | None:
     try:
         found = None if memory is None else parse_bytes(plain(memory))
-    except ValueError:
+    except (ValueError, OverflowError, AttributeError, TypeError):
         found = 0
-    if found is not None and found <= 0:
-        raise ValueError(f"memory (={memory!r}) must be bytes above 0, or a size such as '2GB'.")
+    if found is not None and not 0 < found < 2**63:
+        raise ValueError(f"memory (={memory!r}) must be bytes above 0 and below 2**63, or a size such as '2GB'.")
     return found
 
 

@@ -144,6 +144,8 @@ def test_what_else_keeps_a_cluster_from_starting_is_not_hidden(monkeypatch):
         ({"memory": "many"}, r"memory \(='many'\) must be bytes or a size such as '2GB'"),
         ({"memory": "1PB"}, r"memory \(='1PB'\) for each of \d+ workers"),
         ({"memory": -1}, r"memory \(=-1\)"),
+        ({"memory": float("inf")}, r"memory \(=inf\) must be bytes"),
+        ({"memory": [1]}, r"memory \(=\[1\]\) must be bytes"),
         ({"where": "slrum"}, r"where \(='slrum'\) must be 'local', the address"),
         ({"where": "tcp://127.0.0.1:1", "workers": 2}, r"workers \(=2\) can't be chosen for a running cluster"),
         ({"memory": "60MB"}, r"memory \(='60MB'\) for each of \d+ workers must be at least 128.00 MiB"),

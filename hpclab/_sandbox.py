@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,7 +106,7 @@ def missing() -> str | None:
         return "setpriv is missing; apt install util-linux"
     try:
         with _folder() as folder:
-            tried = [*wrapped(folder, []), sys.executable, "-c", "import hpclab, ipykernel_launcher"]
+            tried = [*wrapped(folder, []), sys.executable, "-c", "import hpclab, ipykernel.kernelapp"]
             done = subprocess.run(tried, capture_output=True, text=True, timeout=120, env=_environment(HOME))
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"bubblewrap doesn't work here: {error}"
@@ -120,8 +121,8 @@ def kernel(
     hidden: list[Path],
     environment: dict[str, str],
     trust: bool,
-    beside: IO[bytes] | None = None,
-    inner: Path = Path(),
+    beside: IO[bytes],
+    inner: Path,
 ) -> Iterator[Kernel]:
     """A fresh kernel, in a sandbox unless it is trusted, which ends with this context, and all that it has started.
 
@@ -135,7 +136,7 @@ def kernel(
         Variables beside those that a kernel needs.
     trust : bool
         Run it without a sandbox, but with a folder and a session of its own.
-    beside : binary file, optional
+    beside : binary file
         A tar archive, unpacked into the kernel's home before it starts.
     inner : Path
         Folder in its home in which the kernel works.
@@ -159,7 +160,7 @@ def kernel(
             command if trust else [*wrapped(folder, hidden), *command],
             env=_environment(home) | environment,
             cwd=home if trust else "/",
-            stdin=beside or subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -167,22 +168,31 @@ def kernel(
         )
         client = BlockingKernelClient()
         one = Kernel(client, process, folder, memory, home)
+        feeder = threading.Thread(target=_feed, args=(beside, process.stdin), daemon=True)
         try:
+            feeder.start()
             client.load_connection_info(json.loads(Path(file).read_text()) | {"key": settings["key"]})
             client.start_channels()
             yield one
         finally:
             _end(one)
+            if feeder.ident:
+                feeder.join()  # it uses the caller's file; the end of the kernel ends the pipe
+
+
+def _feed(archive: IO[bytes], pipe: IO[bytes] | None) -> None:
+    """Write an archive into a pipe: a kernel that had the file itself could write to it, on the grader's disk."""
+    assert pipe is not None
+    with contextlib.suppress(BrokenPipeError), pipe:  # it has ended, or has read all that it needs
+        shutil.copyfileobj(archive, pipe)
 
 
 _START = """
 import os, runpy, sys
 del sys.path[0]  # nothing that lies beside the notebook is imported before the kernel has begun
-if os.read(0, 1):
-    import tarfile
-    os.lseek(0, 0, 0)
-    with tarfile.open(fileobj=os.fdopen(os.dup(0), "rb")) as tar:
-        tar.extractall(**({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+import tarfile
+with open(0, "rb", closefd=False) as archive, tarfile.open(fileobj=archive, mode="r|") as tar:
+    tar.extractall(**({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 nothing = os.open(os.devnull, os.O_RDONLY)
 os.dup2(nothing, 0)
 os.makedirs(sys.argv[1], exist_ok=True)

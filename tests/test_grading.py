@@ -497,6 +497,15 @@ assert not {"mymodel.py", "link.txt", "secret", ".netrc"} & set(os.listdir("..")
 for file in ("../up.txt", "mymodel.py", "rate.ipynb"):  # they are the student's own
     with open(file, "a") as opened:
         opened.write(" ")
+import fcntl, stat
+private = {os.stat(folder).st_dev for folder in (os.environ["HOME"], "/tmp", "/dev/shm")}
+for number in map(int, os.listdir("/proc/self/fd")):
+    try:
+        status, flags = os.fstat(number), fcntl.fcntl(number, fcntl.F_GETFL)
+    except OSError:  # the listing's own
+        continue
+    read_only = flags & os.O_ACCMODE == os.O_RDONLY and not os.access(f"/proc/self/fd/{number}", os.W_OK)
+    assert read_only or not stat.S_ISREG(status.st_mode) or status.st_dev in private, number
 """
 
 

@@ -112,6 +112,7 @@ def _files(top: Path) -> list[Path]:
 def beside(path: Path, folder: Path, archive: IO[bytes]) -> list[str]:
     """Write what a student has handed in with a notebook as a tar archive; empty if it lies in no folder of theirs.
 
+    That is the widest folder around the notebook in which none lies elsewhere: FOLDER/week/ann isn't for bob's.
     Returns names of what isn't in it, as it would be too much, or can't be read. No link is followed, wherever a
     student puts one meanwhile.
     """
@@ -124,7 +125,10 @@ def beside(path: Path, folder: Path, archive: IO[bytes]) -> list[str]:
 
 def _pack(tar: tarfile.TarFile, top: Path, first: Path) -> list[str]:
     (many, room), left = MOST_BESIDE, []
-    for name in sorted(_files(top), key=lambda name: (first not in name.parents, len(name.parts))):
+    names = _files(top)
+    mine = _widest(names, first)
+    names = [name for name in names if mine in name.parents]
+    for name in sorted(names, key=lambda name: (first not in name.parents, len(name.parts))):
         try:
             with _opened(top, name) as file:
                 status = os.fstat(file.fileno())
@@ -138,6 +142,17 @@ def _pack(tar: tarfile.TarFile, top: Path, first: Path) -> list[str]:
         except (OSError, Unreadable):
             left.append(str(name))
     return left
+
+
+def _widest(names: list[Path], own: Path) -> Path:
+    """The widest folder around a notebook's own outside which, but within this one, there is no other notebook."""
+    notebooks = [name for name in names if name.suffix == ".ipynb" and own not in name.parents]
+    widest = own
+    for wider in own.parents:
+        if any(wider in name.parents for name in notebooks):
+            break
+        widest = wider
+    return widest
 
 
 def _opened(top: Path, name: Path) -> IO[bytes]:

@@ -411,6 +411,25 @@ def test_a_students_folder_is_found_however_deep_and_large_it_is(tmp_path, cours
         _submissions.read(deep / left[1])
 
 
+def test_no_notebook_is_given_what_lies_beside_anothers(tmp_path):
+    """Where the first folder is a week's or a course's, and a student's only the next."""
+    for name in ("week/ann/hw/rate", "week/bob/rate", "cem/rate", "cem/later/more"):
+        handed_in(tmp_path / Path(name).parent, **{Path(name).name: notebook(RIGHT)})
+    for name in ("week/ann/data.csv", "week/ann/lib/a.py", "week/bob/b.py", "week/all.csv", "cem/later/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name, wanted in {
+        "week/ann/hw/rate.ipynb": ["ann/data.csv", "ann/hw/rate.ipynb", "ann/lib/a.py"],
+        "week/bob/rate.ipynb": ["bob/b.py", "bob/rate.ipynb"],
+        "cem/rate.ipynb": ["later/c.py", "later/more.ipynb", "rate.ipynb"],
+        "cem/later/more.ipynb": ["later/c.py", "later/more.ipynb"],
+    }.items():
+        with tempfile.TemporaryFile() as archive:
+            assert _submissions.beside(tmp_path / name, tmp_path, archive) == []
+            with tarfile.open(fileobj=archive) as tar:
+                assert sorted(tar.getnames()) == wanted, name
+
+
 def test_what_only_a_student_can_have_put_among_the_sockets_counts_as_too_much(tmp_path):
     folder = tmp_path / "sockets"
     folder.mkdir()

@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from hpclab._rendezvous import Keys
 
 TOPIC_SECONDS = 5.0
 """How long the events of an ended run stay with the scheduler: what is still under way would bring its topic back."""
+MOST_TURNS = 64
+"""Ranks for each CPU, also of a gang that oversubscribes: seating millions would keep the scheduler from all else."""
 ASK_SECONDS = 0.02
 """How often to ask again for as long as workers have not told which CPUs they may use."""
 TELL_SECONDS = 30.0
@@ -146,7 +149,8 @@ class Ledger(SchedulerPlugin):
         """Send the gang's driver what is said on its topic, and keep no more than the last of it."""
         self.scheduler.subscribe_topic(topic(gang.run), gang.client)
         # Dask keeps the last thousand events of a topic, of up to a megabyte here, and has no public way to keep fewer.
-        self.scheduler._broker._topics[topic(gang.run)].events = deque(maxlen=1)
+        with suppress(AttributeError):
+            self.scheduler._broker._topics[topic(gang.run)].events = deque(maxlen=1)
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Take in which CPUs a worker may use; called by Dask for whatever anybody says."""
@@ -272,7 +276,8 @@ class Ledger(SchedulerPlugin):
         self.queue = [gang for gang in self.queue if gang.run != run]
         if run in self.keys:
             self.keys.pop(run).close()
-        self.scheduler.loop.call_later(TOPIC_SECONDS, self.scheduler._broker._topics.pop, topic(run), None)
+        with suppress(AttributeError):  # as above
+            self.scheduler.loop.call_later(TOPIC_SECONDS, self.scheduler._broker._topics.pop, topic(run), None)
         self.advance()
 
     async def clock(self) -> float:
@@ -311,9 +316,11 @@ class Ledger(SchedulerPlugin):
 
     def wrong(self, gang: Gang) -> str | None:
         """What forbids this gang, however long it waited; None if nothing does."""
-        there, deaf = self.running(), self._deaf()
+        there, silent = self.running(), self._silent()
         if not there:
-            return deaf or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
+            return silent or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
+        if gang.ranks > (turns := MOST_TURNS * sum(self.cpus().values())):
+            return f"ranks (={gang.ranks}) exceeds {MOST_TURNS} for each CPU of this cluster; use ranks<={turns}."
         most = self.most(gang.threads)
         if gang.oversubscribe or gang.ranks <= most:
             return None
@@ -323,17 +330,17 @@ class Ledger(SchedulerPlugin):
         return (
             f"ranks (={gang.ranks}) with threads (={gang.threads}) take {need} CPUs; this cluster gives a gang"
             f" {self.most()} ({here}, {cpus} CPUs); use"
-            f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(deaf)}{deaf}"
+            f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(silent)}{silent}"
         )
 
-    def _deaf(self) -> str:
-        """Who is here, but was not to be reached; or nothing."""
-        deaf = [address for address in self.scheduler.workers if address not in self.pools]
-        if not deaf:
+    def _silent(self) -> str:
+        """Who is here, but has told nothing of itself; or nothing."""
+        silent = [address for address in self.scheduler.workers if address not in self.pools]
+        if not silent:
             return ""
         return (
-            f"The scheduler on {machine.node()} doesn't reach {len(deaf)} of the workers, at {', '.join(deaf[:3])}: a"
-            " firewall must let it through to the ports of workers; then start them anew."
+            f"{len(silent)} of the workers, at {', '.join(silent[:3])}, have not answered the scheduler on"
+            f" {machine.node()}: they hang, or a firewall closes their ports to it; start them anew once it doesn't."
         )
 
     def busy(self, gang: Gang) -> str:

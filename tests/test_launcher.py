@@ -321,6 +321,11 @@ def started(run):
         time.sleep(0.05)
 
 
+def test_more_ranks_than_could_take_turns_are_refused(client):
+    with pytest.raises(ValueError, match=r"ranks \(=100000000\) exceeds 64 for each CPU of this cluster; use ranks<="):
+        hpclab.launch(client, print, ranks=10**8, oversubscribe=True)
+
+
 def test_two_gangs_share_a_cluster(client):
     one = hpclab.launch(client, sleep, ranks=1)
     started(one)

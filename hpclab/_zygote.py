@@ -42,13 +42,19 @@ FORK_ORDER = b"fork"
 
 def main(path: str, listener: int) -> None:
     """Serve forks on a listening socket until the last lease has ended."""
+    own = None
+    with suppress(FileNotFoundError):
+        own = os.stat(path)
     zygote = Zygote(socket.socket(fileno=listener))
     try:
         zygote.serve()
     finally:
         zygote.kill_all()
         with suppress(FileNotFoundError):
-            os.unlink(path)
+            if own is not None and os.path.samestat(
+                own, os.stat(path)
+            ):  # else another has taken the place of a lost one
+                os.unlink(path)
 
 
 class Zygote:

@@ -336,14 +336,11 @@ def _way_out(value: Any) -> str:
 def _check_readable(written: io.BytesIO) -> None:
     """Raise a TypeError if `load` couldn't read this: some torch may read less than `_check_kinds` lets through."""
     written.seek(0)
-    try:
-        torch.load(written, weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(written):
         raise TypeError(
-            f"state holds {named[1] if named else 'an object'}, which can't be read again without running code; use"
-            " tensors, plain numbers, strings, None, and dicts, lists, tuples and sets of them."
-        ) from None
+            f"state holds {unsafe[0]}, which can't be read again without running code; use tensors, plain numbers,"
+            " strings, None, and dicts, lists, tuples and sets of them."
+        )
 
 
 def _all(folder: str | os.PathLike) -> list[Path]:

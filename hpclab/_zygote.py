@@ -51,9 +51,8 @@ def main(path: str, listener: int) -> None:
     finally:
         zygote.kill_all()
         with suppress(FileNotFoundError):
-            if own is not None and os.path.samestat(
-                own, os.stat(path)
-            ):  # else another has taken the place of a lost one
+            # Else another one listens there, since somebody has cleaned /tmp.
+            if own is not None and os.path.samestat(own, os.stat(path)):
                 os.unlink(path)
 
 

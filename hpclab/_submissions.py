@@ -165,19 +165,25 @@ def _opened(top: Path, name: Path) -> IO[bytes]:
     Unreadable
         If it is no file.
     """
-    handle = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        for part in name.parts[:-1]:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
-            os.close(handle)
-            handle = inner
+    with _entered(top, name.parent) as handle:
         file = os.open(name.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)
-    finally:
-        os.close(handle)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise Unreadable("it is no file")
     return open(file, "rb")
+
+
+@contextlib.contextmanager
+def _entered(top: Path, inner: Path) -> Iterator[int]:
+    """A descriptor of a folder in another, opened step by step through no link."""
+    handle = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        for part in inner.parts:
+            wider, handle = handle, os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(wider)
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def hiding(path: Path, folder: Path) -> list[str]:
@@ -187,15 +193,23 @@ def hiding(path: Path, folder: Path) -> list[str]:
     places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
     places.append(str(Path(__file__).parents[1]))
     hide = []
-    with os.scandir(path.parent) as entries:
+    with _entered(folder, path.parent.relative_to(folder)) as handle, os.scandir(handle) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name, suffix = os.path.splitext(entry.name)
-            if not name.isidentifier() or not (suffix == ".py" or os.path.isfile(f"{entry.path}/__init__.py")):
+            if not name.isidentifier() or not (suffix == ".py" or _package(handle, entry)):
                 continue
             other = importlib.machinery.PathFinder.find_spec(name, places)
             if name in sys.stdlib_module_names or (other and other.loader):
                 hide.append(entry.name)
     return hide
+
+
+def _package(handle: int, entry: os.DirEntry) -> bool:
+    with contextlib.suppress(OSError):
+        return entry.is_dir(follow_symlinks=False) and stat.S_ISREG(
+            os.stat(f"{entry.name}/__init__.py", dir_fd=handle, follow_symlinks=False).st_mode
+        )
+    return False
 
 
 def _order(file: Path, course: list[Assignment]) -> tuple[int, str]:
@@ -222,8 +236,8 @@ def assignments(folder: Path) -> list[Assignment]:
     return course
 
 
-def read(path: Path) -> dict:
-    """A notebook as its file has it.
+def read(path: Path, folder: Path | None = None) -> dict:
+    """A notebook as its file has it; through no link below `folder`, by default its own.
 
     Raises
     ------
@@ -238,7 +252,8 @@ def read(path: Path) -> dict:
         if path.is_dir():
             _files(path)
             raise Unreadable("its folder holds no file")
-        with _opened(path.parent, Path(path.name)) as file:
+        folder = folder or path.parent
+        with _opened(folder, path.relative_to(folder)) as file:
             if (size := os.fstat(file.fileno()).st_size) > LARGEST:
                 raise Unreadable(f"it has {size / 2**20:.0f} MB, more than {LARGEST / 2**20:.0f}")
             if path.suffix != ".ipynb":

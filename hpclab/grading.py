@@ -191,7 +191,7 @@ class _Limits:
 def _judged(path: Path, course: list[_submissions.Assignment], limits: _Limits) -> list[tuple[str, str, str]]:
     """Exercise, verdict and reason of all that a file should have answered."""
     try:
-        notebook = _submissions.read(path)
+        notebook = _submissions.read(path, limits.folder)
         assignment = _submissions.of(path, notebook, course)
     except Unreadable as error:
         return [("", "not reached", _("not graded: {why}", why=str(error)))]

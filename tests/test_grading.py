@@ -430,6 +430,21 @@ def test_no_notebook_is_given_what_lies_beside_anothers(tmp_path):
                 assert sorted(tar.getnames()) == wanted, name
 
 
+def test_no_link_leads_from_one_students_folder_to_anothers(tmp_path):
+    """As when somebody puts one where a folder was when the class's notebooks were looked for."""
+    bob = handed_in(tmp_path / "bob", rate=notebook(RIGHT))
+    (bob / "torch.py").touch()
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann" / "week").symlink_to(bob)
+    path = tmp_path / "ann" / "week" / "rate.ipynb"
+    with pytest.raises(Unreadable, match=r"it can't be read \(Not a directory"):
+        _submissions.read(path, tmp_path)
+    with pytest.raises(NotADirectoryError):
+        _submissions.hiding(path, tmp_path)
+    assert _submissions.read(bob / "rate.ipynb", tmp_path)["cells"]
+    assert _submissions.hiding(bob / "rate.ipynb", tmp_path) == ["torch.py"]
+
+
 def test_what_only_a_student_can_have_put_among_the_sockets_counts_as_too_much(tmp_path):
     folder = tmp_path / "sockets"
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import importlib.machinery
 import io
 import json
@@ -24,6 +25,10 @@ MOST_BESIDE = (2_000, 200 * 2**20)
 """Files, and bytes of them all, that are put beside a notebook; the nearest go first."""
 LONGEST_CHECK = 20_000
 """Characters of a cell beyond which it is no copy of a check."""
+
+
+OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT}
+"""Errors for which no student is to blame: the grader's machine has too little of something."""
 
 
 class Unreadable(ValueError):
@@ -93,6 +98,8 @@ def _files(top: Path) -> list[Path]:
             with os.scandir(top / inner) as found:
                 entries = list(found)
         except OSError as error:
+            if error.errno in OURS:
+                raise
             if inner == Path():
                 raise Unreadable(f"its folder can't be read ({os.strerror(error.errno or 0)})") from None
             named.append(inner)
@@ -137,10 +144,14 @@ def _pack(tar: tarfile.TarFile, top: Path, first: Path) -> list[str]:
                 about = tarfile.TarInfo(str(name))
                 about.size, about.mtime, about.mode = status.st_size, status.st_mtime, status.st_mode & 0o100 | 0o644
                 # As many bytes as it had then, whatever a student does to it meanwhile.
-                tar.addfile(about, io.BytesIO(file.read(about.size).ljust(about.size, b"\0")))
-                many, room = many - 1, room - about.size
-        except (OSError, Unreadable):
+                content = io.BytesIO(file.read(about.size).ljust(about.size, b"\0"))
+        except (OSError, Unreadable) as error:
+            if getattr(error, "errno", None) in OURS:
+                raise
             left.append(str(name))
+            continue
+        tar.addfile(about, content)
+        many, room = many - 1, room - about.size
     return left
 
 
@@ -193,14 +204,20 @@ def hiding(path: Path, folder: Path) -> list[str]:
     places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
     places.append(str(Path(__file__).parents[1]))
     hide = []
-    with _entered(folder, path.parent.relative_to(folder)) as handle, os.scandir(handle) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name, suffix = os.path.splitext(entry.name)
-            if not name.isidentifier() or not (suffix == ".py" or _package(handle, entry)):
-                continue
-            other = importlib.machinery.PathFinder.find_spec(name, places)
-            if name in sys.stdlib_module_names or (other and other.loader):
-                hide.append(entry.name)
+    try:
+        with _entered(folder, path.parent.relative_to(folder)) as handle, os.scandir(handle) as found:
+            entries = [(entry, entry.name.endswith(".py") or _package(handle, entry)) for entry in found]
+    except OSError as error:
+        if error.errno in OURS:
+            raise
+        raise Unreadable(f"its folder can't be read ({os.strerror(error.errno or 0)})") from None
+    for entry, module in sorted(entries, key=lambda entry: entry[0].name):
+        name = os.path.splitext(entry.name)[0]
+        if not name.isidentifier() or not module:
+            continue
+        other = importlib.machinery.PathFinder.find_spec(name, places)
+        if name in sys.stdlib_module_names or (other and other.loader):
+            hide.append(entry.name)
     return hide
 
 
@@ -269,6 +286,8 @@ def read(path: Path, folder: Path | None = None) -> dict:
     except Unreadable:
         raise
     except OSError as error:
+        if error.errno in OURS:
+            raise
         raise Unreadable(f"it can't be read ({os.strerror(error.errno or 0)})") from None
     except RecursionError:
         raise Unreadable("it is nested too deeply") from None

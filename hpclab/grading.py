@@ -78,7 +78,8 @@ def grade(
     RuntimeError
         If no sandbox can be made here and `trust` isn't set.
     OSError
-        If there is no temporary folder for the kernels, or the path to it is too long.
+        If there is no temporary folder for the kernels, the path to it is too long, or no kernel can be started for
+        want of disk, memory, descriptors or processes.
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
@@ -99,7 +100,14 @@ def grade(
     points = {"pass": 1.0, "inconclusive": float(inconclusive)}
     rows = Table()
     for name, path in there:
-        for exercise, verdict, reason in _judged(path, notebooks, limits):
+        try:
+            judged = _judged(path, notebooks, limits)
+        except Exception as error:  # what a student can have caused is a verdict by now
+            raise OSError(
+                f"{_name(name)} can't be graded here, and no student is to blame ({type(error).__name__}: {error}): is"
+                f" TMPDIR (={tempfile.gettempdir()}) full, or ulimit -n or -u too low?"
+            ) from error
+        for exercise, verdict, reason in judged:
             row = {"submission": _name(name), "exercise": exercise, "verdict": verdict}
             rows.append(row | {"points": points.get(verdict, 0.0), "reason": _line(reason)})
             told(rows[-1])
@@ -198,6 +206,7 @@ def _judged(path: Path, course: list[_submissions.Assignment], limits: _Limits) 
     steps = _submissions.steps(notebook, assignment)
     says = _Notes()
     rows: list[tuple[str, str, str]] = []
+    why = ""
     try:
         with tempfile.TemporaryFile() as archive:
             says.left = _submissions.beside(path, limits.folder, archive)
@@ -205,14 +214,24 @@ def _judged(path: Path, course: list[_submissions.Assignment], limits: _Limits) 
             inner = Path(*path.relative_to(limits.folder).parts[1:-1])
             about = limits.memory, [limits.folder], limits.environment, limits.trust, archive, inner
             with _sandbox.kernel(*about) as kernel:
-                _Session(kernel, limits, says).run(steps, rows)
-        return rows
-    except Stopped as stopped:
-        why = limits.why(stopped)
-    except Exception as error:  # a kernel can answer whatever it likes, and that is no reason to stop the class
-        why = _("not graded: {why}", why=_short(f"{type(error).__name__}: {error}"))
+                why = _ended(_Session(kernel, limits, says), steps, rows)
+    except Unreadable as error:
+        why = _("not graded: {why}", why=str(error))
     missing = [step for step in steps if step.exercise][len(rows) :]
     return rows + [(step.exercise, "not reached", says.about(step, "not reached", why)) for step in missing]
+
+
+def _ended(session: "_Session", steps: list[Step], rows: list[tuple[str, str, str]]) -> str:
+    """Run a notebook; says what ended it before its end."""
+    try:
+        session.run(steps, rows)
+    except Stopped as stopped:
+        return session.limits.why(stopped)
+    except Exception as error:  # a kernel can answer whatever it likes, and that is no reason to stop the class
+        if getattr(error, "errno", None) in _submissions.OURS:
+            raise
+        return _("not graded: {why}", why=_short(f"{type(error).__name__}: {error}"))
+    return ""
 
 
 @dataclass

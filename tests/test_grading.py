@@ -439,10 +439,29 @@ def test_no_link_leads_from_one_students_folder_to_anothers(tmp_path):
     path = tmp_path / "ann" / "week" / "rate.ipynb"
     with pytest.raises(Unreadable, match=r"it can't be read \(Not a directory"):
         _submissions.read(path, tmp_path)
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(Unreadable, match="its folder can't be read"):
         _submissions.hiding(path, tmp_path)
     assert _submissions.read(bob / "rate.ipynb", tmp_path)["cells"]
     assert _submissions.hiding(bob / "rate.ipynb", tmp_path) == ["torch.py"]
+
+
+@pytest.mark.parametrize("kind", ["RLIMIT_FSIZE", "RLIMIT_NOFILE"])
+def test_what_the_graders_machine_lacks_is_no_students_fault(tmp_path, course, kind):
+    import resource
+
+    folder = handed_in(tmp_path / "class", a="{}", b=notebook(RIGHT))
+    before = resource.getrlimit(getattr(resource, kind))
+
+    def lower(row):
+        """After the first notebook: as good as no room for a file, and no descriptor more."""
+        os.close(free := os.open(os.devnull, os.O_RDONLY))
+        resource.setrlimit(getattr(resource, kind), (free, before[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"b.ipynb can't be graded here, and no student is to blame"):
+            grading.grade(folder, course=course, trust=True, told=lower)
+    finally:
+        resource.setrlimit(getattr(resource, kind), before)
 
 
 def test_what_only_a_student_can_have_put_among_the_sockets_counts_as_too_much(tmp_path):

@@ -142,7 +142,7 @@ def open_run(folder: str | os.PathLike) -> Record:
         raise FileNotFoundError(
             f"folder (={str(folder)!r}) holds no rows.jsonl of a run; name one such as results/<run>."
         )
-    status = next((row["status"] for row in found if row.get("kind") == "end"), "interrupted")
+    status = next((row["status"] for row in found if row.get("kind") == "end" and "status" in row), "interrupted")
     return Record(about["run"], path, about["ranks"], found, status)
 
 

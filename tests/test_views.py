@@ -1,6 +1,7 @@
 """The view of a run, as it is without a browser: what it shows of odd rows, of failures, and of what can't be drawn."""
 
 import contextlib
+import json
 import math
 import resource
 import shutil
@@ -73,6 +74,23 @@ def test_rows_of_all_kinds_are_drawn(client, shown):
     for seen in shown[1].pages:
         assert "<details>" not in seen, "a part could not be drawn"
     assert "data:image/png" in page and "[rank 1] that was all" in page and page.count("<tr>") == 3
+
+
+def test_rows_of_a_file_of_before_are_drawn(tmp_path):
+    """When a function might still report any kind, and text where a number is needed."""
+    about = {"kind": "run", "run": "old", "ranks": 1, "threads": 1, "cpu": "c", "cpus": 2, "torch": "2"}
+    rows = [about | {"started": "2026-01-01T00:00:00", "host": "a"}]
+    for place, odd in enumerate((1.0, None, "s", 1e308, True, 2**63)):
+        usual = {"kind": "step", "rank": 0, "ranks": 1, "attempt": 0, "step": place, "time_s": place + 1.0, "loss": 1.0}
+        rows += [usual | {name: odd} for name in ("step", "loss", "time_s", "step_s", "samples", "compute_s")]
+    rows += [{"kind": kind, "rank": 0, "attempt": 0, "error": 0.5} for kind in ("end", "restart", "attempt", "resume")]
+    rows += [{"kind": "end", "run": "old", "status": "finished", "time_s": 9.0}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run = hpclab.open_run(tmp_path)
+    assert run.status == "finished"
+    page = views.page(run)
+    assert "<details>" not in page, "a part could not be drawn"
+    assert "data:image/png" in page
 
 
 def test_a_loss_that_is_no_number_any_more_stays_in_the_figure():

@@ -1,5 +1,6 @@
 """What a user of a Slurm sees of it: its nodes and limits, and where jobs stand in its queue."""
 
+import errno
 import math
 import os
 import subprocess
@@ -146,7 +147,9 @@ def _ask(env: Mapping[str, str] | None, *command: str) -> list[str]:
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except (FileNotFoundError, NotADirectoryError):  # the latter if PATH names what is no folder
         raise FileNotFoundError(f"{command[0]} is not installed") from None
-    except PermissionError as error:  # also if PATH names a folder that this user can't enter
+    except OSError as error:  # "Permission denied" also if PATH names a folder that this user can't enter
+        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP):  # such as no memory, no more processes
+            raise
         raise FileNotFoundError(f"{command[0]} is nowhere on PATH where it can be run ({error.strerror})") from None
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} gave no answer in {PATIENCE_SECONDS} s") from None

@@ -42,7 +42,7 @@ ROWS = 10_000
 ON_DEMAND = ", on demand"
 """What is said of a rank that was killed to see what follows."""
 CLOSE_SECONDS = 5.0
-"""How long the streams of a rank that has ended may stay open: what it left behind in other sessions holds them."""
+"""How long the streams of a rank that has ended may stay open; but on Linux, what it left behind may hold them."""
 CLOCK_SECONDS = 10.0
 """How long the scheduler may take to tell its time."""
 GRACE_SECONDS = 1.0

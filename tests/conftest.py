@@ -66,12 +66,13 @@ def no_rank_left(seconds: float = 10) -> bool:
 
 
 def until(true, run=None, seconds=120):
-    """Wait for something, which is patience for a loaded machine and no measurement; fail if the run ends before it."""
+    """Wait for something, and return it: patience for a loaded machine, no measurement; fail if a run ends before."""
     deadline = time.monotonic() + seconds
-    while not true():
+    while not (found := true()):
         assert run is None or not run.wait(0), run
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+    return found
 
 
 class Footprint:

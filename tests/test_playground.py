@@ -11,7 +11,7 @@ import dask
 import matplotlib
 import psutil
 import pytest
-from conftest import no_rank_left
+from conftest import no_rank_left, until
 
 import hpclab
 from hpclab import cards, models, playground, views
@@ -36,14 +36,6 @@ def play(client):
     yield found
     found.stop.click()
     assert found.wait(60)
-
-
-def until(true):
-    deadline = time.monotonic() + 60
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-    return found
 
 
 def test_a_move_trains_anew_and_leaves_a_ghost(play):

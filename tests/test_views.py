@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import no_rank_left
+from conftest import no_rank_left, until
 
 import hpclab
 from hpclab import cards, plots, views
@@ -32,14 +32,6 @@ def shown(monkeypatch):
     places = []
     monkeypatch.setattr(views, "display", lambda *args, **named: places.append(Shown(*args, **named)) or places[-1])
     return places
-
-
-def until(true):
-    deadline = time.monotonic() + 60
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-    return found
 
 
 def last_page(run, shown):

@@ -319,12 +319,14 @@ class Ledger(SchedulerPlugin):
         there, silent = self.running(), self._silent()
         if not there:
             return silent or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
-        if gang.ranks > (turns := MOST_TURNS * sum(self.cpus().values())):
-            return f"ranks (={gang.ranks}) exceeds {MOST_TURNS} for each CPU of this cluster; use ranks<={turns}."
+        cpus = sum(self.cpus().values())
+        if gang.oversubscribe:
+            limit = f"exceeds {MOST_TURNS} for each CPU of this cluster; use ranks<={MOST_TURNS * cpus}."
+            return f"ranks (={gang.ranks}) {limit}" if gang.ranks > MOST_TURNS * cpus else None
         most = self.most(gang.threads)
-        if gang.oversubscribe or gang.ranks <= most:
+        if gang.ranks <= most:
             return None
-        need, cpus, hosts = gang.ranks * gang.threads, sum(self.cpus().values()), len({seat.host for seat in there})
+        need, hosts = gang.ranks * gang.threads, len({seat.host for seat in there})
         ways = [f"ranks<={most}"] * (most > 0) + [f"connect(workers={need})"] * (need <= cpus)
         here = f"{len(there)} workers" + f" on {hosts} hosts" * (hosts > 1)
         return (

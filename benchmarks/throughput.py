@@ -15,7 +15,7 @@ import tempfile
 
 import hpclab
 from hpclab import machine, racing, scaling
-from hpclab._supervisor import MALLOC
+from hpclab.gangs.worker import MALLOC
 from hpclab.tables import Table
 
 PLAIN = """

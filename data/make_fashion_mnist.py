@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hpclab import _fetch, data
+from hpclab import data
+from hpclab.data import download
 
 
 def balanced(labels: np.ndarray, per_class: int, shards: int, seed: int) -> np.ndarray:
@@ -19,13 +20,13 @@ def balanced(labels: np.ndarray, per_class: int, shards: int, seed: int) -> np.n
 
 
 def main(folder: Path) -> None:
-    splits = _fetch.originals(data.cache() / "downloads", mirror=None, progress=True)
+    splits = download.originals(data.cache() / "downloads", mirror=None, progress=True)
     subset = {}
     for split, per_class, shards in (("train", 1_000, 2), ("test", 200, 1)):
         images, labels = splits[split]
         order = balanced(labels, per_class, shards, seed=2017)
         subset[split] = images[order], labels[order]
-    data.write(folder, subset, name="fashion_mnist", **_fetch.FACTS)
+    data.write(folder, subset, name="fashion_mnist", **download.FACTS)
 
 
 if __name__ == "__main__":

@@ -3,52 +3,55 @@
 Importing this package loads neither torch nor dask: each name below loads what it needs when it is first used.
 """
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hpclab._progress import HangError as HangError
-    from hpclab._rank import report as report
-    from hpclab._rank import should_stop as should_stop
     from hpclab.checkpoint import restore as restore
     from hpclab.checkpoint import save as save
-    from hpclab.cluster import connect as connect
-    from hpclab.exercises import check as check
-    from hpclab.gangs import CellError as CellError
-    from hpclab.gangs import CellInterrupt as CellInterrupt
-    from hpclab.gangs import Gang as Gang
-    from hpclab.gangs import gang as gang
-    from hpclab.launcher import launch as launch
-    from hpclab.logbook import progress as progress
+    from hpclab.cluster.client import connect as connect
+    from hpclab.course.check import check as check
+    from hpclab.course.logbook import progress as progress
+    from hpclab.gangs.cells import CellError as CellError
+    from hpclab.gangs.cells import CellInterrupt as CellInterrupt
+    from hpclab.gangs.cells import Gang as Gang
+    from hpclab.gangs.cells import gang as gang
+    from hpclab.gangs.launch import launch as launch
+    from hpclab.gangs.progress import HangError as HangError
+    from hpclab.gangs.rank import report as report
+    from hpclab.gangs.rank import should_stop as should_stop
+    from hpclab.gangs.run import RankError as RankError
+    from hpclab.gangs.run import Run as Run
+    from hpclab.gangs.run import open_run as open_run
     from hpclab.network import Network as Network
     from hpclab.racing import race as race
-    from hpclab.runs import RankError as RankError
-    from hpclab.runs import Run as Run
-    from hpclab.runs import open_run as open_run
-    from hpclab.training import train as train
+    from hpclab.training.start import train as train
 
 _HOME = {
-    "CellError": "gangs",
-    "CellInterrupt": "gangs",
-    "Gang": "gangs",
-    "HangError": "_progress",
+    "CellError": "gangs.cells",
+    "CellInterrupt": "gangs.cells",
+    "Gang": "gangs.cells",
+    "HangError": "gangs.progress",
     "Network": "network",
-    "RankError": "runs",
-    "Run": "runs",
-    "check": "exercises",
-    "connect": "cluster",
-    "gang": "gangs",
-    "launch": "launcher",
+    "RankError": "gangs.run",
+    "Run": "gangs.run",
+    "check": "course.check",
+    "connect": "cluster.client",
+    "gang": "gangs.cells",
+    "launch": "gangs.launch",
     "race": "racing",
-    "open_run": "runs",
-    "progress": "logbook",
-    "report": "_rank",
+    "open_run": "gangs.run",
+    "progress": "course.logbook",
+    "report": "gangs.rank",
     "restore": "checkpoint",
     "save": "checkpoint",
-    "should_stop": "_rank",
-    "train": "training",
+    "should_stop": "gangs.rank",
+    "train": "training.start",
 }
 _MODULES = (
     "bottlenecks",
@@ -84,6 +87,25 @@ _MODULES = (
     "timeline",
     "widgets",
 )
+_MOVED = {
+    "bottlenecks": "course.bottlenecks",
+    "cards": "cluster.card",
+    "compiler": "course.compiler",
+    "demo": "course.demo",
+    "exercises": "course.check",
+    "grading": "course.grading",
+    "launcher": "gangs.launch",
+    "logbook": "course.logbook",
+    "predictions": "course.predictions",
+    "runs": "gangs.run",
+    "security": "course.security",
+}
+"""Where modules are whose paths of 0.1.0 stay."""
+IN_RANKS = (
+    *(f"{__name__}.gangs.{name}" for name in ("buckets", "rank", "rank_cells", "rank_magics", "store")),
+    *(f"{__name__}.{name}" for name in ("models", "training.entry", "training.loop")),
+)
+"""Modules of ours that ranks import; a zygote does so once, before it forks them."""
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
 
 
@@ -111,3 +133,25 @@ def _load(name: str) -> object:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+class _OldPaths:
+    """Has ``import hpclab.predictions`` give the one module that there is, wherever it is now.
+
+    No subclass of what `importlib.abc` has, which would double the time of ``import hpclab``.
+    """
+
+    def find_spec(self, name: str, *others: Any) -> ModuleSpec | None:
+        parent, module = name.rpartition(".")[::2]
+        return ModuleSpec(name, self) if parent == __name__ and module in _MOVED else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(f"{__name__}.{_MOVED[spec.name.rpartition('.')[2]]}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__.loader_state  # type: ignore[union-attr]  # which the import has replaced
+
+
+sys.meta_path.append(_OldPaths())

@@ -6,8 +6,8 @@ import threading
 import time
 from types import TracebackType
 
-from hpclab._whole import whole_number
-from hpclab.runs import Run
+from hpclab._arguments import whole_number
+from hpclab.gangs.run import Run
 
 
 class Chaos:

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpclab import _rank, machine
-from hpclab._whole import whole_number
+from hpclab import machine
+from hpclab._arguments import whole_number
+from hpclab.gangs import rank as _rank
 
 KEPT = 2
 """Checkpoints that stay: the newest, and the one before it, should a disk lose the newest."""

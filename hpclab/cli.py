@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hpclab import _namesakes
 
 if TYPE_CHECKING:
-    from hpclab.slurm import Slurm
+    from hpclab.slurm.private import Slurm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +128,7 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> None:
-    from hpclab.demo import demo
+    from hpclab.course.demo import demo
 
     demo(options.folder, options.epochs, options.repeats)
 
@@ -160,7 +160,7 @@ def _scale(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _lab(options: argparse.Namespace, rest: list[str]) -> None:
-    from hpclab.course import open_lab
+    from hpclab.course.copy import open_lab
 
     open_lab(options.folder, rest, options.notebook)
 
@@ -170,7 +170,7 @@ def _grade(options: argparse.Namespace, rest: list[str]) -> None:
 
     from dask.utils import parse_bytes
 
-    from hpclab import grading
+    from hpclab.course import grading
 
     csv = Path(options.csv).expanduser().resolve() if options.csv else None
     if csv and not csv.parent.is_dir():

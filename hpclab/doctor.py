@@ -5,7 +5,8 @@ import shutil
 import socket
 import sys
 
-from hpclab import _sandbox, machine, slurm
+from hpclab import machine, slurm
+from hpclab.course import sandbox
 from hpclab.language import cjk_font
 from hpclab.language import translate as _
 from hpclab.tables import Table
@@ -72,7 +73,7 @@ def _slurm() -> tuple[str, str]:
 
 
 def _sandboxed() -> tuple[str, str]:
-    if why := _sandbox.missing():
+    if why := sandbox.missing():
         return _("missing"), _("to grade a class, hpclab grade: {why}", why=why)
     return "bubblewrap", _("keeps what students wrote apart: hpclab grade FOLDER")
 

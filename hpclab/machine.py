@@ -19,6 +19,9 @@ RANK_MEMORY = 400 * 2**20
 TRIPS = 3
 """How often another machine is asked for its time."""
 
+ENDS = "HPCLAB_ENDS"
+"""Variable in the environment of a job of a queue: when its walltime is over, in seconds since the epoch."""
+
 
 def cpus() -> int:
     """CPUs that this process may use: the smallest of its affinity and its cgroups' quota, at least 1."""

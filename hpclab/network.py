@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hpclab._rank import emulate
+from hpclab.gangs.rank import emulate
 
 Array = NDArray[np.float64]
 

@@ -14,12 +14,12 @@ from IPython.display import HTML, DisplayHandle, display
 
 from hpclab import plots, views
 from hpclab.figures import Figure
+from hpclab.gangs.launch import gang_size, whole_number
+from hpclab.gangs.run import Run
 from hpclab.language import translate as _
-from hpclab.launcher import gang_size, whole_number
 from hpclab.network import Network
-from hpclab.runs import Run
 from hpclab.tables import Table, markup
-from hpclab.training import Model, train
+from hpclab.training.start import Model, train
 
 Rows = list[dict]
 

@@ -19,9 +19,8 @@ import dask
 from dask.utils import format_bytes, parse_bytes
 from distributed import Security
 
-from hpclab import sites
-from hpclab._supervisor import ENDS
-from hpclab._whole import plain, whole_number
+from hpclab import machine, sites
+from hpclab._arguments import plain, whole_number
 
 # Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
 # wake-up makes a rank late, and the others wait for it.
@@ -100,7 +99,7 @@ def _place(request: Request, account: str = "account") -> dict[str, Any]:
 
 def _slurm(request: Request) -> dict[str, Any]:
     # Mebibytes: dask-jobqueue would ask 3 GiB for 2.1, which no node may have. And a lost job is submitted anew at once
-    # (`_jobs`); Slurm's own way takes two minutes.
+    # (`cluster.jobs`); Slurm's own way takes two minutes.
     own = {"job_mem": f"{request.bytes // 2**20}M", "job_extra_directives": ["--no-requeue"]}
     return _place(request) | own
 
@@ -370,7 +369,7 @@ def job_options(request: Request, folder: str | Path) -> dict[str, Any]:
     arguments = [*site["worker-extra-args"], "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
     if request.kind == "slurm":  # a virtual node of `hpclab.slurm` has an address of its own
         arguments.append("${HPCLAB_NODE_ADDRESS:+--host $HPCLAB_NODE_ADDRESS}")
-    ends = [f"export {ENDS}=$(($(date +%s) + {request.seconds}))"] if "walltime" in own else []
+    ends = [f"export {machine.ENDS}=$(($(date +%s) + {request.seconds}))"] if "walltime" in own else []
     if request.kind in ("pbs", "moab"):  # others start jobs where they were submitted, and so find modules there
         ends.append('cd "$PBS_O_WORKDIR"')
     quiet = {f"DASK_{name.replace('.', '__').upper()}": value for name, value in QUIET.items()}

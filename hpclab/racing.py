@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from hpclab import machine, plots, scaling
 from hpclab.figures import Figure, source_word
+from hpclab.gangs.launch import gang_size
+from hpclab.gangs.run import Run
 from hpclab.language import translate as _
-from hpclab.launcher import gang_size
 from hpclab.rows import source
-from hpclab.runs import Run
 from hpclab.tables import Table
-from hpclab.training import Model, train
+from hpclab.training.start import Model, train
 from hpclab.views import drawn, in_notebook, put
 
 Rows = list[dict]

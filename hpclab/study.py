@@ -13,14 +13,14 @@ from typing import Any
 from distributed import Client
 
 from hpclab import forecast, laws, models, plots, scaling
-from hpclab._whole import whole_number
+from hpclab._arguments import whole_number
 from hpclab.figures import Figure, source_word
+from hpclab.gangs.run import Run, occupy
 from hpclab.language import language
 from hpclab.language import translate as _
 from hpclab.rows import some
-from hpclab.runs import Run, occupy
 from hpclab.tables import Table, markup
-from hpclab.training import train
+from hpclab.training.start import train
 
 HORIZON = 1024
 """Ranks to forecast to."""

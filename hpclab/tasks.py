@@ -9,7 +9,7 @@ from dask.utils import key_split
 from distributed import Client
 
 from hpclab import laws, machine
-from hpclab._ledger import Ledger, consult
+from hpclab.gangs.scheduler import Ledger, consult
 
 
 def clock(client: Client, function: Callable, *pieces: Collection, **settings: Any) -> float:

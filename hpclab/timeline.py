@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hpclab._rank import clock_ahead, run_folder
+from hpclab.gangs.rank import clock_ahead, run_folder
 from hpclab.rows import machine, read, source
 
 WAIT_STEPS = 5

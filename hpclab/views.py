@@ -14,10 +14,10 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 
 from hpclab import plots
-from hpclab._slurm_rows import job_table, node_table
 from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.rows import attempts, kept, source, span
+from hpclab.slurm.states import job_table, node_table
 from hpclab.tables import Table, markup
 
 log = logging.getLogger(__name__)

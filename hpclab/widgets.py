@@ -12,11 +12,11 @@ from IPython.display import HTML, DisplayHandle, display
 from hpclab import plots, racing
 from hpclab.figures import Figure
 from hpclab.forecast import Forecast
+from hpclab.gangs.run import Run
 from hpclab.language import translate as _
 from hpclab.network import Hierarchy, Network
-from hpclab.runs import Run
 from hpclab.tables import Table, markup
-from hpclab.training import Model
+from hpclab.training.start import Model
 from hpclab.views import answer_in_subshell, drawn, put, trouble
 
 

@@ -54,7 +54,7 @@ def ranks_alive() -> list[int]:
 
 def zygotes_alive() -> list[int]:
     """Process ids of all zygotes, and of no rank."""
-    return sorted(set(ours("hpclab._zygote")) - set(ranks_alive()))
+    return sorted(set(ours("hpclab.gangs.zygote")) - set(ranks_alive()))
 
 
 def no_rank_left(seconds: float = 10) -> bool:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import ours
 
-from hpclab import _apart, _verdicts, exercises
-from hpclab.exercises import check
+from hpclab.course import check as exercises
+from hpclab.course import fork, verdicts
+from hpclab.course.check import check
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's forks")
 
@@ -77,7 +78,7 @@ def deaf(*arguments):
 def test_what_never_ends_is_stopped_with_all_it_started(answer, impatient, nothing_left, capsys):
     result = check("cnn.learning_rate", answer)
     assert result.status == "fail" and "didn't end: it was stopped after" in result.message
-    assert len(capsys.readouterr().out) <= 2 * _apart.SAID
+    assert len(capsys.readouterr().out) <= 2 * fork.SAID
     assert ours("time.sleep(1000)") == []
 
 
@@ -139,7 +140,7 @@ def test_prints_are_shown_from_subprocesses_too_and_not_without_end(capsys):
 
     assert check("cnn.learning_rate", verbose)
     shown = capsys.readouterr().out
-    assert len(shown) < _apart.SAID + 10 and shown.endswith("x ...\n")
+    assert len(shown) < fork.SAID + 10 and shown.endswith("x ...\n")
 
 
 def test_neither_its_input_nor_the_kernel_is_changed():
@@ -180,7 +181,7 @@ def test_a_killed_kernel_takes_its_check_along(tmp_path):
     program = textwrap.dedent(
         """
         import os, pathlib, time
-        from hpclab.exercises import check
+        from hpclab.course.check import check
         def answer(*given):
             pathlib.Path("pid").write_text(str(os.getpid()))
             os.rename("pid", "there")
@@ -188,7 +189,7 @@ def test_a_killed_kernel_takes_its_check_along(tmp_path):
         check("cnn.learning_rate", answer)
         """
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(_apart.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(fork.__file__).parents[1])}
     with subprocess.Popen([sys.executable, "-c", program], env=environment) as kernel:
         deadline = time.monotonic() + 120
         while not (tmp_path / "there").exists() and time.monotonic() < deadline:
@@ -202,13 +203,13 @@ def test_an_interrupt_ends_the_check(nothing_left, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_apart, "_followed", interrupted)
+    monkeypatch.setattr(fork, "_followed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check("cnn.learning_rate", sleep)
 
 
 def test_where_no_fork_can_be_the_check_runs_in_place(monkeypatch):
-    monkeypatch.setattr(_apart, "possible", lambda: False)
+    monkeypatch.setattr(fork, "possible", lambda: False)
     seen = []
     assert check("cnn.learning_rate", lambda *given: seen.append(given) or lr(*given))
     assert seen
@@ -224,7 +225,7 @@ def test_patience_is_a_number_of_seconds(given, monkeypatch):
 
 def test_the_seed_draws_other_variants_and_the_class_has_one(monkeypatch):
     def drawn():
-        return list(exercises._recipes()), _verdicts.numpy_dice("x").random(), _verdicts.dice("x").random()
+        return list(exercises._recipes()), verdicts.numpy_dice("x").random(), verdicts.dice("x").random()
 
     usual = drawn()
     assert drawn() == usual

@@ -17,7 +17,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import Footprint, no_rank_left, require
 from pipeline import IN_BROWSER, build, with_stubs
 
-from hpclab import logbook
+from hpclab.course import logbook
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

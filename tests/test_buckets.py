@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hpclab
-from hpclab import _buckets
+from hpclab.gangs import buckets
 
 SMALL = 0.1
 """A bucket's size in MB: half the parameters below."""
@@ -69,7 +69,7 @@ def of_each_step(model):
 def buckets_of(kinds):
     """Buckets by kind of model: in hpclab's ranks, and as torch itself lays them."""
     laid = {name: of_each_step(DistributedDataParallel(make(), **settings)) for name, (make, settings) in kinds.items()}
-    for name in _buckets._DECIDING:
+    for name in buckets._DECIDING:
         method = getattr(DistributedDataParallel, name)
         setattr(DistributedDataParallel, name, method.__wrapped__)
     torchs = {

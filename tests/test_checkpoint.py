@@ -151,7 +151,7 @@ def each_rank_another_step():
             hpclab.save(state, step)
         except (ValueError, TypeError) as error:
             found.append(str(error))
-    folder = hpclab._rank.run_folder() / "checkpoints"
+    folder = hpclab.gangs.rank.run_folder() / "checkpoints"
     if rank == 0:
         folder.write_text("a file, where the folder should be")
     dist.barrier()

@@ -127,7 +127,7 @@ def test_what_else_keeps_a_cluster_from_starting_is_not_hidden(monkeypatch):
     def start(**_):
         raise RuntimeError("Cluster failed to start") from OSError("Too many open files")
 
-    monkeypatch.setattr("hpclab.cluster.LocalCluster", start)
+    monkeypatch.setattr("hpclab.cluster.client.LocalCluster", start)
     with pytest.raises(RuntimeError, match="Cluster failed to start") as caught:
         hpclab.connect(workers=1)
     assert str(caught.value.__cause__) == "Too many open files"

@@ -5,7 +5,7 @@ import sysconfig
 
 import pytest
 
-from hpclab import compiler
+from hpclab.course import compiler
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):

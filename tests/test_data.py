@@ -23,7 +23,8 @@ import pytest
 import torch
 from conftest import require
 
-from hpclab import _fetch, data
+from hpclab import data
+from hpclab.data import download
 
 BUNDLED = data.share() / "data" / "fashion_mnist"
 FULL = "fashion_mnist_full"
@@ -70,7 +71,7 @@ def test_bundled_files_readme_and_dataset_json_agree():
 
 
 def test_bundled_set_is_remade_bit_for_bit(tmp_path):
-    require(_fetch.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
+    require(download.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
     script = BUNDLED.parent / "make_fashion_mnist.py"
     start(script.read_text(), str(tmp_path)).communicate(timeout=60)
     assert (tmp_path / "dataset.json").read_bytes() == (BUNDLED / "dataset.json").read_bytes()
@@ -83,7 +84,7 @@ def test_bundled_set_is_remade_bit_for_bit(tmp_path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Three shards of 40, 40 and 23 random colour images."""
-    monkeypatch.setattr("hpclab._shards.SHARD", 40)
+    monkeypatch.setattr("hpclab.data.shards.SHARD", 40)
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (103, 3, 5, 4), dtype=np.uint8)
     labels = draw.integers(0, 4, 103, dtype=np.uint8)
@@ -301,7 +302,7 @@ def test_wrong_array_in_a_shard(folder, kind, array, message):
 
 def test_debian_files_as_published_and_fetched(tmp_path):
     """Against the publisher's MD5 sums (with the gzip headers that Debian stripped) and plain idx bytes."""
-    require(_fetch.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
+    require(download.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
     published = {  # time in the gzip header, MD5 of images and of labels (README of fashion-mnist)
         "train": (1504176606, "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe"),
         "t10k": (1504176627, "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
@@ -311,7 +312,7 @@ def test_debian_files_as_published_and_fetched(tmp_path):
     for prefix, (packed_at, *sums) in published.items():
         for kind, idx, header, md5 in zip(("images", "labels"), (3, 1), (16, 8), sums, strict=True):
             stem = f"{prefix}-{kind}-idx{idx}-ubyte"
-            packed = (_fetch.DEBIAN / f"{stem}.gz").read_bytes()
+            packed = (download.DEBIAN / f"{stem}.gz").read_bytes()
             gzip_header = b"\x1f\x8b\x08\x08" + struct.pack("<I", packed_at) + packed[8:10] + stem.encode() + b"\0"
             assert hashlib.md5(gzip_header + packed[10:]).hexdigest() == md5
             split = "train" if prefix == "train" else "test"
@@ -320,7 +321,7 @@ def test_debian_files_as_published_and_fetched(tmp_path):
 
 
 def test_fetched_images_are_those_of_the_bundled_set():
-    require(_fetch.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
+    require(download.DEBIAN.is_dir(), "Debian's dataset-fashion-mnist")
     data.fetch(progress=False)
     full = {(x.tobytes(), y) for x, y in zip(*data.load(FULL, "test")[:], strict=True)}
     subset = {(x.tobytes(), y) for x, y in zip(*data.load("fashion_mnist", "test")[:], strict=True)}
@@ -337,9 +338,9 @@ def published(tmp_path, monkeypatch):
             raw = struct.pack(f">I{len(shape)}I", 0x800 + len(shape), *shape)
             raw += draw.integers(0, 10, shape, dtype=np.uint8).tobytes()
             (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(raw))
-            monkeypatch.setitem(_fetch.SHA256, f"{prefix}-{kind}-ubyte.gz", hashlib.sha256(raw).hexdigest())
-    monkeypatch.setattr(_fetch, "DEBIAN", tmp_path / "not-installed")
-    monkeypatch.setattr(_fetch, "PUBLISHED", [])
+            monkeypatch.setitem(download.SHA256, f"{prefix}-{kind}-ubyte.gz", hashlib.sha256(raw).hexdigest())
+    monkeypatch.setattr(download, "DEBIAN", tmp_path / "not-installed")
+    monkeypatch.setattr(download, "PUBLISHED", [])
     return folder
 
 
@@ -452,7 +453,7 @@ def test_bad_sources_are_passed_over(published, tmp_path, monkeypatch):
     raw[len(raw) // 2] ^= 255
     (corrupt / IMAGES).write_bytes(raw)
     with serve(corrupt, Ranges) as bad, serve(published, Ranges) as good:
-        monkeypatch.setattr(_fetch, "PUBLISHED", [bad.url, good.url])
+        monkeypatch.setattr(download, "PUBLISHED", [bad.url, good.url])
         check_fetched(data.fetch(mirror="http://127.0.0.1:9", progress=False), published)
     assert [file for file, _ in bad.asked].count(IMAGES) == 1
     assert good.asked == [(IMAGES, None)]
@@ -466,13 +467,13 @@ def test_mirror_from_the_environment_may_be_a_folder(published, monkeypatch):
 def test_every_source_is_listed_with_its_reason(published, monkeypatch):
     (published / IMAGES).write_bytes((published / IMAGES).read_bytes()[:-20])
     with serve(published, Ranges) as short, serve(published / "nothing", Files) as absent:
-        monkeypatch.setattr(_fetch, "PUBLISHED", [short.url, absent.url])
+        monkeypatch.setattr(download, "PUBLISHED", [short.url, absent.url])
         with pytest.raises(ConnectionError) as caught:
             data.fetch(mirror="http://127.0.0.1:9", progress=False)
     lines = str(caught.value).splitlines()
     for line, source, reason in zip(
         lines[1:5],
-        ["http://127.0.0.1:9", str(_fetch.DEBIAN), short.url, absent.url],
+        ["http://127.0.0.1:9", str(download.DEBIAN), short.url, absent.url],
         ["refused", "No such file", "damaged gzip", "404"],
         strict=True,
     ):
@@ -525,7 +526,8 @@ def test_under_a_regular_file(published, tmp_path):
 
 PERMISSION = """
 import os, sys, urllib.request
-from hpclab import data, _fetch
+from hpclab import data
+from hpclab.data import download
 if os.getuid() == 0:
     os.setuid(65534)
 try:
@@ -547,10 +549,11 @@ def test_no_write_permission():
 FETCH = """
 import json, os, signal, sys
 import numpy as np
-from hpclab import data, _fetch
+from hpclab import data
+from hpclab.data import download
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
-_fetch.DEBIAN, _fetch.SHA256, _fetch.PUBLISHED = _fetch.Path("/none"), json.loads(sys.argv[2]), []
+download.DEBIAN, download.SHA256, download.PUBLISHED = download.Path("/none"), json.loads(sys.argv[2]), []
 """
 KILL_IN_SHARD = """
 save = np.save
@@ -564,7 +567,7 @@ GO = "data.fetch(mirror=sys.argv[1], progress=False)"
 
 
 def test_killed_while_writing_shards_leaves_nothing_under_the_name(published):
-    child = start(FETCH + KILL_IN_SHARD + GO, str(published), json.dumps(_fetch.SHA256))
+    child = start(FETCH + KILL_IN_SHARD + GO, str(published), json.dumps(download.SHA256))
     child.communicate(timeout=60)
     assert child.returncode == -signal.SIGKILL
     assert not (data.cache() / FULL).exists()
@@ -577,7 +580,7 @@ def test_killed_while_writing_shards_leaves_nothing_under_the_name(published):
 def test_killed_while_downloading_is_resumed(number, published):
     part = data.cache() / "downloads" / f"{IMAGES}.part"
     with serve(published, Stalls) as server:
-        child = start(FETCH + GO, server.url, json.dumps(_fetch.SHA256))
+        child = start(FETCH + GO, server.url, json.dumps(download.SHA256))
         while not (part.exists() and part.stat().st_size):
             assert child.poll() is None
             time.sleep(0.01)
@@ -595,7 +598,7 @@ def test_interrupt_while_writing_shards_leaves_nothing(published, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpclab._shards.np.save", interrupt)
+    monkeypatch.setattr("hpclab.data.shards.np.save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.fetch(mirror=str(published), progress=False)
     assert not list(data.cache().iterdir())
@@ -603,7 +606,7 @@ def test_interrupt_while_writing_shards_leaves_nothing(published, monkeypatch):
 
 def test_two_at_once_both_end_well(published):
     with serve(published, Ranges) as server:
-        both = [start(FETCH + GO, server.url, json.dumps(_fetch.SHA256)) for _ in range(2)]
+        both = [start(FETCH + GO, server.url, json.dumps(download.SHA256)) for _ in range(2)]
         assert [child.communicate(timeout=60) for child in both] == [("", ""), ("", "")]
     data.verify(FULL)
 

@@ -198,8 +198,10 @@ def listed(where: str) -> set[str]:
 
 def test_the_reference_has_every_public_module_and_name():
     """What is missing here goes into docs/api.md, under the heading that fits."""
-    modules = {path.stem for path in (ROOT / "hpclab").glob("[a-z]*.py")}
-    assert listed("") == modules | hpclab._HOME.keys()
+    there = [*(ROOT / "hpclab").glob("[a-z]*.py"), *(ROOT / "hpclab").glob("[a-z]*/__init__.py")]
+    modules = {path.parent.name if path.stem == "__init__" else path.stem for path in there}
+    assert {"gangs", "machine"} < modules
+    assert listed("") == modules | hpclab._HOME.keys() | set(hpclab._MODULES)
     for name in modules:
         assert importlib.import_module(f"hpclab.{name}").__doc__
     assert not [name for name in hpclab._HOME if not getattr(hpclab, name).__doc__]
@@ -214,7 +216,7 @@ def test_programs_of_the_pages_are_python():
 
 def test_messages_under_troubleshooting_are_those_of_the_program():
     """By the longest part of each that holds no value, with the parts of long literals joined."""
-    sources = [path.read_text("utf-8") for path in [*(ROOT / "hpclab").glob("*.py"), ROOT / "Makefile"]]
+    sources = [path.read_text("utf-8") for path in [*(ROOT / "hpclab").rglob("*.py"), ROOT / "Makefile"]]
     said = re.sub(r'"\s*f?"', "", "\n".join(sources))
     quoted = re.findall(r"\*\*`([^*]+)`", text(ROOT / "docs" / "troubleshooting.md"))
     others = [message for message in quoted if "bootstrapping" in message]  # Python's own

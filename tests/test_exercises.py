@@ -18,18 +18,12 @@ import torch
 from distributed import Security
 
 import hpclab
-from hpclab import (
-    _exercises_dask,
-    _exercises_one_process,
-    _verdicts,
-    bottlenecks,
-    exercises,
-    laws,
-    machine,
-    roofline,
-    slurm,
-)
-from hpclab.exercises import check
+from hpclab import laws, machine, roofline, slurm
+from hpclab.course import bottlenecks, verdicts
+from hpclab.course import check as exercises
+from hpclab.course.check import check
+from hpclab.course.checks import dask as _exercises_dask
+from hpclab.course.checks import one_process
 
 FUNCTIONS = [
     *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
@@ -42,7 +36,7 @@ EXERCISES = ["start.gang", "faults.state", "security.harden", "queues.array", "q
 
 def test_every_exercise_is_known_here():
     """A new exercise is added to this list, and so to the tests of stubs below."""
-    assert sorted(_verdicts.CHECKS) == sorted(EXERCISES)
+    assert sorted(verdicts.CHECKS) == sorted(EXERCISES)
 
 
 def test_an_unknown_exercise_is_answered_with_the_valid_ones():
@@ -810,7 +804,7 @@ def diagnose(programs):
     ridge = roofline.ceilings(megabytes=32)["ridge"]
     names = []
     for program in programs:
-        loads, works = zip(*(_exercises_one_process._split(program) for _turn in range(5)), strict=True)
+        loads, works = zip(*(one_process._split(program) for _turn in range(5)), strict=True)
         flops, nbytes = roofline.count(program.work, program.load())
         if np.median(loads) > np.median(works):
             names.append("data")
@@ -821,7 +815,7 @@ def diagnose(programs):
 
 def misnamed(**names):
     """Answers with the truth but for the kinds given."""
-    draws = [kinds for kinds, _programs in _exercises_one_process._draws()]
+    draws = [kinds for kinds, _programs in one_process._draws()]
     turns = itertools.cycle(draws)
     return lambda programs: [names.get(kind, kind) for kind in next(turns)]
 
@@ -876,7 +870,7 @@ def test_bottleneck_names_each_misconception(answer, message):
 
 
 def test_bottleneck_is_inconclusive_where_the_machine_does_not_show_what_was_planted(monkeypatch):
-    monkeypatch.setattr(_exercises_one_process, "_ridge", lambda: 200.0)  # a machine of far more arithmetic a byte
+    monkeypatch.setattr(one_process, "_ridge", lambda: 200.0)  # a machine of far more arithmetic a byte
     result = check("one-process.bottleneck", misnamed())
     assert result.status == "inconclusive" and "intensity" in result.message
     assert check("one-process.bottleneck", misnamed(compute="memory")).status == "inconclusive"

@@ -17,7 +17,7 @@ from conftest import no_rank_left, ranks_alive, zygotes_alive
 from distributed import Client
 
 import hpclab
-from hpclab import _agent
+from hpclab.gangs import process
 
 
 def rank():
@@ -333,9 +333,9 @@ def test_without_fork(own):
     """As on macOS and Windows: a standby process that has imported torch becomes the rank."""
 
     def forbid():
-        from hpclab import _agent
+        from hpclab.gangs import process
 
-        _agent.FORK = False
+        process.FORK = False
 
     own.run(forbid)
     assert hpclab.launch(own, all_reduce, ranks=2).result(60) == [2, 2]
@@ -586,7 +586,7 @@ def test_ranks_go_on_without_the_folder_of_temporary_files(tmp_path):
 def killed_at_once():
     made = []
     for _ in range(25):
-        made.append(_agent.start(os.environ | {"RANK": "0"}, "a cluster"))
+        made.append(process.start(os.environ | {"RANK": "0"}, "a cluster"))
         made[-1].kill()
     deadline = time.monotonic() + 30
     while any(rank.poll() is None for rank in made) and time.monotonic() < deadline:

@@ -14,7 +14,7 @@ from conftest import no_rank_left, ours, ranks_alive
 from jupyter_client.manager import start_new_kernel
 
 import hpclab
-from hpclab.gangs import _label, _Lines
+from hpclab.gangs.cells import _label, _Lines
 
 ALL = "t = torch.ones(3) * (rank + 1)\ndist.all_reduce(t)\nt.tolist()"
 
@@ -285,7 +285,7 @@ def test_push_and_pull_20_megabytes(gang):
     pulled = gang.pull("big")
     assert [p[0] for p in pulled] == [0, 1, 2, 3]
     assert all(p[1:] == big[1:] for p in pulled)
-    from hpclab._supervisor import _values
+    from hpclab.gangs.worker import _values
 
     left = gang._client.run(lambda: dict(_values))
     assert all(not values for values in left.values()), "nothing stays with the workers"

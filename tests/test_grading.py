@@ -18,8 +18,10 @@ from conftest import ours, require
 from pipeline import build
 
 import hpclab
-from hpclab import _sandbox, _submissions, cli, grading, slurm
-from hpclab._submissions import Unreadable
+from hpclab import cli, slurm
+from hpclab.course import grading, submissions
+from hpclab.course import sandbox as _sandbox
+from hpclab.course.submissions import Unreadable
 
 ROOT = Path(hpclab.__file__).parents[1]
 RIGHT = "def scaled_lr(base_lr, base_batch, batch_size, ranks):\n    return base_lr * batch_size * ranks / base_batch"
@@ -294,20 +296,20 @@ def test_what_would_fail_all_students_is_the_teachers_to_mend(tmp_path, course, 
 
 def test_every_notebook_of_the_course_has_checks_that_are_found():
     """Each exercise is checked by one notebook, and its answer is read from the check cell."""
-    from hpclab.exercises import CHECKS
+    from hpclab.course.check import CHECKS
 
-    steps = [step for one in _submissions.assignments(ROOT / "notebooks") for step in one.checks.values()]
+    steps = [step for one in submissions.assignments(ROOT / "notebooks") for step in one.checks.values()]
     assert sorted(step.exercise for step in steps) == sorted(CHECKS)
     assert {step.answer for step in steps} >= {"largest", "(pack, unpack)"}
 
 
 def test_a_renamed_notebook_is_known_by_its_cells(tmp_path):
-    course = _submissions.assignments(ROOT / "notebooks")
+    course = submissions.assignments(ROOT / "notebooks")
     path = tmp_path / "ann.ipynb"
     shutil.copy(ROOT / "notebooks" / "03_cnn.ipynb", path)
-    assert _submissions.of(path, _submissions.read(path), course).stem == "03_cnn"
+    assert submissions.of(path, submissions.read(path), course).stem == "03_cnn"
     with pytest.raises(Unreadable, match="none of the course's notebooks"):
-        _submissions.of(path, nbformat.reads(notebook(check=None), 4), course)
+        submissions.of(path, nbformat.reads(notebook(check=None), 4), course)
 
 
 def cells(*codes) -> dict:
@@ -320,8 +322,8 @@ def cells(*codes) -> dict:
 
 
 def plan(course, *codes) -> list[tuple]:
-    (one,) = _submissions.assignments(course)
-    steps = _submissions.steps(cells(*codes), one)
+    (one,) = submissions.assignments(course)
+    steps = submissions.steps(cells(*codes), one)
     return [(step.cell, step.code, step.answer, step.copies, step.changed) for step in steps]
 
 
@@ -348,10 +350,10 @@ def test_the_last_copy_of_a_check_counts_and_gives_way_to_the_courses(course):
 
 
 def test_a_notebook_under_anothers_name_is_known_by_its_checks(tmp_path):
-    course = _submissions.assignments(ROOT / "notebooks")
+    course = submissions.assignments(ROOT / "notebooks")
     path = Path(shutil.copy(ROOT / "notebooks" / "03_cnn.ipynb", tmp_path / "05_dask.ipynb"))
-    assert _submissions.of(path, _submissions.read(path), course).stem == "03_cnn"
-    assert _submissions.of(path, cells(("", "1")), course).stem == "05_dask"
+    assert submissions.of(path, submissions.read(path), course).stem == "03_cnn"
+    assert submissions.of(path, cells(("", "1")), course).stem == "05_dask"
 
 
 def test_no_cell_of_the_marks_begins_a_formula_and_no_two_names_become_one(tmp_path):
@@ -397,18 +399,18 @@ def deep(tmp_path):
 
 def test_a_students_folder_is_found_however_deep_and_large_it_is(tmp_path, course, deep):
     (deep / "photos").mkdir()
-    for number in range(_submissions.MOST_BESIDE[0]):
+    for number in range(submissions.MOST_BESIDE[0]):
         (deep / "photos" / f"{number}.png").touch()
-    found = list(_submissions.found(tmp_path / "class", _submissions.assignments(course)))
+    found = list(submissions.found(tmp_path / "class", submissions.assignments(course)))
     assert [name for name, _path in found] == ["deep/rate.ipynb"]
     with (tmp_path / "tar").open("w+b") as archive:
-        left = _submissions.beside(found[0][1], tmp_path / "class", archive)
+        left = submissions.beside(found[0][1], tmp_path / "class", archive)
         with tarfile.open(fileobj=archive) as tar:
             names = tar.getnames()
     assert left[0] == "photos/999.png" and left[1].startswith("in/in") and len(left) == 2
-    assert "rate.ipynb" in names and len(names) == _submissions.MOST_BESIDE[0]
+    assert "rate.ipynb" in names and len(names) == submissions.MOST_BESIDE[0]
     with pytest.raises(Unreadable, match=r"it can't be read \(File name too long"):
-        _submissions.read(deep / left[1])
+        submissions.read(deep / left[1])
 
 
 def test_no_notebook_is_given_what_lies_beside_anothers(tmp_path):
@@ -425,7 +427,7 @@ def test_no_notebook_is_given_what_lies_beside_anothers(tmp_path):
         "cem/later/more.ipynb": ["later/c.py", "later/more.ipynb"],
     }.items():
         with tempfile.TemporaryFile() as archive:
-            assert _submissions.beside(tmp_path / name, tmp_path, archive) == []
+            assert submissions.beside(tmp_path / name, tmp_path, archive) == []
             with tarfile.open(fileobj=archive) as tar:
                 assert sorted(tar.getnames()) == wanted, name
 
@@ -438,11 +440,11 @@ def test_no_link_leads_from_one_students_folder_to_anothers(tmp_path):
     (tmp_path / "ann" / "week").symlink_to(bob)
     path = tmp_path / "ann" / "week" / "rate.ipynb"
     with pytest.raises(Unreadable, match=r"it can't be read \(Not a directory"):
-        _submissions.read(path, tmp_path)
+        submissions.read(path, tmp_path)
     with pytest.raises(Unreadable, match="its folder can't be read"):
-        _submissions.hiding(path, tmp_path)
-    assert _submissions.read(bob / "rate.ipynb", tmp_path)["cells"]
-    assert _submissions.hiding(bob / "rate.ipynb", tmp_path) == ["torch.py"]
+        submissions.hiding(path, tmp_path)
+    assert submissions.read(bob / "rate.ipynb", tmp_path)["cells"]
+    assert submissions.hiding(bob / "rate.ipynb", tmp_path) == ["torch.py"]
 
 
 @pytest.mark.parametrize("kind", ["RLIMIT_FSIZE", "RLIMIT_NOFILE"])
@@ -506,7 +508,7 @@ def test_what_students_hand_in_beside_a_notebook_is_there_and_nothing_else_is(
     bob = handed_in(folder / "bob", rate=notebook(f"{RIGHT} * __import__('torch').ones(1)"))
     (bob / "torch.py").write_text("raise ImportError('not the real one')")
     with (bob / "film.avi").open("wb") as large:
-        large.truncate(_submissions.LARGEST + 1)
+        large.truncate(submissions.LARGEST + 1)
     odd = json.loads(notebook(RIGHT, "x = 'HALF'\nraise ValueError('\\ud800 \\n \\udc80')", f"{WRONG}\n{CHECK}"))
     for cell in odd["cells"]:
         del cell["outputs"], cell["execution_count"]

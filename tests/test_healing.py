@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import hpclab
-from hpclab import _healing
+from hpclab.cluster import healing
 
 KILLS = int(os.environ.get("HPCLAB_KILLS", "4"))
 """Kills of workers; by hand more."""
@@ -105,7 +105,7 @@ def test_who_has_closed_is_replaced_and_who_is_starting_is_not(two):
 
 def test_who_keeps_no_worker_is_replaced(two, monkeypatch):
     """Its worker said that it was going, and then hung."""
-    monkeypatch.setattr(_healing, "LOST_SECONDS", 1.0)
+    monkeypatch.setattr(healing, "LOST_SECONDS", 1.0)
     nanny = next(iter(two.cluster.workers.values()))
     nanny.close_gracefully()
     stopped = psutil.Process(nanny.pid)
@@ -118,13 +118,13 @@ def test_who_keeps_no_worker_is_replaced(two, monkeypatch):
 def test_what_was_scaled_down_stays_down(two):
     two.cluster.scale(1)
     assert until(lambda: has(two, 1))
-    time.sleep(3 * _healing.LOOK_SECONDS)
+    time.sleep(3 * healing.LOOK_SECONDS)
     assert has(two, 1)
     two.cluster.adapt(minimum=2, maximum=2, interval="100ms")
     assert until(lambda: has(two, 2))
     two.cluster.adapt(minimum=1, maximum=1, interval="100ms", wait_count=1)
     assert until(lambda: has(two, 1))
-    time.sleep(3 * _healing.LOOK_SECONDS)
+    time.sleep(3 * healing.LOOK_SECONDS)
     assert has(two, 1)
     two.cluster._adaptive.stop()
     two.cluster.scale(2)
@@ -134,7 +134,7 @@ def test_what_was_scaled_down_stays_down(two):
 def test_a_worker_that_cannot_start_is_tried_less_and_less_often_and_told_once(two, tmp_path, monkeypatch, caplog):
     (tmp_path / "distributed.py").write_text("raise SystemExit('broken')")
     monkeypatch.syspath_prepend(tmp_path)  # workers look where this process does
-    monkeypatch.setattr(_healing, "TRIES", 3)
+    monkeypatch.setattr(healing, "TRIES", 3)
     with caplog.at_level(logging.WARNING, "hpclab"):
         for pid in pids(two):
             kill(pid)
@@ -150,7 +150,7 @@ def test_a_worker_that_cannot_start_is_tried_less_and_less_often_and_told_once(t
 
 
 def test_a_start_that_hangs_is_killed(two, monkeypatch):
-    monkeypatch.setattr(_healing, "START_SECONDS", 2.0)
+    monkeypatch.setattr(healing, "START_SECONDS", 2.0)
     kill(pids(two)[0])
     assert until(lambda: pids(two, young=True))
     monkeypatch.undo()  # of others, on a slow machine

@@ -143,9 +143,9 @@ def same_as_torch(store):
 
 def test_the_rendezvous_answers_as_torch_does(hosts):
     def ask():
-        from hpclab import _rank
+        from hpclab.gangs import rank
 
-        return same_as_torch(_rank.store()) if dist.get_rank() == 0 else type(_rank.store()).__name__
+        return same_as_torch(rank.store()) if dist.get_rank() == 0 else type(rank.store()).__name__
 
     answers, kind = hpclab.launch(hosts.client, ask, ranks=2).result(60)
     expected = same_as_torch(dist.HashStore())
@@ -221,7 +221,7 @@ def test_a_walltime_that_ends_loses_no_step(hosts):
 def test_a_folder_that_a_node_does_not_see(hosts):
     def lose():
         if dist.get_rank() == 0:
-            os.rename(hpclab._rank.run_folder(), "elsewhere")
+            os.rename(hpclab.gangs.rank.run_folder(), "elsewhere")
         dist.barrier()
         hpclab.save({}, 1)
 

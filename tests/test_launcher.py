@@ -17,7 +17,8 @@ from conftest import no_rank_left, ranks_alive
 from distributed import Client
 
 import hpclab
-from hpclab import machine, runs, views
+from hpclab import machine, views
+from hpclab.gangs import run as runs
 
 
 def describe():

@@ -11,8 +11,9 @@ from conftest import no_rank_left, until
 from distributed import LocalCluster
 
 import hpclab
-from hpclab import _agent, _attempt, _ledger
-from hpclab._ledger import aside
+from hpclab.gangs import attempt as _attempt
+from hpclab.gangs import process, scheduler
+from hpclab.gangs.scheduler import aside
 
 ALL = "t = torch.ones(3) * (rank + 1)\ndist.all_reduce(t)\nt.tolist()"
 
@@ -38,7 +39,7 @@ def soon(call):
 
 
 def test_who_hangs_holds_up_neither_a_launch_nor_cells_nor_a_stop_nor_another_attempt(three, monkeypatch):
-    monkeypatch.setattr(_ledger, "SILENT_SECONDS", 2.0)  # the scheduler is in this process
+    monkeypatch.setattr(scheduler, "SILENT_SECONDS", 2.0)  # the scheduler is in this process
     monkeypatch.setattr(_attempt, "KILL_SECONDS", 1.0)
     *_, last = three.scheduler_info(n_workers=-1)["workers"]
     stopped = pid_of(three, last)
@@ -78,7 +79,7 @@ def test_who_hangs_holds_up_neither_a_launch_nor_cells_nor_a_stop_nor_another_at
 
 def twice():
     """The first attempt waits for its end."""
-    attempt = hpclab._rank._context.header["row"]["attempt"]
+    attempt = hpclab.gangs.rank._context.header["row"]["attempt"]
     hpclab.report(step=attempt)
     time.sleep(0 if attempt else 1000)
     return attempt
@@ -86,8 +87,8 @@ def twice():
 
 def test_an_end_that_comes_before_its_rank_is_not_lost():
     """Of an attempt that has failed already, such as with a worker that died at once."""
-    _agent.give("run", {"order": "end"}, attempt=1)
-    assert _agent.open_inbox("run", 0, 1).get_nowait() == ("order", {"order": "end"})
-    assert _agent.open_inbox("run", 0, 2).empty(), "the next attempt isn't meant"
+    process.give("run", {"order": "end"}, attempt=1)
+    assert process.open_inbox("run", 0, 1).get_nowait() == ("order", {"order": "end"})
+    assert process.open_inbox("run", 0, 2).empty(), "the next attempt isn't meant"
     for attempt in (1, 2):
-        del _agent.inboxes["run", 0, attempt]
+        del process.inboxes["run", 0, attempt]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import hpclab
-from hpclab import logbook, machine
-from hpclab.course import MANIFEST, copy_course
+from hpclab import machine
+from hpclab.course import MANIFEST, copy_course, logbook
 
 ROOT = Path(__file__).resolve().parents[1]
 

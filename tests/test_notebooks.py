@@ -15,8 +15,7 @@ from conftest import Footprint
 from nbclient import NotebookClient
 from pipeline import IN_BROWSER, build, with_stubs
 
-from hpclab import logbook
-from hpclab.course import slug
+from hpclab.course import logbook, slug
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
@@ -188,7 +187,7 @@ def messages() -> set[str]:
     """Every message that the package gives to `_(...)`."""
     calls = [
         (path, node)
-        for path in (ROOT / "hpclab").glob("*.py")
+        for path in (ROOT / "hpclab").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_"
     ]

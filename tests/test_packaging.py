@@ -56,7 +56,7 @@ def conda() -> dict[str, str | None]:
 
 
 def test_every_import_of_the_package_is_a_core_dependency():
-    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "hpclab").glob("*.py")]
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "hpclab").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]

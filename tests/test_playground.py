@@ -14,7 +14,8 @@ import pytest
 from conftest import no_rank_left, until
 
 import hpclab
-from hpclab import cards, models, playground, views
+from hpclab import models, playground, views
+from hpclab.cluster import card as cards
 
 SMALL = {"steps": 30, "seed": 1}
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_study import rows
 
-from hpclab import predictions, study
+from hpclab import study
+from hpclab.course import predictions
 
 
 @pytest.mark.parametrize(

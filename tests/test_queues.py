@@ -27,7 +27,9 @@ import torch
 from conftest import ours, require
 
 import hpclab
-from hpclab import _jobs, _slurm_site, queues, sites, slurm
+from hpclab import queues, sites, slurm
+from hpclab.cluster import jobs as _jobs
+from hpclab.cluster import site as _slurm_site
 
 # Each script below was written by hand from the documentation named above it. Of these queues, only Slurm runs here.
 START = f"""\

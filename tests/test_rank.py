@@ -25,7 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hpclab
-from hpclab import _rank, runs
+from hpclab.gangs import rank
+from hpclab.gangs import run as runs
 
 
 class Number(enum.IntEnum):
@@ -183,7 +184,7 @@ def test_whatever_is_reported_printed_and_returned(client, rows, value):
     assert same(returned, value)
     arrived = [row for row in run.rows if row["kind"] not in ("run", "end")]
     plain = [
-        all(isinstance(part, str | int | float | None) for part in row.values()) and not set(row) & set(_rank.RESERVED)
+        all(isinstance(part, str | int | float | None) for part in row.values()) and not set(row) & set(rank.RESERVED)
         for row in rows
     ]
     assert became == plain
@@ -191,7 +192,7 @@ def test_whatever_is_reported_printed_and_returned(client, rows, value):
     assert all(
         same({name: arrived_row[name] for name in row}, row) for arrived_row, row in zip(arrived, kept, strict=True)
     )
-    assert run.logs(0).rstrip("\n") == _rank.printable(str(value)).rstrip("\n").replace("\r\n", "\n")
+    assert run.logs(0).rstrip("\n") == rank.printable(str(value)).rstrip("\n").replace("\r\n", "\n")
 
 
 def test_what_a_cell_prints_and_shows(client, capsys):
@@ -213,7 +214,7 @@ def test_what_a_cell_prints_and_shows(client, capsys):
         (Exits, hpclab.RankError, r"return value of rank 0 can't be unpickled here: SystemExit\(0\)"),
         (lambda: (_ for _ in ()).throw(ValueError("x" * 50_000_000)), hpclab.RankError, "ValueError: x+\n... 49,9"),
         (lambda: (_ for _ in ()).throw(KeyboardInterrupt()), hpclab.RankError, "KeyboardInterrupt"),
-        (lambda: os.write(_rank._context.records.fileno(), b"x\n") and time.sleep(60), hpclab.RankError, "no record"),
+        (lambda: os.write(rank._context.records.fileno(), b"x\n") and time.sleep(60), hpclab.RankError, "no record"),
     ],
     ids=["exit", "no message", "exits here", "value exits here", "50 MB", "interrupt", "broken record"],
 )

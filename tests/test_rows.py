@@ -7,7 +7,10 @@ import warnings
 import matplotlib.pyplot as plt
 import pytest
 
-from hpclab import plots, predictions, rows, runs, scaling
+from hpclab import plots, rows, scaling
+from hpclab.course import predictions
+from hpclab.gangs import run as runs
+from hpclab.scaling import sweeps
 
 WHOLE = b'{"kind": "step", "step": 0}\n'
 LAST = b'{"kind": "step", "step": 2}\n'
@@ -68,16 +71,16 @@ def test_a_sweep_of_one_row_without_an_end_goes_on_with_it(tmp_path):
         folder.mkdir()
         file = folder / "trials.jsonl"
         file.write_bytes(text)
-        kept = scaling._Kept(folder, [{"ranks": 1}], {})
+        kept = sweeps._Kept(folder, [{"ranks": 1}], {})
         assert kept.has(0, 0) == (number == 0)
         assert file.read_bytes() == text
         kept.add(0, 1, {"label": "1 rank"})
         assert file.read_bytes().startswith(text)
-        assert rows.read(file) == scaling._Kept(folder, [{"ranks": 1}], {}).rows == kept.rows
+        assert rows.read(file) == sweeps._Kept(folder, [{"ranks": 1}], {}).rows == kept.rows
     for other in ({"kind": "step"}, {"case": None, "asked": 3}):
         (tmp_path / "0" / "trials.jsonl").write_text(json.dumps(other) + "\n")
         with pytest.raises(ValueError, match="holds another sweep"):
-            scaling._Kept(tmp_path / "0", [{"ranks": 1}], {})
+            sweeps._Kept(tmp_path / "0", [{"ranks": 1}], {})
 
 
 def test_a_run_with_a_damaged_line_is_opened_with_the_others(tmp_path):

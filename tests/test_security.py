@@ -31,7 +31,9 @@ from distributed import Event, Security, wait
 from distributed.core import rpc
 
 import hpclab
-from hpclab import _agent, checkpoint, plots, security
+from hpclab import checkpoint, plots
+from hpclab.course import security
+from hpclab.gangs import process as _agent
 
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
@@ -259,7 +261,7 @@ def test_the_stream_is_that_of_rfc_8439_and_new_in_each_step():
 ANOTHER_USER = """
 import os, sys
 from distributed import Client  # while files of the one who starts this can still be read
-from hpclab.security import PATIENCE_SECONDS
+from hpclab.course.security import PATIENCE_SECONDS
 
 def act():
     return os.getuid()

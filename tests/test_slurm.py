@@ -19,7 +19,9 @@ import psutil
 import pytest
 from conftest import ours, require
 
-from hpclab import _slurm_conf, _slurm_programs, cli, plots, slurm, views
+from hpclab import cli, plots, slurm, views
+from hpclab.slurm import conf as _slurm_conf
+from hpclab.slurm import programs
 
 TEMPORARY = tempfile.gettempdir()
 NOBODY, STRANGER = 65534, 33
@@ -496,7 +498,7 @@ def test_bad_arguments(arguments, says, place):
 
 
 def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr(_slurm_programs, "SBIN", ())
+    monkeypatch.setattr(programs, "SBIN", ())
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match=r"a private Slurm needs slurmctld, slurmd, munged, .*: .*install"):
         slurm.start()
@@ -518,8 +520,8 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
     ],
 )
 def test_the_line_that_installs_it(monkeypatch, system, about, line):
-    monkeypatch.setattr(_slurm_programs.platform, "system", lambda: system)
-    monkeypatch.setattr(_slurm_programs.platform, "freedesktop_os_release", lambda: about)
+    monkeypatch.setattr(programs.platform, "system", lambda: system)
+    monkeypatch.setattr(programs.platform, "freedesktop_os_release", lambda: about)
     assert line in slurm.install_line()
 
 

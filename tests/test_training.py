@@ -14,7 +14,7 @@ from torch import nn
 
 import hpclab
 from hpclab import checkpoint, data
-from hpclab._training_job import MODELS
+from hpclab.training.job import MODELS
 
 STEPS = 60
 

@@ -15,7 +15,8 @@ from test_hosts import train
 from two_hosts import EPHEMERAL, Lan, needed
 
 import hpclab
-from hpclab import figures, machine, runs, scaling, slurm, tasks, timeline
+from hpclab import figures, machine, scaling, slurm, tasks, timeline
+from hpclab.gangs import run as runs
 
 LONG = pytest.mark.skipif("HPCLAB_KILLS" not in os.environ, reason="takes a quarter of a minute; set HPCLAB_KILLS")
 cloudpickle.register_pickle_by_value(test_hosts)  # also where its own tests aren't run
@@ -119,7 +120,7 @@ def test_ranks_meet_on_the_network_of_their_workers(lan, client):
     first = f"{lan.net}.2"
     expected = [(2.0, first, "ib0", "east"), (2.0, first, "ib0", "west")]
     assert hpclab.launch(client, by_env, ranks=2, init=False).result(60) == expected
-    ask = "from hpclab import _jobs; print(_jobs._facing(['127.0.0.1', 'east']))"
+    ask = "from hpclab.cluster import jobs; print(jobs._facing(['127.0.0.1', 'east']))"
     assert lan.head.run(sys.executable, "-c", ask) == f"{lan.net}.1\n", (
         "where a scheduler of jobs on these hosts listens"
     )

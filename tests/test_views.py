@@ -12,7 +12,8 @@ import pytest
 from conftest import no_rank_left, until
 
 import hpclab
-from hpclab import cards, plots, views
+from hpclab import plots, views
+from hpclab.cluster import card
 
 
 class Shown:
@@ -42,7 +43,7 @@ def last_page(run, shown):
 
 
 def report_what_one_likes():
-    rank = hpclab._rank._context.header["row"]["rank"]
+    rank = hpclab.gangs.rank._context.header["row"]["rank"]
     odd = (None, "s", math.nan, math.inf, 1e308, True, 2**63)
     for name in ("step", "loss", "time_s", "step_s", "samples", "compute_s"):
         for step, value in enumerate(odd):
@@ -164,7 +165,7 @@ def test_a_page_that_can_not_be_drawn_is_told_and_drawn_again(shown):
 def test_a_client_that_has_closed_says_so(capsys):
     with hpclab.connect(workers=1) as client:
         pass
-    cards.show(client)
+    card.show(client)
     assert capsys.readouterr().out == "This client is closed; hpclab.connect() opens a new one.\n"
 
 

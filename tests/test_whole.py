@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import hpclab
-from hpclab import cluster, queues, scaling
-from hpclab._slurm_conf import Settings
-from hpclab._whole import plain, whole_number
+from hpclab import queues, scaling
+from hpclab._arguments import plain, whole_number
 from hpclab.chaos import Chaos
+from hpclab.cluster import client
+from hpclab.slurm.conf import Settings
 
 ONE, TWO = np.int64(1), np.uint8(2)
 
@@ -79,7 +80,7 @@ def test_numpys_counts_everywhere(client, tmp_path):
 
 
 def test_numpys_counts_of_clusters():
-    assert cluster._fit(ONE, np.int64(2**28)) == (1, 2**28)
+    assert client._fit(ONE, np.int64(2**28)) == (1, 2**28)
     script = queues.script("slurm", cores=TWO, memory=np.int64(2**30), walltime=np.int64(60), workers=ONE)
     assert "--cpus-per-task=2\n#SBATCH --mem=1024M\n#SBATCH -t 00:01:00" in script
     there = Settings(TWO, ONE, np.int64(2**30), "backfill", None, {"main": {}})

@@ -19,8 +19,7 @@ import psutil
 from conftest import require
 
 import hpclab
-from hpclab import _tls
-from hpclab.cluster import ClusterClient
+from hpclab.cluster import ClusterClient, tls
 
 PROGRAMS = ("gcc", "ip", "nft", "nsenter", "unshare")
 BEGIN = """set -e
@@ -218,7 +217,7 @@ class Lan:
         numbers = {"head": 1, "east": 2, "west": 3}
         names = "".join(f"{self.net}.{number} {name}\n" for name, number in numbers.items())
         (shared / "names").write_text(f"127.0.0.1 localhost\n{names}")
-        self.security = _tls.temporary()
+        self.security = tls.temporary()
         self.ahead = dict(zip(("head", "east", "west"), ahead, strict=True))
         self.hosts: dict[str, Host] = {}
         self.head = Host("head", 1, shared, f"{SCHEDULER},{OF_JOBS},{SLURMCTLD}", self.ahead["head"])

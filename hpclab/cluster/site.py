@@ -1,0 +1,162 @@
+"""What a user of a Slurm sees of it: its nodes and limits, and where jobs stand in its queue."""
+
+import errno
+import math
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import dask
+from dask.utils import format_bytes
+
+from hpclab.queues import Request
+from hpclab.slurm.states import ENDED, seconds
+
+PATIENCE_SECONDS = 20
+"""How long Slurm's commands may take before it counts as out of reach."""
+OVER = ENDED | {"COMPLETING", "SPECIAL_EXIT"}
+"""States of jobs that have ended, or are about to."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node, as one of a partition."""
+
+    partition: str
+    default: bool
+    """Whether jobs that name no partition go there."""
+    name: str
+    address: str
+    cpus: int
+    memory: float
+    """Bytes; infinite where the site hasn't told Slurm."""
+    limit: float
+    """Seconds that a job may run there."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job stands."""
+
+    state: str
+    reason: str
+    number: int | None
+    """Its number among those that wait for the same partition, from 1, if it waits."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.state in OVER
+
+    def __str__(self) -> str:
+        if self.number is None:
+            return self.state
+        ending = "th" if self.number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(self.number % 10, "th")
+        why = "" if self.reason == "None" else f" ({self.reason})"  # None: it has just come
+        return f"{self.number}{ending} in the queue, {self.state}{why}"
+
+
+def nodes(env: Mapping[str, str] | None) -> list[Node]:
+    """All nodes, once for each of their partitions.
+
+    Parameters
+    ----------
+    env : mapping or None
+        Environment of Slurm's commands; None: this process'.
+
+    Raises
+    ------
+    OSError
+        If no Slurm answers; the message has its words.
+    """
+    found = []
+    for line in _ask(env, "sinfo", "--Node", "--format=%P|%N|%o|%c|%m|%l"):
+        partition, name, address, cpus, memory, limit = line.split("|")
+        own = (partition.rstrip("*"), partition.endswith("*"), name, address)
+        known = int(memory) * 2**20 if int(memory) > 1 else math.inf  # 1: Slurm's default
+        found.append(Node(*own, int(cpus), known, seconds(limit)))
+    return found
+
+
+def places(env: Mapping[str, str] | None) -> dict[str, Place]:
+    """Where each job of this user stands, by its id; those that ended long ago are forgotten.
+
+    Raises
+    ------
+    OSError
+        As `nodes`.
+    """
+    mine = [
+        line.split("|", 3)
+        for line in _ask(env, "squeue", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%P|%r")
+    ]
+    waiting: dict[str, list[str]] = {}
+    if wanted := {partition for _, state, partition, _ in mine if state == "PENDING"}:
+        where = f"--partition={','.join(wanted)}"
+        for line in _ask(env, "squeue", "--states=PENDING", where, "--sort=-p,i", "--format=%i|%P"):
+            job, partition = line.split("|")
+            waiting.setdefault(partition, []).append(job)
+    return {
+        job: Place(state, reason, waiting[partition].index(job) + 1 if job in waiting.get(partition, ()) else None)
+        for job, state, partition, reason in mine
+    }
+
+
+def check(request: Request, queue: str | None, there: list[Node]) -> None:
+    """Refuse what could never start.
+
+    Raises
+    ------
+    ValueError
+        If partition, walltime, cores, memory or number of workers are more than there is; the message says what is.
+    """
+    names = sorted({node.partition for node in there})
+    if unknown := [name for name in (queue or "").split(",") if name and name not in names]:
+        raise ValueError(f"queue (={unknown[0]!r}) must be a partition of this Slurm: {', '.join(names)}.")
+    chosen = [node for node in there if (node.partition in queue.split(",") if queue else node.default)]
+    if not chosen:
+        raise ValueError(f"queue (={queue!r}) must be given, as this Slurm has no default: {', '.join(names)}.")
+    where = ",".join(dict.fromkeys(node.partition for node in chosen))
+    if request.seconds > (limit := max(node.limit for node in chosen)):
+        raise ValueError(f"walltime (={request.walltime!r}) exceeds the {_clock(limit)} of partition {where}.")
+    if request.cores > (most := max(node.cpus for node in chosen)):
+        raise ValueError(f"cores (={request.cores}) exceed the {most} of any node in partition {where}.")
+    fitting = {node.name: node for node in chosen if node.cpus >= request.cores}.values()
+    asks = not any("--mem" in word for word in dask.config.get("jobqueue.slurm.job-directives-skip", ()))
+    if asks and request.bytes > (memory := max(node.memory for node in fitting)):
+        raise ValueError(
+            f"memory (={request.memory!r}) exceeds the {format_bytes(int(memory))} of any node with {request.cores}"
+            f" CPUs in partition {where}."
+        )
+    need = request.bytes if asks else 1
+    room = sum(int(min(node.cpus // request.cores, node.memory // need)) for node in fitting)
+    if request.workers > room:
+        raise ValueError(
+            f"workers (={request.workers}) of {request.cores} CPUs and {format_bytes(request.bytes)} exceed the {room}"
+            f" that partition {where} takes at once."
+        )
+
+
+def _ask(env: Mapping[str, str] | None, *command: str) -> list[str]:
+    words = [*command, "--noheader"]
+    conf = (env or {}).get("SLURM_CONF")
+    if conf and not os.path.exists(conf):  # Slurm itself would look for others, for a long time
+        raise ConnectionError(f"its settings, {conf}, have gone")
+    try:
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    except (FileNotFoundError, NotADirectoryError):  # the latter if PATH names what is no folder
+        raise FileNotFoundError(f"{command[0]} is not installed") from None
+    except OSError as error:  # "Permission denied" also if PATH names a folder that this user can't enter
+        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP):  # such as no memory, no more processes
+            raise
+        raise FileNotFoundError(f"{command[0]} is nowhere on PATH where it can be run ({error.strerror})") from None
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{command[0]} gave no answer in {PATIENCE_SECONDS} s") from None
+    if done.returncode:
+        raise ConnectionError(done.stderr.strip() or f"{command[0]} failed ({done.returncode})")
+    return done.stdout.splitlines()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600:02d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

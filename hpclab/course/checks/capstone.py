@@ -1,0 +1,76 @@
+"""Check of the notebook *capstone*: what a score rewards is seen in what it says of planted intervals."""
+
+import math
+from typing import Any
+
+from hpclab.course.predictions import interval_score
+from hpclab.course.verdicts import Result, Verdict, call, dice, exercise, failed, passed
+from hpclab.language import translate as _
+
+
+@exercise("capstone.score")
+def _score(score: Any) -> Result:
+    hidden = dice("capstone.score")
+    for level in (0.9, 0.5, 0.8):
+        low = hidden.uniform(-2, 2)
+        high = low + hidden.uniform(1, 3)
+        if message := _misjudged(score, low, high, level):
+            return failed(message)
+    return passed(_("Neither a huge interval nor a bold one wins by it: the best is to say what you believe."))
+
+
+def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
+    """What a score gets wrong about an interval, if anything."""
+
+    def paid(low: float, high: float, value: float, level: float = level) -> float:
+        return _number(call(score, low, high, value, level))
+
+    middle, width = (low + high) / 2, high - low
+    if paid(low, high, middle) < 0:
+        return _("Less is better here: a score is what an interval costs, and never below 0.")
+    if math.isclose(paid(low - 5, high + 5, middle), paid(low, high, middle)):
+        return _("Width costs nothing: who says 'between nothing and everything' would win.")
+    for place in (0.5, 0.2, 0.9):
+        if not _same(found := paid(low, high, low + place * width), width):
+            return _(
+                "An interval of width {width:.3g} that held costs its width, wherever in it the value lies; not"
+                " {found:.3g}.",
+                width=width,
+                found=found,
+            )
+    near, far = ([paid(low, high, value) - width for value in (low - by, high + by)] for by in (0.5, 1.5))
+    if all(_same(miss, 0) for miss in near):
+        return _("A miss costs nothing: who names a single point would win.")
+    if any(_same(miss, 0) for miss in near):
+        return _("You see a miss on one side only: a value can lie below an interval, or above.")
+    if all(_same(one, other) for one, other in zip(near, far, strict=True)):
+        return _("A far miss costs no more than a near one.")
+    if _same(near[0], paid(low, high, low - 0.5, 0.5) - width) and level != 0.5:
+        return _("Who claims 50 % pays as much for a miss as who claims {level:.0%}.", level=level)
+    if near[0] < paid(low, high, low - 0.5, level - 0.2) - width:
+        return _("Who claims more pays less for a miss: look at what you divide by.")
+    for found, value in zip(near + far, (low - 0.5, high + 0.5, low - 1.5, high + 1.5), strict=True):
+        right = interval_score(low, high, value, level) - width
+        if not _same(found, right):
+            told = _("Too cheap") if found < right else _("Too dear")
+            return _(
+                "{told}: with this price of a miss, an interval that is honest about its {level:.0%} would lose to"
+                " another.",
+                told=told,
+                level=level,
+            )
+    return None
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5)
+
+
+def _number(returned: Any) -> float:
+    try:
+        number = float(returned)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Verdict(failed(_("The function returns a score, a number, not {returned!r}.", returned=returned)))
+    return number

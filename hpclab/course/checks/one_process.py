@@ -1,0 +1,136 @@
+"""Check of the notebook *one-process*: what binds a program is planted, and measured before it judges."""
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hpclab.course.verdicts import Result, Verdict, call, dice, exercise, failed, inconclusive, passed
+from hpclab.language import translate as _
+
+MARGIN = 2.0
+"""By how much this machine must tell a program's kind, before an answer is judged by it."""
+
+
+@exercise("one-process.bottleneck", imports=("hpclab.bottlenecks", "hpclab.roofline"))
+def _bottleneck(diagnose: object) -> Result:
+    with _one_thread():
+        ridge, named, planted, doubt = None, [], [], None
+        for kinds, programs in _draws():
+            found = _names(call(diagnose, list(programs)), len(programs))
+            ridge = ridge or _ridge()
+            for kind, program in zip(kinds, programs, strict=True):
+                doubt = doubt or _doubt(kind, program, ridge)
+            named += found
+            planted += kinds
+            same = {name for name, kind in zip(found, kinds, strict=True) if kinds.count(kind) > 1}
+            if len(same) > 1 and doubt is None:
+                return failed(
+                    _(
+                        "One program, once for a short run and once for a long one, gets two names from you: how long a"
+                        " run takes doesn't say what it waits for."
+                    )
+                )
+    if named == planted and doubt is None:
+        return passed(_("Each of {count} programs by what binds it, as shares and counts confirm.", count=len(named)))
+    if doubt is not None:
+        return inconclusive(
+            _(
+                "What was measured here doesn't tell the planted programs apart: {doubt}. Run the cell again when this"
+                " machine has less to do.",
+                doubt=doubt,
+            )
+        )
+    return failed(_mistake(named, planted))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Whatever the notebook has set: a ceiling of one thread, and operations with one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _draws() -> Iterator[tuple[list[str], list]]:
+    """Kinds and their programs, three at a time: each kind once, then one of them twice, of two lengths."""
+    from hpclab.course.bottlenecks import KINDS, planted
+
+    hidden = dice("one-process.bottleneck")
+    kinds = hidden.sample(KINDS, 3)
+    yield kinds, [planted(kind, hidden, product=True) for kind in kinds]  # so the operations' names don't tell
+    twice, other = hidden.sample(KINDS, 2)
+    seed = hidden.random()
+    programs = [(twice, planted(twice, random.Random(seed), batches, product=False)) for batches in (1, 12)]
+    programs.insert(hidden.randint(0, 2), (other, planted(other, hidden, batches=4, product=False)))
+    yield [kind for kind, _program in programs], [program for _kind, program in programs]
+
+
+def _names(returned: Any, count: int) -> list[str]:
+    from hpclab.course.bottlenecks import KINDS
+
+    about = {"count": count, "kinds": ", ".join(map(repr, KINDS)), "returned": returned}
+    if not isinstance(returned, list | tuple) or len(returned) != count:
+        message = _("The function returns a list of {count} names, one a program, not {returned!r}.", **about)
+        raise Verdict(failed(message))
+    if strange := [name for name in returned if name not in KINDS]:
+        raise Verdict(failed(_("A name is one of {kinds}, not {strange!r}.", strange=strange[0], **about)))
+    return list(returned)
+
+
+def _ridge() -> float:
+    from hpclab import roofline
+
+    return roofline.ceilings(megabytes=32)["ridge"]
+
+
+def _doubt(kind: str, program: Any, ridge: float) -> str | None:
+    """Why this machine doesn't show what was planted, if so: too small a margin."""
+    from hpclab import roofline
+
+    loads, works = zip(*(_split(program) for _turn in range(3)), strict=True)
+    loading = statistics.median(loads) / statistics.median(works)
+    flops, nbytes = roofline.count(program.work, program.load())
+    beyond = flops / nbytes / ridge
+    if loading < MARGIN if kind == "data" else loading > 1 / MARGIN:
+        return _("one loads for {ratio:.2g} times as long as it works", ratio=loading)
+    if kind != "data" and (beyond < MARGIN if kind == "compute" else beyond > 1 / MARGIN):
+        return _("one has an intensity of {ratio:.2g} times the ridge's", ratio=beyond)
+    return None
+
+
+def _split(program: Any) -> tuple[float, float]:
+    """Seconds of a load, and of the work on it."""
+    begun = time.perf_counter()
+    batch = program.load()
+    loaded = time.perf_counter()
+    program.work(batch)
+    return loaded - begun, time.perf_counter() - loaded
+
+
+def _mistake(named: list[str], planted: list[str]) -> str:
+    if len(set(named)) == 1:
+        return _("All programs have the same name from you, and not all are bound by the same.")
+    wrong = {pair for pair in zip(planted, named, strict=True) if pair[0] != pair[1]}
+    if {("compute", "memory"), ("memory", "compute")} <= wrong:
+        return _("Compute and memory are swapped: on which side of the ridge does a program wait for bytes?")
+    if any(kind == "data" for kind, _name in wrong):
+        return _(
+            "You named a program by what its operations need, while most of its step isn't spent on them: time the two"
+            " parts of a step apart."
+        )
+    if any(name == "data" for _kind, name in wrong):
+        return _("You named 'data' a program that has its batch at once: loading is a small share of its step.")
+    if ("memory", "compute") in wrong:
+        return _(
+            "You named 'compute' a program that does few operations with each byte. A busy CPU may be waiting for"
+            " memory, also in a product of matrices."
+        )
+    return _("You named 'memory' a program that does many operations with each byte: moving much isn't waiting for it.")

@@ -1,0 +1,111 @@
+"""Checks of the notebook *queues*: a private Slurm really gets what an answer asks for; what came of it is read."""
+
+import itertools
+import re
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hpclab import slurm
+from hpclab.course.verdicts import Result, Verdict, exercise, failed, inconclusive, passed
+from hpclab.language import translate as _
+
+SECONDS = 60.0
+"""How long jobs of a check may take, which take some seconds."""
+
+
+@exercise("queues.backfill", fork=False)
+def _backfill(options: object) -> Result:
+    words = shlex.split(_text(options))
+    if said := [word for word in words if re.match(r"--(priority|nice|qos|reservation|begin|partition)|-p", word)]:
+        return failed(_("{option} would change whose turn it is; say what your job needs instead.", option=said[0]))
+    with _site() as site:
+        for name, size, minutes, seconds in (("long", ("-N1", "-n2"), 3, 6), ("wide", ("-N2", "-n4"), 2, 1)):
+            site.run("sbatch", "-J", name, *size, "-t", minutes, "-o", "/dev/null", "--wrap", f"sleep {seconds}")
+        try:
+            site.run("sbatch", "-J", "yours", "-o", "/dev/null", *words, "--wrap", "sleep 2")
+        except RuntimeError as error:
+            return failed(_("Slurm doesn't take these options: {error}", error=str(error)))
+        if (jobs := _ended(site)) is None:
+            return failed(_("Your job never starts: it asks for more than this machine has."))
+    yours, wide = jobs["yours"], jobs["wide"]
+    if yours["state"] != "COMPLETED":
+        return failed(_("Your job ended as {state}, not as COMPLETED.", state=yours["state"]))
+    if yours["ended_s"] <= wide["started_s"] and yours["cpus"] > 1:
+        return failed(_("It slips through, but holds a CPU that it can't use."))
+    if yours["ended_s"] <= wide["started_s"]:
+        return passed(
+            _("Your job fits into the hole: it was done before the wide one could start, and delayed nobody.")
+        )
+    if yours["cpus"] > 1:
+        return failed(_("It waited behind the wide one: it asks for more than it can use, which must be free at once."))
+    return failed(_("It waited behind the wide one: as far as Slurm knows, it might have run too long for the hole."))
+
+
+@exercise("queues.array", fork=False)
+def _array(script: object) -> Result:
+    text = _text(script)
+    with _site() as site, TemporaryDirectory(dir=site.folder) as folder:
+        square = Path(folder, "square")
+        square.write_text(_SQUARE)
+        square.chmod(0o700)
+        try:
+            site.run("sbatch", "--chdir", folder, input=text, cwd=folder)
+        except RuntimeError as error:
+            return failed(_("Slurm doesn't take this script: {error}", error=str(error)))
+        if _ended(site) is None:
+            return failed(_("Some of it never starts: it asks for more than this machine has."))
+        jobs = site.jobs()
+        found = {path.name: path.read_text().strip() for path in Path(folder).glob("out-*")}
+        calls = Path(folder, "calls").read_text().split() if Path(folder, "calls").exists() else []
+    if not any(job["array"] for job in jobs):
+        return failed(_("This is no array: Slurm saw one job."))
+    if missing := [number for number in range(3, 9) if f"out-{number}" not in found]:
+        return failed(_("The square of {number} is missing.", number=missing[0]))
+    if len(found) != 6 or len(calls) != 12:
+        return failed(_("It did more than was asked for: each number from 3 to 8 once."))
+    at_once = itertools.accumulate(1 if call == "begin" else -1 for call in calls)
+    if (most := max(at_once)) > 2:
+        return failed(_("{most} of them ran at the same time.", most=most))
+    return passed(_("Six squares, one script, and never more than two at a time."))
+
+
+_SQUARE = """#!/bin/bash
+echo begin >> calls
+sleep 1
+echo $(($1 * $1)) > out-$1
+echo end >> calls
+"""
+
+
+@contextmanager
+def _site() -> Iterator[slurm.Slurm]:
+    """A private Slurm, if this machine can have one."""
+    if missing := slurm.missing():
+        what = ", ".join(missing)
+        raise Verdict(
+            inconclusive(_("This needs Slurm; here is no {what}: {line}", what=what, line=slurm.install_line()))
+        )
+    with slurm.start(nodes=2, cpus=2) as site:
+        yield site
+
+
+def _text(answer: object) -> str:
+    if not isinstance(answer, str):
+        raise Verdict(failed(_("The answer is a text, not {answer!r}.", answer=answer)))
+    return answer
+
+
+def _ended(site: slurm.Slurm) -> dict[str, dict] | None:
+    """Jobs by name once all have ended; None if one never starts."""
+    deadline = time.monotonic() + SECONDS
+    jobs = site.jobs()
+    while any(job["ended_s"] is None for job in jobs):
+        if time.monotonic() > deadline or any("Partition" in (job["reason"] or "") for job in jobs):
+            return None
+        time.sleep(0.2)
+        jobs = site.jobs()
+    return {job["name"]: job for job in jobs}

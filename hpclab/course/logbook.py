@@ -1,0 +1,202 @@
+"""Which exercises passed in a working copy of the course, and when: kept in its folder, and sent nowhere."""
+
+import html
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpclab import data
+from hpclab.course.copy import MANIFEST, slug
+from hpclab.language import language
+from hpclab.language import translate as _
+from hpclab.rows import append, lines
+from hpclab.tables import Table, markup
+
+LOG = ".hpclab-progress.jsonl"
+"""In the reader's folder: a line for each exercise that passed. Lines are only ever added, so none is lost."""
+SHORT = ("start", "cnn", "scaling")
+"""Notebooks of the path of 90 minutes."""
+DAY = (*SHORT, "one-process", "ddp-from-scratch", "queues", "faults", "deploy")
+"""Notebooks of the path of one day; a term takes all."""
+_told: set[str] = set()
+
+
+@dataclass
+class Progress:
+    """What is done of the course; shows itself in a notebook and in a terminal.
+
+    Attributes
+    ----------
+    rows : list of dict
+        One a notebook with exercises: ``notebook`` (its file), ``slug``, ``title``, ``minutes``, ``exercises`` (their
+        ids), ``done`` (those that passed) and ``day`` (of the latest, or None).
+    folder : Path or None
+        The working copy; None outside of one, where nothing is remembered.
+    """
+
+    rows: list[dict]
+    folder: Path | None
+
+    @property
+    def done(self) -> int:
+        """Exercises that passed."""
+        return sum(len(row["done"]) for row in self.rows)
+
+    @property
+    def exercises(self) -> int:
+        """Exercises in all."""
+        return sum(len(row["exercises"]) for row in self.rows)
+
+    def paths(self) -> dict[str, list[dict]]:
+        """Rows of each path through the course, by its name; the last one has all."""
+        named = {_("90 minutes"): SHORT, _("one day"): DAY}
+        chosen = {name: [row for row in self.rows if row["slug"] in slugs] for name, slugs in named.items()}
+        return chosen | {_("a term"): self.rows}
+
+    def __repr__(self) -> str:
+        return f"{self._headline()}\n\n{self._path_rows()}\n\n{self._notebook_rows()}"
+
+    def _repr_html_(self) -> str:
+        headline = html.escape(self._headline())
+        tables = f"{markup(self._path_rows())}<br>{markup(self._notebook_rows())}"
+        return f'<div class="hpclab-progress"><p><strong>{headline}</strong></p>{tables}</div>'
+
+    def _headline(self) -> str:
+        if self.folder is None:
+            return _("This folder is no working copy of the course, so nothing is remembered; hpclab lab makes one.")
+        return _("{done} of {all} exercises done.", done=self.done, all=self.exercises)
+
+    def _path_rows(self) -> Table:
+        found = Table()
+        for name, rows in self.paths().items():
+            done, exercises = (sum(len(row[kind]) for row in rows) for kind in ("done", "exercises"))
+            following = next((row for row in rows if len(row["done"]) < len(row["exercises"])), None)
+            found.append(
+                {
+                    _("path"): name,
+                    _("exercises"): _("{done} of {all}", done=done, all=exercises),
+                    _("next"): _Link(following) if following else _("all done"),
+                }
+            )
+        return found
+
+    def _notebook_rows(self) -> Table:
+        return Table(
+            {
+                _("notebook"): _Link(row),
+                _("minutes"): row["minutes"],
+                _("exercises"): _("{done} of {all}", done=len(row["done"]), all=len(row["exercises"])),
+                _("on"): row["day"] or "",
+            }
+            for row in self.rows
+        )
+
+
+def progress(folder: str | Path | None = None, course: Path | None = None) -> Progress:
+    """Say which exercises of the course are done, and what comes next.
+
+    Parameters
+    ----------
+    folder : str or Path, optional
+        A working copy, as `hpclab lab` makes it; default the one that this notebook is in.
+    course : Path, optional
+        Folder with the course's notebooks, which say what exercises there are; default the bundled ones.
+    """
+    home = working_copy() if folder is None else Path(folder).expanduser()
+    passed = {} if home is None else _read(home / LOG)
+    rows = []
+    for row in notebooks(course or data.share() / "notebooks"):
+        done = [exercise for exercise in row["exercises"] if exercise in passed]
+        rows.append(row | {"done": done, "day": max((passed[exercise] for exercise in done), default=None)})
+    return Progress([row for row in rows if row["exercises"]], home)
+
+
+def remember(exercise_id: str) -> None:
+    """Note that an exercise passed today, if this is a working copy of the course and nobody is grading.
+
+    What prevents it is told once, as a warning, and never raised: a check is worth more than its note.
+    """
+    if "NBGRADER_EXECUTION" in os.environ:
+        return
+    try:
+        folder = working_copy()
+        if folder is not None and exercise_id not in _read(folder / LOG):
+            append(folder / LOG, {"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")}, mode=0o600)
+    except OSError as error:
+        _tell(_("Your progress can't be remembered: {error}", error=error))
+
+
+def working_copy() -> Path | None:
+    """The working copy of the course that this process runs in; None if it runs elsewhere."""
+    here = Path.cwd()
+    return next((folder for folder in (here, here.parent) if (folder / MANIFEST).is_file()), None)
+
+
+def notebooks(course: Path) -> Iterator[dict]:
+    """What the notebooks in a folder say of themselves, in the reader's language where there is a translation.
+
+    Yields
+    ------
+    dict
+        ``notebook``, ``slug``, ``title``, ``minutes`` (None if it doesn't say), and ``exercises``: the ids of what
+        its graded cells check, in their order.
+    """
+    for path in sorted(course.glob("*.ipynb")):
+        translated = path.parent / "zh" / path.name
+        edition = translated if language() == "zh" and translated.exists() else path
+        cells = json.loads(edition.read_text("utf-8"))["cells"]
+        graded = [_source(cell) for cell in cells if cell["metadata"].get("nbgrader", {}).get("grade")]
+        first = _source(cells[0]) if cells else ""
+        minutes = re.search(r"^\| *(?:minutes|用时) *\|\D*(\d+)", first, re.MULTILINE)
+        yield {
+            "notebook": path.name,
+            "slug": slug(path.name),
+            "title": first.partition("\n")[0].removeprefix("# "),
+            "minutes": int(minutes[1]) if minutes else None,
+            "exercises": re.findall(r"hpclab\.check\(\s*[\"']([^\"']+)", "\n".join(graded)),
+        }
+
+
+def _source(cell: dict) -> str:
+    return "".join(cell["source"])  # a text, or a list of lines
+
+
+def _read(log: Path) -> dict[str, str]:
+    """Day on which each exercise first passed."""
+    passed: dict[str, str] = {}
+    try:
+        for number, row in lines(log):
+            if row is None or not {"exercise", "day"} <= {*row}:
+                about = {"number": number, "file": log}
+                _tell(_("Line {number} of {file} can't be read; it is left as it is, and the others count.", **about))
+            else:
+                passed.setdefault(str(row["exercise"]), str(row["day"]))
+    except FileNotFoundError:
+        return {}
+    return passed
+
+
+def _tell(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+class _Link:
+    """A notebook's title; in HTML a link, where the file lies beside this notebook or above it."""
+
+    def __init__(self, row: dict):
+        self.name, self.title = row["notebook"], row["title"]
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.name})"
+
+    def __html__(self) -> str:
+        title, here = html.escape(self.title), (self.name, f"../{self.name}")
+        found = next((place for place in here if Path(place).is_file()), None)
+        return f'<a href="{html.escape(found)}">{title}</a>' if found else title

@@ -1,0 +1,173 @@
+"""What a check answers: a verdict with a reason; and how checks are named, and call what they check."""
+
+import html
+import os
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from hpclab.course import fork as _apart
+from hpclab.language import translate as _
+
+
+@dataclass(frozen=True)
+class Result:
+    """Verdict on an answer: `status` is "pass", "fail" or "inconclusive"; true only if it passed."""
+
+    status: str
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.status == "pass"
+
+    def __repr__(self) -> str:
+        symbol, label, _colour = self._look()
+        return f"{symbol} {label}: {self.message}"
+
+    def _repr_html_(self) -> str:
+        symbol, label, colour = self._look()
+        return (
+            f'<div class="hpclab-result" role="status" data-status="{self.status}" '
+            f'style="border-left: 5px solid {colour}; padding: 4px 10px">'
+            f'<span aria-hidden="true" style="color: {colour}">{symbol}</span> '
+            f"<strong>{label}</strong>: {html.escape(self.message)}</div>"
+        )
+
+    def _look(self) -> tuple[str, str, str]:
+        """Symbol, label and colour (Okabe and Ito's, told apart by colour-blind readers)."""
+        return {
+            "pass": ("✓", _("pass"), "#0072B2"),
+            "fail": ("✗", _("fail"), "#D55E00"),
+            "inconclusive": ("?", _("inconclusive"), "#CC79A7"),
+        }[self.status]
+
+
+class Verdict(Exception):
+    """Ends a check early, from any depth, with its result."""
+
+    def __init__(self, result: Result):
+        self.result = result
+
+
+def passed(message: str) -> Result:
+    return Result("pass", message)
+
+
+def failed(message: str) -> Result:
+    return Result("fail", message)
+
+
+def inconclusive(message: str) -> Result:
+    return Result("inconclusive", message)
+
+
+CHECKS: dict[str, Callable[[Any], Result]] = {}
+
+
+def exercise(exercise_id: str, *, fork: bool = True, imports: tuple[str, ...] = ()) -> Callable:
+    """Decorate the function `answer -> Result` that checks an exercise; ids are "slug.name".
+
+    It runs in a fork, which ends with all that the reader's function does there. Where it can't (`fork=False`), since
+    it starts a cluster, it may still have parts of itself tried `apart`. What the check `imports` is imported before
+    the fork, and so once.
+    """
+
+    def register(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+        def run(answer: Any) -> Result:
+            for name in imports:
+                import_module(name)
+            if fork:
+                return apart(lambda: function(answer))
+            try:
+                return function(answer)
+            except Verdict as verdict:
+                return verdict.result
+
+        CHECKS[exercise_id] = run
+        return function
+
+    return register
+
+
+def apart(work: Callable[[], Result]) -> Result:
+    """The result of a check, or of a part of one, done in a fork: what never ends, or takes all memory, fails."""
+    if not _apart.possible():
+        return concluded(work)
+
+    def plain() -> list[str]:
+        result = concluded(work)
+        return [result.status, result.message]
+
+    outcome = _apart.apart(plain)
+    if outcome.said:
+        print(outcome.said, end="" if outcome.said.endswith("\n") else "\n")
+    match outcome.how:
+        case "done":
+            return Result(*outcome.answer)
+        case "patience":
+            seconds = outcome.seconds
+            return failed(_("Your function didn't end: it was stopped after {seconds:.2g} s.", seconds=seconds))
+        case "memory":
+            return failed(_too_much())
+    if outcome.signal == signal.SIGKILL:
+        return failed(_("Your function was killed; most often that is for want of memory."))
+    if outcome.signal:
+        name = signal.Signals(outcome.signal).name
+        return failed(_("Your function crashed the process that it ran in: {signal}.", signal=name))
+    return failed(_("Your function ended the process that it ran in; it should return instead."))
+
+
+def concluded(work: Callable[[], Result]) -> Result:
+    """The result of a check, where it is raised as a verdict too, and where an answer is too odd to be looked at."""
+    try:
+        return work()
+    except Verdict as verdict:
+        return verdict.result
+    except MemoryError:
+        return failed(_too_much())
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        return failed(_("The check could make nothing of what your function gave: {error}", error=text))
+
+
+def dice(name: str) -> random.Random:
+    """What draws the variants of a check: the same for all by default, others where `HPCLAB_SEED` is set to grade."""
+    return random.Random(name + os.environ.get("HPCLAB_SEED", ""))
+
+
+def numpy_dice(name: str) -> Any:
+    """As `dice`, as a generator of numpy's."""
+    import numpy as np
+
+    return np.random.default_rng(dice(name).getrandbits(64))
+
+
+def answered(answer: object) -> object:
+    if answer is None or answer is ...:
+        raise Verdict(failed(_("Not answered yet.")))
+    return answer
+
+
+def call(answer: Any, *arguments: object) -> Any:
+    """What the reader's function returns; what it raises is a verdict."""
+    if not callable(answer):
+        raise Verdict(failed(_("The answer is a function, not {answer!r}.", answer=answer)))
+    try:
+        returned = answer(*arguments)
+    except Verdict:
+        raise
+    except MemoryError:
+        raise Verdict(failed(_too_much())) from None
+    except (Exception, SystemExit) as error:
+        if "can't allocate memory" in str(error):  # torch's words for it
+            raise Verdict(failed(_too_much())) from None
+        text = f"{type(error).__name__}: {error}"
+        raise Verdict(failed(_("Your function raised {error}", error=text))) from error
+    return answered(returned)
+
+
+def _too_much() -> str:
+    return _("Your function took more memory than there is for it: what does it hold that it doesn't need?")

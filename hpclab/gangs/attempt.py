@@ -1,0 +1,366 @@
+"""One attempt of a run: a gang of ranks at their places, from their start until the last has ended."""
+
+import logging
+import math
+import pickle
+import queue
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Future
+
+from hpclab.gangs.progress import GangProgress, HangError
+from hpclab.gangs.rank import note
+from hpclab.gangs.scheduler import Gang, Ledger, consult, send
+from hpclab.gangs.worker import Outcome, Place, failure, supervise
+
+log = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 2.0
+"""How long a gang in which a rank lost its peer may take to tell which rank was the cause."""
+KILL_SECONDS = 5.0
+"""How long workers may take to end their ranks before they are given up as lost."""
+DRAIN_SECONDS = 5.0
+"""How long rows that were sent may take to come in after the last rank has ended."""
+GRACE_SECONDS = 5.0
+"""How long ranks may take to agree on a step after a stop."""
+SAVE_SECONDS = 60.0
+"""How long ranks that have agreed may take to reach that step, save what they have, and return."""
+LOST = ("RankDied", "WorkerLost")
+"""Failures of the machine, not of the function: what a new attempt may help."""
+
+
+@dataclass
+class Settings:
+    """How the ranks of a run are kept; see `launch`."""
+
+    init: bool = True
+    memory: int | None = None
+    hang_after: float | None = 60.0
+    wait: bool = False
+    """Whether to wait for room, first and after a loss, for as long as it takes."""
+    max_restarts: int = 0
+    sizes: tuple[int, ...] = ()
+    """Numbers of ranks to go on with, largest first, when workers don't come back."""
+    resume: str | None = None
+    """Folder of an earlier run, whose newest checkpoint is this one's start."""
+
+
+class RankError(RuntimeError):
+    """A rank that ended without a Python exception of its own, or with one that can't be brought here."""
+
+
+class Attempt:
+    """A gang at work. All but the fetching of outcomes happens in the thread of its run.
+
+    Attributes
+    ----------
+    number : int
+        0 for the first attempt of a run.
+    places : list of Place
+        By rank.
+    outcomes : dict of int to Outcome
+        Of the ranks that have ended, or were given up.
+    hang : HangError or None
+    calls : dict of int to int
+        How often each rank has asked `should_stop`, once it was told to stop.
+    reported : bool
+        Whether any rank has reported a row.
+    """
+
+    def __init__(self, client: Client, gang: Gang, settings: Settings, number: int, places: list[Place]):
+        self.client = client
+        self.run = gang.run
+        self.ranks = gang.ranks
+        self.number = number
+        self.places = places
+        self.outcomes: dict[int, Outcome] = {}
+        self.calls: dict[int, int] = {}
+        self.hang: HangError | None = None
+        self.reported = False
+        self.deadline = math.inf
+        self._futures: list[Future] = []
+        self._batches = [0] * gang.ranks
+        self._stopping = False
+        self._expires = ""
+        """Whose job ends, and when, once that is near."""
+        self._agreed = False
+        self._ending = False
+        self._progress = GangProgress(settings.hang_after, lambda: self.order({"order": "stacks"}))
+
+    def start(self, payload: bytes, inbox: queue.SimpleQueue) -> None:
+        """Have the workers start the ranks; what becomes of each goes to the inbox as ``("done", outcome)``."""
+        self._futures = [
+            self.client.submit(
+                supervise,
+                place,
+                payload,
+                key=f"{self.run}-rank-{place.rank}-attempt-{self.number}",
+                workers=[place.worker],
+                allow_other_workers=False,  # else an idle worker may steal it; if this one goes, the ledger says so
+                pure=False,
+                retries=0,
+            )
+            for place in self.places
+        ]
+        for place, future in zip(self.places, self._futures, strict=True):
+            future.add_done_callback(lambda future, place=place: _fetch(future, place, inbox))
+
+    def left(self) -> set[int]:
+        """Ranks that have not ended."""
+        return {place.rank for place in self.places} - self.outcomes.keys()
+
+    def complete(self) -> bool:
+        """Whether every rank has ended and all batches that it sent are here, or nothing more can come."""
+        if self.left():
+            return False
+        whole = all(self._batches[rank] >= outcome.batches for rank, outcome in self.outcomes.items())
+        self.deadline = min(self.deadline, time.monotonic() + DRAIN_SECONDS)
+        return whole or time.monotonic() > self.deadline
+
+    def hear(self, news: dict) -> None:
+        """Take in what a supervisor says of its rank beside rows and prints."""
+        self._batches[news["rank"]] += 1
+        self.reported |= bool(news["rows"])
+        if "calls" in news:
+            self.calls[news["rank"]] = news["calls"]
+            self._agree()
+        self._progress.hear(news)
+
+    def end(self, outcome: Outcome) -> None:
+        """Take in how a rank ended; after a failure end the others: at once, or when its cause had time to show."""
+        if outcome.rank in self.outcomes:
+            return
+        self.outcomes[outcome.rank] = outcome
+        if outcome.failure is not None and outcome.failure["consequence"]:
+            self.deadline = min(self.deadline, time.monotonic() + SETTLE_SECONDS)
+        elif outcome.failure is not None and not self._ending:
+            self.end_all()
+        self._agree()
+
+    def lose(self, workers: set[str]) -> None:
+        """Give up the ranks whose workers have gone."""
+        for place in self.places:
+            if place.worker in workers:
+                why = f"was lost with its worker {place.worker}"
+                self.end(Outcome(place.rank, place.worker, place.attempt, failure=failure("WorkerLost", why)))
+
+    def look(self) -> None:
+        """End a gang that hangs, and keep where each rank stands; end one whose time is over."""
+        if not self._ending and (found := self._progress.hang(self.left())):
+            self.hang = HangError(f"no rank of run {self.run} {found}")
+            self.end_all()
+        if time.monotonic() > self.deadline:
+            self.end_all()
+
+    def stop(self) -> None:
+        """Have ranks that ask `should_stop` agree on a step to end at; the others are interrupted."""
+        if not self._stopping:
+            self.order({"order": "stop"})
+            self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
+        self._stopping = True
+
+    def expire(self, rank: int, when: float) -> None:
+        """Have ranks that ask `should_stop` end before a rank's job does; others may still get done in time."""
+        if not self._expires and not self._stopping:
+            whose, at = self.places[rank].worker, time.strftime("%H:%M:%S", time.localtime(when))
+            self._expires = f"the walltime of rank {rank}'s worker {whose} is over at {at}"
+            self.order({"order": "expire"})
+
+    def end_all(self) -> None:
+        """Have the workers end the ranks that are left; asked again after a while, let go of those who didn't."""
+        if not self.left():
+            return
+        if self._ending:
+            self.let_go()
+        else:
+            self.order({"order": "end"})
+        self._ending = True
+        self.deadline = time.monotonic() + KILL_SECONDS
+
+    def let_go(self) -> None:
+        """Cancel the tasks: a worker that is still there then ends its ranks."""
+        with suppress(Exception):
+            self.client.cancel(self._futures, force=True)
+            if self._ending and self.client.status == "running":
+                left = self.left()
+                consult(self.client, Ledger.give_up, [place.worker for place in self.places if place.rank in left])
+        for place in self.places:
+            why = "did not end when it was told to, and was given up"
+            lost = failure("Unreachable", why, consequence=True)
+            self.outcomes.setdefault(place.rank, Outcome(place.rank, place.worker, place.attempt, failure=lost))
+
+    def order(self, order: dict, rank: int | None = None) -> None:
+        """Give an order to one rank, or all that are left, without waiting for the scheduler, which may have gone."""
+        left = self.left()
+        workers = [place.worker for place in self.places if place.rank in left and rank in (None, place.rank)]
+
+        def work() -> None:
+            with suppress(Exception):  # with a client that closes, its futures end, and the workers end their ranks
+                send(self.client, workers, self.run, order, rank=rank, attempt=self.number)
+
+        if workers:
+            threading.Thread(target=work, name=f"{self.run}-order", daemon=True).start()
+
+    def close(self) -> None:
+        """Let go of all that is left."""
+        if self.left():
+            self.let_go()
+        if lost := [future for future in self._futures if not future.done()]:
+            with suppress(Exception):  # else their tasks would stay with the scheduler
+                self.client.cancel(lost, force=True)
+        self._futures.clear()
+
+    def failed(self) -> bool:
+        """Whether a rank failed, for whatever reason."""
+        return self.hang is not None or any(outcome.failure for outcome in self.outcomes.values())
+
+    def at_fault(self) -> bool:
+        """Whether a rank failed by itself, not in consequence of something else."""
+        failures = [outcome.failure for outcome in self.outcomes.values() if outcome.failure]
+        return self.hang is not None or any(not found["consequence"] for found in failures)
+
+    def expired(self) -> str:
+        """Why its ranks ended early, all at one step, if they did so before a job's end; or nothing."""
+        return self._expires if self._agreed and not self._stopping and not self.failed() else ""
+
+    def lost(self) -> bool:
+        """Whether it ended early since something beneath it went away: a rank's process, a worker, a host, a job."""
+        if self.expired():
+            return True
+        first = self._first()
+        return self.hang is None and first is not None and first.failure["type"] in LOST  # type: ignore[index]
+
+    def failed_at(self) -> float:
+        """When it failed, in seconds since the epoch."""
+        first = self._first()
+        return first.failure["time"] if first else time.time()  # type: ignore[index]
+
+    def blame(self) -> BaseException:
+        """The error of the rank that failed first; what followed from it counts only if nothing else is known."""
+        first = self._first()
+        if why := self.expired():
+            return RankError(why)
+        if self.hang is not None or first is None:
+            return self.hang or RankError(f"run {self.run} broke off.")
+        error = _error(first, self.ranks)
+        for outcome in sorted(self.outcomes.values(), key=lambda outcome: outcome.rank):
+            told = outcome.failure
+            if told is not None and told["consequence"] and outcome is not first and told["type"] != "Stopped":
+                note(
+                    error,
+                    f"In consequence, rank {outcome.rank}: {told['type']}: {' '.join(told['message'].split())[:300]}",
+                )
+        returned = [outcome.rank for outcome in self.outcomes.values() if not outcome.failure]
+        if returned and first.failure["consequence"] and first.failure["traceback"]:  # type: ignore[index]
+            note(error, f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
+        return error
+
+    def values(self) -> list[Any]:
+        """What the ranks returned, by rank."""
+        return [unpickle(self.outcomes[rank].value, f"the return value of rank {rank}") for rank in range(self.ranks)]
+
+    def _first(self) -> Outcome | None:
+        """The outcome that is to blame."""
+        failures = [(o.failure["consequence"], o.failure["time"], o.rank) for o in self.outcomes.values() if o.failure]
+        return self.outcomes[min(failures)[2]] if failures else None
+
+    def _agree(self) -> None:
+        """Once all ranks that are left have told how often they asked, have them end at the call after the furthest.
+
+        None has got further than that meanwhile, and none waits for one that has ended.
+        """
+        left = self.left()
+        if (self._stopping or self._expires) and left and left <= self.calls.keys():
+            self._agreed = True
+            self.order({"order": "stop_at", "calls": max(self.calls.values()) + 1})
+            self.deadline = time.monotonic() + SAVE_SECONDS
+
+
+def plan(
+    gang: Gang,
+    folder: Path,
+    settings: Settings,
+    seats: dict,
+    attempt: int = 0,
+    launched: float | None = None,
+    ahead: float = 0.0,
+) -> list[Place]:
+    """The places of an attempt's ranks, on the seats that the ledger gave; `ahead` as in `Place`."""
+    launched = time.time() if launched is None else launched
+    hosts = seats["hosts"]
+    nodes = list(dict.fromkeys(hosts))
+    return [
+        Place(
+            run=gang.run,
+            attempt=attempt,
+            folder=str(folder),
+            rank=rank,
+            ranks=gang.ranks,
+            worker=worker,
+            local_rank=hosts[:rank].count(hosts[rank]),
+            local_ranks=hosts.count(hosts[rank]),
+            node=nodes.index(hosts[rank]),
+            nodes=len(nodes),
+            main=hosts[0],
+            threads=gang.threads,
+            launched=launched,
+            clock=seats["clock"],
+            ahead=ahead,
+            store=seats["store"] and f"{seats['store']}-{attempt}",
+            init=settings.init,
+            memory=settings.memory or memory,
+            worker_memory=memory,
+            resume=settings.resume,
+        )
+        for rank, (worker, memory) in enumerate(zip(seats["workers"], seats["memory"], strict=True))
+    ]
+
+
+def _fetch(future: Future, place: Place, inbox: queue.SimpleQueue) -> None:
+    """Bring an outcome here, in a thread of its own: its worker may die meanwhile, and then it never comes."""
+    fetch = threading.Thread(target=lambda: inbox.put(("done", _outcome(future, place))), daemon=True)
+    fetch.name = f"{place.run}-fetch"
+    fetch.start()
+
+
+def _outcome(future: Future, place: Place) -> Outcome:
+    """The outcome that a task brought back, or one that says why there is none."""
+    try:
+        if future.status != "cancelled":
+            return future.result()
+        cause = "its task was cancelled"
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+    lost = failure("WorkerLost", f"was lost with its worker ({cause})", consequence=future.status == "cancelled")
+    return Outcome(place.rank, place.worker, place.attempt, failure=lost)
+
+
+def unpickle(body: bytes, what: str) -> Any:
+    """Bring a value of a rank here, or raise a RankError that calls it by a name."""
+    try:
+        return pickle.loads(body)
+    except (Exception, SystemExit) as error:  # its own code may do anything, such as exit
+        raise RankError(f"{what} can't be unpickled here: {error!r}") from error
+
+
+def _error(outcome: Outcome, ranks: int) -> BaseException:
+    failure = outcome.failure
+    assert failure is not None
+    who = f"rank {outcome.rank} of {ranks} on {outcome.host}"
+    if not failure["traceback"]:
+        return RankError(f"{who} {failure['message']}.")
+    told = f"\nRaised first by {who}:\n{failure['traceback']}"
+    try:
+        error = pickle.loads(outcome.error)
+        error.add_note(told)
+    except (Exception, SystemExit):  # it can't be brought here, or takes no note
+        error = None
+    if not isinstance(error, Exception):  # SystemExit and its like would end the notebook's kernel
+        error = RankError(f"{failure['type']}: {failure['message']}")
+        error.add_note(told)
+    return error

@@ -1,0 +1,479 @@
+"""An interactive gang: ranks that live between the cells of a notebook, and the magic ``%%ranks`` that uses them."""
+
+import itertools
+import linecache
+import os
+import queue
+import re
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import cloudpickle
+from distributed import Client
+from IPython import get_ipython
+from IPython.core.error import UsageError
+from IPython.core.inputtransformer2 import TransformerManager
+
+from hpclab._arguments import plain, whole_number
+from hpclab.gangs.attempt import unpickle
+from hpclab.gangs.launch import check_pickles, check_size, launch
+from hpclab.gangs.progress import waits, with_source
+from hpclab.gangs.rank import frame
+from hpclab.gangs.run import Run
+from hpclab.gangs.scheduler import aside, send
+from hpclab.gangs.worker import fetch
+
+FOLD_SECONDS = 0.1
+"""How long a line of a rank waits for the same line of the others."""
+LOOK_SECONDS = 1.0
+"""How often to look whether ranks wait for one that has failed."""
+LEAVE_SECONDS = 2.0
+"""How long an interrupted rank may take to leave its cell."""
+CLOSE_SECONDS = 2.0
+"""How long ranks may take to end when the gang is closed: exit handlers run."""
+LOST_SECONDS = 10.0
+"""How long a run may take to tell that it has lost a worker that took no order."""
+_CELL_FRAME = re.compile(r'File "(?P<file><ranks \w+ \d+>)", line (?P<line>\d+) in (?P<name>.+)')
+_cells = itertools.count(1)
+_open: list["Gang"] = []
+
+
+class CellError(RuntimeError):
+    """A cell that failed on a rank; the text is that rank's traceback, and who it was."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the frames of the notebook's side would only hide the cell's."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class CellInterrupt(KeyboardInterrupt):
+    """A cell that was interrupted; the text tells on which line of it each rank stood."""
+
+    _render_traceback_ = CellError._render_traceback_
+
+
+class Values(dict):
+    """What the last line of a cell gave, as text by rank; shown with equal ones as one."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{_label(ranks)} {_indented(text, ranks)}" for text, ranks in _folded(self).items())
+
+
+def gang(
+    client: Client,
+    ranks: int | None = None,
+    *,
+    threads: int = 1,
+    oversubscribe: bool = False,
+    wait: bool = False,
+    memory: int | str | None = None,
+    folder: str | os.PathLike | None = None,
+) -> "Gang":
+    """Start ranks that live between the cells of a notebook: from now on a cell ``%%ranks`` runs on each of them.
+
+    Each rank keeps the names of its cells. To begin with it has `torch`, `dist` (torch.distributed, initialised),
+    `rank` and `ranks`.
+
+    Parameters
+    ----------
+    client, ranks, threads, oversubscribe, wait, memory, folder
+        As for `launch`, with the same errors.
+
+    Returns
+    -------
+    Gang
+        Once all ranks are there. It is also a context manager, which closes it.
+
+    Notes
+    -----
+    Cells are IPython's, not only Python: ``!command`` prints line by line, ``x = !command``, ``name?``, ``await``, %cd,
+    %env, %pwd, %time, and %timeit with a number of loops, which must be the same on all ranks that talk to each other.
+    Tasks that a cell of asyncio leaves behind go on while another awaits. Nothing can ask: `input` is an error.
+
+    ``%%ranks`` uses the newest gang that is open, and ``%%ranks --on 0,2`` only these ranks of it. What they print is
+    shown while it happens, equal lines as one. The value of the last line is shown too. A cell that was interrupted, or
+    in which a rank failed that others waited for, costs no names; all ranks then have a new process group, and what
+    holds the old one (a group of `dist.new_group`, a DDP model) must be made anew. Two things a rank can't leave: C
+    code that never looks for signals, and gloo's receive from any rank (`dist.recv` without ``src``); on Windows
+    any collective. It is named then, and only `Gang.close` ends it.
+    """
+
+    def work() -> None:
+        from hpclab.gangs.rank_cells import serve  # here, since it imports torch, which the notebook's kernel need not
+
+        serve()
+
+    settings: dict = {"threads": threads, "oversubscribe": oversubscribe, "wait": wait, "memory": memory}
+    run = launch(client, work, ranks=ranks, **settings, folder=folder, hang_after=None, name="gang")
+    made = Gang(client, run)
+    _open.append(made)
+    if (shell := get_ipython()) is not None:
+        shell.register_magic_function(_ranks, "cell", "ranks")
+    return made
+
+
+class Gang:
+    """Ranks that run one cell after the other; `gang` makes one.
+
+    Attributes
+    ----------
+    ranks : int
+        Number of ranks.
+    folder : Path
+        Holds ``rank-<n>.log``, what C code and other programs printed on each rank, and ``rows.jsonl``.
+    rows : list of dict
+        What the ranks reported (by `hpclab.report`); the first, of kind "run", tells the machine.
+    """
+
+    def __init__(self, client: Client, run: Run):
+        self.ranks = run.ranks
+        self.folder = run.folder
+        self.rows = run.rows
+        self._client = client
+        self._run = run
+        self._workers: dict[int, str] = {}
+        self._sender = ThreadPoolExecutor(1)  # orders arrive in turn, whatever interrupts the notebook's cell
+        self._sent: Future = Future()
+        self._group = 1
+        self._lock = threading.Lock()
+        try:
+            while len(self._workers) < self.ranks:
+                news = self._hear()
+                for said in news.get("said", ()):
+                    self._workers[news["rank"]] = said["worker"]
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Gang {self._run.name}: {self._run.state()}, {self.ranks} ranks>"
+
+    def __enter__(self) -> "Gang":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, code: str, on: int | Iterable[int] | None = None) -> Values | None:
+        """Run code on the ranks, and wait for it; what ``%%ranks`` does with the text of its cell.
+
+        Parameters
+        ----------
+        code : str
+            Python, and what IPython adds to it: ``!command``, ``x = !command``, ``name?``, ``await``, and a few magics.
+        on : int or iterable of int, optional
+            The rank or ranks to run it on. Default: all.
+
+        Returns
+        -------
+        Values or None
+            If the last line is an expression, its value's text by rank; None if that is None on all of them.
+
+        Raises
+        ------
+        CellError
+            If it fails on a rank, or if a rank has died; the gang has ended then, and takes no more cells.
+        CellInterrupt
+            On Ctrl-C, once the ranks have left the cell; it is a KeyboardInterrupt.
+        """
+        return _values(self._ask(code, on))
+
+    def push(self, **values: Any) -> None:
+        """Give the ranks values by name; they travel pickled (by cloudpickle).
+
+        Raises
+        ------
+        TypeError
+            If one can't be pickled; the message names it.
+        ValueError
+            If they would take the memory of a worker.
+        """
+        try:
+            body = cloudpickle.dumps(values)
+        except Exception:
+            check_pickles(values)
+            raise
+        check_size(self._client, len(body), self.ranks, "these values")
+        self._ask("", body=body)
+
+    def pull(self, expression: str, on: int | Iterable[int] | None = None) -> list:
+        """Return the value of a name, or of an expression, from all ranks or some, in their order."""
+        answers = self._ask(expression, on, pull=True)
+        workers = sorted(set(self._workers.values()))
+        fetched = aside(partial(self._client.run, fetch, self._run.name, workers=workers))
+        while futures.wait([fetched], FOLD_SECONDS).not_done:
+            self._check()  # a worker that has gone would be tried for long
+        found: dict[int, bytes] = {}
+        for part in fetched.result().values():
+            found |= part
+        return [unpickle(found[rank], f"the value of rank {rank}") for rank in sorted(answers)]
+
+    def close(self) -> None:
+        """End the ranks, and with them their names; one that doesn't end by itself is killed."""
+        if self in _open:
+            _open.remove(self)
+        with suppress(RuntimeError):  # it was closed before
+            self._order({"order": "frame", "frame": frame({"order": "close"})})
+        self._run.wait(CLOSE_SECONDS)
+        self._run.stop(now=True)
+        self._sender.shutdown(wait=False)
+
+    def _ask(self, code: str, on: Any = None, name: str = "", body: bytes = b"", pull: bool = False) -> dict[int, dict]:
+        """Run a cell; the answers by rank."""
+        given = range(self.ranks) if on is None else on if isinstance(plain(on), Iterable) else [on]
+        try:
+            picked = {whole_number("on", rank, 0, self.ranks - 1) for rank in given}
+        except ValueError:
+            picked = set()
+        if not picked:
+            raise ValueError(f"on (={on!r}) must name ranks from 0 to {self.ranks - 1}.")
+        number = next(_cells)
+        name = name or f"<ranks run {number}>"
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+        order = {"order": "cell", "cell": number, "name": name, "source": code, "pull": pull, "on": sorted(picked)}
+        order["code"] = code if pull else _python(code)
+        with self._lock:
+            self._check()
+            return _Cell(self, number, picked).follow(order | {"group": self._group}, body)
+
+    def _order(self, order: dict) -> None:
+        """Give all ranks an order, after those that were given before."""
+        workers = sorted(set(self._workers.values()))
+        self._sent = self._sender.submit(send, self._client, workers, self._run.name, order)
+
+    def _hear(self) -> dict:
+        """The next news of a rank, or none for now; raises if the gang has ended."""
+        try:
+            return self._run.said.get(timeout=0.02)
+        except queue.Empty:
+            lost = self._sent.done() and self._sent.exception() is not None
+            self._check(LOST_SECONDS if lost else 0)
+            if lost:
+                self._sent.result()
+            return {}
+
+    def _check(self, seconds: float = 0) -> None:
+        """Raise if the gang has ended, or does within some seconds, and all that its ranks said has been heard."""
+        if self._run.wait(seconds) and self._run.said.empty():
+            why = f"gang {self._run.name} was closed."
+            try:
+                self._run.result()
+            except Exception as error:
+                why = str(error)
+            raise CellError(f"{why} The gang has ended; hpclab.gang(...) makes a new one.")
+
+
+class _Cell:
+    """One cell at work: what its ranks printed and answered, and where they stand if that is asked."""
+
+    def __init__(self, gang: Gang, number: int, picked: set[int]):
+        self.gang = gang
+        self.number = number
+        self.left = picked.copy()
+        """Ranks that have not answered."""
+        self.answers: dict[int, dict] = {}
+        self.stacks: dict[int, str] | None = None
+        """Where ranks stand, once they were asked; what comes before is an answer to an earlier cell."""
+        self.stood: dict[int, str] = {}
+        """Where ranks stood that had to be interrupted."""
+        self.lines = _Lines()
+
+    def follow(self, order: dict, body: bytes) -> dict[int, dict]:
+        """Give the order, show what the ranks print until all have answered, and return the answers."""
+        try:
+            self.gang._order({"order": "frame", "frame": frame(order, body)})
+            looked = time.monotonic()
+            while self.left:
+                self.hear()
+                if not self.failures():
+                    looked = time.monotonic()
+                elif time.monotonic() - looked > LOOK_SECONDS:
+                    looked, self.stacks = time.monotonic(), {}
+                    self.gang._order({"order": "stacks"})
+                elif self.stacks and all(waits(with_source(self.stacks.get(rank, ""))) for rank in self.left):
+                    self.leave()
+        except KeyboardInterrupt:
+            self.leave()
+            raise CellInterrupt(self.told()) from None
+        finally:
+            self.lines.show(set())
+        if failures := self.failures():
+            if any(failure["consequence"] for failure in failures.values()):
+                self.gang._group += 1
+            raise CellError(self.blame(failures)) from None
+        return self.answers
+
+    def hear(self) -> None:
+        """Take in the next news, and show what is to be shown."""
+        news = self.gang._hear()
+        if "stack" in news and self.stacks is not None:
+            self.stacks[news["rank"]] = news["stack"]
+        for said in news.get("said", ()):
+            if said["said"] == "print":
+                self.lines.take(news["rank"], said["text"])
+            elif said["cell"] == self.number:
+                self.answers[news["rank"]] = said
+                self.left.discard(news["rank"])
+        self.lines.show(self.left)
+
+    def leave(self) -> None:
+        """Have the ranks that are left leave the cell; all ranks will then have a new process group."""
+        left = self.left.copy()
+        stacks = self.stacks = {}
+        self.gang._group += 1
+        self.gang._order({"order": "stacks"})
+        self.gang._order({"order": "frame", "frame": frame({"order": "interrupt", "cell": self.number})})
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.left and time.monotonic() < deadline:
+            self.hear()
+        failures = self.failures()
+        awaited = {rank: failures[rank]["awaited"] for rank in left & failures.keys() if failures[rank]["awaited"]}
+        self.stood = {
+            rank: _place(*awaited[rank]) if rank in awaited else _where(stacks.get(rank, "")) for rank in left
+        }
+        for rank in self.left:
+            self.stood[rank] += f" (has not left it within {LEAVE_SECONDS:g} s; gang.close() ends it)"
+        self.left = set()
+
+    def failures(self) -> dict[int, dict]:
+        """What failed so far, by rank."""
+        return {rank: answer["failure"] for rank, answer in self.answers.items() if answer["failure"]}
+
+    def told(self) -> str:
+        """Where the ranks stood when the cell was interrupted."""
+        where = dict.fromkeys(self.answers, "had ended") | {
+            rank: f"had raised {failure['summary']}" for rank, failure in self.failures().items()
+        }
+        where |= {rank: f"stood in {place}" for rank, place in self.stood.items()}
+        lines = [f"{_label(ranks)} {text}" for text, ranks in _folded(where).items()]
+        return "\n".join(["the ranks keep their variables, and get a new process group.", *lines])
+
+    def blame(self, failures: dict[int, dict]) -> str:
+        """The failure that came first, whose it is, and what followed from it."""
+
+        def rank_of_cause(rank: int) -> tuple:
+            failure = failures[rank]
+            return failure["interrupted"], failure["consequence"], failure["time"]
+
+        cause = failures[min(failures, key=rank_of_cause)]
+        same = [rank for rank in failures if failures[rank]["traceback"] == cause["traceback"]]
+        told = [f"{_label(same)}\n{cause['traceback'].rstrip()}"]
+        others = {rank: failure for rank, failure in failures.items() if rank not in same}
+        also = {rank: f"raised {failure['summary']}" for rank, failure in others.items()}
+        also |= {rank: f"waited in vain in {place}" for rank, place in self.stood.items()}
+        told += [f"{_label(ranks)} {text}" for text, ranks in _folded(also).items()]
+        shell = get_ipython()
+        if shell is not None and (name := cause["missing"]) in shell.user_ns:
+            told.append(f"{name} is a name of the notebook, not of the ranks: gang.push({name}={name})")
+        return "\n".join(told)
+
+
+class _Lines:
+    """Lines that ranks print: shown in each rank's order, equal ones of several ranks as one."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, deque[tuple[int, float, str]]] = defaultdict(deque)
+        """By rank: number of the line, when it came, and its text."""
+        self.count: dict[int, int] = defaultdict(int)
+
+    def take(self, rank: int, text: str) -> None:
+        """Take lines of a rank."""
+        for line in text.removesuffix("\n").split("\n"):
+            self.waiting[rank].append((self.count[rank], time.monotonic(), line))
+            self.count[rank] += 1
+
+    def show(self, running: set[int]) -> None:
+        """Print all lines that need not wait for the same line of a rank that still runs."""
+        while heads := {rank: lines[0] for rank, lines in self.waiting.items() if lines}:
+            _, came, text = min(heads.values())
+            same = [rank for rank, head in heads.items() if head[2] == text]
+            if running - set(same) and time.monotonic() - came < FOLD_SECONDS:
+                return
+            for rank in same:
+                self.waiting[rank].popleft()
+            print(f"{_label(same)} {text}")
+
+
+def _ranks(line: str, cell: str) -> Values | None:
+    """Run this cell on the ranks of the newest gang: ``%%ranks``, or ``%%ranks --on 0,2`` on some of them."""
+    options = re.fullmatch(r"(?:--on[ =] *(\d+(?: *, *\d+)*))?", line.strip())
+    if options is None:
+        raise UsageError(f"%%ranks {line}: the only option is --on with ranks, as in: %%ranks --on 0,2")
+    if not _open:
+        raise UsageError("%%ranks needs a gang that is open; make one: gang = hpclab.gang(client, ranks=2)")
+    on = [int(rank) for rank in options[1].split(",")] if options[1] else None
+    number = len(get_ipython().history_manager.input_hist_parsed) - 1  # execution_count may be the next cell's already
+    code = "\n" + cell  # lines are counted from the magic's, as the notebook does
+    return _values(_open[-1]._ask(code, on, f"<ranks cell {number}>"))
+
+
+class _Transformer(TransformerManager):
+    """IPython's own, but that lines keep their numbers: a command of several lines leaves empty ones behind."""
+
+    def do_one_token_transform(self, lines: list[str]) -> tuple[bool, list[str]]:
+        changed, new = super().do_one_token_transform(lines)
+        if (fewer := len(lines) - len(new)) > 0:
+            end = 1 + next(place for place, line in enumerate(new) if line != lines[place])
+            new = [*new[:end], *["\n"] * fewer, *new[end:]]
+        return changed, new
+
+
+def _python(code: str, above: int = 0) -> str:
+    """IPython's code as Python, so many lines further down; what is wrong with it the ranks tell."""
+    lines = code.splitlines(keepends=True)
+    while lines and lines[0].isspace():  # IPython would drop them
+        above, lines = above + 1, lines[1:]
+    if lines and lines[0].startswith("%%"):
+        name, _, line = lines[0][2:].strip().partition(" ")
+        cell = _python("".join(lines[1:]), above + 1)
+        return "\n" * above + f"get_ipython().run_cell_magic({name!r}, {line.strip()!r}, {cell!r})"
+    with suppress(SyntaxError, RuntimeError):
+        lines = [_Transformer().transform_cell("".join(lines))]
+    return "\n" * above + "".join(lines)
+
+
+def _values(answers: dict[int, dict]) -> Values | None:
+    return Values({rank: answers[rank]["value"] for rank in sorted(answers) if answers[rank]["value"]}) or None
+
+
+def _where(stack: str) -> str:
+    """Where in its cells a rank stands, outermost call first; without a cell's frame, what its stack says instead."""
+    frames = [_place(found["file"], int(found["line"])) for found in reversed([*_CELL_FRAME.finditer(stack)])]
+    return ", in ".join(frames) or stack.partition("\n")[0].strip() or "no place that it could tell"
+
+
+def _place(file: str, line: int) -> str:
+    return f"{file}, line {line}: {linecache.getline(file, line).strip()}"
+
+
+def _folded(texts: dict[int, str]) -> dict[str, list[int]]:
+    """Ranks by what they say."""
+    folded: dict[str, list[int]] = {}
+    for rank in sorted(texts):
+        folded.setdefault(texts[rank], []).append(rank)
+    return folded
+
+
+def _label(ranks: Iterable[int]) -> str:
+    """Ranks as a reader counts them.
+
+    >>> _label([3, 0, 1, 2, 5])
+    '[ranks 0-3,5]'
+    """
+    numbers = sorted(ranks)
+    starts = [rank for rank in numbers if rank - 1 not in numbers]
+    ends = [rank for rank in numbers if rank + 1 not in numbers]
+    spans = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
+    return f"[rank{'s' * (len(numbers) > 1)} {','.join(spans)}]"
+
+
+def _indented(text: str, ranks: list[int]) -> str:
+    """Text whose further lines stand below its first, which a label is in front of."""
+    return text.replace("\n", "\n" + " " * (len(_label(ranks)) + 1))

@@ -1,0 +1,380 @@
+"""How a worker comes by the process of a rank, a fork of the host's zygote or a standby process; and by its orders."""
+
+import hashlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import BinaryIO, ClassVar
+
+from distributed import Worker, WorkerPlugin
+
+from hpclab import _namesakes, _private, machine
+from hpclab.gangs.zygote import FORK_ORDER, MESSAGE_BYTES, kill_group
+
+FORK = sys.platform == "linux"
+"""Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+"""glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Variables that would bind each process that imports torch to the same first CPU, and so all ranks of a host."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""What the libraries of numpy and torch start when they are imported, a fork can't keep."""
+BACKOFF_SECONDS = (0.5, 60.0)
+"""How long to wait before a zygote that has died is replaced: at first, and at most."""
+LOOK_SECONDS = 5.0
+"""How often a worker looks whether the zygote can still be called: who cleans ``/tmp`` removes its socket."""
+ANSWER_SECONDS = 0.02
+"""How long a worker that is told to die lives on."""
+ORDER = "hpclab-order"
+"""What the scheduler sends a worker for its ranks, in the stream in which it sends tasks: so it waits for none."""
+POOLS = "hpclab-pools"
+"""Topic on which workers tell which CPUs they may use."""
+inboxes: dict[tuple[str, int, int], queue.SimpleQueue] = {}
+"""Where the ranks that this worker supervises get their orders: by run, rank and attempt."""
+_ended: deque[tuple[str, int]] = deque(maxlen=1000)
+"""Newest attempts that were told to end."""
+_lock = threading.Lock()
+
+
+def open_inbox(run: str, rank: int, attempt: int) -> queue.SimpleQueue:
+    """Where a rank gets its orders; the one to end may have come before it, if others of its attempt failed early."""
+    with _lock:
+        inbox = inboxes[run, rank, attempt] = queue.SimpleQueue()
+        if (run, attempt) in _ended:
+            inbox.put(("order", {"order": "end"}))
+    return inbox
+
+
+class ZygoteDied(RuntimeError):
+    """The zygote went before it had forked a rank; another takes its place."""
+
+
+def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> None:
+    """Give the ranks of a run that this worker supervises an order; called on the worker, in its event loop.
+
+    Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
+    "die", which kills the worker itself; "expire" stops ranks that ask `should_stop`, and leaves the others alone;
+    "frame" hands ``frame`` to the rank.
+    """
+    if order["order"] == "die":
+        threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    with _lock:
+        if order["order"] == "end":
+            _ended.append((run, attempt))
+        there = list(inboxes.items())
+    for (name, number, of), inbox in there:
+        if (name, of) == (run, attempt) and rank in (None, number):
+            inbox.put(("order", order))
+
+
+class Warmth(WorkerPlugin):
+    """Has each worker take orders and tell its CPUs, and keep ready what ranks start from.
+
+    That is a lease on the host's zygote, or a standby process.
+    """
+
+    name = "hpclab-warmth"
+    idempotent = True  # registered again, Dask would take the running one down, and with its lease the zygote
+
+    def setup(self, worker: Worker) -> None:
+        """Begin, in the background; called by Dask on each worker, also on one that comes later."""
+        # First it can take orders, then it tells its CPUs: the ledger sends orders to whoever has told, and a message
+        # that a worker doesn't know ends it.
+        worker.stream_handlers[ORDER] = give
+        worker.log_event(POOLS, {"pool": machine.introduce()})
+        self.closed = threading.Event()
+        self.leases: list[socket.socket] = []
+        if FORK:
+            threading.Thread(target=self._keep, args=(worker.scheduler.address,), daemon=True).start()
+        else:
+            _Standby.prepare()
+
+    def teardown(self, worker: Worker) -> None:
+        """Give the lease back."""
+        self.closed.set()
+        for lease in self.leases:
+            with suppress(OSError):
+                lease.shutdown(socket.SHUT_RDWR)
+
+    def _keep(self, cluster: str) -> None:
+        pause, most = BACKOFF_SECONDS
+        while not self.closed.is_set():
+            started = time.monotonic()
+            with suppress(OSError), ExitStack() as stack:
+                self._lease(cluster, stack)
+                lost = False
+                while not self.closed.is_set():
+                    if self._has_ended():
+                        self.leases.pop().close()
+                        lost = True
+                        if not self.leases:
+                            break
+                        continue  # with those of zygotes that live, and after a while another
+                    with suppress(OSError):  # the folder has gone: the old leases stay, ranks may be at work under them
+                        if lost or not _socket_of(cluster).exists():
+                            self._lease(cluster, stack)
+                            lost = False
+            self.leases = []
+            pause = BACKOFF_SECONDS[0] if time.monotonic() - started > most else min(2 * pause, most)
+            self.closed.wait(pause)
+
+    def _lease(self, cluster: str, stack: ExitStack) -> None:
+        """Take a lease on the zygote that can be called now."""
+        lease = stack.enter_context(_call_zygote(cluster))
+        lease.settimeout(LOOK_SECONDS)
+        lease.send(b"lease")
+        self.leases.append(lease)
+
+    def _has_ended(self) -> bool:
+        """Wait a while for the end of the newest lease, or of its zygote, which says nothing else."""
+        try:
+            return not self.leases[-1].recv(1)
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+
+class Process:
+    """A rank's process: its streams, and how it ends.
+
+    Attributes
+    ----------
+    pid : int
+    stdin, stdout, stderr : binary file
+        This side of its pipes.
+    """
+
+    pid: int
+    stdin: BinaryIO
+    stdout: BinaryIO
+    stderr: BinaryIO
+
+    def poll(self) -> int | None:
+        """Exit code, or None while it runs; below 0 it is the number of the signal that ended it."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it, and all that it started."""
+        raise NotImplementedError
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in it, where the system can."""
+        self._signal("SIGINT")
+
+    def dump(self) -> bool:
+        """Have it write its stack; False where the system can't."""
+        return self._signal("SIGUSR1")
+
+    def _signal(self, name: str) -> bool:
+        if sys.platform == "win32" or self.poll() is not None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, getattr(signal, name))
+        return True
+
+    def wait(self) -> int:
+        """Exit code, once it has ended."""
+        while (code := self.poll()) is None:
+            time.sleep(0.002)
+        return code
+
+
+def start(env: dict[str, str], cluster: str) -> Process:
+    """Start the process of a rank, in a session of its own so that it and all its children can be ended together.
+
+    Parameters
+    ----------
+    env : dict
+        Its whole environment.
+    cluster : str
+        Address of the scheduler; the clusters of a host have zygotes of their own.
+
+    Raises
+    ------
+    ZygoteDied
+        If the host's zygote ended meanwhile.
+    RuntimeError
+        If it can't import what a rank needs, with its traceback; or can't fork.
+    """
+    return _Forked(env, cluster) if FORK else _Standby.take(env)
+
+
+class _Forked(Process):
+    def __init__(self, env: dict[str, str], cluster: str):
+        self.zygote = _call_zygote(cluster)
+        cwd = os.getcwd()
+        pipes = _pipes(3)  # of the rank's standard streams
+        theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
+        self.stdin, self.stdout, self.stderr = (
+            os.fdopen(pipes[0][1], "wb"),
+            os.fdopen(pipes[1][0], "rb"),
+            os.fdopen(pipes[2][0], "rb"),
+        )
+        self.returncode: int | None = None
+        with os.fdopen(os.memfd_create("hpclab-order"), "wb") as order:  # an environment may exceed any message
+            order.write(json.dumps({"env": env, "cwd": cwd, "cpus": machine.affinity()}).encode())
+            order.flush()
+            answer = self._ask([os.dup(order.fileno()), *theirs])
+        if "pid" not in answer:
+            for stream in (self.zygote, self.stdin, self.stdout, self.stderr):
+                stream.close()
+            whose = f"the zygote of host {socket.gethostname()}"
+            if "error" not in answer:
+                last = "; ".join(filter(None, ["the worker's log has its last words", _namesakes.blame()]))
+                raise ZygoteDied(f"had no start: {whose} ended before it was ready; {last}")
+            what = f"{whose} can't fork ranks: {answer['error']}"
+            raise OSError(answer["errno"], what) if "errno" in answer else RuntimeError(what)
+        self.pid = answer["pid"]
+
+    def _ask(self, fds: list[int]) -> dict:
+        try:
+            socket.send_fds(self.zygote, [FORK_ORDER], fds)
+            return json.loads(self.zygote.recv(MESSAGE_BYTES) or "{}")
+        except ConnectionError:
+            return {}
+        except OSError as error:
+            return {"error": str(error)}
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            try:
+                said = self.zygote.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                said = b""
+            self.returncode = json.loads(said)["returncode"] if said else -signal.SIGKILL  # its ranks die with a zygote
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            kill_group(self.pid)
+
+
+class _Standby(Process):
+    """A process that has imported torch and waits for its work; another takes its place when it gets some."""
+
+    ready: ClassVar["list[_Standby]"] = []
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", _code("stand_by()")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_unbound(os.environ) | MALLOC,
+            start_new_session=True,
+        )
+        self.pid = self.popen.pid
+        self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr  # type: ignore
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Have one ready."""
+        with cls.lock:
+            cls.ready = [standby for standby in cls.ready if standby.poll() is None] or [cls()]
+
+    @classmethod
+    def take(cls, env: dict[str, str]) -> "_Standby":
+        """Give the one that is ready an environment, and start the next."""
+        with cls.lock:
+            standby = cls.ready.pop() if cls.ready else cls()
+        standby.stdin.write(json.dumps(env).encode() + b"\n")
+        standby.stdin.flush()
+        threading.Thread(target=cls.prepare, daemon=True).start()
+        return standby
+
+    def poll(self) -> int | None:
+        return self.popen.poll()
+
+    def kill(self) -> None:
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        else:
+            self.popen.kill()
+
+
+def _unbound(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name not in BINDING}
+
+
+def _pipes(count: int) -> list[tuple[int, int]]:
+    """Read end and write end of some pipes; of none if there can't be all."""
+    made: list[tuple[int, int]] = []
+    try:
+        while len(made) < count:
+            made.append(os.pipe())
+    except OSError:
+        for ends in made:
+            for fd in ends:
+                os.close(fd)
+        raise
+    return made
+
+
+def _call_zygote(cluster: str) -> socket.socket:
+    """Connect to the zygote of this worker and its siblings in a cluster, which is started if it isn't there.
+
+    Siblings have one parent, and so are of one job: with it a job queue ends all that it started.
+    """
+    path = _socket_of(cluster)
+    with ExitStack() as stack, _private.locked(path.parent) as handle:
+        caller = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        address = f"/proc/self/fd/{handle}/{path.name}"  # a socket's path has at most 107 bytes, and TMPDIR may be long
+        try:
+            caller.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            path.unlink(missing_ok=True)
+            _start_zygote(path, address)
+            caller.connect(address)
+        stack.pop_all()
+        return caller
+
+
+def _socket_of(cluster: str) -> Path:
+    """Where the zygote of this worker and its siblings listens."""
+    name = hashlib.sha256(f"{cluster} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16]
+    return _private.folder() / name
+
+
+def _code(call: str) -> str:
+    """Program that calls something of `hpclab.gangs.zygote`, which it finds where this process does.
+
+    Not by PYTHONPATH: a folder's name may hold the colon that parts them.
+    """
+    return f"import sys; sys.path[:] = {import_path()!r}; import hpclab.gangs.zygote; hpclab.gangs.zygote.{call}"
+
+
+def import_path() -> list[str]:
+    """Where this process finds modules: of `sys.path` what Python looks at, which is text and no `Path`."""
+    return [entry for entry in sys.path if isinstance(entry, str)]
+
+
+def _start_zygote(path: Path, address: str) -> None:
+    """It inherits the listening socket, so that callers can queue while it imports torch."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen(1024)
+        subprocess.Popen(
+            [sys.executable, "-c", _code(f"main({str(path)!r}, {listener.fileno()})")],
+            stdin=subprocess.DEVNULL,
+            env=_unbound(os.environ) | MALLOC | ONE_THREAD,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )

@@ -1,0 +1,143 @@
+"""Whether a gang gets on: a collective that hangs keeps its rank's heart beating, so only progress tells a hang."""
+
+import linecache
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
+
+from hpclab.gangs.rank import BEAT_SECONDS
+
+LOOK_SECONDS = 1.0
+"""How often to look whether a rank gets on."""
+IDLE = 0.02
+"""Share of a CPU below which a rank is idle; its heartbeat takes less."""
+ANSWER_SECONDS = 3.0
+"""How long ranks may take to show where they stand."""
+# The innermost call of a rank that waits for others: torch's own Python, or a line that waits for a handle.
+_WAITS = re.compile(r"torch/(distributed/|autograd/graph.py|nn/parallel/distributed.py)|\.wait\(")
+_FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+) in ')
+
+
+class HangError(RuntimeError):
+    """Ranks waited for each other for ever."""
+
+
+class RankProgress:
+    """Whether a rank gets on, seen from its host: it prints or reports, or its Python is alive and uses a CPU."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+        self.cpu = self.children_cpu = 0.0
+        self.looked = self.alive = self.renewed = time.monotonic()
+
+    def beat(self) -> None:
+        """Its Python runs."""
+        self.alive = time.monotonic()
+
+    def renew(self) -> None:
+        """It has printed or reported something."""
+        self.alive = self.renewed = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to look again; looks at the CPU time, which also counts as getting on."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return False
+        with suppress(psutil.Error):
+            if self._works(IDLE * (now - self.looked)) and now - self.alive < 3 * BEAT_SECONDS:
+                self.renewed = now
+        self.looked = now
+        return True
+
+    def stuck_s(self) -> float:
+        """Seconds for which it has not got on."""
+        return time.monotonic() - self.renewed
+
+    def _works(self, idle: float) -> bool:
+        """Whether it has used more than so many seconds of a CPU, or else what it started: it may wait for its data."""
+        process = psutil.Process(self.pid)
+        cpu, before = sum(process.cpu_times()[:4]), self.cpu  # user and system, its own and of children that have ended
+        self.cpu = cpu
+        if cpu - before > idle:
+            return True
+        children, before = 0.0, self.children_cpu
+        for child in process.children(recursive=True):
+            with suppress(psutil.Error):
+                children += sum(child.cpu_times()[:2])
+        self.children_cpu = children
+        return children - before > idle
+
+
+class GangProgress:
+    """Whether a gang gets on, seen from its driver.
+
+    Parameters
+    ----------
+    limit : float or None
+        Seconds for which no rank may get on; None sets no limit.
+    ask : callable
+        Has the ranks show where they stand.
+    """
+
+    def __init__(self, limit: float | None, ask: Callable[[], None]):
+        self.limit = limit
+        self.ask = ask
+        self.stuck: dict[int, float] = {}
+        """When each rank last got on, as far as its supervisor told."""
+        self.stacks: dict[int, str] = {}
+        self.asked = float("-inf")
+
+    def hear(self, news: dict) -> None:
+        """Take in what a supervisor says of its rank."""
+        if "stuck_s" in news:
+            self.stuck[news["rank"]] = time.monotonic() - news["stuck_s"]
+        if "stack" in news:
+            self.stacks[news["rank"]] = news["stack"]
+
+    def hang(self, left: set[int]) -> str | None:
+        """Where each of the ranks that are left stands, if none has got on for too long and one waits for others.
+
+        A rank of which nothing was heard yet still starts. One that shows no stack in time is judged without it.
+        """
+        now = time.monotonic()
+        stuck = min((now - self.stuck.get(rank, now) for rank in left), default=0.0)
+        if self.limit is None or stuck < self.limit:
+            return None
+        if now - self.asked > max(self.limit, 2 * ANSWER_SECONDS):  # those who waited for nobody are asked again
+            self.asked, self.stacks = now, {}
+            self.ask()
+        if not (left <= self.stacks.keys() or now - self.asked > ANSWER_SECONDS):
+            return None
+        shown = {rank: with_source(self.stacks.get(rank, "(no answer)")) for rank in sorted(left)}
+        if not any(map(waits, shown.values())):
+            return None
+        return (
+            f"got on for {stuck:.0f} s, longer than hang_after (={self.limit}), and some wait for others."
+            " Where each stands, innermost call first:\n"
+            + "\n".join(f"rank {rank}:\n{stack}" for rank, stack in shown.items())
+        )
+
+
+def waits(stack: str) -> bool:
+    """Whether the innermost call of a stack, with its line of code, is one that waits for other ranks."""
+    return bool(_WAITS.search(_innermost(stack)))
+
+
+def with_source(stack: str) -> str:
+    """A stack with the lines of code, as far as they are here: cells of the notebook are."""
+    told = []
+    for line in stack.strip("\n").splitlines():
+        told.append(line)
+        if found := _FRAME.match(line):
+            source = linecache.getline(found["file"], int(found["line"])).strip()
+            told += [f"    {source}"] * bool(source)
+    return "\n".join(told)
+
+
+def _innermost(stack: str) -> str:
+    """The first frame of a stack, with its line of code."""
+    first, _, rest = stack.partition("\n")
+    return first + rest.partition("\n")[0] * rest.startswith("    ")

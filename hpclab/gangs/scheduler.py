@@ -1,0 +1,441 @@
+"""The scheduler's side of gangs: a ledger of who sits where, so that a gang is admitted whole or not at all.
+
+It lives in the scheduler's event loop and admits without waiting, so no two admissions can interleave. What it has to
+say to a gang's driver goes out on the run's topic, as what the workers say does.
+"""
+
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from distributed import Client, Scheduler, SchedulerPlugin, Status
+
+from hpclab import machine
+from hpclab.gangs.process import ORDER, POOLS, Warmth
+from hpclab.gangs.rendezvous import Keys
+
+TOPIC_SECONDS = 5.0
+"""How long the events of an ended run stay with the scheduler: what is still under way would bring its topic back."""
+MOST_TURNS = 64
+"""Ranks for each CPU, also of a gang that oversubscribes: seating millions would keep the scheduler from all else."""
+ASK_SECONDS = 0.02
+"""How often to ask again for as long as workers have not told which CPUs they may use."""
+TELL_SECONDS = 30.0
+"""How long to wait for one that lives."""
+SILENT_SECONDS = 10.0
+"""How long for one that gives no sign of life; Dask's workers give one each half second, of hundreds less often."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits; known also when the worker has gone."""
+
+    worker: str
+    host: str
+    """Address of the host, on which its ranks find each other."""
+    pool: tuple[str, str]
+    """The machine and which of its CPUs; workers that may use the same ones share them."""
+
+
+@dataclass
+class Gang:
+    """A gang that asks for seats: CPUs under workers."""
+
+    run: str
+    client: str
+    """Id of the Dask client; the gang's seats are free when that is gone."""
+    ranks: int
+    threads: int
+    oversubscribe: bool
+    """Whether to be admitted beyond the CPUs that are free."""
+    goes_on: bool = False
+    """Whether it is seated anew when workers of its go; until then nobody else gets its CPUs."""
+    seats: list[Seat] = field(default_factory=list)
+    """By rank, once admitted."""
+
+    def workers(self) -> list[str]:
+        """Address of each rank's worker."""
+        return [seat.worker for seat in self.seats]
+
+
+def topic(run: str) -> str:
+    """Name of the Dask event topic of a run: its rows and prints, and the news from this ledger."""
+    return f"hpclab-{run}"
+
+
+def consult(client: Client, question: Callable[..., dict | None], *args: Any) -> dict:
+    """Put a question to the ledger of a client's cluster, one of its methods; the first question makes it.
+
+    One about seats is answered once all workers have told which CPUs they may use, but for those that hang.
+    """
+    told: Future | None = None
+    while "unknown" in (answer := client.run_on_scheduler(_answer, question, args)):
+        told = told or aside(client.register_plugin, Warmth())  # aside, since Dask waits until each worker has it
+        if told.done() and not isinstance(told.exception(), OSError | TimeoutError):  # of one that has gone
+            told.result()
+        time.sleep(ASK_SECONDS)
+    return answer
+
+
+def _answer(question: Callable[..., dict | None], args: tuple, dask_scheduler: Scheduler) -> dict:
+    ledger: Any = dask_scheduler.plugins.get(Ledger.name)
+    if ledger is None:
+        ledger = Ledger(dask_scheduler)
+        dask_scheduler.add_plugin(ledger)
+        dask_scheduler.handlers["hpclab_rendezvous"] = ledger.rendezvous
+        dask_scheduler.handlers["hpclab_clock"] = ledger.clock
+    if question in SEATING and (unknown := ledger.unknown()):
+        return {"unknown": unknown}
+    return question(ledger, *args) or {}
+
+
+def send(client: Client, workers: Collection[str], run: str, order: dict, **whom: Any) -> None:
+    """Have workers give ranks of a run an order, as `process.give` tells it, after those that were sent before.
+
+    It waits for the scheduler, and for no worker: one that has gone gets none, and of one that hangs nothing comes.
+    """
+    client.run_on_scheduler(_send, workers, {"run": run, "order": order} | whom)
+
+
+def _send(workers: Collection[str], order: dict, dask_scheduler: Scheduler) -> None:
+    ledger: Any = dask_scheduler.plugins[Ledger.name]
+    for worker in workers:
+        if worker in ledger.pools:  # it is there, and takes orders
+            dask_scheduler.worker_send(worker, {"op": ORDER} | order)
+
+
+def aside(call: Callable, *args: Any) -> Future:
+    """Call in a thread that nobody has to wait for, not even this process at its end."""
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call(*args))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="hpclab-aside", daemon=True).start()
+    return outcome
+
+
+class Ledger(SchedulerPlugin):
+    """Who sits where, and who waits."""
+
+    name = "hpclab-ledger"
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.gangs: dict[str, Gang] = {}
+        self.queue: list[Gang] = []
+        self.pools: dict[str, machine.Introduction] = {}
+        """By worker that has told: its machine, the name of the CPUs there that it may use, their number, and what the
+        machine is."""
+        self.asked: dict[str, float] = {}
+        """Since when others have been to tell."""
+        self.given_up: dict[str, float] = {}
+        """When workers didn't end their ranks in time; until they are heard again, nobody is seated there."""
+        self.expiring: set[str] = set()
+        """Workers that end soon."""
+        self.keys: dict[str, Keys] = {}
+        """By run: what the ranks of its newest attempt tell each other."""
+
+    def subscribe(self, gang: Gang) -> None:
+        """Send the gang's driver what is said on its topic, and keep no more than the last of it."""
+        self.scheduler.subscribe_topic(topic(gang.run), gang.client)
+        # Dask keeps the last thousand events of a topic, of up to a megabyte here, and has no public way to keep fewer.
+        with suppress(AttributeError):
+            self.scheduler._broker._topics[topic(gang.run)].events = deque(maxlen=1)
+
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Take in which CPUs a worker may use; called by Dask for whatever anybody says."""
+        if topic == POOLS and msg["worker"] in self.scheduler.workers:  # else it has gone meanwhile
+            self.pools[msg["worker"]] = msg["pool"]
+            self.advance()
+
+    def unknown(self) -> list[str]:
+        """Workers that haven't told yet which CPUs they may use, and still may."""
+        now = time.monotonic()
+        return [
+            address
+            for address, worker in self.scheduler.workers.items()
+            if address not in self.pools
+            if now - self.asked.setdefault(address, now) < TELL_SECONDS
+            if time.time() - worker.last_seen < SILENT_SECONDS
+        ]
+
+    def running(self) -> dict[Seat, int]:
+        """Threads of each worker that runs, and told which CPUs it may use."""
+        return {
+            Seat(address, worker.host, pool[:2]): worker.nthreads
+            for address, worker in self.scheduler.workers.items()
+            if worker.status == Status.running and address not in self.expiring
+            if worker.last_seen > self.given_up.get(address, 0)
+            if (pool := self.pools.get(address)) is not None
+        }
+
+    def cpus(self) -> dict[tuple[str, str], int]:
+        """CPUs of each pool."""
+        return {pool[:2]: pool[2] for pool in self.pools.values()}
+
+    def most(self, threads: int = 1, beside: Iterable[Gang] = ()) -> int:
+        """Ranks that this cluster takes, beside other gangs: each takes a CPU and a thread of a worker per thread."""
+        every = sum(self.running().values())
+        return len(self._find(Gang("", "", every, threads, oversubscribe=False), beside))
+
+    def admit(self, gang: Gang, wait: bool) -> dict:
+        """Seat a gang and tell its seats, or else its ``place`` in the queue, what is ``wrong``, or who is ``busy``."""
+        if wrong := self.wrong(gang):
+            return {"wrong": wrong}
+        if gang.oversubscribe:
+            self.queue.insert(0, gang)  # it takes no CPU that others wait for
+        else:
+            self.queue.append(gang)
+        self.advance()
+        if gang.run in self.gangs or wait:
+            self.subscribe(gang)
+            return self.told(gang) if gang.run in self.gangs else {"place": len(self.queue)}
+        self.queue.remove(gang)
+        return {"busy": self.busy(gang)}
+
+    def room(self, gang: Gang) -> dict:
+        """Whether a gang would fit if no other were there: ``ranks``, the most that do, and ``wrong``, or None."""
+        return {"ranks": max(1, self.most(gang.threads)), "wrong": self.wrong(gang)}
+
+    def machines(self) -> dict:
+        """The machines of all workers that run, as `machine.together` has them."""
+        return machine.together(self.pools[seat.worker] for seat in self.running())
+
+    def expire(self, worker: str) -> None:
+        """Seat nobody any more under a worker whose job ends soon."""
+        self.expiring.add(worker)
+
+    def give_up(self, workers: Iterable[str]) -> None:
+        """Seat nobody under workers that hang, for as long as they do."""
+        self.given_up |= dict.fromkeys(self.scheduler.workers.keys() & set(workers), time.time())
+
+    def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> dict:
+        """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing.
+
+        One that oversubscribes finds room anywhere; a `patient` one waits all the same for as many workers as it had.
+        """
+        gang = self.gangs.pop(run)
+        workers = len(self.running())
+        for ranks in sizes:
+            again = replace(gang, ranks=ranks)
+            if (not patient or workers >= len(set(gang.workers()))) and self.seat(again):
+                return self.told(again)
+        self.gangs[run] = gang  # it keeps the seats that are left to it
+        return {}
+
+    def advance(self) -> None:
+        """Admit from the head of the queue for as long as there is room; also for workers that have come."""
+        while self.queue and self.seat(self.queue[0]):
+            gang = self.queue.pop(0)
+            self._tell(gang, self.told(gang))
+        for number, gang in enumerate(self.queue, 1):
+            self._tell(gang, {"place": number})
+
+    def seat(self, gang: Gang) -> bool:
+        """Admit a gang if there is room for all of it."""
+        found = self._find(gang, self.gangs.values())
+        if len(found) < gang.ranks:
+            return False
+        gang.seats = found
+        self.gangs[gang.run] = gang
+        for other in self.gangs.values():
+            if self._crowded(other):
+                self._tell(other, {"crowded": True})
+        return True
+
+    def told(self, gang: Gang) -> dict:
+        """What an admitted gang is told: for each rank the worker, its host and memory; a file for the rendezvous; what
+        machines these are, and whose clock is here.
+
+        Over several hosts there is no such file: `rendezvous` serves them.
+        """
+        workers = gang.workers()
+        first = self.scheduler.workers[workers[0]]
+        hosts = [seat.host for seat in gang.seats]
+        # The folder of a worker is one that only this user can enter.
+        store = f"{first.local_directory}/{gang.run}" if len(set(hosts)) == 1 else ""
+        memory = [self.scheduler.workers[worker].memory_limit // workers.count(worker) or None for worker in workers]
+        emulated = self._crowded(gang) or len(set(hosts)) > len({seat.pool[0] for seat in gang.seats})
+        there = machine.together(filter(None, map(self.pools.get, dict.fromkeys(workers))))
+        seats = {"workers": workers, "hosts": hosts, "emulated": emulated, "store": store, "memory": memory}
+        return seats | {"machine": there, "clock": machine.boot()}
+
+    def release(self, run: str) -> None:
+        """Free a gang's seats, or its place in the queue."""
+        self.gangs.pop(run, None)
+        self.queue = [gang for gang in self.queue if gang.run != run]
+        if run in self.keys:
+            self.keys.pop(run).close()
+        with suppress(AttributeError):  # as above
+            self.scheduler.loop.call_later(TOPIC_SECONDS, self.scheduler._broker._topics.pop, topic(run), None)
+        self.advance()
+
+    async def clock(self) -> float:
+        """The time here; asked by workers on other machines."""
+        return time.time()
+
+    async def rendezvous(self, run: str, attempt: int, question: dict, value: bytes) -> dict:
+        """Answer a rank that looks for the others of its gang; called by its worker."""
+        if run not in self.gangs:
+            raise LookupError(f"run {run} has ended")
+        keys = self.keys.get(run)
+        if keys is None or keys.attempt < attempt:
+            if keys is not None:
+                keys.close()
+            keys = self.keys[run] = Keys(attempt)
+        if keys.attempt > attempt:
+            raise LookupError(f"attempt {attempt} of run {run} has ended")
+        return await keys.answer(question, value)
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
+        """Tell the gangs that have ranks there; called by Dask when a worker has gone."""
+        self.pools.pop(worker, None)
+        self.asked.pop(worker, None)
+        self.given_up.pop(worker, None)
+        self.expiring.discard(worker)
+        for gang in self.gangs.values():
+            if worker in gang.workers():
+                self._tell(gang, {"lost": worker})
+        self.advance()
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """Free what a client held; called by Dask when it has gone, however."""
+        for gang in [*self.gangs.values(), *self.queue]:
+            if gang.client == client:
+                self.release(gang.run)
+
+    def wrong(self, gang: Gang) -> str | None:
+        """What forbids this gang, however long it waited; None if nothing does."""
+        there, silent = self.running(), self._silent()
+        if not there:
+            return silent or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
+        cpus = sum(self.cpus().values())
+        if gang.oversubscribe:
+            limit = f"exceeds {MOST_TURNS} for each CPU of this cluster; use ranks<={MOST_TURNS * cpus}."
+            return f"ranks (={gang.ranks}) {limit}" if gang.ranks > MOST_TURNS * cpus else None
+        most = self.most(gang.threads)
+        if gang.ranks <= most:
+            return None
+        need, hosts = gang.ranks * gang.threads, len({seat.host for seat in there})
+        ways = [f"ranks<={most}"] * (most > 0) + [f"connect(workers={need})"] * (need <= cpus)
+        here = f"{len(there)} workers" + f" on {hosts} hosts" * (hosts > 1)
+        return (
+            f"ranks (={gang.ranks}) with threads (={gang.threads}) take {need} CPUs; this cluster gives a gang"
+            f" {self.most()} ({here}, {cpus} CPUs); use"
+            f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(silent)}{silent}"
+        )
+
+    def _silent(self) -> str:
+        """Who is here, but has told nothing of itself; or nothing."""
+        silent = [address for address in self.scheduler.workers if address not in self.pools]
+        if not silent:
+            return ""
+        return (
+            f"{len(silent)} of the workers, at {', '.join(silent[:3])}, have not answered the scheduler on"
+            f" {machine.node()}: they hang, or a firewall closes their ports to it; start them anew once it doesn't."
+        )
+
+    def busy(self, gang: Gang) -> str:
+        """What stands in this gang's way for now."""
+        held = ", ".join(f"{run} holds {other.ranks * other.threads}" for run, other in self.gangs.items())
+        held += f", and {len(self.queue) - 1} wait before it" * (len(self.queue) > 1)
+        return (
+            f"ranks (={gang.ranks}) with threads (={gang.threads}) take {gang.ranks * gang.threads} CPUs, and"
+            f" {self.most(beside=self.gangs.values())} of {self.most()} are free now: {held}; stop or await that run,"
+            " or launch with wait=True."
+        )
+
+    def _find(self, gang: Gang, beside: Iterable[Gang]) -> list[Seat]:
+        """Seats for a gang beside others, or for as much of it as there is room for.
+
+        All on the fullest host that takes it, else on as few hosts as do. One that oversubscribes takes the emptiest,
+        and CPUs that others have.
+        """
+        there = self.running()
+        room = _Room(there, {} if gang.oversubscribe else self.cpus(), gang.threads)
+        for other in beside:
+            for seat in other.seats:
+                if seat.worker in self.scheduler.workers or other.goes_on:  # else it is free
+                    room.take(seat, other.threads)
+        names = {seat: str(self.scheduler.workers[seat.worker].name) for seat in there}
+        hosts = sorted(
+            dict.fromkeys(seat.host for seat in sorted(there, key=names.__getitem__)), key=room.on, reverse=True
+        )
+        fitting = [host for host in hosts if room.on(host) >= gang.ranks]
+        if fitting and not gang.oversubscribe:
+            hosts = fitting[-1:]
+        found: list[Seat] = []
+        for host in hosts:
+            for _ in range(min(room.on(host), gang.ranks - len(found))):
+                found.append(room.least(host))
+                room.take(found[-1], gang.threads)
+        while gang.oversubscribe and there and len(found) < gang.ranks:
+            found.append(room.least())
+            room.take(found[-1], gang.threads)
+        return sorted(found, key=lambda seat: (hosts.index(seat.host), names[seat]))
+
+    def _crowded(self, gang: Gang) -> bool:
+        """Whether the gang's CPUs have more ranks than they are."""
+        load: Counter = Counter()
+        for other in self.gangs.values():
+            for seat in other.seats:
+                load[seat.pool] += other.threads * (seat.worker in self.scheduler.workers or other.goes_on)
+        return any(load[seat.pool] > self.cpus().get(seat.pool, 0) for seat in gang.seats)
+
+    def _tell(self, gang: Gang, news: dict) -> None:
+        self.scheduler.log_event(topic(gang.run), news)
+
+
+SEATING = (Ledger.admit, Ledger.room, Ledger.reseat, Ledger.advance, Ledger.machines)
+"""Questions whose answer depends on all workers that are there."""
+
+
+class _Room:
+    """What is free under some workers while gangs are seated.
+
+    Parameters
+    ----------
+    workers : dict of Seat to int
+        Threads of each.
+    cpus : dict of pool to int
+        CPUs of each pool; one that is missing has no bound.
+    threads : int
+        Of each rank that is to be seated.
+    """
+
+    def __init__(self, workers: dict[Seat, int], cpus: dict[tuple[str, str], int], threads: int):
+        self.workers = workers
+        self.cpus = cpus
+        self.threads = threads
+        self.ranks = Counter(dict.fromkeys((seat.worker for seat in workers), 0))
+        """Of each worker."""
+        self.taken: Counter = Counter()
+        """Threads, of each host and each pool."""
+
+    def take(self, seat: Seat, threads: int) -> None:
+        """Seat one rank."""
+        self.ranks[seat.worker] += 1
+        self.taken[seat.host] += threads
+        self.taken[seat.pool] += threads
+
+    def on(self, host: str) -> int:
+        """Ranks for which there is room on a host."""
+        here = {seat: threads for seat, threads in self.workers.items() if seat.host == host}
+        pools = {seat.pool for seat in here}
+        cpus = sum(self.cpus[pool] - self.taken[pool] for pool in pools) if pools <= self.cpus.keys() else math.inf
+        return max(0, int(min(sum(here.values()) - self.taken[host], cpus) // self.threads))
+
+    def least(self, host: str | None = None) -> Seat:
+        """The worker, of a host or of all, that has the fewest ranks for its threads."""
+        here = [seat for seat in self.workers if host in (None, seat.host)]
+        return min(here, key=lambda seat: self.ranks[seat.worker] / self.workers[seat])

@@ -1,0 +1,378 @@
+"""A real Slurm of your own on this machine: no root, no container, no database, up in a moment.
+
+Its slurmctld, its slurmds (one a virtual node) and its munged run as you, listen on the loopback only, and keep what
+they have in one folder that only you can enter. They end with the process that started them, however that ends.
+
+Virtual nodes n1, n2, ... have addresses of their own, 127.0.0.2, 127.0.0.3, ...: a job finds its node's in the
+environment variable ``HPCLAB_NODE_ADDRESS``, or with `here`.
+
+What it doesn't do: memory and CPUs are counted and not enforced (no cgroups), so a job can use more than it was given,
+and virtual CPUs may exceed the real ones; there is no accounting database, so no `sacct`, no fair share and no QOS. Nor
+does it restart a daemon that ends. `salloc`, unlike all else, listens on every interface while it runs (it answers
+nobody without a credential of yours).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from hpclab import _private
+from hpclab.language import translate as _
+from hpclab.slurm import conf, states
+from hpclab.slurm import folder as _slurm_folder
+from hpclab.slurm import programs as _slurm_programs
+from hpclab.slurm.conf import Settings
+from hpclab.slurm.folder import PATIENCE_SECONDS
+
+ATTEMPTS = 3
+"""Starts before giving up, as another program may take a port that was free a moment ago."""
+TAKEN = "Address already in use"
+"""What daemons write then."""
+LOG_LINES = 12
+"""Of a daemon's log that are shown when it ends."""
+SLURMS_OWN = ("SLURM", "SBATCH_", "SALLOC_", "SQUEUE_", "SINFO_", "SCONTROL_", "SCANCEL_")
+"""Variables that would change what a command does here, such as a site's defaults."""
+
+
+def here() -> str | None:
+    """Address of the node that this process runs on as a job's, such as "127.0.0.2"; None outside of jobs."""
+    return os.environ.get("HPCLAB_NODE_ADDRESS")
+
+
+class Slurm:
+    """A private Slurm that is up; from `start` or `find`.
+
+    Attributes
+    ----------
+    folder : Path
+        Where its settings, logs and state lie; only this user can enter it.
+    owner : int or None
+        Process that it ends with; None if it was started detached.
+    started_s : float
+        When, in seconds since the epoch.
+    addresses : dict
+        Address of each node, by its name.
+    """
+
+    def __init__(self, folder: Path):
+        about = json.loads((folder / "about.json").read_text())
+        self.folder = folder
+        self.owner: int | None = about["owner"]
+        self.started_s: float = about["started_s"]
+        self.addresses: dict[str, str] = about["nodes"]
+        self._port: int = about["port"]
+        self._keeper: subprocess.Popen | None = None  # as far as this process started it
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment in which Slurm's commands use it: this process', without what a site says there of its own."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(SLURMS_OWN)}
+        path = f"{self.folder}/bin:{os.environ.get('PATH', '')}"
+        return clean | {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": path}
+
+    def __repr__(self) -> str:
+        return f"<private Slurm of {len(self.addresses)} nodes in {self.folder}>"
+
+    def __enter__(self) -> "Slurm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(self, *words: object, input: str | None = None, cwd: str | Path | None = None) -> str:
+        """Run a command of Slurm's against it, and return what it prints.
+
+        Parameters
+        ----------
+        *words : object
+            Such as ``"sbatch", "--wrap", "hostname"``.
+        input : str, optional
+            Text for its standard input, such as a job's script for ``sbatch``.
+        cwd : path, optional
+            Where it runs; default: here.
+
+        Raises
+        ------
+        RuntimeError
+            If it fails, with what it said; or if this Slurm isn't up, with the end of its log.
+        """
+        return self._run([str(word) for word in words], input=input, cwd=cwd)
+
+    def nodes(self) -> list[dict]:
+        """All nodes; one row each.
+
+        Returns
+        -------
+        list of dict
+            ``node``, ``address``, ``state`` (as sinfo says it: "idle", "mixed", "allocated", "down", "drained", ...; a
+            "*" after it: it doesn't answer), ``reason`` and ``since_s`` of a state that someone set (epoch), ``cpus``,
+            ``cpus_used``, ``memory_mb``, ``memory_used_mb`` (of 2**20 bytes), ``partitions``.
+        """
+        return states.nodes(self._run)
+
+    def jobs(self) -> list[dict]:
+        """All jobs since the start, the ended ones too; one row each, by their number.
+
+        Returns
+        -------
+        list of dict
+            ``job`` (its id), ``array`` ("7_3" for a task of one, else None), ``name``, ``partition``, ``state`` (in
+            Slurm's words: "PENDING", "RUNNING", "COMPLETED", "NODE_FAIL", ...), ``reason``, ``nodes`` (as "n[1-2]"),
+            ``submitted_s``, ``expected_s`` (when the scheduler thinks that a pending one starts), ``started_s`` and
+            ``ended_s`` (epoch, None if it hasn't), ``walltime_s`` (None: unlimited), ``cpus``, ``memory_mb``,
+            ``priority``, ``restarts`` and ``exit_code`` (as "code:signal").
+
+        Notes
+        -----
+        Slurm forgets none here within a year, and takes no more than 100,000. Its own log of those that have ended is
+        ``completed`` in `folder`.
+        """
+        return states.jobs(self._run)
+
+    def kill(self, node: str) -> None:
+        """Let a node fail, as by a loss of power: its slurmd and all processes of jobs on it end at once.
+
+        Returns when Slurm has the node as down. That takes no timeout: what keeps the daemons sees this one end, and
+        tells Slurm, as a site's health check would. Jobs that were on it are requeued, or fail if they may not be.
+        """
+        self._named(node)
+        self._call("kill", node)
+        self._until(lambda: "DOWN" in self._state(node), f"node {node} to be seen down")
+
+    def revive(self, node: str) -> None:
+        """Start a node that was killed; returns when Slurm uses it again, also if it was drained before."""
+        self._named(node)
+        if node in self._call("alive"):
+            raise ValueError(f"node (={node!r}) is up; revive those that were killed. After drain, use resume.")
+        self._call("start", node)
+        self.resume(node)
+
+    def drain(self, node: str, reason: str) -> None:
+        """Give a node no more jobs; those on it go on."""
+        self._named(node)
+        self.run("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
+
+    def resume(self, node: str) -> None:
+        """Give a drained node jobs again; returns when it has answered."""
+        self._named(node)
+        self._check(node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+        def used() -> bool:
+            self._check(node)
+            return not {"DOWN", "DRAIN", "NOT_RESPONDING"}.intersection(self._state(node))
+
+        self._until(used, f"node {node} to be used again")
+
+    def _ipython_display_(self) -> None:
+        from hpclab import views
+
+        views.follow(self)
+
+    def status(self) -> str:
+        """Nodes and jobs as text, for people to read."""
+        jobs = self.jobs()
+        parts = [
+            self.folder,
+            states.node_table(self.nodes()),
+            states.job_table(jobs) if jobs else _("no jobs"),
+        ]
+        return "\n\n".join(map(str, parts))
+
+    def stop(self) -> None:
+        """End it, and all of its jobs' processes, at once, and remove its folder; once more is no error.
+
+        If `start` was given the folder, then settings, logs and the completion log stay there.
+        """
+        try:
+            self._call("stop")
+        except (ConnectionError, FileNotFoundError):  # it has ended, or lost its folder
+            if self._keeper:
+                self._keeper.terminate()
+        if self._keeper:
+            self._keeper.wait()
+
+    def log(self, daemon: str = "slurmctld", lines: int = LOG_LINES) -> str:
+        """Return the end of a daemon's log: "slurmctld", "munged", or a node's name."""
+        with suppress(OSError):
+            return "\n".join((self.folder / f"{daemon}.log").read_text(errors="replace").splitlines()[-lines:])
+        return ""
+
+    @property
+    def up(self) -> bool:
+        """Whether it has not ended, though a daemon of it may have."""
+        try:
+            self._call("alive")
+        except TimeoutError:  # its keeper is busy
+            return True
+        except (ConnectionError, FileNotFoundError):
+            return False
+        return True
+
+    def _named(self, node: str) -> None:
+        if node not in self.addresses:
+            raise ValueError(f"node (={node!r}) must be one of {', '.join(self.addresses)}.")
+
+    def _state(self, node: str) -> list[str]:
+        """What Slurm's controller holds of a node, such as "DOWN" and "DRAIN"; sinfo tells the one or the other."""
+        return self.run("scontrol", "--oneliner", "show", "node", node).split(" State=")[1].split()[0].split("+")
+
+    def _run(self, command: list[str], input: str | None = None, cwd: str | Path | None = None, **env: str) -> str:
+        self._check()
+        done = subprocess.run(command, env=self.env | env, cwd=cwd, input=input, capture_output=True, text=True)
+        if done.returncode:
+            self._check()
+            raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()}")
+        return done.stdout
+
+    def _check(self, *daemons: str) -> None:
+        """Raise an error that tells why, if daemons don't run; by default, those that a Slurm can't be without."""
+        try:
+            alive = self._call("alive")
+        except (ConnectionError, FileNotFoundError):
+            raise RuntimeError(f"the private Slurm in {self.folder} has ended; start another.") from None
+        for daemon in daemons or ("munged", "slurmctld"):
+            if daemon not in alive:
+                way = f"revive({daemon!r})" if daemon in self.addresses else "stop it and start another"
+                raise RuntimeError(
+                    f"{daemon} of the private Slurm in {self.folder} has ended; {way}. The end of its log:\n"
+                    f"{self.log(daemon)}"
+                )
+
+    def _call(self, *words: str) -> list[str]:
+        return _slurm_folder.call(self.folder, *words)
+
+    def _until(self, true: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not true():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited {PATIENCE_SECONDS} s for {what}. The end of the log:\n{self.log()}")
+            time.sleep(0.01)
+
+
+def start(
+    nodes: int = 4,
+    cpus: int = 2,
+    memory: int | str = "2GB",
+    *,
+    scheduler: str = "backfill",
+    walltime: str | None = None,
+    partitions: dict[str, dict[str, object]] | None = None,
+    folder: str | Path | None = None,
+    detached: bool = False,
+) -> Slurm:
+    """Start a private Slurm, and return when all its nodes are idle.
+
+    Parameters
+    ----------
+    nodes : int, default 4
+        Virtual nodes, n1, n2, ...
+    cpus : int, default 2
+        CPUs of each node; together they may exceed those of this machine.
+    memory : int or str, default "2GB"
+        Memory of each node, in bytes or as Slurm reads it: "2GB" is 2 times 2**30 bytes.
+    scheduler : {"backfill", "builtin"}
+        "backfill" goes by priority, and also starts later jobs that delay no earlier one. "builtin" is first in, first
+        out, whatever the priority of a job (only that of a partition counts, its PriorityTier).
+    walltime : str, optional
+        The longest that a job may ask for, such as "00:30:00"; also what one gets that doesn't ask. Slurm counts in
+        minutes and looks twice a minute. Default: no limit.
+    partitions : dict, optional
+        For each partition's name its options as in slurm.conf, such as ``{"short": {"MaxTime": 5, "PriorityTier": 2},
+        "long": {"Nodes": "n1,n2"}}``. The first is the default one; each has all nodes, and `walltime` as its MaxTime,
+        unless it says otherwise. Default: one, "main".
+    folder : path, optional
+        Where it keeps what it has; new or empty, and its settings and logs stay there after the end. Default: a private
+        folder in the system's temporary one, which is removed.
+    detached : bool, default False
+        Whether it outlives this process, until `stop` (which any process of this user can call, with `find`).
+
+    Returns
+    -------
+    Slurm
+        Use it in a ``with`` block, or call its `stop`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is wrong.
+    FileNotFoundError
+        If a program is missing; the message has the line that installs it.
+    RuntimeError
+        If a daemon doesn't start, with the end of its log.
+    """
+    settings = Settings(nodes, cpus, memory, scheduler, walltime, partitions or {"main": {}})
+    programs = _slurm_programs.find()
+    for left in reversed(range(ATTEMPTS)):
+        slurm = _keep(settings, programs, folder, detached)
+        try:
+            _boot(slurm)
+            break
+        except BaseException as error:
+            slurm.stop()
+            shutil.rmtree(slurm.folder, ignore_errors=True)
+            if not left or TAKEN not in str(error):
+                raise
+    return slurm
+
+
+def find(folder: str | Path | None = None) -> Slurm | None:
+    """Return this user's private Slurm that is up, or None.
+
+    Parameters
+    ----------
+    folder : path, optional
+        That of the one wanted, if `start` was given one. Default: of several, one that was started detached is
+        preferred, then the newest.
+    """
+    found = []
+    for path in [Path(folder).expanduser().absolute()] if folder else _slurm_folder.own():
+        with suppress(FileNotFoundError):  # it has just ended
+            if _slurm_folder.kept(path):
+                found.append(Slurm(path))
+    return max(found, key=lambda slurm: (slurm.owner is None, slurm.started_s), default=None)
+
+
+def _keep(settings: Settings, programs: dict[str, str], wanted: str | Path | None, detached: bool) -> Slurm:
+    """Make a folder with all that the daemons read, and a keeper, which starts none before it is asked to."""
+    with _private.locked(_slurm_folder.home()):
+        _slurm_folder.clear()
+        folder = _slurm_folder.make(wanted)
+        try:
+            plan = conf.write(folder, settings, programs, None if detached else os.getpid(), wanted is not None)
+            about = {name: plan[name] for name in ("owner", "nodes", "port")} | {"started_s": time.time()}
+            (folder / "about.json").write_text(json.dumps(about))
+            slurm = Slurm(folder)
+            slurm._keeper = _slurm_folder.hire(folder, plan)
+            return slurm
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _boot(slurm: Slurm) -> None:
+    """Start the daemons, each when what it needs is there."""
+
+    def bring_up(names: list[str], there: Callable[[], bool]) -> None:
+        def up() -> bool:
+            slurm._check(*names)
+            return there()
+
+        slurm._call("start", *names)
+        slurm._until(up, f"{', '.join(names)} to be up")
+
+    bring_up(["munged"], (slurm.folder / "munge").exists)
+    if _listens(slurm._port):
+        raise RuntimeError(f"port {slurm._port}: {TAKEN}.")
+    bring_up(["slurmctld"], lambda: _listens(slurm._port))
+    bring_up([*slurm.addresses], lambda: all(row["state"] == "idle" for row in slurm.nodes()))
+
+
+def _listens(port: int) -> bool:
+    """Whether someone listens on a port of 127.0.0.1, without a call that would end up in its log."""
+    return f"0100007F:{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text()

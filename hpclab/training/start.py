@@ -1,0 +1,235 @@
+"""Data-parallel training: every rank holds the model, sees its share of each batch, and averages its gradients."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client
+from tqdm.auto import tqdm
+
+from hpclab import data as datasets
+from hpclab.gangs.launch import check_pickles, gang_size, launch, whole_number
+from hpclab.gangs.run import Run
+from hpclab.network import Network
+from hpclab.training.entry import replicate
+from hpclab.training.job import MODELS, Job, Model, not_a_module
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+@dataclass
+class Fit:
+    """A trained model and the rows of its training."""
+
+    state: bytes
+    """The model's state_dict, as `torch.save` wrote it."""
+    rows: list[dict]
+    accuracy: float | None
+    """Share of the test images classified rightly after the last epoch; None if none was finished."""
+    folder: Path
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state_dict, read when it is first asked for: that imports torch."""
+        import torch
+
+        return torch.load(io.BytesIO(self.state), weights_only=True)
+
+    def __repr__(self) -> str:
+        size = sum(weight.numel() for weight in self.weights.values())
+        accuracy = "untested" if self.accuracy is None else f"accuracy {self.accuracy:.3f}"
+        return f"<Fit {size:,} weights, {accuracy}, {self.folder}>"
+
+
+def train(
+    client: Client,
+    model: Model,
+    data: str | os.PathLike,
+    *,
+    ranks: int | None = None,
+    epochs: int = 1,
+    batch_size: int = 64,
+    lr: float = 0.05,
+    threads: int = 1,
+    oversubscribe: bool = False,
+    wait: bool = False,
+    seed: int = 0,
+    steps: int | None = None,
+    optimizer: Callable[[Iterable], Optimizer] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    network: Network | None = None,
+    trace: int = 0,
+    checkpoint_every: int | None = None,
+    find_unused_parameters: bool = False,
+    max_restarts: int = 0,
+    min_ranks: int | None = None,
+    resume: str | os.PathLike | None = None,
+    folder: str | os.PathLike | None = None,
+    name: str = "train",
+    progress: bool = True,
+) -> Run:
+    """Train a torch module on a gang of ranks with DistributedDataParallel, and return at once.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        From `connect`.
+    model : torch.nn.Module, callable without arguments that returns one, or str
+        A class such as `models.CNN` will do, or, by name, "CNN": the notebook's kernel then needs no torch, which saves
+        it 0.1 GB and some seconds. All ranks start from rank 0's weights.
+    data : str or path
+        Name of a data set that comes with hpclab ("fashion_mnist"), or a folder of one, which `hpclab.data.write` makes
+        of arrays of yours.
+    ranks : int, optional
+        Number of ranks. Default: as many as the cluster takes.
+    epochs : int, default 1
+        Passes over the training images. Each reshuffles them; images that fill no whole batch on every rank sit it out.
+    batch_size : int, default 64
+        Samples a *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
+    lr : float, default 0.05
+        Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), for SGD with momentum
+        0.9.
+    threads : int, default 1
+        Threads that torch may use in each rank.
+    oversubscribe, wait : bool, default False
+        As for `launch`.
+    seed : int, default 0
+        Of the weights and the shuffling; dropout and its like are seeded by ``seed + rank``.
+    steps : int, optional
+        End after so many steps, without tests and, unless `checkpoint_every` is given, checkpoints: for measuring
+        speed.
+    optimizer : callable, optional
+        Given the model's parameters, returns the optimiser to use in place of SGD and its schedule; `lr` is then
+        unused.
+    loss : callable, optional
+        Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape (). Default:
+        cross-entropy.
+    network : Network, optional
+        Emulate this network between the ranks, see `Network.attach`. Default: the machine's own.
+    trace : int, default 0
+        Trace so many steps, after the first few, into the folder; see `timeline.spans` and `timeline.merge`. Traced
+        steps are slower.
+    checkpoint_every : int, optional
+        Write a checkpoint after every so many steps, besides that of each epoch; the newest two stay. See
+        `checkpoint.save`.
+    find_unused_parameters : bool, default False
+        Take a model of which a step may leave parameters unused, as DistributedDataParallel does with the argument of
+        this name; without it such a model fails in its second step. It takes some time in each step.
+    max_restarts : int, default 0
+        How often to go on from the newest checkpoint when a rank, a worker or a host is lost, or its job in a queue
+        reaches its walltime. With as many ranks as before, the result is that of a run without losses, bit for bit.
+    min_ranks : int, optional
+        The fewest ranks to go on with when workers don't come back; see `launch`. Each then takes more samples a step,
+        so that all together take as many as before: only numbers that divide these are used. The result is that of a
+        run without losses up to rounding, if the model neither draws random numbers (dropout) nor looks at its share
+        of a batch as a whole (batch norm).
+    resume : path, optional
+        Folder of an earlier run, to go on from its newest checkpoint. Model, data, samples a step of all ranks, number
+        of steps and seed must be the same.
+    folder : path, optional
+        Where ``rows.jsonl`` and ``checkpoints/`` go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
+    name : str, default "train"
+        Name of the run.
+    progress : bool, default True
+        Show a progress bar.
+
+    Returns
+    -------
+    Run
+        Its ``result()`` is a `Fit`; stopped, it ends after the same step on every rank, and the weights of then are in
+        it. Its rows are of the kinds "step" (the loss is that of a rank's own samples) and "epoch"; see `hpclab.rows`.
+
+    Raises
+    ------
+    ValueError, TypeError, FileNotFoundError, PermissionError
+        If an argument can't be; the message names it. See also `launch` and `data.load`.
+    """
+    if not _makes_module(model):
+        raise TypeError(not_a_module(model))
+    if not lr > 0:
+        raise ValueError(f"lr (={lr!r}) must be above 0.")
+    ranks = gang_size(client, ranks, threads, oversubscribe)
+    epochs, batch_size = whole_number("epochs", epochs), whole_number("batch_size", batch_size)
+    found = datasets.find(data)
+    an_epoch = _steps_of_an_epoch(found, ranks, batch_size)
+    trace, seed = whole_number("trace", trace, least=0), whole_number("seed", seed, least=None)
+    steps = None if steps is None else whole_number("steps", steps)
+    total = steps or epochs * an_epoch
+    if checkpoint_every is not None:
+        checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
+    batch = batch_size * ranks
+    job = Job(
+        *(model, str(found.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
+        checkpoint_every,
+        bool(find_unused_parameters),
+    )
+    sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)
+    admission: dict[str, Any] = {"oversubscribe": oversubscribe, "wait": wait}
+    keeping: dict[str, Any] = {"max_restarts": max_restarts, "min_ranks": sizes, "resume": resume, "folder": folder}
+    try:
+        run = launch(client, replicate, job, ranks=ranks, threads=threads, name=name, **admission, **keeping)
+    except TypeError:
+        check_pickles({"model": model, "optimizer": optimizer, "loss": loss})
+        raise
+    if progress:
+        run.watch(_Bar(total, f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
+    return run.then(lambda values: _fit(run, values[0]))
+
+
+def _steps_of_an_epoch(data: Path, ranks: int, batch_size: int) -> int:
+    """How many steps an epoch takes, if the data set is whole and a rank's shard fills a batch."""
+    size = len(datasets.load(data, "train"))
+    datasets.load(data, "test")
+    shard = size // ranks
+    if batch_size > shard:
+        raise ValueError(
+            f"batch_size (={batch_size}) exceeds the {shard} samples of a rank's shard"
+            f" ({size} over ranks (={ranks})); use batch_size<={shard}."
+        )
+    return shard // batch_size
+
+
+def _divisors(batch: int, ranks: int, least: int) -> list[int]:
+    """Numbers of ranks that can share a batch evenly."""
+    least = whole_number("min_ranks", least)
+    if least > ranks:
+        raise ValueError(f"min_ranks (={least}) exceeds ranks (={ranks}).")
+    return [size for size in range(least, ranks + 1) if batch % size == 0]
+
+
+class _Bar:
+    """A progress bar over a run's steps; it falls back to the step from which a later attempt goes on."""
+
+    def __init__(self, total: int, title: str):
+        self.bar = tqdm(total=total, desc=title, unit="step", mininterval=0.2)
+
+    def __call__(self, run: Run, rows: list[dict]) -> None:
+        for row in rows:
+            if "test_accuracy" in row:
+                self.bar.set_postfix(accuracy=f"{row['test_accuracy']:.3f}", refresh=False)
+            if row["kind"] in ("resume", "restart"):
+                self.bar.update(row.get("step", 0) - self.bar.n)
+        self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
+        if not run.going:
+            self.bar.close()
+
+
+def _fit(run: Run, value: tuple[bytes, float | None]) -> Fit:
+    state, accuracy = value
+    return Fit(state, run.rows, accuracy, run.folder)
+
+
+def _makes_module(model: object) -> bool:
+    if isinstance(model, str):
+        return model in MODELS
+    from torch import nn  # loaded already, by whoever made a module
+
+    return issubclass(model, nn.Module) if isinstance(model, type) else callable(model)

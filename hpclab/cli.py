@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     up = verbs.add_parser("up", help="start one, which outlives this shell")
     up.add_argument("--nodes", type=int, default=4, help="virtual nodes (default: 4)")
     up.add_argument("--cpus", type=int, default=2, help="CPUs of each; may exceed the real ones (default: 2)")
-    up.add_argument("--memory", default="2GB", help="memory of each (default: 2GB)")
+    up.add_argument("--memory", default="2GiB", help="memory of each (default: 2GiB)")
     up.add_argument("--scheduler", default="backfill", help="backfill or builtin (default: backfill)")
     up.add_argument("--walltime", help="the longest that a job may ask for, such as 00:30:00 (default: no limit)")
     up.set_defaults(run=_slurm_up)
@@ -168,8 +168,7 @@ def _lab(options: argparse.Namespace, rest: list[str]) -> None:
 def _grade(options: argparse.Namespace, rest: list[str]) -> None:
     from pathlib import Path
 
-    from dask.utils import parse_bytes
-
+    from hpclab._arguments import size
     from hpclab.course import grading
 
     csv = Path(options.csv).expanduser().resolve() if options.csv else None
@@ -185,7 +184,7 @@ def _grade(options: argparse.Namespace, rest: list[str]) -> None:
         seed=options.seed,
         inconclusive=options.inconclusive,
         time_s=options.time,
-        memory=parse_bytes(options.memory),
+        memory=size("--memory", options.memory),
         trust=options.trust,
         skip=(csv,) if csv else (),
         told=told,

@@ -16,11 +16,11 @@ from typing import Any
 from unittest.mock import patch
 
 import dask
-from dask.utils import format_bytes, parse_bytes
+from dask.utils import format_bytes
 from distributed import Security
 
 from hpclab import machine, sites
-from hpclab._arguments import plain, whole_number
+from hpclab._arguments import clock, plain, seconds, size, whole_number
 
 # Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
 # wake-up makes a rank late, and the others wait for it.
@@ -74,23 +74,20 @@ class Request:
     @property
     def bytes(self) -> int:
         """Memory of each worker, in bytes."""
-        return parse_bytes(self.memory)
+        return size("memory", self.memory)
 
     @property
     def seconds(self) -> int:
         """The walltime in seconds."""
         if isinstance(self.walltime, int):  # also what YAML makes of 12:00:00 without quotes
             return self.walltime
-        days, hours, minutes, seconds = map(int, _CLOCK.fullmatch(self.walltime).groups("0"))  # type: ignore[union-attr]
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        # Of what Slurm reads, only what other queues read alike: "30:00" is half an hour for it, and 30 for LSF.
+        return seconds(self.walltime) or 0 if str(self.walltime).count(":") == 2 else 0
 
     @property
     def clock(self) -> str:
         """The walltime as HH:MM:SS."""
-        return f"{self.seconds // 3600:02d}:{self.seconds // 60 % 60:02d}:{self.seconds % 60:02d}"
-
-
-_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+        return clock(self.seconds)
 
 
 def _place(request: Request, account: str = "account") -> dict[str, Any]:
@@ -212,15 +209,9 @@ def _check(request: Request) -> None:
     for name in ("workers", "cores"):
         whole_number(name, getattr(request, name))
     for name, least in (("memory", LEAST_MEMORY), ("disk", 1)):
-        value = getattr(request, name)
-        try:
-            enough = parse_bytes(value) >= least
-        except (ValueError, AttributeError):
-            raise ValueError(f"{name} (={value!r}) must be bytes or a size such as '2GB'.") from None
-        if not enough:
+        if size(name, value := getattr(request, name)) < least:
             raise ValueError(f"{name} (={value!r}) must be at least {format_bytes(least)}.")
-    whole = isinstance(request.walltime, int) and request.walltime > 0
-    if not whole and not _CLOCK.fullmatch(str(request.walltime)):
+    if request.seconds < 1:
         raise ValueError(f"walltime (={request.walltime!r}) must be 'HH:MM:SS', such as '01:30:00', or seconds.")
     for name in ("queue", "account", "resources", "interface"):
         value = getattr(request, name)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
-from dask.utils import format_bytes, parse_bytes
+from dask.utils import format_bytes
 from distributed import Client, Security, SpecCluster, Worker, WorkerPlugin
 
 from hpclab import _namesakes, machine
-from hpclab._arguments import plain, whole_number
+from hpclab._arguments import size, whole_number
 from hpclab.cluster.healing import LocalCluster, root
 from hpclab.cluster.tls import refusal
 from hpclab.gangs.run import stop_all
@@ -255,10 +255,7 @@ def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
         )
     if memory is None:
         return workers, there // workers
-    try:
-        limit = parse_bytes(plain(memory))
-    except (ValueError, OverflowError, AttributeError, TypeError):
-        raise ValueError(f"memory (={memory!r}) must be bytes or a size such as '2GB'.") from None
+    limit = size("memory", memory)
     if limit * workers > there or limit < LEAST_MEMORY:
         raise ValueError(
             f"memory (={memory!r}) for each of {workers} workers must be at least {format_bytes(LEAST_MEMORY)}, which a"

@@ -4,19 +4,23 @@ import errno
 import math
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import dask
 from dask.utils import format_bytes
 
+from hpclab._arguments import clock, seconds
 from hpclab.queues import Request
-from hpclab.slurm.states import ENDED, seconds
+from hpclab.slurm.states import ENDED, fields
 
 PATIENCE_SECONDS = 20
 """How long Slurm's commands may take before it counts as out of reach."""
 OVER = ENDED | {"COMPLETING", "SPECIAL_EXIT"}
 """States of jobs that have ended, or are about to."""
+_NODE_FIELDS = ("partition", "nodelist", "nodeaddr", "cpus", "memory", "time")
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,18 @@ def nodes(env: Mapping[str, str] | None) -> list[Node]:
     OSError
         If no Slurm answers; the message has its words.
     """
-    found = []
-    for line in _ask(env, "sinfo", "--Node", "--format=%P|%N|%o|%c|%m|%l"):
-        partition, name, address, cpus, memory, limit = line.split("|")
-        own = (partition.rstrip("*"), partition.endswith("*"), name, address)
-        known = int(memory) * 2**20 if int(memory) > 1 else math.inf  # 1: Slurm's default
-        found.append(Node(*own, int(cpus), known, seconds(limit)))
-    return found
+    return [
+        Node(
+            partition=row["partition"].rstrip("*"),
+            default=row["partition"].endswith("*"),
+            name=row["nodelist"],
+            address=row["nodeaddr"],
+            cpus=int(row["cpus"]),
+            memory=int(row["memory"]) * 2**20 if int(row["memory"]) > 1 else math.inf,  # 1: Slurm's default
+            limit=seconds(row["time"]) or math.inf,
+        )
+        for row in fields(partial(_ask, env), ["sinfo", "--Node"], _NODE_FIELDS)
+    ]
 
 
 def places(env: Mapping[str, str] | None) -> dict[str, Place]:
@@ -87,19 +96,18 @@ def places(env: Mapping[str, str] | None) -> dict[str, Place]:
     OSError
         As `nodes`.
     """
-    mine = [
-        line.split("|", 3)
-        for line in _ask(env, "squeue", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%P|%r")
-    ]
-    waiting: dict[str, list[str]] = {}
-    if wanted := {partition for _, state, partition, _ in mine if state == "PENDING"}:
-        where = f"--partition={','.join(wanted)}"
-        for line in _ask(env, "squeue", "--states=PENDING", where, "--sort=-p,i", "--format=%i|%P"):
-            job, partition = line.split("|")
-            waiting.setdefault(partition, []).append(job)
+    ask, names = partial(_ask, env), ("jobarrayid", "state", "partition", "reason")
+    mine = fields(ask, ["squeue", f"--user={os.getuid()}", "--states=all"], names)
+    numbers: dict[tuple[str, str], int] = {}  # of jobs that wait, from 1 in each partition
+    if wanted := {row["partition"] for row in mine if row["state"] == "PENDING"}:
+        queue = ["squeue", "--states=PENDING", f"--partition={','.join(wanted)}", "--sort=-p,i"]
+        ahead: Counter[str] = Counter()
+        for row in fields(ask, queue, names):
+            ahead[row["partition"]] += 1
+            numbers[row["partition"], row["jobarrayid"]] = ahead[row["partition"]]
     return {
-        job: Place(state, reason, waiting[partition].index(job) + 1 if job in waiting.get(partition, ()) else None)
-        for job, state, partition, reason in mine
+        row["jobarrayid"]: Place(row["state"], row["reason"], numbers.get((row["partition"], row["jobarrayid"])))
+        for row in mine
     }
 
 
@@ -119,7 +127,7 @@ def check(request: Request, queue: str | None, there: list[Node]) -> None:
         raise ValueError(f"queue (={queue!r}) must be given, as this Slurm has no default: {', '.join(names)}.")
     where = ",".join(dict.fromkeys(node.partition for node in chosen))
     if request.seconds > (limit := max(node.limit for node in chosen)):
-        raise ValueError(f"walltime (={request.walltime!r}) exceeds the {_clock(limit)} of partition {where}.")
+        raise ValueError(f"walltime (={request.walltime!r}) exceeds the {clock(limit)} of partition {where}.")
     if request.cores > (most := max(node.cpus for node in chosen)):
         raise ValueError(f"cores (={request.cores}) exceed the {most} of any node in partition {where}.")
     fitting = {node.name: node for node in chosen if node.cpus >= request.cores}.values()
@@ -138,25 +146,23 @@ def check(request: Request, queue: str | None, there: list[Node]) -> None:
         )
 
 
-def _ask(env: Mapping[str, str] | None, *command: str) -> list[str]:
-    words = [*command, "--noheader"]
+def _ask(env: Mapping[str, str] | None, words: list[str], **more: str) -> str:
+    """Run one of Slurm's commands, with more in its environment; returns what it prints."""
+    command = words[0]
     conf = (env or {}).get("SLURM_CONF")
     if conf and not os.path.exists(conf):  # Slurm itself would look for others, for a long time
         raise ConnectionError(f"its settings, {conf}, have gone")
     try:
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        own = {**(os.environ if env is None else env), **more}
+        done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except (FileNotFoundError, NotADirectoryError):  # the latter if PATH names what is no folder
-        raise FileNotFoundError(f"{command[0]} is not installed") from None
+        raise FileNotFoundError(f"{command} is not installed") from None
     except OSError as error:  # "Permission denied" also if PATH names a folder that this user can't enter
         if error.errno not in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP):  # such as no memory, no more processes
             raise
-        raise FileNotFoundError(f"{command[0]} is nowhere on PATH where it can be run ({error.strerror})") from None
+        raise FileNotFoundError(f"{command} is nowhere on PATH where it can be run ({error.strerror})") from None
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{command[0]} gave no answer in {PATIENCE_SECONDS} s") from None
+        raise TimeoutError(f"{command} gave no answer in {PATIENCE_SECONDS} s") from None
     if done.returncode:
-        raise ConnectionError(done.stderr.strip() or f"{command[0]} failed ({done.returncode})")
-    return done.stdout.splitlines()
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600:02d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+        raise ConnectionError(done.stderr.strip() or f"{command} failed ({done.returncode})")
+    return done.stdout

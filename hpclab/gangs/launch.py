@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-from dask.utils import format_bytes, parse_bytes
+from dask.utils import format_bytes
 from distributed import Client
 
-from hpclab._arguments import plain
+from hpclab._arguments import plain, size
 from hpclab._arguments import whole_number as whole_number
 from hpclab.gangs.attempt import Settings
 from hpclab.gangs.run import Run
@@ -133,7 +133,13 @@ def launch(
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     gang = Gang(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
     settings = Settings(
-        init, _bytes(memory), hang_after, wait, max_restarts, _sizes(ranks, min_ranks), _resumable(resume)
+        init,
+        None if memory is None else size("memory", memory),
+        hang_after,
+        wait,
+        max_restarts,
+        _sizes(ranks, min_ranks),
+        _resumable(resume),
     )
     return Run(client, gang, settings, payload, Path(folder or Path("results", run)))
 
@@ -177,16 +183,6 @@ def _resumable(folder: str | os.PathLike | None) -> str | None:
             f"resume (={str(folder)!r}) holds no checkpoints/step-*.pt; name the folder of a run that does."
         )
     return str(path)
-
-
-def _bytes(memory: int | str | None) -> int | None:
-    try:
-        found = None if memory is None else parse_bytes(plain(memory))
-    except (ValueError, OverflowError, AttributeError, TypeError):
-        found = 0
-    if found is not None and not 0 < found < 2**63:
-        raise ValueError(f"memory (={memory!r}) must be bytes above 0 and below 2**63, or a size such as '2GB'.")
-    return found
 
 
 def _pickle(function: Callable, args: tuple) -> bytes:

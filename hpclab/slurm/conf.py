@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpclab._arguments import plain, whole_number
+from hpclab._arguments import seconds, size, whole_number
 
 SCHEDULERS = ("backfill", "builtin")
 MOST_NODES = 200
@@ -31,8 +31,6 @@ HOST = "localhost"
 
 FOLDER = re.compile(r"[/\w.+@-]+", re.ASCII)
 """A path that Slurm's settings can hold."""
-_WALLTIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
-_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _PARTITION = re.compile(r"[A-Za-z]\w*")
 
 
@@ -50,10 +48,10 @@ class Settings:
     def __post_init__(self):
         for name, most in (("nodes", MOST_NODES), ("cpus", 1024)):
             setattr(self, name, whole_number(name, getattr(self, name), 1, most))
-        self.memory = plain(self.memory)
+        self.memory = size("memory", self.memory)
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler (={self.scheduler!r}) must be one of {', '.join(SCHEDULERS)}.")
-        if self.walltime is not None and not (isinstance(self.walltime, str) and _WALLTIME.fullmatch(self.walltime)):
+        if self.walltime is not None and seconds(self.walltime) is None:
             raise ValueError(
                 f"walltime (={self.walltime!r}) must be text as Slurm reads it: 'MINUTES', 'MM:SS', 'HH:MM:SS',"
                 " 'DAYS-HH' or 'DAYS-HH:MM:SS'."
@@ -66,19 +64,10 @@ class Settings:
             for key, value in options.items():
                 if not re.fullmatch(r"\w+", key) or re.search(r"[\s=]", str(value)):
                     raise ValueError(f"partitions[{name!r}] (={key}={value}) must be an option of slurm.conf.")
-        self.megabytes()
 
     def megabytes(self) -> int:
-        """Memory of a node as Slurm counts it, in units of 2**20 bytes."""
-        if isinstance(self.memory, int) and not isinstance(self.memory, bool):
-            size = self.memory / 2**20
-        elif found := _MEMORY.fullmatch(str(self.memory).strip()):
-            size = float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ") / 2**20
-        else:
-            size = 0
-        if size < 1:
-            raise ValueError(f"memory (={self.memory!r}) must be bytes, or a size such as '2GB' or '500MB'.")
-        return math.ceil(size)
+        """Memory of a node as Slurm counts it, in units of 2**20 bytes, and never too little."""
+        return math.ceil(size("memory", self.memory) / 2**20)
 
     def names(self) -> list[str]:
         """Names of the nodes: n1, n2, ..."""

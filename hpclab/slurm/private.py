@@ -142,7 +142,7 @@ class Slurm:
         """
         self._named(node)
         self._call("kill", node)
-        self._until(lambda: "DOWN" in self._state(node), f"node {node} to be seen down")
+        self._until(lambda: "down" in self._state(node), f"node {node} to be seen down")
 
     def revive(self, node: str) -> None:
         """Start a node that was killed; returns when Slurm uses it again, also if it was drained before."""
@@ -165,7 +165,7 @@ class Slurm:
 
         def used() -> bool:
             self._check(node)
-            return not {"DOWN", "DRAIN", "NOT_RESPONDING"}.intersection(self._state(node))
+            return not {"down", "drain", "not_responding"}.intersection(self._state(node))
 
         self._until(used, f"node {node} to be used again")
 
@@ -219,8 +219,9 @@ class Slurm:
             raise ValueError(f"node (={node!r}) must be one of {', '.join(self.addresses)}.")
 
     def _state(self, node: str) -> list[str]:
-        """What Slurm's controller holds of a node, such as "DOWN" and "DRAIN"; sinfo tells the one or the other."""
-        return self.run("scontrol", "--oneliner", "show", "node", node).split(" State=")[1].split()[0].split("+")
+        """What Slurm's controller holds of a node, such as "down" and "drain"; "statelong" is the one or the other."""
+        row = states.fields(self._run, ["sinfo", "--Node", f"--nodes={node}"], ("statecomplete",))[0]
+        return row["statecomplete"].split("+")
 
     def _run(self, command: list[str], input: str | None = None, cwd: str | Path | None = None, **env: str) -> str:
         self._check()
@@ -258,7 +259,7 @@ class Slurm:
 def start(
     nodes: int = 4,
     cpus: int = 2,
-    memory: int | str = "2GB",
+    memory: int | str = "2GiB",
     *,
     scheduler: str = "backfill",
     walltime: str | None = None,
@@ -274,8 +275,9 @@ def start(
         Virtual nodes, n1, n2, ...
     cpus : int, default 2
         CPUs of each node; together they may exceed those of this machine.
-    memory : int or str, default "2GB"
-        Memory of each node, in bytes or as Slurm reads it: "2GB" is 2 times 2**30 bytes.
+    memory : int or str, default "2GiB"
+        Memory of each node, in bytes or with a unit, as everywhere in hpclab: "2GiB" is 2 * 2**30 bytes, which Slurm's
+        own commands call "2G" or "2GB", and "2GB" is 2 * 10**9.
     scheduler : {"backfill", "builtin"}
         "backfill" goes by priority, and also starts later jobs that delay no earlier one. "builtin" is first in, first
         out, whatever the priority of a job (only that of a partition counts, its PriorityTier).

@@ -1,9 +1,10 @@
-"""What a private Slurm's commands say, as rows."""
+"""What Slurm's squeue and sinfo say, as rows; of a private one and of a site's."""
 
-import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from hpclab._arguments import seconds, size
 from hpclab.language import translate as _
 from hpclab.tables import Table
 
@@ -23,30 +24,41 @@ _JOB_FIELDS = (
     *("jobid", "jobarrayid", "name", "partition", "state", "reason", "nodelist", "submittime", "starttime", "endtime"),
     *("timelimit", "tres-alloc", "prioritylong", "restartcnt", "exit_code"),
 )
-_UNITS = {"K": 2**-10, "M": 1.0, "G": 2.0**10, "T": 2.0**20}
 
 Run = Callable[..., str]
 """Runs a command, with further variables in its environment, and returns what it prints."""
 
 
+def fields(run: Run, command: list[str], names: tuple[str, ...]) -> list[dict[str, str]]:
+    """Some fields of each line that sinfo or squeue prints, by their names (see ``-O`` in their manuals).
+
+    Not ``--json``, which needs a plugin that a site may lack, and whose form changes from one Slurm to the next. A mark
+    after each field splits names of any length and with any other character.
+    """
+    wanted = ",".join(f"{name}:{_WIDTH}{_MARK}" for name in names)
+    lines = run([*command, "--noheader", "-O", wanted], SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
+    return [dict(zip(names, map(str.strip, line.split(_MARK)), strict=True)) for line in lines]
+
+
 def nodes(run: Run) -> list[dict]:
     """See `hpclab.slurm.Slurm.nodes`."""
     rows: dict[str, dict] = {}
-    for name, address, state, reason, since, cpus, memory, used, partition in _fields(run, "sinfo", "-N", _NODE_FIELDS):
+    for row in fields(run, ["sinfo", "--Node"], _NODE_FIELDS):
+        name, partition = row["nodelist"], row["partitionname"]
         if name in rows:  # once for each of its partitions
             rows[name]["partitions"] = ",".join(sorted([*rows[name]["partitions"].split(","), partition]))
             continue
-        allocated, *_others, total = cpus.split("/")
+        allocated, *_others, total = row["cpusstate"].split("/")
         rows[name] = {
             "node": name,
-            "address": address,
-            "state": state,
-            "reason": None if reason == "none" else reason,
-            "since_s": _number(since),
+            "address": row["nodeaddr"],
+            "state": row["statelong"],
+            "reason": None if row["reason"] == "none" else row["reason"],
+            "since_s": _number(row["timestamp"]),
             "cpus": int(total),
             "cpus_used": int(allocated),
-            "memory_mb": int(memory),
-            "memory_used_mb": _number(used),
+            "memory_mb": int(row["memory"]),
+            "memory_used_mb": _number(row["allocmem"]),
             "partitions": partition,
         }
     return list(rows.values())
@@ -54,7 +66,7 @@ def nodes(run: Run) -> list[dict]:
 
 def jobs(run: Run) -> list[dict]:
     """See `hpclab.slurm.Slurm.jobs`."""
-    return sorted(map(_job, _fields(run, "squeue", "-artall", _JOB_FIELDS)), key=lambda row: row["job"])
+    return sorted(map(_job, fields(run, ["squeue", "-artall"], _JOB_FIELDS)), key=lambda row: row["job"])
 
 
 def node_table(rows: list[dict]) -> Table:
@@ -92,29 +104,11 @@ def job_table(rows: list[dict]) -> Table:
     )
 
 
-def seconds(limit: str) -> float:
-    """Seconds of Slurm's "1-02:03:04", "03:04" or "infinite"."""
-    if not limit[:1].isdigit():
-        return math.inf
-    days, _dash, clock = limit.rpartition("-")
-    total = 0
-    for part in clock.split(":"):
-        total = total * 60 + int(part)
-    return int(days or 0) * 86400 + total
-
-
 def _clock(epoch: int | None) -> str | None:
     return None if epoch is None else time.strftime("%H:%M:%S", time.localtime(epoch))
 
 
-def _fields(run: Run, command: str, options: str, fields: tuple[str, ...]) -> list[list[str]]:
-    wanted = ",".join(f"{name}:{_WIDTH}{_MARK}" for name in fields)
-    lines = run([command, "--noheader", options, "-O", wanted], SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
-    return [[value.strip() for value in line.split(_MARK)] for line in lines]
-
-
-def _job(values: list[str]) -> dict:
-    row = dict(zip(_JOB_FIELDS, values, strict=True))
+def _job(row: dict[str, str]) -> dict:
     state, start = row["state"], _number(row["starttime"])
     going, pending = state not in ENDED, state == "PENDING"
     return {
@@ -129,7 +123,7 @@ def _job(values: list[str]) -> dict:
         "expected_s": start if pending else None,
         "started_s": start if row["nodelist"] else None,  # one that was cancelled in the queue has a start too
         "ended_s": None if going else _number(row["endtime"]),
-        "walltime_s": limit if (limit := seconds(row["timelimit"])) < NEVER_SECONDS else None,
+        "walltime_s": limit if (limit := seconds(row["timelimit"])) and limit < NEVER_SECONDS else None,
         **_resources(row["tres-alloc"]),
         "priority": _number(row["prioritylong"]),
         "restarts": _number(row["restartcnt"]),
@@ -140,12 +134,11 @@ def _job(values: list[str]) -> dict:
 
 def _resources(tres: str) -> dict:
     """CPUs and memory from "cpu=2,mem=1.50G,node=1,billing=2"."""
-    found = dict(part.partition("=")[::2] for part in tres.split(","))
-    memory = found.get("mem", "")
-    return {
-        "cpus": _number(found.get("cpu", "")),
-        "memory_mb": round(float(memory[:-1]) * _UNITS[memory[-1]]) if memory[-1:] in _UNITS and memory else None,
-    }
+    amounts = dict(part.partition("=")[::2] for part in tres.split(","))
+    row = {"cpus": _number(amounts.get("cpu", "")), "memory_mb": None}
+    with suppress(ValueError):  # it tells no memory
+        row["memory_mb"] = round(size("mem", amounts.get("mem", "") + "iB") / 2**20)  # Slurm's "G" is "GiB" here
+    return row
 
 
 def _status(raw: int) -> str:

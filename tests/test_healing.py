@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import until
 
 import hpclab
 from hpclab.cluster import healing
@@ -44,14 +45,6 @@ def kill(pid):
         os.kill(pid, signal.SIGKILL)
 
 
-def until(true, seconds=120):
-    """Wait for something, with patience for a loaded machine; tell whether it came."""
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return true()
-
-
 def has(client, size):
     """Whether so many workers are there, and nothing else is under way."""
     return len(client.cluster.workers) == len(client.cluster.scheduler.workers) == len(pids(client)) == size
@@ -74,14 +67,14 @@ def test_a_cluster_whose_workers_die_young_comes_back_and_a_run_goes_on(tmp_path
         run = hpclab.launch(client, count_until, tmp_path / "enough", ranks=2, max_restarts=1000, wait=True)
         for number in range(KILLS):
             young = bool(number % 2)
-            assert until(lambda young=young: pids(client, young))
+            until(lambda young=young: pids(client, young))
             for pid in dice.sample(pids(client, young), 1):
                 kill(pid)
             time.sleep(dice.random() / 2)
         last = time.monotonic()
-        assert until(lambda: has(client, 2))
+        until(lambda: has(client, 2))
         record_property("measured", f"{KILLS} kills of workers: back after {time.monotonic() - last:.1f} s")
-        assert until(lambda: run.rows[-1]["kind"] == "step" and run.rows[-1]["attempt"] > 0)
+        until(lambda: run.rows[-1]["kind"] == "step" and run.rows[-1]["attempt"] > 0)
         (tmp_path / "enough").touch()
         assert run.result(60)[0] > 0
         assert hpclab.launch(client, int, ranks=2).result(60) == [0, 0]
@@ -99,7 +92,7 @@ def test_who_has_closed_is_replaced_and_who_is_starting_is_not(two):
     first, second = cluster.workers.values()
     cluster.sync(second.close)
     kill(first.pid)
-    assert until(lambda: second not in cluster.workers.values() and has(two, 2))
+    until(lambda: second not in cluster.workers.values() and has(two, 2))
     assert first in cluster.workers.values(), "it started its worker itself"
 
 
@@ -111,24 +104,24 @@ def test_who_keeps_no_worker_is_replaced(two, monkeypatch):
     stopped = psutil.Process(nanny.pid)
     stopped.suspend()
     two.cluster.sync(two.cluster.scheduler.remove_worker, nanny.worker_address, stimulus_id="test", close=False)
-    assert until(lambda: has(two, 2) and nanny not in two.cluster.workers.values())
+    until(lambda: has(two, 2) and nanny not in two.cluster.workers.values())
     assert not stopped.is_running()
 
 
 def test_what_was_scaled_down_stays_down(two):
     two.cluster.scale(1)
-    assert until(lambda: has(two, 1))
+    until(lambda: has(two, 1))
     time.sleep(3 * healing.LOOK_SECONDS)
     assert has(two, 1)
     two.cluster.adapt(minimum=2, maximum=2, interval="100ms")
-    assert until(lambda: has(two, 2))
+    until(lambda: has(two, 2))
     two.cluster.adapt(minimum=1, maximum=1, interval="100ms", wait_count=1)
-    assert until(lambda: has(two, 1))
+    until(lambda: has(two, 1))
     time.sleep(3 * healing.LOOK_SECONDS)
     assert has(two, 1)
     two.cluster._adaptive.stop()
     two.cluster.scale(2)
-    assert until(lambda: has(two, 2))
+    until(lambda: has(two, 2))
 
 
 def test_a_worker_that_cannot_start_is_tried_less_and_less_often_and_told_once(two, tmp_path, monkeypatch, caplog):
@@ -138,24 +131,24 @@ def test_a_worker_that_cannot_start_is_tried_less_and_less_often_and_told_once(t
     with caplog.at_level(logging.WARNING, "hpclab"):
         for pid in pids(two):
             kill(pid)
-        assert until(lambda: "failed to start 2 times in a row" in caplog.text)
+        until(lambda: "failed to start 2 times in a row" in caplog.text)
         two.cluster.scale(3)  # a first start
         tries = max(nanny.tries for nanny in two.cluster.workers.values())
-        assert until(lambda: max(nanny.tries for nanny in two.cluster.workers.values()) > tries)
+        until(lambda: max(nanny.tries for nanny in two.cluster.workers.values()) > tries)
     assert caplog.text.count("failed to start") == 1
     (tmp_path / "distributed.py").unlink()
-    assert until(lambda: has(two, 3))
+    until(lambda: has(two, 3))
     two.cluster.scale(2)
-    assert until(lambda: has(two, 2))
+    until(lambda: has(two, 2))
 
 
 def test_a_start_that_hangs_is_killed(two, monkeypatch):
     monkeypatch.setattr(healing, "START_SECONDS", 2.0)
     kill(pids(two)[0])
-    assert until(lambda: pids(two, young=True))
+    until(lambda: pids(two, young=True))
     monkeypatch.undo()  # of others, on a slow machine
     os.kill(pids(two, young=True)[0], signal.SIGSTOP)
-    assert until(lambda: has(two, 2))
+    until(lambda: has(two, 2))
 
 
 def test_closing_races_with_healing():

@@ -24,12 +24,11 @@ import distributed
 import psutil
 import pytest
 import torch
-from conftest import ours, require
+from conftest import ours, require, until
 
 import hpclab
 from hpclab import queues, sites, slurm
-from hpclab.cluster import jobs as _jobs
-from hpclab.cluster import site as _slurm_site
+from hpclab.cluster import jobs, site
 
 # Each script below was written by hand from the documentation named above it. Of these queues, only Slurm runs here.
 START = f"""\
@@ -348,22 +347,22 @@ def test_no_queue_in_reach(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("memory", "skip"), [(math.inf, []), (2**20, ["--mem"])])
 def test_a_site_that_has_not_told_slurm_its_memory(memory, skip):
-    node = _slurm_site.Node("main", True, "n1", "10.0.0.1", cpus=2, memory=memory, limit=math.inf)
+    node = site.Node("main", True, "n1", "10.0.0.1", cpus=2, memory=memory, limit=math.inf)
     request = queues.ask("slurm", {"workers": 2})
     with dask.config.set({"jobqueue.slurm.job-directives-skip": skip}):
-        _slurm_site.check(request, None, [node])
+        site.check(request, None, [node])
         with pytest.raises(ValueError, match=r"workers \(=3\) .* exceed the 2"):
-            _slurm_site.check(queues.ask("slurm", {"workers": 3}), None, [node])
+            site.check(queues.ask("slurm", {"workers": 3}), None, [node])
 
 
 def test_a_log_of_another_job_is_not_shown(tmp_path):
     cluster = types.SimpleNamespace(folder=tmp_path)
     for name in ("hpclab-1.err", "hpclab-12.err", "hpclab.o1", ".key-1", "1.head.ER"):
         (tmp_path / name).write_text(f"in {name}")
-    said = _jobs.JobCluster._log(cluster, ["1"])
+    said = jobs.JobCluster._log(cluster, ["1"])
     assert all(f"in {name}" in said for name in ("hpclab-1.err", "hpclab.o1", "1.head.ER"))
     assert "hpclab-12" not in said and "key" not in said
-    assert _jobs.JobCluster._log(cluster, []) == ""
+    assert jobs.JobCluster._log(cluster, []) == ""
 
 
 def test_options_of_queues_are_not_for_others():
@@ -392,15 +391,6 @@ def slurm4(private):
 def alive(private):
     over = ("CANCELLED", "COMPLETED", "COMPLETING", "FAILED", "NODE_FAIL", "TIMEOUT")
     return [job for job in private.jobs() if job["state"] not in over]
-
-
-def until(true, seconds=60):
-    """Wait for something, which is patience for a loaded machine and no measurement."""
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return found
 
 
 def workers(client):
@@ -520,14 +510,14 @@ def test_what_a_site_says_is_not_for_a_private_one(slurm4, monkeypatch):
 
 def test_a_look_that_fails_ends_nothing(slurm4, monkeypatch, caplog):
     """Whatever goes wrong: lost workers are still replaced later, and closing cancels all jobs."""
-    look, wrong = _jobs.JobCluster._look, [True]
+    look, wrong = jobs.JobCluster._look, [True]
 
     async def fails(self):
         if wrong:
             raise KeyError("a worker that is no more")
         await look(self)
 
-    monkeypatch.setattr(_jobs.JobCluster, "_look", fails)
+    monkeypatch.setattr(jobs.JobCluster, "_look", fails)
     with hpclab.connect(slurm4, workers=1) as client:
         (first,) = alive(slurm4)
         slurm4.run("scancel", first["job"])
@@ -807,7 +797,7 @@ def test_a_path_with_what_is_no_folder(monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", path)
         assert isinstance(slurm.missing(), list)
         with pytest.raises(FileNotFoundError, match=r"^sinfo is (not installed|nowhere on PATH)"):
-            _slurm_site.nodes({"PATH": path})
+            site.nodes({"PATH": path})
 
 
 def test_who_launches_without_workers_is_told_what_their_jobs_wait_for(slurm4):
@@ -826,4 +816,4 @@ def test_who_launches_without_workers_is_told_what_their_jobs_wait_for(slurm4):
 
 def test_a_slurm_whose_folder_was_cleaned_away(tmp_path):
     with pytest.raises(ConnectionError, match=r"^its settings, .*gone/slurm.conf, have gone$"):
-        _slurm_site.places({"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "gone" / "slurm.conf")})
+        site.places({"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "gone" / "slurm.conf")})

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ours, require
+from conftest import ours, require, until
 
 from hpclab import cli, plots, slurm, views
-from hpclab.slurm import conf as _slurm_conf
-from hpclab.slurm import programs
+from hpclab.slurm import conf, programs
 
 TEMPORARY = tempfile.gettempdir()
 NOBODY, STRANGER = 65534, 33
@@ -62,15 +61,6 @@ def up(place):
         one = slurm.start(nodes=4)
     with one:
         yield one
-
-
-def until(true, seconds=60):
-    """Wait for something; the seconds are patience for a loaded machine and no measurement."""
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return found
 
 
 def submit(one, command, *options, cwd=None):
@@ -366,7 +356,7 @@ def test_it_ends_when_its_keeper_is_killed_and_the_next_start_clears_what_was_le
 
 def test_no_daemon_survives_when_all_that_watches_is_killed_at_once(owner):
     process, folder = owner
-    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "_slurm_keeper" in str(p.cmdline())]
+    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "slurm/keeper.py" in str(p.cmdline())]
     below = [p for keeper in family for p in keeper.children() if p not in family]
     for watcher in [process, *family]:
         watcher.kill()
@@ -449,8 +439,8 @@ def test_a_port_that_is_taken_meanwhile_is_no_end(monkeypatch):
             free = original(hosts)
             return [bad or good for bad, good in zip(ports.pop(0), free, strict=True)] if ports else free
 
-        original = _slurm_conf.free_ports
-        monkeypatch.setattr(_slurm_conf, "free_ports", free_ports)
+        original = conf.free_ports
+        monkeypatch.setattr(conf, "free_ports", free_ports)
         with slurm.start(nodes=1) as one:
             assert one.run("srun", "echo", "here") == "here\n"
         assert ports == []

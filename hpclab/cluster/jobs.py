@@ -26,8 +26,7 @@ from distributed.utils import get_ip
 from tqdm.auto import tqdm
 
 from hpclab import _namesakes, _private, machine, queues, slurm
-from hpclab.cluster import site as _slurm_site
-from hpclab.cluster import tls as _tls
+from hpclab.cluster import site, tls
 from hpclab.cluster.healing import LOST_SECONDS, Tended
 from hpclab.queues import QUEUES, QUIET, Request
 from hpclab.slurm.private import Slurm
@@ -69,12 +68,12 @@ def submit(where: str | Slurm, security: Security | bool, options: Mapping[str, 
         folder = own if request.folder is None else Path(request.folder).expanduser()
         folder = queues.check_folder(request.kind, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tls = _on_disk(_tls.temporary() if security is True else security, own) if security else None
+        certificates = _on_disk(tls.temporary() if security is True else security, own) if security else None
         if virtual:  # a virtual node's disk is this machine's, where what a killed worker left would stay
             scratch = _temporary("jobs-", _private.folder(), stack)
             request = replace(request, env={"TMPDIR": str(scratch), **request.env})
         with dask.config.set(QUIET):
-            cluster = JobCluster(request, env, host, virtual, folder, tls)
+            cluster = JobCluster(request, env, host, virtual, folder, certificates)
         cluster.after = stack.pop_all()
         return cluster
 
@@ -94,7 +93,7 @@ def _reach(request: Request, where: str | Slurm, stack: ExitStack) -> tuple[Mapp
         private = slurm.start(nodes=request.workers, cpus=request.cores, memory=request.bytes)
         env = stack.enter_context(private).env
     try:
-        there = _slurm_site.nodes(env)
+        there = site.nodes(env)
     except OSError as error:
         if env is not None:
             raise ConnectionError(f"where (={where!r}) doesn't answer: {error}; stop it, and start another.") from None
@@ -105,8 +104,8 @@ def _reach(request: Request, where: str | Slurm, stack: ExitStack) -> tuple[Mapp
                 f"where (={where!r}): no Slurm answers here ({error}); private=True starts one on this machine."
             ) from None
         env = found.env
-        there = _slurm_site.nodes(env)
-    _slurm_site.check(request, request.queue or dask.config.get("jobqueue.slurm.queue", None), there)
+        there = site.nodes(env)
+    site.check(request, request.queue or dask.config.get("jobqueue.slurm.queue", None), there)
     virtual = all(node.address.startswith("127.") for node in there)
     return env, "127.0.0.1" if virtual else _facing([node.address for node in there[:LOOK_UPS]]), virtual
 
@@ -176,9 +175,9 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         self.folder = folder
         self.trouble: str | None = None
         """Why workers are missing for good."""
-        self.places: dict[str, _slurm_site.Place] | None = None
+        self.places: dict[str, site.Place] | None = None
         """Where this user's jobs stand, of a queue that tells."""
-        self._ask_places: Callable | None = _slurm_site.places if request.kind == "slurm" else None
+        self._ask_places: Callable | None = site.places if request.kind == "slurm" else None
         self._silence = ""
         """Why the queue doesn't tell, if it doesn't."""
         self.pause = LOOK_SECONDS if virtual else SITE_LOOK_SECONDS
@@ -190,9 +189,9 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         """Jobs that were lost."""
         self._ready = False
         options = queues.job_options(request, folder)
-        site = dask.config.get(f"jobqueue.{request.kind}")
-        listen: dict[str, Any] = {"dashboard_address": "127.0.0.1:0"} | site["scheduler-options"]
-        if not (request.interface or site["interface"] or {"host", "interface"} & listen.keys()):
+        defaults = dask.config.get(f"jobqueue.{request.kind}")
+        listen: dict[str, Any] = {"dashboard_address": "127.0.0.1:0"} | defaults["scheduler-options"]
+        if not (request.interface or defaults["interface"] or {"host", "interface"} & listen.keys()):
             listen["host"] = host or get_ip()
         super().__init__(  # type: ignore[call-arg]
             job_cls=_job_class(request.kind, env),

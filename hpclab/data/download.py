@@ -109,25 +109,23 @@ def _download(url: str, part: Path, sha256: str, progress: bool) -> np.ndarray:
 
 
 def _append(url: str, part: Path, start: int, progress: bool) -> None:
-    """Add to `part` what it lacks beyond its first `start` bytes."""
+    """Add to `part` what it lacks beyond its first `start` bytes. fsspec would begin anew each time."""
     from tqdm.auto import tqdm
 
-    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urlopen(request, timeout=TIMEOUT)
+        response = urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code == 416:  # nothing beyond: the file is complete, or the checksum will tell
             return
         raise
+    if response.status != 206:  # a server without Range sends all of it again
+        start = 0
     with response, part.open("r+b") as file:
-        if response.status != 206:  # a server without Range sends all of it again
-            start = 0
         file.seek(start)
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = start + response.length if response.length else None
         look = {"desc": part.stem, "unit": "B", "unit_scale": True, "disable": not progress}
         with tqdm(total=total, initial=start, **look) as bar:
-            while chunk := response.read1(1 << 16):
+            while chunk := response.read1(1 << 16):  # what has come, and not all that was asked for
                 bar.update(file.write(chunk))
-        if total and file.tell() < total:
+        if response.length:
             raise ConnectionError(f"the connection ended after {file.tell():,} of {total:,} bytes")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -132,16 +131,10 @@ def _sha256(path: Path) -> str:
 
 
 def _map(path: Path) -> np.ndarray:
-    """Memory map of a `.npy` file whose size fits its header: reading past a file's end kills the process."""
+    """Memory map of a `.npy` file, whose size is checked first: reading past a file's end kills the process."""
     try:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            size = file.tell() + math.prod(shape) * dtype.itemsize
+        return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; {_AGAIN}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not a .npy file: {error}; {_AGAIN}") from None
-    if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its header says {size:,}; {_AGAIN}")
-    return np.load(path, mmap_mode="r")
+        raise ValueError(f"{path} is not a whole .npy file: {error}; {_AGAIN}") from None

@@ -1,9 +1,5 @@
 """A real Slurm of your own, without root."""
 
-from hpclab.slurm.private import ATTEMPTS as ATTEMPTS
-from hpclab.slurm.private import LOG_LINES as LOG_LINES
-from hpclab.slurm.private import SLURMS_OWN as SLURMS_OWN
-from hpclab.slurm.private import TAKEN as TAKEN
 from hpclab.slurm.private import Slurm as Slurm
 from hpclab.slurm.private import find as find
 from hpclab.slurm.private import here as here

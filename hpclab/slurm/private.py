@@ -23,11 +23,9 @@ from pathlib import Path
 
 from hpclab import _private
 from hpclab.language import translate as _
-from hpclab.slurm import conf, states
-from hpclab.slurm import folder as _slurm_folder
-from hpclab.slurm import programs as _slurm_programs
+from hpclab.slurm import conf, folders, programs, states
 from hpclab.slurm.conf import Settings
-from hpclab.slurm.folder import PATIENCE_SECONDS
+from hpclab.slurm.folders import PATIENCE_SECONDS
 
 ATTEMPTS = 3
 """Starts before giving up, as another program may take a port that was free a moment ago."""
@@ -60,12 +58,12 @@ class Slurm:
     """
 
     def __init__(self, folder: Path):
-        about = json.loads((folder / "about.json").read_text())
+        facts = json.loads((folder / "about.json").read_text())
         self.folder = folder
-        self.owner: int | None = about["owner"]
-        self.started_s: float = about["started_s"]
-        self.addresses: dict[str, str] = about["nodes"]
-        self._port: int = about["port"]
+        self.owner: int | None = facts["owner"]
+        self.started_s: float = facts["started_s"]
+        self.addresses: dict[str, str] = facts["nodes"]
+        self._port: int = facts["port"]
         self._keeper: subprocess.Popen | None = None  # as far as this process started it
 
     @property
@@ -142,7 +140,7 @@ class Slurm:
         """
         self._named(node)
         self._call("kill", node)
-        self._until(lambda: "down" in self._state(node), f"node {node} to be seen down")
+        self._until(lambda: "DOWN" in self._state(node), f"node {node} to be seen down")
 
     def revive(self, node: str) -> None:
         """Start a node that was killed; returns when Slurm uses it again, also if it was drained before."""
@@ -165,7 +163,7 @@ class Slurm:
 
         def used() -> bool:
             self._check(node)
-            return not {"down", "drain", "not_responding"}.intersection(self._state(node))
+            return not {"DOWN", "DRAIN", "NOT_RESPONDING"}.intersection(self._state(node))
 
         self._until(used, f"node {node} to be used again")
 
@@ -219,9 +217,8 @@ class Slurm:
             raise ValueError(f"node (={node!r}) must be one of {', '.join(self.addresses)}.")
 
     def _state(self, node: str) -> list[str]:
-        """What Slurm's controller holds of a node, such as "down" and "drain"; "statelong" is the one or the other."""
-        row = states.fields(self._run, ["sinfo", "--Node", f"--nodes={node}"], ("statecomplete",))[0]
-        return row["statecomplete"].split("+")
+        """What Slurm's controller holds of a node, such as "DOWN" and "DRAIN"; sinfo mixes it up with other nodes'."""
+        return self.run("scontrol", "--oneliner", "show", "node", node).split(" State=")[1].split()[0].split("+")
 
     def _run(self, command: list[str], input: str | None = None, cwd: str | Path | None = None, **env: str) -> str:
         self._check()
@@ -246,7 +243,7 @@ class Slurm:
                 )
 
     def _call(self, *words: str) -> list[str]:
-        return _slurm_folder.call(self.folder, *words)
+        return folders.call(self.folder, *words)
 
     def _until(self, true: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -309,9 +306,9 @@ def start(
         If a daemon doesn't start, with the end of its log.
     """
     settings = Settings(nodes, cpus, memory, scheduler, walltime, partitions or {"main": {}})
-    programs = _slurm_programs.find()
+    paths = programs.find()
     for left in reversed(range(ATTEMPTS)):
-        slurm = _keep(settings, programs, folder, detached)
+        slurm = _keep(settings, paths, folder, detached)
         try:
             _boot(slurm)
             break
@@ -332,25 +329,25 @@ def find(folder: str | Path | None = None) -> Slurm | None:
         That of the one wanted, if `start` was given one. Default: of several, one that was started detached is
         preferred, then the newest.
     """
-    found = []
-    for path in [Path(folder).expanduser().absolute()] if folder else _slurm_folder.own():
+    there = []
+    for path in [Path(folder).expanduser().absolute()] if folder else folders.own():
         with suppress(FileNotFoundError):  # it has just ended
-            if _slurm_folder.kept(path):
-                found.append(Slurm(path))
-    return max(found, key=lambda slurm: (slurm.owner is None, slurm.started_s), default=None)
+            if folders.kept(path):
+                there.append(Slurm(path))
+    return max(there, key=lambda slurm: (slurm.owner is None, slurm.started_s), default=None)
 
 
-def _keep(settings: Settings, programs: dict[str, str], wanted: str | Path | None, detached: bool) -> Slurm:
+def _keep(settings: Settings, paths: dict[str, str], wanted: str | Path | None, detached: bool) -> Slurm:
     """Make a folder with all that the daemons read, and a keeper, which starts none before it is asked to."""
-    with _private.locked(_slurm_folder.home()):
-        _slurm_folder.clear()
-        folder = _slurm_folder.make(wanted)
+    with _private.locked(folders.home()):
+        folders.clear()
+        folder = folders.make(wanted)
         try:
-            plan = conf.write(folder, settings, programs, None if detached else os.getpid(), wanted is not None)
-            about = {name: plan[name] for name in ("owner", "nodes", "port")} | {"started_s": time.time()}
-            (folder / "about.json").write_text(json.dumps(about))
+            plan = conf.write(folder, settings, paths, None if detached else os.getpid(), wanted is not None)
+            facts = {name: plan[name] for name in ("owner", "nodes", "port")} | {"started_s": time.time()}
+            (folder / "about.json").write_text(json.dumps(facts))
             slurm = Slurm(folder)
-            slurm._keeper = _slurm_folder.hire(folder, plan)
+            slurm._keeper = folders.hire(folder, plan)
             return slurm
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hpclab"
 LAYERS = (
-    "_arguments _namesakes _private language machine rows sites tables",
+    "_arguments _dask _namesakes _private language machine rows sites tables",
     "data figures laws models plots ratios roofline",
     "queues views",
     "gangs slurm",

@@ -1,6 +1,5 @@
 """Start a cluster, or join one: `connect` gives a Dask client that closes what it opened."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from distributed import Client, Security, SpecCluster, Worker, WorkerPlugin
 
 from hpclab import _namesakes, machine
 from hpclab._arguments import size, whole_number
+from hpclab._dask import imported_by_child
 from hpclab.cluster.healing import LocalCluster, root
 from hpclab.cluster.tls import refusal
 from hpclab.gangs.run import stop_all
@@ -135,7 +135,7 @@ def connect(
     if where != "local":
         return _join(where, given, security)
     workers, limit = _fit(workers, memory)
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+    if imported_by_child():
         sys.exit(f"A worker that imports {sys.argv[0]} came upon hpclab.connect(). {GUARD}")
     _spare_main()
     try:

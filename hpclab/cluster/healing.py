@@ -8,8 +8,9 @@ from typing import Any
 
 import distributed
 import psutil
-from distributed import Nanny, SpecCluster, Status
-from distributed.deploy import Cluster
+from distributed import Nanny, Status
+
+from hpclab._dask import HookedCluster
 
 LOOK_SECONDS = 0.5
 """How often to look whether workers are missing."""
@@ -29,7 +30,7 @@ _ENDED = (Status.closing, Status.closing_gracefully, Status.closed, Status.faile
 logger = logging.getLogger("hpclab")
 
 
-class Tended(SpecCluster):
+class Tended(HookedCluster):
     """A cluster that looks after its workers, from its start until it closes.
 
     Attributes
@@ -39,11 +40,9 @@ class Tended(SpecCluster):
     """
 
     pause = LOOK_SECONDS
-    scheduler: Any
-    workers: dict[Any, Any]
 
-    async def _start(self) -> None:
-        await super()._start()
+    async def opened(self) -> None:
+        """Look after the workers from now on."""
         self._ending = asyncio.Event()
         self._tending = asyncio.create_task(self._tend())
 
@@ -64,18 +63,11 @@ class Tended(SpecCluster):
         """Whether other workers are there than were asked for."""
         return self.worker_spec.keys() != self.workers.keys() and not self._ending.is_set()
 
-    def _update_worker_status(self, op: str, msg: Any) -> None:
-        # After 15 s without a worker, SpecCluster would close what keeps it (a nanny, or its new job that still waits
-        # in the queue), and start nothing in its place; `_look` knows better.
-        Cluster._update_worker_status(self, op, msg)
-
-    async def _close(self) -> None:
-        try:
-            if hasattr(self, "_tending"):
-                self._ending.set()
-                await self._tending
-        finally:
-            await super()._close()
+    async def closing(self) -> None:
+        """Look no more: what closes now is not lost."""
+        if hasattr(self, "_tending"):
+            self._ending.set()
+            await self._tending
 
 
 class PatientNanny(Nanny):
@@ -147,7 +139,7 @@ class LocalCluster(Tended, distributed.LocalCluster):
             elif self._lost(name, nanny):
                 await self._bury(name, nanny)
         if self._differs() and time.monotonic() > self._again:
-            await self._correct_state()
+            await self.correct_soon()
         self._tell()
 
     def _lost(self, name: str | int, nanny: Nanny) -> bool:
@@ -163,9 +155,10 @@ class LocalCluster(Tended, distributed.LocalCluster):
         if nanny.status not in (Status.closed, Status.failed):
             await nanny.close()
 
-    async def _correct_state_internal(self) -> None:
+    async def correct(self) -> None:
+        """Open the workers that are missing; if that fails, wait longer each time before the next try."""
         try:
-            await super()._correct_state_internal()
+            await super().correct()
             self._tries, self._why = 1, ""
         except Exception as error:  # most often of a worker that didn't start, whose nanny has closed
             if not self._up:

@@ -269,7 +269,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
             if lost and self.workers.get(name) is job:  # else it was given up meanwhile
                 await self._bury(name, job, life)
         if self._differs():
-            await self._correct_state()
+            await self.correct_soon()
 
     def _over(self, job: Any) -> bool:
         """Whether the queue says that a job has ended, or never took it."""
@@ -317,9 +317,10 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         if self._ready:
             logger.warning("%s", why)
 
-    async def _correct_state_internal(self) -> None:
+    async def correct(self) -> None:
+        """Submit a job for each worker that has none; what the queue says against it ends `wait`."""
         try:
-            await super()._correct_state_internal()
+            await super().correct()
         except (RuntimeError, ValueError, OSError) as error:  # its words; unreadable ones; no such command
             words = str(error).partition("stderr:\n")[2].strip()  # after all of dask-jobqueue's
             self._give_up(f"the queue refuses a job: {words or error}")

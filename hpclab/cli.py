@@ -1,10 +1,15 @@
 """The `hpclab` command: thin words over the package."""
 
 import argparse
+import ast
+import inspect
+import os
 import sys
+import time
 import traceback
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hpclab import _namesakes
 
@@ -19,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "lab":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        options.run(options, rest)
+        own = {name: value for name, value in vars(options).items() if name not in ("command", "verb", "run")}
+        options.run(**own, **({"rest": rest} if options.command == "lab" else {}))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -43,94 +49,61 @@ def _hints(error: Exception) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Make the parser of the functions in `COMMANDS`, of what their docstrings say."""
     from hpclab import __version__
 
     parser = argparse.ArgumentParser("hpclab", description="Real clusters, real training, real measurements.")
     parser.add_argument("--version", action="version", version=f"hpclab {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    doctor = commands.add_parser("doctor", help="tell what this machine really has, and what fits on it")
-    doctor.set_defaults(run=_doctor)
-
-    demo = commands.add_parser(
-        "demo", help="race 1 rank against 2 on real images, measure, and leave a page of results"
-    )
-    demo.add_argument("--epochs", type=int, default=3, help="epochs of each racer (default: 3)")
-    demo.add_argument("--repeats", type=int, default=2, help="rounds of the measurement (default: 2)")
-    demo.add_argument("--folder", help="where results go; new or empty (default: results/<time>-demo)")
-    demo.set_defaults(run=_demo)
-
-    scale = commands.add_parser("scale", help="study how training scales here, strong and weak; leave a page of it")
-    scale.add_argument("--ranks", type=_counts, help="numbers of ranks, such as 1,2,4 (default: powers of 2 that fit)")
-    scale.add_argument("--batch-size", type=int, default=192, help="samples a step (default: 192)")
-    scale.add_argument("--steps", type=int, default=20, help="steps of a run (default: 20)")
-    scale.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
-    scale.add_argument("--oversubscribe", action="store_true", help="run more ranks than CPUs, and say emulated")
-    scale.add_argument("--folder", help="where results go; the same again goes on (default: results/<time>-scale)")
-    scale.add_argument("--rows-of", metavar="PAGE", help="measure nothing: make a page anew from the rows of another")
-    scale.set_defaults(run=_scale)
-
-    lab = commands.add_parser(
-        "lab", help="open JupyterLab on a working copy of the course; other arguments go to Jupyter"
-    )
-    lab.add_argument("--folder", default="hpclab-course", help="the copy (default: hpclab-course)")
-    lab.add_argument("--notebook", default="index", help="what to open first, such as scaling (default: index)")
-    lab.set_defaults(run=_lab)
-
-    grade = commands.add_parser("grade", help="run a class's notebooks, each in a sandbox, and judge them")
-    grade.add_argument("folder", help="with FOLDER/*.ipynb, or FOLDER/STUDENT/*.ipynb")
-    grade.add_argument("--csv", metavar="FILE", help="write the rows there, too")
-    grade.add_argument("--seed", default="", help="draws hidden variants of the checks (default: those of the class)")
-    grade.add_argument("--inconclusive", type=float, default=0.0, help="points where a check can't tell (default: 0)")
-    grade.add_argument("--time", type=float, default=600.0, help="seconds for a notebook (default: 600)")
-    grade.add_argument("--memory", default="2GB", help="for all processes of a notebook together (default: 2GB)")
-    grade.add_argument("--course", metavar="FOLDER", help="the notebooks as handed out (default: this course's)")
-    grade.add_argument(
-        "--trust", action="store_true", help="without a sandbox: only for what you have written yourself"
-    )
-    grade.set_defaults(run=_grade)
-
-    data = commands.add_parser("data", help="get larger data sets, and check those that are here")
-    verbs = data.add_subparsers(dest="verb", required=True, metavar="verb")
-    fetch = verbs.add_parser("fetch", help="get the full Fashion-MNIST, 60,000 + 10,000 images")
-    fetch.add_argument("name", nargs="?", default="fashion-mnist")
-    fetch.add_argument("--to", help="folder of the data set (default: the user's cache)")
-    fetch.add_argument("--mirror", help="address to try first, for instance of a mirror in your country")
-    fetch.set_defaults(run=_fetch)
-    verify = verbs.add_parser("verify", help="check a data set against its checksums")
-    verify.add_argument("source", nargs="?", default="fashion_mnist")
-    verify.set_defaults(run=_verify)
-
-    slurm = commands.add_parser("slurm", help="a private Slurm on this machine, without root")
-    verbs = slurm.add_subparsers(dest="verb", required=True, metavar="verb")
-    up = verbs.add_parser("up", help="start one, which outlives this shell")
-    up.add_argument("--nodes", type=int, default=4, help="virtual nodes (default: 4)")
-    up.add_argument("--cpus", type=int, default=2, help="CPUs of each; may exceed the real ones (default: 2)")
-    up.add_argument("--memory", default="2GiB", help="memory of each (default: 2GiB)")
-    up.add_argument("--scheduler", default="backfill", help="backfill or builtin (default: backfill)")
-    up.add_argument("--walltime", help="the longest that a job may ask for, such as 00:30:00 (default: no limit)")
-    up.set_defaults(run=_slurm_up)
-    for name, what, run in (
-        ("down", "end it, and all of its jobs", _slurm_down),
-        ("status", "its nodes and jobs", _slurm_status),
-        ("shell", "a shell whose Slurm commands use it", _slurm_shell),
-    ):
-        verbs.add_parser(name, help=what).set_defaults(run=run)
-    for verb in verbs.choices.values():
-        verb.add_argument("--folder", help="where it lies (default: a private folder, chosen for you)")
+    groups = {"": parser.add_subparsers(dest="command", required=True, metavar="command")}
+    for words, run in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        if group not in groups:
+            verbs = groups[""].add_parser(group, help=GROUPS[group])
+            groups[group] = verbs.add_subparsers(dest="verb", required=True, metavar="verb")
+        title, _, options = (inspect.getdoc(run) or "").partition(".\n\n")
+        command = groups[group].add_parser(name, help=title[:1].lower() + title[1:].rstrip("."))
+        command.set_defaults(run=run)
+        for line in options.splitlines():
+            _add_option(command, *line.split(": ", 1))
     return parser
 
 
-def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
+def _add_option(command: argparse.ArgumentParser, spelling: str, text: str) -> None:
+    """Add what a line of a docstring says: "--steps=20: ...", "--csv FILE: ...", or "folder: ..." for what comes first.
+
+    What is after "=" is the default, and tells the type; a default of False makes a flag.
+    """
+    left, _, metavar = spelling.partition(" ")
+    name, _, written = left.partition("=")
+    try:
+        default = ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        default = written or None
+    if default is False:
+        command.add_argument(name, action="store_true", help=text)
+        return
+    settings: dict[str, Any] = {"default": default, "type": TYPES.get(name, type(default) if written else str)}
+    settings |= {"metavar": metavar or None} if name.startswith("-") else {"nargs": "?"} if written else {}
+    command.add_argument(name, help=f"{text} (default: {written})" if written else text, **settings)
+
+
+def _doctor() -> None:
+    """Tell what this machine really has, and what fits on it."""
     from hpclab import doctor
 
     print(f"{doctor.examine()}\n\n{doctor.advice()}")
 
 
-def _demo(options: argparse.Namespace, rest: list[str]) -> None:
+def _demo(epochs: int, repeats: int, folder: str | None) -> None:
+    """Race 1 rank against 2 on real images, measure, and leave a page of results.
+
+    --epochs=3: epochs of each racer
+    --repeats=2: rounds of the measurement
+    --folder: where results go; new or empty (default: results/<time>-demo)
+    """
     from hpclab.course.demo import demo
 
-    demo(options.folder, options.epochs, options.repeats)
+    demo(folder, epochs, repeats)
 
 
 def _counts(text: str) -> list[int]:
@@ -140,91 +113,125 @@ def _counts(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers between commas, such as 1,2,4") from None
 
 
-def _scale(options: argparse.Namespace, rest: list[str]) -> None:
-    import time
-    from pathlib import Path
+def _scale(ranks: list[int] | None, folder: str | None, rows_of: str | None, **settings: Any) -> None:
+    """Study how training scales here, strong and weak; leave a page of it.
 
+    --ranks: numbers of ranks, such as 1,2,4 (default: powers of 2 that fit)
+    --batch-size=192: samples a step
+    --steps=20: steps of a run
+    --repeats=3: rounds
+    --oversubscribe=False: run more ranks than CPUs, and say emulated
+    --folder: where results go; the same again goes on (default: results/<time>-scale)
+    --rows-of PAGE: measure nothing: make a page anew from the rows of another
+    """
     from hpclab import connect, machine, study
 
-    folder = Path(options.folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-scale")).expanduser()
-    if options.rows_of:
-        rows = study.read(options.rows_of)
-        folder.mkdir(parents=True, exist_ok=True)
-        print(study.write(rows, folder / "index.html"))
+    results = Path(folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-scale")).expanduser()
+    if rows_of:
+        rows = study.read(rows_of)
+        results.mkdir(parents=True, exist_ok=True)
+        print(study.write(rows, results / "index.html"))
         return
     fits = max(2, machine.fits())
-    ranks = options.ranks or [2**power for power in range(fits.bit_length())]
+    ranks = ranks or [2**power for power in range(fits.bit_length())]
     with connect(workers=fits) as client:
-        settings = {name: getattr(options, name) for name in ("batch_size", "steps", "repeats", "oversubscribe")}
-        print(study.measure(client, ranks, folder, **settings))
+        print(study.measure(client, ranks, results, **settings))
 
 
-def _lab(options: argparse.Namespace, rest: list[str]) -> None:
+def _lab(rest: list[str], folder: str, notebook: str) -> None:
+    """Open JupyterLab on a working copy of the course; other arguments go to Jupyter.
+
+    --folder=hpclab-course: the copy
+    --notebook=index: what to open first, such as scaling
+    """
     from hpclab.course.copy import open_lab
 
-    open_lab(options.folder, rest, options.notebook)
+    open_lab(folder, rest, notebook)
 
 
-def _grade(options: argparse.Namespace, rest: list[str]) -> None:
-    from pathlib import Path
+def _grade(folder: str, csv: str | None, seed: str | None, time: float, memory: str, **options: Any) -> None:
+    """Run a class's notebooks, each in a sandbox, and judge them.
 
+    folder: with FOLDER/*.ipynb, or FOLDER/STUDENT/*.ipynb
+    --csv FILE: write the rows there, too
+    --seed: draws hidden variants of the checks (default: those of the class)
+    --inconclusive=0.0: points where a check can't tell
+    --time=600.0: seconds for a notebook
+    --memory=2GB: for all processes of a notebook together
+    --course FOLDER: the notebooks as handed out (default: this course's)
+    --trust=False: without a sandbox: only for what you have written yourself
+    """
     from hpclab._arguments import size
     from hpclab.course import grading
 
-    csv = Path(options.csv).expanduser().resolve() if options.csv else None
-    if csv and not csv.parent.is_dir():
-        raise ValueError(f"--csv (={options.csv}) lies in no folder that is there.")
+    file = Path(csv).expanduser().resolve() if csv else None
+    if file and not file.parent.is_dir():
+        raise ValueError(f"--csv (={csv}) lies in no folder that is there.")
 
     def told(row: dict) -> None:
         print(f"{row['submission']}: {row['exercise']} {row['verdict']}", file=sys.stderr, flush=True)
 
-    rows = grading.grade(
-        options.folder,
-        course=options.course,
-        seed=options.seed,
-        inconclusive=options.inconclusive,
-        time_s=options.time,
-        memory=size("--memory", options.memory),
-        trust=options.trust,
-        skip=(csv,) if csv else (),
-        told=told,
-    )
+    skip = (file,) if file else ()
+    options |= {"seed": seed or "", "time_s": time, "memory": size("--memory", memory)}
+    rows = grading.grade(folder, skip=skip, told=told, **options)
     print(f"{rows}\n\n{grading.totals(rows)}")
-    if csv:
-        grading.write(rows, csv)
-        print(f"\nwritten to {csv}")
+    if file:
+        grading.write(rows, file)
+        print(f"\nwritten to {file}")
 
 
-def _fetch(options: argparse.Namespace, rest: list[str]) -> None:
+def _fetch(name: str, to: str | None, mirror: str | None) -> None:
+    """Get the full Fashion-MNIST, 60,000 + 10,000 images.
+
+    name=fashion-mnist: the data set
+    --to: folder of the data set (default: the user's cache)
+    --mirror: address to try first, for instance of a mirror in your country
+    """
     from hpclab import data
 
-    print(data.fetch(options.name, options.to, options.mirror))
+    print(data.fetch(name, to, mirror))
 
 
-def _verify(options: argparse.Namespace, rest: list[str]) -> None:
+def _verify(source: str) -> None:
+    """Check a data set against its checksums.
+
+    source=fashion_mnist: its folder or name
+    """
     from hpclab import data
 
-    data.verify(options.source)
-    print(f"{data.find(options.source)}: every file is as it was made")
+    data.verify(source)
+    print(f"{data.find(source)}: every file is as it was made")
 
 
-def _slurm_up(options: argparse.Namespace, rest: list[str]) -> None:
+def _slurm_up(folder: str | None, **settings: Any) -> None:
+    """Start one, which outlives this shell.
+
+    --nodes=4: virtual nodes
+    --cpus=2: CPUs of each; may exceed the real ones
+    --memory=2GiB: memory of each
+    --scheduler=backfill: backfill or builtin
+    --walltime: the longest that a job may ask for, such as 00:30:00 (default: no limit)
+    --folder: where it lies (default: a private folder, chosen for you)
+    """
     from hpclab import slurm
 
-    there = slurm.find(options.folder)
-    if there and (there.owner is None or options.folder):
+    there = slurm.find(folder)
+    if there and (there.owner is None or folder):
         raise RuntimeError(f"a private Slurm is up already, in {there.folder}; end it with: hpclab slurm down")
-    settings = {name: getattr(options, name) for name in ("nodes", "cpus", "memory", "scheduler", "walltime", "folder")}
-    up = slurm.start(**settings, detached=True)
-    print(f"A private Slurm of {options.nodes} nodes is up in {up.folder}. Use it in a shell of its own:\n")
+    up = slurm.start(**settings, folder=folder, detached=True)
+    print(f"A private Slurm of {len(up.addresses)} nodes is up in {up.folder}. Use it in a shell of its own:\n")
     print("  hpclab slurm shell\n\nor in this one, after\n")
     print(f"  export SLURM_CONF={up.env['SLURM_CONF']} PATH={up.folder}/bin:$PATH\n")
-    print("It stays until\n\n  hpclab slurm down" + (f" --folder {up.folder}" if options.folder else ""))
+    print("It stays until\n\n  hpclab slurm down" + (f" --folder {up.folder}" if folder else ""))
 
 
-def _slurm_down(options: argparse.Namespace, rest: list[str]) -> None:
-    up = _slurm_found(options)
-    if up.owner and not options.folder:
+def _slurm_down(folder: str | None) -> None:
+    """End it, and all of its jobs.
+
+    --folder: where it lies (default: a private folder, chosen for you)
+    """
+    up = _slurm_that_is_up(folder)
+    if up.owner and not folder:
         raise RuntimeError(
             f"the one in {up.folder} was started by process {up.owner}, and ends with it; to end it all the same:"
             f" hpclab slurm down --folder {up.folder}"
@@ -233,20 +240,46 @@ def _slurm_down(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"the private Slurm in {up.folder} has ended")
 
 
-def _slurm_status(options: argparse.Namespace, rest: list[str]) -> None:
-    print(_slurm_found(options).status())
+def _slurm_status(folder: str | None) -> None:
+    """Its nodes and jobs.
+
+    --folder: where it lies (default: a private folder, chosen for you)
+    """
+    print(_slurm_that_is_up(folder).status())
 
 
-def _slurm_shell(options: argparse.Namespace, rest: list[str]) -> None:
-    import os
+def _slurm_shell(folder: str | None) -> None:
+    """A shell whose Slurm commands use it.
 
+    --folder: where it lies (default: a private folder, chosen for you)
+    """
     shell = os.environ.get("SHELL", "/bin/sh")
-    os.execvpe(shell, [shell], _slurm_found(options).env)
+    os.execvpe(shell, [shell], _slurm_that_is_up(folder).env)
 
 
-def _slurm_found(options: argparse.Namespace) -> "Slurm":
+def _slurm_that_is_up(folder: str | None) -> "Slurm":
     from hpclab import slurm
 
-    if up := slurm.find(options.folder):
+    if up := slurm.find(folder):
         return up
-    raise RuntimeError("no private Slurm is up" + f" in {options.folder}" * bool(options.folder) + "; hpclab slurm up")
+    raise RuntimeError("no private Slurm is up" + f" in {folder}" * bool(folder) + "; hpclab slurm up")
+
+
+GROUPS = {
+    "data": "get larger data sets, and check those that are here",
+    "slurm": "a private Slurm on this machine, without root",
+}
+TYPES: dict[str, Callable] = {"--ranks": _counts}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "doctor": _doctor,
+    "demo": _demo,
+    "scale": _scale,
+    "lab": _lab,
+    "grade": _grade,
+    "data fetch": _fetch,
+    "data verify": _verify,
+    "slurm up": _slurm_up,
+    "slurm down": _slurm_down,
+    "slurm status": _slurm_status,
+    "slurm shell": _slurm_shell,
+}

@@ -16,7 +16,7 @@ from hpclab._arguments import clock, plain, seconds, size, whole_number
 from hpclab.chaos import Chaos
 from hpclab.cluster import client
 from hpclab.gangs import launch
-from hpclab.slurm.conf import Settings
+from hpclab.slurm.conf import SlurmSettings
 
 ONE, TWO = np.int64(1), np.uint8(2)
 
@@ -102,7 +102,7 @@ def test_a_size_is_the_same_wherever_it_is_taken(spelling, monkeypatch):
     nbytes = SIZES[spelling]
     assert size("memory", spelling) == parse_bytes(plain(spelling)) == nbytes
     assert queues.request("q", {"kind": "slurm"}, {"memory": spelling}).bytes == nbytes
-    assert Settings(1, 1, spelling, "backfill", None, {"main": {}}).megabytes() == math.ceil(nbytes / 2**20)
+    assert SlurmSettings(1, 1, spelling, "backfill", None, {"main": {}}).megabytes() == math.ceil(nbytes / 2**20)
     monkeypatch.setattr(machine, "memory", lambda: 2**40)
     assert client._fit(1, spelling) == (1, nbytes)
 
@@ -112,7 +112,7 @@ def test_what_is_no_size_is_refused_with_one_text(value):
     for take in (
         lambda: size("memory", value),
         lambda: queues.request("q", {"kind": "slurm"}, {"memory": value}),
-        lambda: Settings(1, 1, value, "backfill", None, {"main": {}}),
+        lambda: SlurmSettings(1, 1, value, "backfill", None, {"main": {}}),
     ):
         with pytest.raises(
             ValueError, match=rf"^memory \(={re.escape(repr(value))}\) must be bytes or a size such as '2GB'"
@@ -131,7 +131,7 @@ def test_a_walltime_is_the_same_wherever_it_is_taken():
     for walltime, value in WALLTIMES.items():
         request = queues.request("q", {"kind": "pbs"}, {"walltime": walltime})
         assert (request.seconds, seconds(request.clock), request.clock) == (value, value, clock(value))
-        Settings(1, 1, "1GiB", "backfill", walltime, {"main": {}})
+        SlurmSettings(1, 1, "1GiB", "backfill", walltime, {"main": {}})
     for walltime in SLURMS:  # other queues read these otherwise: LSF's "90:00" is 90 hours
         with pytest.raises(ValueError, match=r"^walltime \(=.*must be 'HH:MM:SS'"):
             queues.request("q", {"kind": "lsf"}, {"walltime": walltime})
@@ -144,7 +144,7 @@ def test_what_is_no_walltime(walltime):
         with pytest.raises(
             ValueError, match=rf"^walltime \(={re.escape(repr(walltime))}\) must be text as Slurm reads it"
         ):
-            Settings(1, 1, "1GiB", "backfill", walltime, {"main": {}})
+            SlurmSettings(1, 1, "1GiB", "backfill", walltime, {"main": {}})
 
 
 def test_numpys_counts_everywhere(client, tmp_path):
@@ -185,5 +185,5 @@ def test_numpys_counts_of_clusters():
     assert client._fit(ONE, np.int64(2**28)) == (1, 2**28)
     script = queues.script("slurm", cores=TWO, memory=np.int64(2**30), walltime=np.int64(60), workers=ONE)
     assert "--cpus-per-task=2\n#SBATCH --mem=1024M\n#SBATCH -t 00:01:00" in script
-    there = Settings(TWO, ONE, np.int64(2**30), "backfill", None, {"main": {}})
+    there = SlurmSettings(TWO, ONE, np.int64(2**30), "backfill", None, {"main": {}})
     assert (there.names(), there.cpus, there.megabytes()) == (["n1", "n2"], 1, 1024)

@@ -175,7 +175,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         self.folder = folder
         self.trouble: str | None = None
         """Why workers are missing for good."""
-        self.places: dict[str, site.Place] | None = None
+        self.places: dict[str, site.Standing] | None = None
         """Where this user's jobs stand, of a queue that tells."""
         self._ask_places: Callable | None = site.places if request.kind == "slurm" else None
         self._silence = ""

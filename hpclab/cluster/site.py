@@ -20,7 +20,8 @@ PATIENCE_SECONDS = 20
 """How long Slurm's commands may take before it counts as out of reach."""
 OVER = ENDED | {"COMPLETING", "SPECIAL_EXIT"}
 """States of jobs that have ended, or are about to."""
-_NODE_FIELDS = ("partition", "nodelist", "nodeaddr", "cpus", "memory", "time")
+_NODE = "partition=partition name=nodelist address=nodeaddr cpus=cpus memory=memory limit=time"
+_JOB = "job=jobarrayid state=state partition=partition reason=reason"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Place:
+class Standing:
     """Where a job stands."""
 
     state: str
@@ -74,21 +75,16 @@ def nodes(env: Mapping[str, str] | None) -> list[Node]:
     OSError
         If no Slurm answers; the message has its words.
     """
-    return [
-        Node(
-            partition=row["partition"].rstrip("*"),
-            default=row["partition"].endswith("*"),
-            name=row["nodelist"],
-            address=row["nodeaddr"],
-            cpus=int(row["cpus"]),
-            memory=int(row["memory"]) * 2**20 if int(row["memory"]) > 1 else math.inf,  # 1: Slurm's default
-            limit=seconds(row["time"]) or math.inf,
-        )
-        for row in fields(partial(_ask, env), ["sinfo", "--Node"], _NODE_FIELDS)
-    ]
+    there = []
+    for row in fields(partial(_ask, env), ["sinfo", "--Node"], _NODE):
+        memory = int(row["memory"]) * 2**20 if int(row["memory"]) > 1 else math.inf  # 1: Slurm's default
+        limits = {"cpus": int(row["cpus"]), "memory": memory, "limit": seconds(row["limit"]) or math.inf}
+        name = row["partition"].rstrip("*")
+        there.append(Node(**row | limits | {"partition": name, "default": name != row["partition"]}))
+    return there
 
 
-def places(env: Mapping[str, str] | None) -> dict[str, Place]:
+def places(env: Mapping[str, str] | None) -> dict[str, Standing]:
     """Where each job of this user stands, by its id; those that ended long ago are forgotten.
 
     Raises
@@ -96,18 +92,16 @@ def places(env: Mapping[str, str] | None) -> dict[str, Place]:
     OSError
         As `nodes`.
     """
-    ask, names = partial(_ask, env), ("jobarrayid", "state", "partition", "reason")
-    mine = fields(ask, ["squeue", f"--user={os.getuid()}", "--states=all"], names)
+    ask = partial(fields, partial(_ask, env), wanted=_JOB)
+    mine = ask(["squeue", f"--user={os.getuid()}", "--states=all"])
     numbers: dict[tuple[str, str], int] = {}  # of jobs that wait, from 1 in each partition
-    if wanted := {row["partition"] for row in mine if row["state"] == "PENDING"}:
-        queue = ["squeue", "--states=PENDING", f"--partition={','.join(wanted)}", "--sort=-p,i"]
+    if partitions := {row["partition"] for row in mine if row["state"] == "PENDING"}:
         ahead: Counter[str] = Counter()
-        for row in fields(ask, queue, names):
+        for row in ask(["squeue", "--states=PENDING", f"--partition={','.join(partitions)}", "--sort=-p,i"]):
             ahead[row["partition"]] += 1
-            numbers[row["partition"], row["jobarrayid"]] = ahead[row["partition"]]
+            numbers[row["partition"], row["job"]] = ahead[row["partition"]]
     return {
-        row["jobarrayid"]: Place(row["state"], row["reason"], numbers.get((row["partition"], row["jobarrayid"])))
-        for row in mine
+        row["job"]: Standing(row["state"], row["reason"], numbers.get((row["partition"], row["job"]))) for row in mine
     }
 
 

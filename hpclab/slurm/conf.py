@@ -35,7 +35,7 @@ _PARTITION = re.compile(r"[A-Za-z]\w*")
 
 
 @dataclass
-class Settings:
+class SlurmSettings:
     """A private Slurm's size and rules; see `hpclab.slurm.start`."""
 
     nodes: int
@@ -112,7 +112,7 @@ def free_ports(hosts: list[str]) -> list[int]:
             listener.close()
 
 
-def write(folder: Path, settings: Settings, programs: dict[str, str], owner: int | None, keep: bool) -> dict:
+def write(folder: Path, settings: SlurmSettings, programs: dict[str, str], owner: int | None, keep: bool) -> dict:
     """Write what the daemons read into their folder; returns the plan of their keeper."""
     homes = addresses(settings.names())
     port, *ports = free_ports(["127.0.0.1", *homes.values()])
@@ -148,11 +148,11 @@ def _write_names(folder: Path, hosts: dict[str, str]) -> None:
 
 def _write_scripts(folder: Path, programs: dict[str, str], homes: dict[str, str]) -> None:
     cases = "\n".join(f'{name}) echo "export HPCLAB_NODE_ADDRESS={address}" ;;' for name, address in homes.items())
-    _text(folder / "prolog", PROLOG.format(folder=folder, cases=cases), mode=0o700)
+    _text(folder / "prolog", _fill("prolog", folder=folder, cases=cases), mode=0o700)
     if not os.access(folder / "prolog", os.X_OK):
         raise PermissionError(f"no program may run in {folder} (noexec); set TMPDIR to another folder.")
     for name in LISTENING:
-        script = LISTENER.format(folder=folder, wrapper=programs["nss_wrapper"], host=HOST, program=programs[name])
+        script = _fill("listener", folder=folder, wrapper=programs["nss_wrapper"], program=programs[name])
         _text(folder / "bin" / name, script, mode=0o700)
 
 
@@ -170,70 +170,24 @@ def _daemons(folder: Path, programs: dict[str, str], homes: dict[str, str], env:
     } | {name: {"command": [*slurmd, name], "env": named | {"NSS_WRAPPER_HOSTNAME": name}} for name in homes}
 
 
-PROLOG = """#!/bin/sh
-# Slurm runs this before each task of a job and obeys what it prints: it takes away what srun was given, and adds ours.
-if [ "$NSS_WRAPPER_HOSTS" = {folder}/hosts ]; then
-  echo "unset NSS_WRAPPER_HOSTS"
-  echo "unset NSS_WRAPPER_HOSTNAME"
-  case "$LD_PRELOAD" in
-  *:*) echo "export LD_PRELOAD=${{LD_PRELOAD#*:}}" ;;
-  *) echo "unset LD_PRELOAD" ;;
-  esac
-fi
-echo "export SLURM_CONF={folder}/slurm.conf"
-case "$SLURMD_NODENAME" in
-{cases}
-esac
-"""
-LISTENER = """#!/bin/sh
-# Slurm's command, but it listens on the loopback only.
-export LD_PRELOAD="{wrapper}${{LD_PRELOAD:+:$LD_PRELOAD}}"
-export NSS_WRAPPER_HOSTS={folder}/hosts NSS_WRAPPER_HOSTNAME={host} SLURM_CONF={folder}/slurmd.conf
-exec {program} "$@"
-"""
-
-
 def _conf(
-    folder: Path, settings: Settings, programs: dict[str, str], homes: dict[str, str], port: int, ports: list[int]
+    folder: Path, settings: SlurmSettings, programs: dict[str, str], homes: dict[str, str], port: int, ports: list[int]
 ) -> str:
-    user = _user()
     memory = settings.megabytes()
-    lines = {
-        "ClusterName": "hpclab",
-        "SlurmctldHost": f"{HOST}({controller()})",
-        "SlurmctldPort": port,
-        "SlurmUser": user,
-        "SlurmdUser": user,
-        "AuthType": "auth/munge",
-        "AuthInfo": f"socket={folder}/munge,cred_expire={REQUEUE_SECONDS}",
-        # Asked for addresses of IPv4 alone, the resolver gives none on a host that has only the loopback's.
-        "CommunicationParameters": "NoCtldInAddrAny,EnableIPv6",
-        "StateSaveLocation": f"{folder}/state",
-        "SlurmdSpoolDir": f"{folder}/%n",
-        "SlurmctldPidFile": f"{folder}/slurmctld.pid",
-        "SlurmdPidFile": f"{folder}/%n.pid",
-        "TaskProlog": f"{folder}/prolog",
-        "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",
-        "MpiDefault": "none",
-        "JobCompType": "jobcomp/filetxt",
-        "JobCompLoc": f"{folder}/completed",
-        "MinJobAge": 365 * 86400,  # seconds until an ended job is forgotten; 0 counts as 2 (22.05)
-        "MaxJobCount": MOST_JOBS,
-        "MailProg": programs["true"],
-        "SelectType": "select/cons_tres",
-        "SelectTypeParameters": "CR_Core_Memory",
-        "SchedulerType": f"sched/{settings.scheduler}",
-        "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",
-        "DefMemPerCPU": max(1, memory // settings.cpus),
-        "EnforcePartLimits": "ALL",  # a job that could never run is refused, rather than pending for ever
-        "SlurmdParameters": "config_overrides",
-        "SlurmdTimeout": LOST_SECONDS,
-        "ReturnToService": 1,  # 2 takes a late answer of a node that was killed for a sign of life
-        "KillWait": KILL_SECONDS,
-        "DebugFlags": "NO_CONF_HASH",
-    }
-    text = "".join(f"{name}={value}\n" for name, value in lines.items())
+    text = _fill(
+        "slurm.conf",
+        folder=folder,
+        controller=controller(),
+        port=port,
+        user=_user(),
+        requeue_seconds=REQUEUE_SECONDS,
+        true=programs["true"],
+        most_jobs=MOST_JOBS,
+        scheduler=settings.scheduler,
+        memory_per_cpu=max(1, memory // settings.cpus),
+        lost_seconds=LOST_SECONDS,
+        kill_seconds=KILL_SECONDS,
+    )
     for (name, address), own in zip(homes.items(), ports, strict=True):
         text += f"NodeName={name} NodeAddr={address} Port={own} CPUs={settings.cpus} RealMemory={memory}\n"
     for number, (name, options) in enumerate(settings.partitions.items()):
@@ -241,6 +195,12 @@ def _conf(
         standard |= {"MaxTime": settings.walltime} if settings.walltime else {}
         text += f"PartitionName={name} " + " ".join(f"{k}={v}" for k, v in (standard | options).items()) + "\n"
     return text
+
+
+def _fill(template: str, **values: object) -> str:
+    """The text of a file beside this one, with each @name@ replaced by its value."""
+    text = Path(__file__).with_name(f"{template}.in").read_text()
+    return re.sub(r"@(\w+)@", lambda name: str(values[name[1]]), text)
 
 
 def _user() -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from hpclab import _private
 from hpclab.language import translate as _
 from hpclab.slurm import conf, folders, programs, states
-from hpclab.slurm.conf import Settings
+from hpclab.slurm.conf import SlurmSettings
 from hpclab.slurm.folders import PATIENCE_SECONDS
 
 ATTEMPTS = 3
@@ -305,7 +305,7 @@ def start(
     RuntimeError
         If a daemon doesn't start, with the end of its log.
     """
-    settings = Settings(nodes, cpus, memory, scheduler, walltime, partitions or {"main": {}})
+    settings = SlurmSettings(nodes, cpus, memory, scheduler, walltime, partitions or {"main": {}})
     paths = programs.find()
     for left in reversed(range(ATTEMPTS)):
         slurm = _keep(settings, paths, folder, detached)
@@ -337,7 +337,7 @@ def find(folder: str | Path | None = None) -> Slurm | None:
     return max(there, key=lambda slurm: (slurm.owner is None, slurm.started_s), default=None)
 
 
-def _keep(settings: Settings, paths: dict[str, str], wanted: str | Path | None, detached: bool) -> Slurm:
+def _keep(settings: SlurmSettings, paths: dict[str, str], wanted: str | Path | None, detached: bool) -> Slurm:
     """Make a folder with all that the daemons read, and a keeper, which starts none before it is asked to."""
     with _private.locked(folders.home()):
         folders.clear()

@@ -17,56 +17,50 @@ NEVER_SECONDS = 365 * 86400
 """What Slurm gives a job where there is no limit."""
 _MARK = "\x1f"  # no name holds it
 _WIDTH = 255
-_NODE_FIELDS = (
-    *("nodelist", "nodeaddr", "statelong", "reason", "timestamp", "cpusstate", "memory", "allocmem", "partitionname"),
-)
-_JOB_FIELDS = (
-    *("jobid", "jobarrayid", "name", "partition", "state", "reason", "nodelist", "submittime", "starttime", "endtime"),
-    *("timelimit", "tres-alloc", "prioritylong", "restartcnt", "exit_code"),
-)
+_NODE = """
+    node=nodelist address=nodeaddr state=statelong reason=reason since_s=timestamp cpus=cpusstate cpus_used=cpusstate
+    memory_mb=memory memory_used_mb=allocmem partitions=partitionname
+"""
+_JOB = """
+    job=jobid array=jobarrayid name=name partition=partition state=state reason=reason nodes=nodelist
+    submitted_s=submittime expected_s=starttime started_s=starttime ended_s=endtime walltime_s=timelimit cpus=tres-alloc
+    memory_mb=tres-alloc priority=prioritylong restarts=restartcnt exit_code=exit_code
+"""
+"""The fields of our rows, and what sinfo and squeue call each; see ``-O`` in their manuals."""
 
 Run = Callable[..., str]
 """Runs a command, with further variables in its environment, and returns what it prints."""
 
 
-def fields(run: Run, command: list[str], names: tuple[str, ...]) -> list[dict[str, str]]:
-    """Some fields of each line that sinfo or squeue prints, by their names (see ``-O`` in their manuals).
+def fields(run: Run, command: list[str], wanted: str) -> list[dict]:
+    """Ask sinfo or squeue for some fields of each line, given as "OURS=THEIRS ..."; returns text under our names.
 
-    Not ``--json``, which needs a plugin that a site may lack, and whose form changes from one Slurm to the next. A mark
-    after each field splits names of any length and with any other character.
+    Not with ``--json``, which needs a plugin that a site may lack, and whose form changes from one Slurm to the next. A
+    mark after each field splits values of any length and with any other character.
     """
-    wanted = ",".join(f"{name}:{_WIDTH}{_MARK}" for name in names)
-    lines = run([*command, "--noheader", "-O", wanted], SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
+    names, theirs = zip(*(pair.split("=") for pair in wanted.split()), strict=True)
+    form = ",".join(f"{name}:{_WIDTH}{_MARK}" for name in theirs)
+    lines = run([*command, "--noheader", "-O", form], SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
     return [dict(zip(names, map(str.strip, line.split(_MARK)), strict=True)) for line in lines]
 
 
 def nodes(run: Run) -> list[dict]:
     """See `hpclab.slurm.Slurm.nodes`."""
     rows: dict[str, dict] = {}
-    for row in fields(run, ["sinfo", "--Node"], _NODE_FIELDS):
-        name, partition = row["nodelist"], row["partitionname"]
-        if name in rows:  # once for each of its partitions
-            rows[name]["partitions"] = ",".join(sorted([*rows[name]["partitions"].split(","), partition]))
+    for row in fields(run, ["sinfo", "--Node"], _NODE):
+        if known := rows.get(row["node"]):  # once for each of its partitions
+            known["partitions"] = ",".join(sorted([*known["partitions"].split(","), row["partitions"]]))
             continue
-        allocated, *_others, total = row["cpusstate"].split("/")
-        rows[name] = {
-            "node": name,
-            "address": row["nodeaddr"],
-            "state": row["statelong"],
-            "reason": None if row["reason"] == "none" else row["reason"],
-            "since_s": _number(row["timestamp"]),
-            "cpus": int(total),
-            "cpus_used": int(allocated),
-            "memory_mb": int(row["memory"]),
-            "memory_used_mb": _number(row["allocmem"]),
-            "partitions": partition,
-        }
+        allocated, _idle, _other, total = row["cpus"].split("/")
+        row |= {"cpus": total, "cpus_used": allocated, "reason": None if row["reason"] == "none" else row["reason"]}
+        numbers = ("since_s", "cpus", "cpus_used", "memory_mb", "memory_used_mb")
+        rows[row["node"]] = row | {name: _number(row[name]) for name in numbers}
     return list(rows.values())
 
 
 def jobs(run: Run) -> list[dict]:
     """See `hpclab.slurm.Slurm.jobs`."""
-    return sorted(map(_job, fields(run, ["squeue", "-artall"], _JOB_FIELDS)), key=lambda row: row["job"])
+    return sorted(map(_job, fields(run, ["squeue", "-artall"], _JOB)), key=lambda row: row["job"])
 
 
 def node_table(rows: list[dict]) -> Table:
@@ -108,26 +102,19 @@ def _clock(epoch: int | None) -> str | None:
     return None if epoch is None else time.strftime("%H:%M:%S", time.localtime(epoch))
 
 
-def _job(row: dict[str, str]) -> dict:
-    state, start = row["state"], _number(row["starttime"])
-    going, pending = state not in ENDED, state == "PENDING"
-    return {
-        "job": int(row["jobid"]),
-        "array": row["jobarrayid"] if "_" in row["jobarrayid"] else None,
-        "name": row["name"],
-        "partition": row["partition"],
-        "state": state,
+def _job(row: dict) -> dict:
+    ended, limit, status = row["state"] in ENDED, seconds(row["walltime_s"]), int(row["exit_code"])
+    numbers = ("job", "submitted_s", "expected_s", "started_s", "ended_s", "priority", "restarts")
+    row |= {name: _number(row[name]) for name in numbers} | _resources(row["cpus"])
+    return row | {
+        "array": row["array"] if "_" in row["array"] else None,
         "reason": None if row["reason"] == "None" else row["reason"],
-        "nodes": row["nodelist"] or None,
-        "submitted_s": _number(row["submittime"]),
-        "expected_s": start if pending else None,
-        "started_s": start if row["nodelist"] else None,  # one that was cancelled in the queue has a start too
-        "ended_s": None if going else _number(row["endtime"]),
-        "walltime_s": limit if (limit := seconds(row["timelimit"])) and limit < NEVER_SECONDS else None,
-        **_resources(row["tres-alloc"]),
-        "priority": _number(row["prioritylong"]),
-        "restarts": _number(row["restartcnt"]),
-        "exit_code": None if going else _status(int(row["exit_code"])),
+        "nodes": row["nodes"] or None,
+        "expected_s": row["expected_s"] if row["state"] == "PENDING" else None,
+        "started_s": row["started_s"] if row["nodes"] else None,  # one that was cancelled in the queue has a start too
+        "ended_s": row["ended_s"] if ended else None,
+        "walltime_s": limit if limit and limit < NEVER_SECONDS else None,
+        "exit_code": f"{status >> 8}:{status & 127}" if ended else None,  # squeue tells a status of wait()
         "source": "measured",
     }
 
@@ -139,11 +126,6 @@ def _resources(tres: str) -> dict:
     with suppress(ValueError):  # it tells no memory
         row["memory_mb"] = round(size("mem", amounts.get("mem", "") + "iB") / 2**20)  # Slurm's "G" is "GiB" here
     return row
-
-
-def _status(raw: int) -> str:
-    """A status of wait() as "code:signal"."""
-    return f"{raw >> 8}:{raw & 127}"
 
 
 def _number(text: str) -> int | None:

@@ -36,7 +36,7 @@ def blame(error: object = None, paths: Iterable[str] | None = None) -> str:
 
 def _files(paths: Iterable[str]) -> dict[str, str]:
     """What hides a module, by its name: it lies in a folder that comes before that of the module."""
-    found: dict[str, str] = {}
+    hiding: dict[str, str] = {}
     library = os.path.dirname(os.__file__)
     for entry in paths:
         folder = os.path.abspath(entry) if isinstance(entry, str) else ""
@@ -45,8 +45,8 @@ def _files(paths: Iterable[str]) -> dict[str, str]:
         if os.path.basename(folder) not in ("site-packages", "dist-packages"):
             for name, file in _modules(folder).items():
                 if _needed(name):
-                    found.setdefault(name, file)
-    return found
+                    hiding.setdefault(name, file)
+    return hiding
 
 
 def _modules(folder: str) -> dict[str, str]:
@@ -56,8 +56,8 @@ def _modules(folder: str) -> dict[str, str]:
     except OSError:
         return {}  # not there, a zip file, or closed to us: nothing is imported from it
     whole = {file: os.path.join(folder, file) for file in files}
-    found = {file[:-3]: path for file, path in whole.items() if file.endswith(".py")}
-    return found | {file: path for file, path in whole.items() if os.path.isfile(f"{path}/__init__.py")}
+    modules = {file[:-3]: path for file, path in whole.items() if file.endswith(".py")}
+    return modules | {file: path for file, path in whole.items() if os.path.isfile(f"{path}/__init__.py")}
 
 
 def _needed(name: str) -> bool:

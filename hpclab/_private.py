@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,8 +20,8 @@ def folder(base: str | None = None) -> Path:
     path = Path(base or tempfile.gettempdir(), f"hpclab-{os.getuid()}")
     with _named():
         path.mkdir(mode=0o700, exist_ok=True)
-    about = path.lstat()
-    if about.st_uid != os.getuid() or about.st_mode & 0o077:
+    status = path.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(
             f"folder {path} must belong to this user alone; remove it, or set TMPDIR to a folder of yours."
         )
@@ -48,13 +48,13 @@ def restore(path: Path) -> None:
 @contextmanager
 def _named() -> Iterator[None]:
     """Say which folder has gone if one can't be made in it."""
-    with suppress(FileNotFoundError):
+    try:
         yield
-        return
-    raise FileNotFoundError(
-        f"the folder of temporary files, {tempfile.gettempdir()}, has gone; make it again, or set TMPDIR to one that"
-        " stays before Python starts."
-    )
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"the folder of temporary files, {tempfile.gettempdir()}, has gone; make it again, or set TMPDIR to one"
+            " that stays before Python starts."
+        ) from None
 
 
 @contextmanager

@@ -101,15 +101,15 @@ def together(workers: Iterable[Introduction]) -> dict:
     """
     pools: dict[tuple[str, str], int] = {}
     machines: dict[str, list[dict]] = {}
-    for boot, allowed, count, about in workers:
+    for boot, allowed, count, facts in workers:
         pools[boot, allowed] = count
-        machines.setdefault(boot, []).append(about)
-    rows = [about for here in machines.values() for about in here]
+        machines.setdefault(boot, []).append(facts)
+    rows = [facts for here in machines.values() for facts in here]
     if not rows:
         return {"hosts": 0}
     row = {name: joined(row[name] for row in rows) for name in rows[0]}
     for name in ("cpus_host", "memory_gb", "memory_host_gb"):
-        row[name] = sum(max(about[name] for about in here) for here in machines.values())
+        row[name] = sum(max(facts[name] for facts in here) for here in machines.values())
     # Sets of CPUs on one machine may overlap.
     row["cpus"] = sum(
         min(here[0]["cpus_host"], sum(count for pool, count in pools.items() if pool[0] == boot))
@@ -144,8 +144,8 @@ def ahead(ask: Callable[[], float]) -> float:
         there = ask()
         back = time.time()
         trips.append((back - sent, (sent + back) / 2 - there))
-    took, found = min(trips)
-    return found if abs(found) > took / 2 else 0.0
+    took, gap = min(trips)
+    return gap if abs(gap) > took / 2 else 0.0
 
 
 def node() -> str:
@@ -199,12 +199,12 @@ def affinity() -> list[int]:
     """
     if not hasattr(os, "sched_getaffinity"):
         return list(range(os.cpu_count() or 1))
-    found = os.sched_getaffinity(0)
+    numbers = os.sched_getaffinity(0)
     with suppress(FileNotFoundError):  # not Linux
         for thread in map(int, os.listdir("/proc/self/task")):
             with suppress(ProcessLookupError):  # it has just ended
-                found |= os.sched_getaffinity(thread)
-    return sorted(found)
+                numbers |= os.sched_getaffinity(thread)
+    return sorted(numbers)
 
 
 @contextmanager

@@ -188,20 +188,20 @@ def request(where: str, profile: Mapping[str, Any], options: Mapping[str, Any]) 
     if "kind" in options or profile["kind"] not in QUEUES:
         kind = options.get("kind", profile["kind"])
         raise ValueError(f"kind (={kind!r}) of {where} must be one of {', '.join(QUEUES)}, and stand in its profile.")
-    given = {**profile, **options}
-    _refuse_unknown(where, given)
-    asked = Request(**{name: plain(value) for name, value in given.items()})
+    wishes = {**profile, **options}
+    _refuse_unknown(where, wishes)
+    asked = Request(**{name: plain(value) for name, value in wishes.items()})
     _check(asked)
     return asked
 
 
-def _refuse_unknown(where: str, given: dict[str, Any]) -> None:
-    own = QUEUES[given["kind"]].own.split()
-    known = [option.name for option in fields(Request) if option.name not in _OWN or option.name in own]
-    for name, value in given.items():
-        if name not in known:
-            defaults = Request(kind=given["kind"])
-            shown = ", ".join(f"{known}={getattr(defaults, known)!r}" for known in known[1:])
+def _refuse_unknown(where: str, wishes: dict[str, Any]) -> None:
+    own = QUEUES[wishes["kind"]].own.split()
+    names = [option.name for option in fields(Request) if option.name not in _OWN or option.name in own]
+    for name, value in wishes.items():
+        if name not in names:
+            defaults = Request(kind=wishes["kind"])
+            shown = ", ".join(f"{option}={getattr(defaults, option)!r}" for option in names[1:])
             raise ValueError(f"{name} (={value!r}) is no option of {where}; it has {shown}.")
 
 
@@ -300,23 +300,28 @@ def jobqueue() -> Any:
 @cache
 def job_class(kind: str) -> Any:
     """Return dask-jobqueue's class of a job, which writes paths so that the job's shell and the queue read them."""
-    base = getattr(getattr(jobqueue(), kind), QUEUES[kind].job)
+    base: Any = getattr(getattr(jobqueue(), kind), QUEUES[kind].job)
 
-    def __init__(self: Any, *arguments: Any, security: Security | None = None, **options: Any) -> None:
-        base.__init__(self, *arguments, security=security and _for_shell(security), **options)
-        if kind == "slurm":
-            self.job_header = self.job_header.replace(self.log_directory, _written(kind, self.log_directory))
+    class Job(base):
+        job_header: str
 
-    return type(base.__name__, (base,), {"__init__": __init__})
+        def __init__(self, *arguments: Any, security: Security | None = None, **options: Any):
+            # dask-jobqueue puts the paths of files into a worker's command as they are.
+            quoted = security and change_files(security, lambda _, path: shlex.quote(path))
+            super().__init__(*arguments, security=quoted, **options)
+            if kind == "slurm":
+                self.job_header = self.job_header.replace(self.log_directory, _written(kind, self.log_directory))
+
+    return Job
 
 
-def _for_shell(security: Security) -> Security:
-    """The same, with the paths of files quoted, as dask-jobqueue only puts them into the command of a worker."""
-    quoted = copy(security)
+def change_files(security: Security, change: Callable[[str, str], str]) -> Security:
+    """Return the same, with other texts or paths in what a worker needs; `change` takes the name and what is there."""
+    changed = copy(security)
     for name in WORKER_TLS:
-        value = getattr(security, f"tls_{name}")
-        setattr(quoted, f"tls_{name}", value and shlex.quote(value))
-    return quoted
+        if value := getattr(security, f"tls_{name}"):
+            setattr(changed, f"tls_{name}", change(name, value))
+    return changed
 
 
 def _written(kind: str, folder: str | Path) -> str:

@@ -69,14 +69,14 @@ def read(path: str | os.PathLike) -> list[dict]:
     A last line that was cut off is left out. A line before it that holds no row is skipped, with a warning that names
     it, and stays in the file.
     """
-    found = []
+    rows = []
     for number, row in lines(path):
         if row is None:
             message = f"line {number} of {os.fspath(path)} holds no row: it is skipped, and the other lines count."
             warnings.warn(message, UserWarning, stacklevel=2)
         else:
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
@@ -113,10 +113,10 @@ def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
 
 def _row(text: bytes) -> dict | None:
     try:
-        found = json.loads(text)
+        row = json.loads(text)
     except (ValueError, RecursionError):  # also what isn't UTF-8, and brackets without end
         return None
-    return found if isinstance(found, dict) else None
+    return row if isinstance(row, dict) else None
 
 
 MACHINE = ("started", "host", "hosts", "cpu", "cpus", "torch")
@@ -130,15 +130,15 @@ def machine(rows: list[dict]) -> dict:
     """
     restarts = [row for row in rows if row["kind"] == "restart" and "cpu" in row]
     first, *later = some(rows, "run")[0], *sorted(restarts, key=lambda row: row["attempt"])
-    found = {name: first[name] for name in MACHINE if name in first}
+    facts = {name: first[name] for name in MACHINE if name in first}
     for row in later:
-        for name, value in found.items():
+        for name, value in facts.items():
             if name in row and isinstance(value, str):
                 names = dict.fromkeys([*value.split("; "), *str(row[name]).split("; ")])
-                found[name] = "; ".join(names)
+                facts[name] = "; ".join(names)
             elif name in row:
-                found[name] = row[name]
-    return found
+                facts[name] = row[name]
+    return facts
 
 
 def span(rows: list[dict]) -> tuple[float, float]:
@@ -186,7 +186,7 @@ def attempts(rows: list[dict]) -> list[dict]:
     restarts = {row["attempt"]: row for row in rows if row["kind"] == "restart" and "cause" in row}
     broken = next((row for row in rows if row["kind"] == "end" and row.keys() >= {"status", "error"}), None)
     all_steps = [row for row in rows if row["kind"] == "step" and row.get("step") is not None]
-    found = []
+    summaries = []
     for attempt in sorted({row["attempt"] for row in all_steps}):
         steps = [row for row in all_steps if row["attempt"] == attempt]
         kept_at = [row["time_s"] for row in steps if row["step"] < ends[attempt]]
@@ -194,7 +194,7 @@ def attempts(rows: list[dict]) -> list[dict]:
         failure = next((restarts[later] for later in sorted(restarts) if later > attempt), None)
         end_s = max(row["time_s"] for row in steps) if failure is None else failure["failed_s"]
         kept_s = max(kept_at, default=start_s)
-        found.append(
+        summaries.append(
             {
                 "kind": "attempt",
                 "attempt": attempt,
@@ -216,9 +216,9 @@ def attempts(rows: list[dict]) -> list[dict]:
                 "source": source(steps),
             }
         )
-    for row, later in pairwise(found):
+    for row, later in pairwise(summaries):
         row["restart_s"] = later["start_s"] - row["end_s"]
-    return found
+    return summaries
 
 
 def _ends(rows: list[dict]) -> dict[int, float]:
@@ -242,11 +242,11 @@ def some(rows: list[dict], kind: str) -> list[dict]:
 
     A row that doesn't tell its kind is taken for one that is asked for.
     """
-    found = [row for row in rows if row.get("kind", kind) == kind]
-    if not found:
+    wanted = [row for row in rows if row.get("kind", kind) == kind]
+    if not wanted:
         others = f" (but {', '.join(sorted({str(row['kind']) for row in rows}))})" if rows else ""
         raise ValueError(f"rows hold no {kind}{others}; give those of a measurement.")
-    return found
+    return wanted
 
 
 def label(ranks: int, threads: int = 1) -> str:

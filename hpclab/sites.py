@@ -59,12 +59,12 @@ def read() -> dict[str, dict[str, Any]]:
 
 def _parse(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = yaml.safe_load(file.read_text("utf-8")) or {}
+        profiles = yaml.safe_load(file.read_text("utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{file} isn't YAML: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(profile, dict) for profile in found.values()):
+    if not isinstance(profiles, dict) or not all(isinstance(profile, dict) for profile in profiles.values()):
         raise ValueError(f"{file} must hold names, each with options below it, such as 'ourcluster: {{kind: slurm}}'.")
-    for name, profile in found.items():
+    for name, profile in profiles.items():
         if "kind" not in profile:
             raise ValueError(f"{file}: {name} says no kind, such as 'kind: slurm'.")
-    return found
+    return profiles

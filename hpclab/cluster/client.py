@@ -127,13 +127,13 @@ def connect(
     hpclab.queues.script : Shows the job script, without starting anything.
     """
     mine = {"workers": workers, "memory": memory}
-    given = {name: value for name, value in mine.items() if value is not None}
+    wishes = {name: value for name, value in mine.items() if value is not None}
     if not isinstance(where, str) or (where != "local" and "://" not in where):
-        return _submit(where, security, given | options)
+        return _submit(where, security, wishes | options)
     for name, value in options.items():
         raise ValueError(f"{name} (={value!r}) is an option of job queues; {where!r} has workers, memory, security.")
     if where != "local":
-        return _join(where, given, security)
+        return _join(where, wishes, security)
     workers, limit = _fit(workers, memory)
     if imported_by_child():
         sys.exit(f"A worker that imports {sys.argv[0]} came upon hpclab.connect(). {GUARD}")
@@ -223,8 +223,8 @@ class IgnoreInterrupt(WorkerPlugin):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _join(address: str, given: dict[str, Any], security: Security | bool) -> ClusterClient:
-    for name, value in given.items():
+def _join(address: str, wishes: dict[str, Any], security: Security | bool) -> ClusterClient:
+    for name, value in wishes.items():
         raise ValueError(f"{name} (={value!r}) can't be chosen for a running cluster ({address}); leave it out.")
     if not address.startswith("tls://") and security is not False:
         raise ValueError(

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -98,12 +97,12 @@ def _reach(request: Request, where: str | Slurm, stack: ExitStack) -> tuple[Mapp
         if env is not None:
             raise ConnectionError(f"where (={where!r}) doesn't answer: {error}; stop it, and start another.") from None
         none = isinstance(error, ConnectionError) and NO_SLURM in str(error)
-        found = slurm.find() if none else None  # where the site has one, another is never taken without a word
-        if found is None:
+        own = slurm.find() if none else None  # where the site has one, another is never taken without a word
+        if own is None:
             raise ConnectionError(
                 f"where (={where!r}): no Slurm answers here ({error}); private=True starts one on this machine."
             ) from None
-        env = found.env
+        env = own.env
         there = site.nodes(env)
     site.check(request, request.queue or dask.config.get("jobqueue.slurm.queue", None), there)
     virtual = all(node.address.startswith("127.") for node in there)
@@ -117,17 +116,17 @@ def _facing(hosts: list[str]) -> str | None:
             family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:
                 probe.connect(place)  # which sends nothing
-                found = probe.getsockname()[0]
-            if not ip_address(found.partition("%")[0]).is_loopback:  # as a node on this machine is reached
-                return found
+                address = probe.getsockname()[0]
+            if not ip_address(address.partition("%")[0]).is_loopback:  # as a node on this machine is reached
+                return address
     return None
 
 
 def _temporary(prefix: str, base: Path, stack: ExitStack) -> Path:
     """Make a folder for this user alone that goes in the end, and remove those of processes that were killed."""
     for left in base.iterdir():
-        found = re.fullmatch(rf"{re.escape(prefix)}(\d+)-\w+", left.name)
-        if found and not psutil.pid_exists(int(found[1])):
+        owner = re.fullmatch(rf"{re.escape(prefix)}(\d+)-\w+", left.name)
+        if owner and not psutil.pid_exists(int(owner[1])):
             shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=base))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -136,15 +135,16 @@ def _temporary(prefix: str, base: Path, stack: ExitStack) -> Path:
 
 def _on_disk(security: Security, private: Path) -> Security:
     """Return the same, with what workers read in files of a folder that only this user can enter."""
-    shared = copy(security)
-    for name in queues.WORKER_TLS:
-        value = getattr(security, f"tls_{name}")
-        if value and "\n" in value:  # what isn't a path yet
-            path = private / f"{name}.pem"
-            path.touch(mode=0o600)
-            path.write_text(value)
-            setattr(shared, f"tls_{name}", str(path))
-    return shared
+
+    def write(name: str, value: str) -> str:
+        if "\n" not in value:  # a path already
+            return value
+        path = private / f"{name}.pem"
+        path.touch(mode=0o600)
+        path.write_text(value)
+        return str(path)
+
+    return queues.change_files(security, write)
 
 
 @dataclass
@@ -240,9 +240,9 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         alike: dict[str, list[str]] = {}
         for job in sorted(self._ids(without=here), key=lambda job: (len(job), job)):
             alike.setdefault(str(places.get(job, "submitted")), []).append(job)
-        told = [f"job{'s' * (len(some) > 1)} {', '.join(some)}: {place}" for place, some in alike.items()]
-        told += [f"the queue doesn't answer ({self._silence})"] * bool(self._silence)
-        return "; ".join(told) or "submitting jobs"
+        words = [f"job{'s' * (len(some) > 1)} {', '.join(some)}: {place}" for place, some in alike.items()]
+        words += [f"the queue doesn't answer ({self._silence})"] * bool(self._silence)
+        return "; ".join(words) or "submitting jobs"
 
     def _ids(self, without: Iterable = ()) -> list[str]:
         """Ids of jobs in the queue, but for those of some workers."""
@@ -335,32 +335,27 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
 
 def _job_class(kind: str, env: Mapping[str, str] | None) -> type:
     """dask-jobqueue's class of a job, for commands that run in an environment of their own."""
-    base = queues.job_class(kind)
+    base: Any = queues.job_class(kind)
     prefix = ""
     if env is not None:
         without = [f"--unset={name}" for name in os.environ if name not in env]
         other = [f"{name}={value}" for name, value in env.items() if os.environ.get(name) != value]
         prefix = shlex.join(["env", *without, *other]) + " "
 
-    @contextmanager
-    def job_file(self: Any) -> Iterator[str]:
-        """Its script, where only this user can read or replace it."""
-        with tempfile.NamedTemporaryFile(suffix=".sh") as file:
-            file.write(os.fsencode(self.job_script()))  # paths as they are, in whatever encoding
-            file.flush()
-            yield file.name
+    class Job(base):
+        submit_command = prefix + base.submit_command
+        cancel_command = prefix + base.cancel_command
 
-    async def close(self: Any) -> None:
-        await base.close(self)
-        self.status = Status.closed  # else SpecCluster's close fails
+        @contextmanager
+        def job_file(self) -> Iterator[str]:
+            """Its script, where only this user can read or replace it."""
+            with tempfile.NamedTemporaryFile(suffix=".sh") as file:
+                file.write(os.fsencode(self.job_script()))  # paths as they are, in whatever encoding
+                file.flush()
+                yield file.name
 
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "submit_command": prefix + base.submit_command,
-            "cancel_command": prefix + base.cancel_command,
-            "job_file": job_file,
-            "close": close,
-        },
-    )
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed  # else SpecCluster's close fails
+
+    return Job

@@ -61,10 +61,10 @@ def find(source: Source) -> Path:
             raise FileNotFoundError(f"source (={str(source)!r}) holds no dataset.json. {_known()}")
         return path.resolve()
     # Only a bare name: another data set must never stand in for a mistyped path.
-    found = _sets().get(path.name) if str(path.parent) in (".", "data") else None
-    if found is None:
+    folder = _sets().get(path.name) if str(path.parent) in (".", "data") else None
+    if folder is None:
         raise FileNotFoundError(f"source (={str(source)!r}) is no folder and no known data set. {_known()}")
-    return found
+    return folder
 
 
 def load(source: Source, split: str = "train") -> Images:
@@ -209,8 +209,8 @@ def fetch(
 
 def _sets() -> dict[str, Path]:
     """Bundled and fetched data sets by name."""
-    found = [file.parent for root in (cache(), share() / "data") for file in root.glob("*/dataset.json")]
-    return {folder.name: folder for folder in found}
+    folders = [file.parent for root in (cache(), share() / "data") for file in root.glob("*/dataset.json")]
+    return {folder.name: folder for folder in folders}
 
 
 def _known() -> str:

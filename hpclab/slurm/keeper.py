@@ -86,8 +86,10 @@ class Keeper:
                 if verb == "stop":
                     return caller
                 caller.send(json.dumps(verbs[verb](*arguments)).encode())
-            except OSError:
-                pass  # it went away
+            except (
+                OSError
+            ) as error:  # the caller went away, or no process can be started: others are served all the same
+                print(f"a request failed: {error!r}", file=sys.stderr, flush=True)
             caller.close()
         return None
 
@@ -177,7 +179,7 @@ def ended() -> int:
 
 def children() -> list[int]:
     """Process ids of all children of this process, from /proc."""
-    found = []
+    pids = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
@@ -185,8 +187,8 @@ def children() -> list[int]:
             except OSError:
                 continue  # it has just gone
             if int(status.rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 def purge() -> None:

@@ -204,12 +204,11 @@ class Slurm:
     @property
     def up(self) -> bool:
         """Whether it has not ended, though a daemon of it may have."""
-        try:
-            self._call("alive")
-        except TimeoutError:  # its keeper is busy
-            return True
-        except (ConnectionError, FileNotFoundError):
-            return False
+        with suppress(TimeoutError):  # its keeper is busy
+            try:
+                self._call("alive")
+            except (ConnectionError, FileNotFoundError):
+                return False
         return True
 
     def _named(self, node: str) -> None:

@@ -24,10 +24,10 @@ def install_line() -> str:
     if platform.system() != "Linux":
         return f"Slurm needs Linux, and this is {platform.system()}; use connect('local'), or Binder"
     try:
-        about = platform.freedesktop_os_release()
+        release = platform.freedesktop_os_release()
     except OSError:
-        about = {}
-    family = f"{about.get('ID', '')} {about.get('ID_LIKE', '')}".split()
+        release = {}
+    family = f"{release.get('ID', '')} {release.get('ID_LIKE', '')}".split()
     if {"debian", "ubuntu"} & set(family):
         return "sudo apt install slurm-wlm munge libnss-wrapper"
     if {"fedora", "rhel", "centos"} & set(family):
@@ -45,8 +45,7 @@ def _which(program: str) -> str | None:
 
 def _nss_wrapper() -> str | None:
     """Slurm's daemons listen where their host's name leads; this library gives them one that leads to the loopback."""
-    found = [path for place in LIBRARIES for path in glob(f"{place}/libnss_wrapper.so")]
-    return found[0] if found else None
+    return next((path for place in LIBRARIES for path in glob(f"{place}/libnss_wrapper.so")), None)
 
 
 def find() -> dict[str, str]:
@@ -59,6 +58,6 @@ def find() -> dict[str, str]:
     """
     if lacks := missing():
         raise FileNotFoundError(f"a private Slurm needs {', '.join(lacks)}: {install_line()}.")
-    found = {program: _which(program) or "" for program in (*PROGRAMS, "true")}
-    version = subprocess.run([found["slurmctld"], "-V"], capture_output=True, text=True, check=True).stdout
-    return found | {"nss_wrapper": _nss_wrapper() or "", "version": version.split()[-1]}
+    paths = {program: _which(program) or "" for program in (*PROGRAMS, "true")}
+    version = subprocess.run([paths["slurmctld"], "-V"], capture_output=True, text=True, check=True).stdout
+    return paths | {"nss_wrapper": _nss_wrapper() or "", "version": version.split()[-1]}

@@ -4,10 +4,15 @@ tests/test_dask_private.py says which of them a new release has renamed.
 """
 
 import multiprocessing
-from typing import Any
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from distributed import SpecCluster
 from distributed.deploy import Cluster
+
+if TYPE_CHECKING:
+    from distributed import Scheduler
 
 # --- clusters: what SpecCluster does when it opens, closes, and finds its workers to be others than it should have ---
 
@@ -60,3 +65,18 @@ class HookedCluster(SpecCluster):
 def imported_by_child() -> bool:
     """Whether this process is one of multiprocessing's that is just importing the script which started it."""
     return getattr(multiprocessing.current_process(), "_inheriting", False)
+
+
+# --- gangs: topics of the scheduler ---
+
+
+def keep_newest_event(scheduler: "Scheduler", topic: str) -> None:
+    """Have a scheduler keep one event of a topic, for which there is no public way; by itself it keeps a thousand."""
+    with suppress(AttributeError):  # of another Dask: then they take memory
+        scheduler._broker._topics[topic].events = deque(maxlen=1)
+
+
+def forget_topic(scheduler: "Scheduler", topic: str, seconds: float) -> None:
+    """Drop a topic and its events after a while."""
+    with suppress(AttributeError):  # as above
+        scheduler.loop.call_later(seconds, scheduler._broker._topics.pop, topic, None)

@@ -222,25 +222,21 @@ def every_cpu() -> Iterator[None]:
 
 
 def _cpu_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:
-    quotas = [math.inf]
+    quotas = []
     for folder in _cgroups("cpu", proc, root):
-        match _words(folder / "cpu.max"):  # version 2: "200000 100000" or "max 100000"
-            case [quota, period] if quota != "max":
-                quotas.append(int(quota) / int(period))
-        match _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"):  # version 1
-            case [quota, period] if int(quota) > 0:
-                quotas.append(int(quota) / int(period))
-    return min(quotas[1:], default=float(os.cpu_count() or 1))
+        # Version 2 says "200000 100000" or "max 100000"; version 1 has two files, and -1 for no limit.
+        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            match [word for file in files for word in _words(folder / file)]:
+                case [quota, period] if quota not in ("max", "-1"):
+                    quotas.append(int(quota) / int(period))
+    return min(quotas, default=float(os.cpu_count() or 1))
 
 
 def _memory_limit(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:
-    limits = [math.inf]
-    for folder in _cgroups("memory", proc, root):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            match _words(folder / name):
-                case [limit] if limit != "max":
-                    limits.append(int(limit))
-    return min(limits)
+    files = [
+        folder / name for folder in _cgroups("memory", proc, root) for name in ("memory.max", "memory.limit_in_bytes")
+    ]
+    return min((int(word) for file in files for word in _words(file) if word != "max"), default=math.inf)
 
 
 def _ulimit() -> float:

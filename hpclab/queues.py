@@ -24,10 +24,7 @@ from hpclab._arguments import clock, plain, seconds, size, whole_number
 
 # Dask samples the stacks of each worker 100 times a second and ticks 50 times: on a machine whose CPUs all train, every
 # wake-up makes a rank late, and the others wait for it.
-QUIET = {
-    "distributed.worker.profile.enabled": False,
-    "distributed.admin.tick.interval": "200ms",
-}
+QUIET = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "200ms"}
 
 LEAST_MEMORY = 128 * 2**20
 """Bytes below which Dask would pause or restart a worker that does nothing."""

@@ -82,8 +82,8 @@ def read(path: str | os.PathLike) -> list[dict]:
 def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
     """Add a row to a file of JSON lines, on a line of its own: what is in the file stays as it is.
 
-    It is one write at the file's end, so rows that others add at the same time stay whole, and so does this one,
-    whatever becomes of this process.
+    It is one write at the file's end, so this row stays whole whatever becomes of this process, and so do rows that
+    others add at the same time. There is no lock, which a shared disk may not keep.
 
     Parameters
     ----------
@@ -189,11 +189,12 @@ def attempts(rows: list[dict]) -> list[dict]:
     summaries = []
     for attempt in sorted({row["attempt"] for row in all_steps}):
         steps = [row for row in all_steps if row["attempt"] == attempt]
-        kept_at = [row["time_s"] for row in steps if row["step"] < ends[attempt]]
+        kept_steps = [row for row in steps if row["step"] < ends[attempt]]
+        saved = [row for row in rows if row["kind"] == "checkpoint" and row["attempt"] == attempt]
         start_s = min(row["time_s"] - (row.get("step_s") or 0.0) for row in steps)
         failure = next((restarts[later] for later in sorted(restarts) if later > attempt), None)
         end_s = max(row["time_s"] for row in steps) if failure is None else failure["failed_s"]
-        kept_s = max(kept_at, default=start_s)
+        kept_s = max((row["time_s"] for row in kept_steps), default=start_s)
         summaries.append(
             {
                 "kind": "attempt",
@@ -201,16 +202,12 @@ def attempts(rows: list[dict]) -> list[dict]:
                 "ranks": steps[0]["ranks"],
                 "first": min(row["step"] for row in steps),
                 "last": max(row["step"] for row in steps),
-                "kept": len({row["step"] for row in steps if row["step"] < ends[attempt]}),
+                "kept": len({row["step"] for row in kept_steps}),
                 "start_s": start_s,
                 "end_s": end_s,
                 "kept_s": kept_s,
                 "lost_s": 0.0 if failure is None else end_s - kept_s,
-                "save_s": math.fsum(
-                    row.get("save_s") or 0.0
-                    for row in rows
-                    if row["kind"] == "checkpoint" and row["attempt"] == attempt
-                ),
+                "save_s": math.fsum(row.get("save_s") or 0.0 for row in saved),
                 "restart_s": 0.0,
                 "cause": failure["cause"] if failure else broken["error"].splitlines()[0] if broken else None,
                 "source": source(steps),

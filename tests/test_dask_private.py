@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import dask_jobqueue.core
+import distributed
 import pytest
+from conftest import until
 from distributed import Nanny, SpecCluster
 from distributed.deploy import Cluster
 from ipykernel.comm.comm import BaseComm
 
-from hpclab import queues
+from hpclab import _dask, queues
 from hpclab._dask import HookedCluster
 
 PARAMETERS = [
@@ -84,3 +86,14 @@ def test_a_script_is_told_that_a_child_imports_it(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "True", "done"], done.stderr
+
+
+def test_events_of_a_topic_are_kept_and_forgotten(client):
+    scheduler, version = client.cluster.scheduler, f"distributed {distributed.__version__}"
+    scheduler.subscribe_topic("canary", client.id)
+    _dask.keep_newest_event(scheduler, "canary")
+    for number in range(3):
+        scheduler.log_event("canary", number)
+    assert [event for _, event in scheduler.get_events("canary")] == [2], f"{version} keeps events elsewhere"
+    _dask.forget_topic(scheduler, "canary", 0.0)
+    until(lambda: not scheduler.get_events("canary"))

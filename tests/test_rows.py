@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import warnings
 
 import matplotlib.pyplot as plt
@@ -55,6 +57,26 @@ def test_a_whole_last_line_without_an_end_counts_and_stays(before, tmp_path):
     rows.append(file, {"kind": "step", "step": 3})
     assert file.read_bytes() == before + LAST + b'{"kind": "step", "step": 3}\n'
     assert [row["step"] for row in rows.read(file)] == [0] * bool(before) + [2, 3]
+
+
+WRITER = """
+import sys
+from hpclab import rows
+for number in range(200):
+    rows.append(sys.argv[1], {"writer": sys.argv[2], "number": number, "text": "x" * 100 * number})
+"""
+
+
+def test_two_writers_at_once_lose_no_row(tmp_path):
+    """Without a lock: each row is one write at the end of the file."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(WHOLE + b'{"kind": "st')
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, file, name]) for name in "ab"]
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    found = [row for row in rows.read(file) if "writer" in row]
+    for name in "ab":
+        assert [row["number"] for row in found if row["writer"] == name] == [*range(200)]
+    assert {row["writer"] for row in found[:300]} == {"a", "b"}, "they met"
 
 
 def test_a_row_longer_than_the_last_look_is_whole_too(tmp_path, monkeypatch):

@@ -175,11 +175,7 @@ class Slurm:
     def status(self) -> str:
         """Nodes and jobs as text, for people to read."""
         jobs = self.jobs()
-        parts = [
-            self.folder,
-            states.node_table(self.nodes()),
-            states.job_table(jobs) if jobs else _("no jobs"),
-        ]
+        parts = [self.folder, states.node_table(self.nodes()), states.job_table(jobs) if jobs else _("no jobs")]
         return "\n\n".join(map(str, parts))
 
     def stop(self) -> None:

@@ -55,7 +55,7 @@ class HookedCluster(SpecCluster):
 
     def _update_worker_status(self, op: str, msg: Any) -> None:
         # After 15 s without a worker, SpecCluster would close what keeps it (a nanny, or its new job that still waits
-        # in the queue), and start nothing in its place; who looks after the workers knows better.
+        # in the queue), and start nothing in its place; the subclass knows better.
         Cluster._update_worker_status(self, op, msg)
 
 

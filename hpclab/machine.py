@@ -86,7 +86,7 @@ Introduction = tuple[str, str, int, dict]
 
 
 def introduce() -> Introduction:
-    """What a worker tells of itself: its `cpu_pool`, and the machine that it is on as `describe` has it."""
+    """What a worker says of itself: its `cpu_pool`, and its machine as `describe` has it."""
     return *cpu_pool(), describe()
 
 
@@ -125,7 +125,7 @@ def joined(values: Iterable) -> object:
 
 
 def ahead(ask: Callable[[], float]) -> float:
-    """Seconds by which this machine's clock is ahead of another's.
+    """How many seconds this machine's clock is ahead of another's.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def ahead(ask: Callable[[], float]) -> float:
     Returns
     -------
     float
-        By the quickest of a few round trips, as NTP has it. 0 if the two agree as far as that can tell: clocks that a
+        Measured by the quickest of a few round trips, as in NTP. 0 if it can't tell the two clocks apart: those that a
         site keeps together differ less than a round trip takes.
     """
     trips = []
@@ -154,7 +154,7 @@ def node() -> str:
 
 
 def remedy(error: BaseException) -> str:
-    """What to do about an error that tells of a limit of this machine, or of its user, as a sentence; "" of another."""
+    """A sentence on what to do about an error at a limit of this machine or user; "" for any other error."""
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return _TOO_MANY
     if not isinstance(error, OSError):
@@ -249,7 +249,7 @@ def _ulimit() -> float:
 
 
 def _cgroups(controller: str, proc: str, root: str) -> Iterator[Path]:
-    """Folders of the cgroups that bound this process: its own and all above it, as a limit may stand on any.
+    """Folders of the cgroups that bound this process: its own and all above it, as any may have a limit.
 
     In a container the path in /proc can be the host's and lie outside what is mounted; the mount's root is then ours.
     """

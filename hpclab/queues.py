@@ -57,7 +57,7 @@ class Request:
     prologue: Sequence[str] = ()
     """Lines of shell that each job runs before its worker, such as "module load python"."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the workers. They stand in the job script, which others may read: no secrets, please."""
+    """Environment variables of the workers. They are in the job script, which others may read: no secrets, please."""
     interface: str | None = None
     """Network interface that scheduler and workers listen on, such as "ib0". Default: the scheduler listens on the one
     address by which this machine reaches its network, and workers where Dask chooses."""
@@ -125,7 +125,7 @@ def _lsf(request: Request) -> dict[str, Any]:
 
 
 def _oar(request: Request) -> dict[str, Any]:
-    # Which of a node's properties tells its memory differs by site: theirs to configure, or a directive '-p ...'.
+    # Each site has its own property for a node's memory: it configures that, or users give a directive '-p ...'.
     memory = dask.config.get("jobqueue.oar.memory-per-core-property-name") or "not_applicable"
     own = {"resource_spec": request.resources, "memory_per_core_property_name": memory}
     return _place(request, "project") | own
@@ -278,7 +278,7 @@ def script(where: str, *, security: Security | bool = True, **options: Any) -> s
 
 
 TLS = "tls"
-"""Not "tls://", dask-jobqueue's own: a worker that is told that takes the address of its default route, not that on its
+"""Not "tls://", dask-jobqueue's own: with that, a worker takes the address of its default route, not that on its
 way to the scheduler (distributed 2026.8)."""
 WORKER_TLS = ("ca_file", "worker_cert", "worker_key")
 """What a worker needs to be let in: names of arguments of `distributed.Security`, after ``tls_``."""
@@ -358,7 +358,7 @@ def job_options(request: Request, folder: str | Path) -> dict[str, Any]:
     own = {name: value for name, value in QUEUES[request.kind].translate(request).items() if value is not None}
     if request.kind == "oar":  # dask-jobqueue leaves its logs in the working folder
         own["job_extra_directives"] = [f"-O {folder}/hpclab-%jobid%.out", f"-E {folder}/hpclab-%jobid%.err"]
-    # A worker's own web server is not encrypted: nobody but its node shall reach it.
+    # A worker's own web server is not encrypted: only its node may reach it.
     arguments = [*site["worker-extra-args"], "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
     if request.kind == "slurm":  # a virtual node of `hpclab.slurm` has an address of its own
         arguments.append("${HPCLAB_NODE_ADDRESS:+--host $HPCLAB_NODE_ADDRESS}")

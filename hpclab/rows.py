@@ -182,7 +182,7 @@ def attempts(rows: list[dict]) -> list[dict]:
         and ``cause`` (of the failure, or None).
     """
     ends = _ends(rows)
-    # In files of before, rows of these kinds may be a function's own: ours have what they need.
+    # In older files, a function's own rows may have these kinds: ours have the keys that we need.
     restarts = {row["attempt"]: row for row in rows if row["kind"] == "restart" and "cause" in row}
     broken = next((row for row in rows if row["kind"] == "end" and row.keys() >= {"status", "error"}), None)
     all_steps = [row for row in rows if row["kind"] == "step" and row.get("step") is not None]
@@ -225,19 +225,19 @@ def _ends(rows: list[dict]) -> dict[int, float]:
         if row["kind"] in firsts and row.get("step") is not None:
             of_kind, attempt = firsts[row["kind"]], row.get("attempt", 0)
             of_kind[attempt] = min(row["step"], of_kind.get(attempt, row["step"]))
-    starts = firsts["resume"] | firsts["step"]  # its first step tells, once it has taken one
+    starts = firsts["resume"] | firsts["step"]  # its first step counts, once it has taken one
     return {attempt: min((s for later, s in starts.items() if later > attempt), default=math.inf) for attempt in starts}
 
 
 def _counts(row: dict, end: float) -> bool:
-    """Whether a row of an attempt is before the step at which a later one began; an epoch's row tells steps done."""
+    """Whether a row of an attempt is before the step at which a later one began; an epoch's row counts steps done."""
     return row["step"] < end if row["kind"] == "step" else row["step"] <= end
 
 
 def some(rows: list[dict], kind: str) -> list[dict]:
     """Return the rows of a kind that a caller needs, or raise a ValueError if there are none.
 
-    A row that doesn't tell its kind is taken for one that is asked for.
+    A row without a kind is taken for one of this kind.
     """
     wanted = [row for row in rows if row.get("kind", kind) == kind]
     if not wanted:

@@ -115,7 +115,7 @@ def connect(
     ValueError
         If an argument can't be met by this machine or this Slurm; the message says what can.
     OSError
-        If no scheduler answers at the address, or lets this client in, or no such queue is here; the message tells why.
+        If no scheduler answers at the address, or lets this client in, or no such queue is here; the message says why.
     TimeoutError
         If not all workers come within `timeout` seconds; what was submitted is cancelled.
     RuntimeError
@@ -214,7 +214,7 @@ def _client(cluster: SpecCluster) -> ClusterClient:
 
 
 class IgnoreInterrupt(WorkerPlugin):
-    """Ctrl-C in a terminal reaches the workers too; only the client shall act on it, and then end them in order."""
+    """Ctrl-C in a terminal reaches the workers too; only the client may act on it, and ends them in order."""
 
     name = "hpclab-ignore-interrupt"
 

@@ -24,7 +24,7 @@ BACKOFF_SECONDS = (0.25, 60.0)
 Twenty workers that are killed while they start cost a few seconds; one that can't start takes ever less of the machine.
 """
 TRIES = 6
-"""So many starts in a row, all but the last of which failed, are told."""
+"""Starts in a row, all but the last of which failed, that are worth a warning."""
 _ENDED = (Status.closing, Status.closing_gracefully, Status.closed, Status.failed)
 
 logger = logging.getLogger("hpclab")
@@ -180,7 +180,7 @@ class LocalCluster(Tended, distributed.LocalCluster):
 
 
 def backoff(tries: int) -> float:
-    """Seconds to wait before the last of so many starts in a row, of which the others failed.
+    """Seconds to wait before the last of this many starts in a row, all others of which failed.
 
     >>> [backoff(tries) for tries in (1, 2, 3, 1000)]
     [0.0, 0.25, 0.5, 60.0]

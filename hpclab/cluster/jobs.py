@@ -176,10 +176,10 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         self.trouble: str | None = None
         """Why workers are missing for good."""
         self.places: dict[str, site.Standing] | None = None
-        """Where this user's jobs stand, of a queue that tells."""
+        """Where this user's jobs stand, if the queue can say."""
         self._ask_places: Callable | None = site.places if request.kind == "slurm" else None
         self._silence = ""
-        """Why the queue doesn't tell, if it doesn't."""
+        """Why the queue doesn't answer, if it doesn't."""
         self.pause = LOOK_SECONDS if virtual else SITE_LOOK_SECONDS
         self._env = env
         self.after = ExitStack()
@@ -249,7 +249,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         return [job.job_id for name, job in list(self.workers.items()) if name not in without and job.job_id]
 
     async def _look(self) -> None:
-        """Know where jobs stand, and replace those that are lost."""
+        """Ask where jobs stand, and replace those that are lost."""
         now = time.monotonic()
         here = {worker.name for worker in self.scheduler.workers.values()}
         away = {name: job for name, job in self.workers.items() if name not in here and name in self.worker_spec}

@@ -66,7 +66,7 @@ def write(
         stems[split] = [f"{split}-{s}" for s in range(len(starts))]
         for stem, start in zip(stems[split], starts, strict=True):
             for file, array in zip(_files(stem), pair, strict=True):
-                (folder / file).unlink(missing_ok=True)  # who has mapped the old one keeps it
+                (folder / file).unlink(missing_ok=True)  # a process that has mapped the old one keeps it
                 np.save(folder / file, array[start : start + SHARD])
     facts = {"name": name or folder.name, "classes": names} | facts
     facts["samples"] = {split: len(images) for split, (images, _) in arrays.items()}

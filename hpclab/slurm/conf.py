@@ -20,7 +20,7 @@ MOST_FOLDER = 77
 REQUEUE_SECONDS = 10
 """How long a requeued job waits at least: Slurm waits until its old credential is no longer valid."""
 LOST_SECONDS = 30
-"""After which silence a node counts as down, if its keeper doesn't tell: a busy machine must not look like that."""
+"""Silence after which a node counts as down: long, as a busy machine must not look like that."""
 KILL_SECONDS = 5
 """How long a job that was cancelled, or has used up its time, may still save something after SIGTERM."""
 LISTENING = ("srun", "sattach")
@@ -124,7 +124,7 @@ def write(folder: Path, settings: SlurmSettings, programs: dict[str, str], owner
     _write_scripts(folder, programs, homes)
     conf = _conf(folder, settings, programs, homes, port, ports)
     _text(folder / "slurm.conf", conf)
-    # With NoInAddrAny one listens where the name of its host leads, so only who has been given a name reads this.
+    # With NoInAddrAny they listen where their host's name leads; only the slurmds, which are given names, read this.
     _text(folder / "slurmd.conf", conf.replace("NoCtldInAddrAny", "NoCtldInAddrAny,NoInAddrAny"))
     # Slurm loads its cgroup plugin even where nothing uses it, and that of version 2 fails without root. That of
     # version 1 asks nothing of the system before it is used; newer Slurms do without.

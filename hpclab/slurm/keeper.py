@@ -86,16 +86,14 @@ class Keeper:
                 if verb == "stop":
                     return caller
                 caller.send(json.dumps(verbs[verb](*arguments)).encode())
-            except (
-                OSError
-            ) as error:  # the caller went away, or no process can be started: others are served all the same
+            except OSError as error:  # the caller went away, or no process can be started; others can still call
                 print(f"a request failed: {error!r}", file=sys.stderr, flush=True)
             caller.close()
         return None
 
     def start(self, *names: str) -> None:
         """Start daemons that don't run."""
-        while self.tellers:  # else they could tell the end of a node after its next beginning
+        while self.tellers:  # else one could report a node's end after its next start
             os.waitpid(self.tellers.pop(), 0)
         for name in names:
             if name not in self.hosts:

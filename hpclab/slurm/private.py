@@ -224,7 +224,7 @@ class Slurm:
         return done.stdout
 
     def _check(self, *daemons: str) -> None:
-        """Raise an error that tells why, if daemons don't run; by default, those that a Slurm can't be without."""
+        """Raise an error that says why daemons don't run; by default, those that a Slurm can't do without."""
         try:
             alive = self._call("alive")
         except (ConnectionError, FileNotFoundError):

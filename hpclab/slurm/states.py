@@ -114,7 +114,7 @@ def _job(row: dict) -> dict:
         "started_s": row["started_s"] if row["nodes"] else None,  # one that was cancelled in the queue has a start too
         "ended_s": row["ended_s"] if ended else None,
         "walltime_s": limit if limit and limit < NEVER_SECONDS else None,
-        "exit_code": f"{status >> 8}:{status & 127}" if ended else None,  # squeue tells a status of wait()
+        "exit_code": f"{status >> 8}:{status & 127}" if ended else None,  # squeue has a status of wait()
         "source": "measured",
     }
 
@@ -123,7 +123,7 @@ def _resources(tres: str) -> dict:
     """CPUs and memory from "cpu=2,mem=1.50G,node=1,billing=2"."""
     amounts = dict(part.partition("=")[::2] for part in tres.split(","))
     row = {"cpus": _number(amounts.get("cpu", "")), "memory_mb": None}
-    with suppress(ValueError):  # it tells no memory
+    with suppress(ValueError):  # there is no memory in it
         row["memory_mb"] = round(size("mem", amounts.get("mem", "") + "iB") / 2**20)  # Slurm's "G" is "GiB" here
     return row
 

@@ -4,7 +4,6 @@ Colours are Okabe and Ito's; every series has a marker and a line style, or a ha
 """
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +16,18 @@ from matplotlib.text import Text
 
 from hpclab.language import cjk_font, language
 from hpclab.language import translate_drawn as _
+from hpclab.pages import html
 from hpclab.rows import source
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx")
+
+FIGURE = (
+    '<figure style="margin: 0"><img style="max-width: 100%" alt="{{ alt }}" src="data:image/png;base64,{{ image }}">'
+    '<figcaption style="font-size: smaller">{{ lines | join("<br>" | safe) }}</figcaption></figure>'
+)
 
 Values = Sequence[float] | np.ndarray
 
@@ -47,13 +52,8 @@ class Figure(matplotlib.figure.Figure):
         return self._around(png(self))
 
     def _around(self, image: bytes) -> str:
-        alt = html.escape("; ".join(title for title, *_series in self.told.values()) or self._titles())
-        data = base64.b64encode(image).decode()
-        caption = html.escape(self.words()).replace("\n", "<br>")
-        return (
-            f'<figure style="margin: 0"><img style="max-width: 100%" alt="{alt}" src="data:image/png;base64,{data}">'
-            f'<figcaption style="font-size: smaller">{caption}</figcaption></figure>'
-        )
+        alt = "; ".join(title for title, *_series in self.told.values()) or self._titles()
+        return html(FIGURE, alt=alt, image=base64.b64encode(image).decode(), lines=self.words().split("\n"))
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         image = png(self)

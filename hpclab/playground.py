@@ -3,8 +3,8 @@
 import shutil
 import tempfile
 import threading
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import ipywidgets
 from distributed import Client
 from IPython.display import HTML, DisplayHandle, display
 
-from hpclab import plots, views
+from hpclab import live, plots, views
 from hpclab.figures import Figure
 from hpclab.gangs.launch import gang_size, whole_number
 from hpclab.gangs.run import Run
@@ -23,8 +23,6 @@ from hpclab.training.start import Model, train
 
 Rows = list[dict]
 
-LOOK_SECONDS = 0.05
-"""How often is looked whether a control was moved, or a run has something new."""
 STEPS = 400
 """Of a run that nobody replaces."""
 BATCHES = (32, 64, 128, 256, 512)
@@ -96,17 +94,17 @@ class Playground:
             control.style.description_width = "9em"
             control.layout.width = "28em"
             control.observe(lambda change: self.train(), "value")
-            views.answer_in_subshell(control)
+            live.answer_in_subshell(control)
         self.stop = ipywidgets.Button(description=_("Stop"), icon="stop", button_style="warning", disabled=True)
         self.stop.on_click(lambda button: self._ask(None))
-        views.answer_in_subshell(self.stop)
+        live.answer_in_subshell(self.stop)
         self.run: Run | None = None
         self.label = ""
         self.before: dict[str, Rows] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="playground-")
         self._runs = 0
         self._lock = threading.Lock()
-        self._asked: list[Wish | None] = []
+        self._wishes: list[Wish | None] = []
         self._thread: threading.Thread | None = None
         self.place: DisplayHandle | None = None
 
@@ -131,44 +129,42 @@ class Playground:
     def _ask(self, wish: "Wish | None") -> None:
         """Take note of what is wanted, None if nothing; of several wishes the newest counts."""
         with self._lock:
-            self._asked = [wish]
+            self._wishes = [wish]
             if self._thread is None:
-                self._thread = threading.Thread(target=self._follow, name="hpclab-playground", daemon=True)
+                self._thread = threading.Thread(target=self._serve, name="hpclab-playground", daemon=True)
                 self._thread.start()
 
-    def _follow(self) -> None:
+    def _serve(self) -> None:
         """Do what is asked, and show what comes of it, until there is nothing left to do.
 
         What raises is shown, and ends nothing: this thread answers the next move of a control.
         """
         while True:
             with self._lock:
-                asked, self._asked = self._asked, []
+                wishes, self._wishes = self._wishes, []
             try:
-                if asked:
-                    self._begin(asked[0])
+                if wishes:
+                    self._begin(wishes[0])
                 self._watch()
             except Exception as error:
-                self._show(views.trouble(error))
-            with self._lock:
-                if not self._asked:
+                self._show(live.trouble(error))
+            with self._lock:  # a wish finds this thread, or sees that it has to start another
+                if not self._wishes:
                     self._thread = None
                     self.stop.disabled = True
                     return
 
     def _watch(self) -> None:
         """Show how the newest run gets on, until it has ended or something else is asked."""
-        run, drawn, due = self.run, 0, 0.0
-        while run is not None and not self._asked:
-            ended = run.wait(0)  # before the rows, so that the last are drawn
-            rows = run.rows.copy()
-            if ended or (len(rows) != drawn and stepped(rows) and time.monotonic() >= due):
-                started, drawn = time.monotonic(), len(rows)
-                self._show(self.page(rows))
-                due = time.monotonic() + views.pause(started)
-            if ended:
-                return
-            time.sleep(LOOK_SECONDS)
+        if (run := self.run) is None:
+            return
+        news = threading.Event()
+        run.watch(lambda run, rows: news.set() if stepped(rows) else None)
+
+        def current() -> bool:
+            return not self._wishes
+
+        live.follow(self._show, lambda: self.page(run.rows.copy()), partial(run.wait, 0), news=news, current=current)
 
     def _begin(self, wish: "Wish | None") -> None:
         """End what is under way, and start what is wanted."""
@@ -197,17 +193,14 @@ class Playground:
 
     def _show(self, page: str) -> None:
         if self.place is not None:
-            views.put(self.place, page)
+            live.put(self.place, page)
 
     def page(self, rows: Rows) -> str:
         """The newest run, and in grey the one before it, as HTML: figure, table, and the error of one that failed."""
         error = "" if self.run is None else self.run.error()
-        parts = [
-            lambda: self._figure(rows),
-            lambda: markup(self._table(rows)),
-            lambda: views.preformatted(error),
-        ]
-        return "\n".join(filter(None, map(views.drawn, parts)))
+        return live.stacked(
+            lambda: self._figure(rows), lambda: markup(self._table(rows)), lambda: live.preformatted(error)
+        )
 
     def _figure(self, rows: Rows) -> str:
         if not stepped(rows) and not self.before:

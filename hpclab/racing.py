@@ -1,15 +1,17 @@
 """The race: the same training by one rank, by one process with all threads, and by two ranks, watched as it goes."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distributed import Client
+from IPython.display import display
 from tqdm import tqdm
 
-from hpclab import machine, plots, scaling
+from hpclab import live, machine, plots, scaling
 from hpclab.figures import Figure, source_word
 from hpclab.gangs.launch import gang_size
 from hpclab.gangs.run import Run
@@ -17,7 +19,6 @@ from hpclab.language import translate as _
 from hpclab.rows import source
 from hpclab.tables import Table
 from hpclab.training.start import Model, train
-from hpclab.views import drawn, in_notebook, put
 
 Rows = list[dict]
 Show = Callable[[dict[str, Rows]], None]
@@ -130,7 +131,7 @@ def race(
         raise ValueError(f"batch_size (={batch_size}) must be even, as 2 ranks share it.")
     gang_size(client, 2, oversubscribe=True)
     result = Race()
-    show = show or (LiveFigure() if in_notebook() else LiveText(epochs))
+    show = show or (LiveFigure() if live.in_notebook() else LiveText(epochs))
 
     def job(client: Client, ranks: int, threads: int, oversubscribe: bool = False) -> Run:
         run = train(
@@ -191,15 +192,19 @@ class LiveFigure:
 
     def __init__(self, handle: Any = None) -> None:
         self.handle = handle
+        self.due = 0.0
 
     def __call__(self, runs: dict[str, Rows]) -> None:
-        from IPython.display import HTML, display
-
-        shown = drawn(lambda: figure(runs).picture())  # a figure that can't be drawn ends no race
+        newest = next(reversed(runs.values()))
+        if time.monotonic() < self.due and newest[-1]["kind"] != "end":  # how a racer ends is always drawn
+            return
+        started = time.monotonic()
+        page = live.drawn(lambda: figure(runs).picture())  # a figure that can't be drawn ends no race
         if self.handle is None:
-            self.handle = display(HTML(shown), display_id=True)
+            self.handle = display(live.sendable(page), display_id=True)
         else:
-            put(self.handle, shown)
+            live.put(self.handle, page)
+        self.due = time.monotonic() + live.pause(started)
 
 
 class LiveText:

@@ -1,6 +1,5 @@
 """A scaling study as one page, made from its rows alone: machine, figures, laws, verdicts, and a forecast."""
 
-import html
 import json
 import os
 import re
@@ -16,8 +15,9 @@ from hpclab import forecast, laws, models, plots, scaling
 from hpclab._arguments import whole_number
 from hpclab.figures import Figure, source_word
 from hpclab.gangs.run import Run, occupy
-from hpclab.language import language
 from hpclab.language import translate as _
+from hpclab.pages import html
+from hpclab.pages import page as page
 from hpclab.rows import some
 from hpclab.tables import Table, markup
 from hpclab.training.start import train
@@ -108,16 +108,16 @@ def sections(rows: list[dict]) -> list[str]:
     for row in trials:  # those of a study that went on elsewhere have others
         about = {"hosts": 1} | {name: row[name] for name in names if name in row}
         machines.setdefault(tuple(about.values()), about | {"started": row["started"]})
-    parts = [f"<h2>{_('This machine')}</h2>{markup(Table(machines.values()))}"]
+    parts = _section(_("This machine"), markup(Table(machines.values())))
     titles = {
         "strong": _("Strong scaling: the batch of all ranks stays"),
         "weak": _("Weak scaling: the batch of each rank stays"),
     }
     for regime, title in titles.items():
         if kept := [row for row in trials if row["regime"] == regime]:
-            parts += [f"<h2>{title}</h2>", *_regime(kept)]
+            parts += _section(title, *_regime(kept))
     if messages := [row for row in rows if row["kind"] == "allreduce"]:
-        parts += [f"<h2>{_('The network')}</h2>", *_network(messages)]
+        parts += _section(_("The network"), *_network(messages))
         parts += _forecast(rows, trials, messages)
     return parts
 
@@ -143,9 +143,8 @@ def read(path: str | os.PathLike) -> list[dict]:
     return json.loads(found[1])
 
 
-def page(title: str, parts: list[str]) -> str:
-    """A page of HTML, with its one style."""
-    return PAGE.format(language=language(), title=html.escape(title), body="\n".join(parts))
+def _section(title: str, *parts: str) -> list[str]:
+    return [html("<h2>{{ title }}</h2>", title=title), *parts]
 
 
 def _regime(trials: list[dict]) -> list[str]:
@@ -171,7 +170,7 @@ def _regime(trials: list[dict]) -> list[str]:
     else:
         plots.throughput(summary, shown.subplots())
     lines = [str(one) for one in fits] + ([str(told)] if told else []) + scaling.remarks(trials)
-    return [shown.picture(), markup(table), *(f"<p>{html.escape(line)}</p>" for line in lines)]
+    return [shown.picture(), markup(table), *(html("<p>{{ line }}</p>", line=line) for line in lines)]
 
 
 def _gustafson(trials: list[dict]) -> list[laws.Fit]:
@@ -184,7 +183,7 @@ def _network(messages: list[dict]) -> list[str]:
     line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["duration_s"] for row in messages])
     shown = Figure(figsize=(7, 4), layout="constrained")
     plots.allreduce(messages, line, shown.subplots())
-    return [shown.picture(), f"<p>{html.escape(str(line))}</p>"]
+    return [shown.picture(), html("<p>{{ line }}</p>", line=line)]
 
 
 def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> list[str]:
@@ -214,21 +213,4 @@ def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> lis
         }
         for row in found
     )
-    title = _("Forecast: more ranks of this kind, on this network")
-    return [f"<h2>{title}</h2>", shown.picture(), markup(table)]
-
-
-PAGE = """<!doctype html>
-<html lang="{language}">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: .25rem .75rem; border-bottom: 1px solid #ddd; }}
-</style>
-<h1>{title}</h1>
-{body}
-"""
+    return _section(_("Forecast: more ranks of this kind, on this network"), shown.picture(), markup(table))

@@ -1,8 +1,15 @@
 """Tables of rows: as text for a terminal, as HTML for a notebook or a page."""
 
-import html
 import unicodedata
 from typing import Any
+
+from hpclab.pages import html
+
+TABLE = (
+    '<table><thead><tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>'
+    "{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ cell(value) }}</td>{% endfor %}</tr>{% endfor %}"
+    "</tbody></table>"
+)
 
 
 class Table(list):
@@ -22,7 +29,7 @@ def text(rows: list[dict]) -> str:
     """Rows as aligned columns; wide (Chinese) characters count as two."""
     if not rows:
         return ""
-    cells = [list(map(str, rows[0]))] + [[_cell(value) for value in row.values()] for row in rows]
+    cells = [list(map(str, rows[0]))] + [[str(_cell(value)) for value in row.values()] for row in rows]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell + " " * (w - _width(cell)) for cell, w in zip(line, widths, strict=True)) for line in cells]
     rule = "  ".join("-" * width for width in widths)
@@ -31,19 +38,13 @@ def text(rows: list[dict]) -> str:
 
 def markup(rows: list[dict]) -> str:
     """Rows as an HTML table whose header cells a screen reader can name; what has ``__html__`` is HTML already."""
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{_markup(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return html(TABLE, rows=rows, cell=_cell) if rows else ""
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any) -> Any:
+    if hasattr(value, "__html__"):
+        return value
     return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def _markup(value: Any) -> str:
-    return value.__html__() if hasattr(value, "__html__") else html.escape(_cell(value))
 
 
 def _width(cell: str) -> int:

@@ -1,35 +1,27 @@
 """A run in a notebook: live while it goes, with buttons; an ordinary output when it has ended."""
 
-import html
-import logging
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from IPython import get_ipython
-from IPython.display import HTML, display
+from IPython.display import display
 
-from hpclab import plots
+from hpclab import live, plots
 from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
+from hpclab.live import answer_in_subshell, drawn, preformatted, sendable
+from hpclab.pages import html
 from hpclab.rows import attempts, kept, source, span
-from hpclab.slurm.states import job_table, node_table
 from hpclab.tables import Table, markup
 
-log = logging.getLogger(__name__)
-
-SHARE = 0.1
-"""Share of the time that drawing may take: the CPU is the ranks'."""
-LEAST_SECONDS, MOST_SECONDS = 0.5, 2.0
-"""Between two drawings: the first one takes long, as fonts are looked for."""
 LONG_SECONDS = 10.0
 """At most between two drawings of a run, whose rows may be so many that each takes seconds."""
 LINES = 12
 """Newest lines of the logs that are shown."""
+in_notebook, keep_up, pause, put, trouble = live.in_notebook, live.show, live.pause, live.put, live.trouble  # of 0.1.0
 
 
 def show(run: Any) -> None:
@@ -43,39 +35,6 @@ def show(run: Any) -> None:
         LiveView(run).show()
     else:
         display(sendable(page(run)))
-
-
-def pause(started: float, most: float = MOST_SECONDS) -> float:
-    """Seconds to wait before the next drawing, after one that began at this time of the monotonic clock."""
-    return min(most, max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
-
-
-def drawn(draw: Callable[[], str]) -> str:
-    """What is drawn as HTML; in its place the error, if that fails: it must not end what follows a run."""
-    try:
-        return draw()
-    except Exception as error:
-        return trouble(error)
-
-
-def trouble(error: Exception) -> str:
-    """An error as HTML: what it says, and its traceback folded away."""
-    told = html.escape(f"{type(error).__name__}: {error}")
-    lines = html.escape("".join(traceback.format_exception(error)))
-    return f"<pre>{told}</pre><details><summary>{_('Traceback')}</summary><pre>{lines}</pre></details>"
-
-
-def sendable(page: str) -> HTML:
-    """A page as a message to a browser can hold it: half a surrogate pair, as in file names, is a question mark."""
-    return HTML(page.encode("utf-8", "replace").decode())
-
-
-def put(place: Any, page: str) -> None:
-    """Show HTML where something was shown before, in a thread that must live on if it can't be shown."""
-    try:
-        place.update(sendable(page))
-    except Exception:
-        log.exception("a page can't be shown")
 
 
 class LiveView:
@@ -98,122 +57,38 @@ class LiveView:
         self.controls = ipywidgets.HBox([self.stop, self.rank, self.kill])
         for control in self.controls.children:
             answer_in_subshell(control)
-        self.news = threading.Event()
 
     def show(self) -> None:
         """Display it here, and begin to follow the run."""
-        self.buttons = display(self.controls, display_id=True)
-        self.place = display(sendable(drawn(lambda: page(self.run))), display_id=True)
-        self.run.watch(lambda run, rows: self.news.set())
-        threading.Thread(target=self._follow, name="hpclab-view", daemon=True).start()
+        news = threading.Event()
+        self.run.watch(lambda run, rows: news.set())
+        live.show(
+            self.run.folder,
+            lambda: drawn(lambda: page(self.run)),
+            lambda: self.run.wait(0),  # its status is the last one before its last row, and its error, are there
+            controls=self.controls,
+            news=news,
+            most=LONG_SECONDS,
+        )
 
     def _stop(self) -> None:
         self.stop.disabled = True
         threading.Thread(target=self.run.stop, name="hpclab-stop", daemon=True).start()
-
-    def _follow(self) -> None:
-        while not self.run.wait(0):  # its status is the last one before its last row, and its error, are there
-            self.news.wait()
-            self.news.clear()
-            started = time.monotonic()
-            put(self.place, drawn(lambda: page(self.run)))
-            self.run.wait(pause(started, LONG_SECONDS))  # the last page must not be late
-        put(self.place, drawn(lambda: page(self.run)))
-        put(self.buttons, "")
-        for control in (*self.controls.children, self.controls):
-            control.close()
-
-
-_followed: dict[Any, Any] = {}
-"""By what is shown, the display that follows it: the newest only, as each costs time."""
-
-
-def keep_up(key: Any, page: Callable[[], str], ended: Callable[[], bool]) -> None:
-    """Show a page as the output of a cell, and anew when it changes, until that has ended or is shown elsewhere.
-
-    What raises meanwhile is shown in its place, until it can be drawn again; the last page that could be is what stays.
-    """
-    first = page()
-    handle = _followed[key] = display(sendable(first), display_id=True)
-
-    def watch(good: str) -> None:
-        shown = good
-        while _followed.get(key) is handle and not ended():
-            started = time.monotonic()
-            try:
-                new = good = page()
-            except Exception as error:
-                if ended():
-                    break
-                new = trouble(error)
-            if new != shown:
-                put(handle, new)
-            shown = new
-            time.sleep(pause(started))
-        if shown != good:
-            put(handle, good)
-        if _followed.get(key) is handle:
-            del _followed[key]
-
-    threading.Thread(target=watch, args=[first], name="hpclab-view", daemon=True).start()
-
-
-def follow(slurm: Any) -> None:
-    """Show a private Slurm as the output of a cell, and keep it up to date while it is up; without a kernel, as text.
-
-    When it has ended, or is shown elsewhere, the output stays as it was.
-    """
-    try:
-        if in_notebook():
-            keep_up(slurm.folder, lambda: queue(slurm), lambda: not slurm.up)
-        else:
-            print(slurm.status())
-    except RuntimeError as error:  # it has ended, and says so
-        print(error)
-
-
-def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    return hasattr(get_ipython(), "kernel")
-
-
-def queue(slurm: Any) -> str:
-    """A private Slurm as HTML: its jobs in time, and its nodes and jobs as tables."""
-    jobs = slurm.jobs()
-    shown = Figure(figsize=(8.5, 1.2 + 0.22 * min(len(jobs), plots.JOBS)))
-    plots.gantt(jobs, shown.subplots())
-    shown.set_layout_engine("constrained")
-    parts = [shown.picture()] * bool(jobs)
-    return "\n".join([*parts, markup(node_table(slurm.nodes())), markup(job_table(jobs))])
-
-
-def answer_in_subshell(control: Any) -> None:
-    """Have a control answer while a cell runs.
-
-    ipykernel 7.4 brings what a control says to the shell that made it, which waits in the cell; this leaves it with the
-    subshell that JupyterLab has chosen for it.
-    """
-    control.comm._reply_subshell_for = lambda data, chosen: chosen
 
 
 def page(run: Any) -> str:
     """A run as HTML: its state, its figure, a row a rank, the newest lines of its logs, and its error if it failed."""
     every = plots.drawable(run.rows.copy())
     rows = kept(every)
-    parts: list[Callable[[], str]] = [lambda: f"<p><strong>{html.escape(run.name)}</strong>: {_word(run)}</p>"]
-    if run.going:
-        parts.append(lambda: f"<p>{_seen(run)}</p>")
+    head = "<p><strong>{{ name }}</strong>: {{ state }}</p>{% if seen %}\n<p>{{ seen }}</p>{% endif %}"
+    parts: list[Callable[[], str]] = [
+        lambda: html(head, name=run.name, state=_word(run), seen=_seen(run) if run.going else "")
+    ]
     if any(row["kind"] == "step" for row in rows):
         parts += [lambda: _figure(rows).picture(), lambda: markup(ranks(rows))]
     if any(row["kind"] == "restart" and "cause" in row for row in every):
-        parts.append(lambda: f"<p>{_('Attempts')}</p>\n{markup(recovery(every))}")
-    parts += [lambda: preformatted(_newest(run)), lambda: preformatted(run.error())]
-    return "\n".join(filter(None, map(drawn, parts)))
-
-
-def preformatted(text: str) -> str:
-    """Text as HTML that keeps its lines; nothing if there is none."""
-    return f"<pre>{html.escape(text)}</pre>" if text else ""
+        parts.append(lambda: html("<p>{{ title }}</p>\n", title=_("Attempts")) + markup(recovery(every)))
+    return live.stacked(*parts, lambda: preformatted(_newest(run)), lambda: preformatted(run.error()))
 
 
 def ranks(rows: list[dict]) -> Table:
@@ -257,9 +132,14 @@ def recovery(rows: list[dict]) -> Table:
 
 def _rank(rank: int, steps: list[dict]) -> dict:
     last = max(steps, key=lambda row: row["time_s"])
-    shown = {_("rank"): rank, _("step"): last.get("step"), _("loss"): last.get("loss")}
-    about = {_("seconds"): round(last["time_s"], 1), _("source"): source_word(source(steps))}
-    return shown | _spent(steps) | about
+    return {
+        _("rank"): rank,
+        _("step"): last.get("step"),
+        _("loss"): last.get("loss"),
+        **_spent(steps),
+        _("seconds"): round(last["time_s"], 1),
+        _("source"): source_word(source(steps)),
+    }
 
 
 def _spent(steps: list[dict]) -> dict[str, str]:
@@ -292,12 +172,11 @@ def _seen(run: Any) -> str:
     with suppress(OSError, ValueError):  # the current folder was removed; on Windows, another drive
         folder = os.path.relpath(folder)
     call = f"hpclab.open_run({folder!r})"
-    told = _(
+    return _(
         "Seen at {time}. If its kernel has gone since, {call} shows what came after.",
         time=time.strftime("%H:%M:%S"),
         call=call,
     )
-    return html.escape(told, quote=False)
 
 
 def _figure(rows: list[dict]) -> Figure:

@@ -14,10 +14,11 @@ from hpclab.figures import Figure
 from hpclab.forecast import Forecast
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
+from hpclab.live import answer_in_subshell, drawn, put, sendable, trouble
 from hpclab.network import Hierarchy, Network
+from hpclab.pages import html
 from hpclab.tables import Table, markup
 from hpclab.training.start import Model
-from hpclab.views import answer_in_subshell, drawn, put, trouble
 
 
 class RaceStage:
@@ -92,11 +93,12 @@ class RaceStage:
         trials = result.trials()
         measured = trials[0]["train_s"] / trials[-1]["train_s"]
         told = _("You predicted {guess:.1f}; this race says {measured:.2f}.", guess=self.guess.value, measured=measured)
-        shown = HTML(f"{markup(result.table())}<p><strong>{told}</strong> {result.verdict()}</p>")
+        words = "{{ table }}<p><strong>{{ told }}</strong> {{ verdict }}</p>"
+        page = html(words, table=markup(result.table()), told=told, verdict=result.verdict())
         if self.text is None:
-            self.text = display(shown, display_id=True)
+            self.text = display(sendable(page), display_id=True)
         else:
-            self.text.update(shown)
+            put(self.text, page)
 
 
 class Explorer:

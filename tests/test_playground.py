@@ -14,7 +14,7 @@ import pytest
 from conftest import no_rank_left, until
 
 import hpclab
-from hpclab import models, playground, views
+from hpclab import live, models, playground
 from hpclab.cluster import card as cards
 
 SMALL = {"steps": 30, "seed": 1}
@@ -189,19 +189,21 @@ def test_a_card_follows_until_the_client_closes(monkeypatch):
     class Shown(Place):
         def __init__(self, page, display_id):
             super().__init__()
-            self.update(page)
             shown.append(self)
+            self.control = None if hasattr(page, "data") else page
+            if self.control is None:
+                self.update(page)
 
-    monkeypatch.setattr(views, "in_notebook", lambda: True)
-    monkeypatch.setattr(views, "display", Shown)
-    monkeypatch.setattr(cards, "display", shown.append)
+    monkeypatch.setattr(live, "in_notebook", lambda: True)
+    monkeypatch.setattr(live, "display", Shown)
     with hpclab.connect(workers=1) as client:
         client._ipython_display_()
         size, card = shown
-        size.value = 2
+        size.control.value = 2
         until(lambda: card.pages[-1].count("<tr>") == 3)
         until(lambda: len(client.cluster.workers) == 2)
-    until(lambda: client.id not in views._followed)
+    until(lambda: client.id not in live._newest)
+    until(lambda: size.pages == [""] and size.control.comm is None)
 
 
 def test_the_dashboard_is_reached_by_a_hubs_proxy(client, monkeypatch):

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from conftest import ours, require, until
 
-from hpclab import cli, plots, slurm, views
+from hpclab import cli, live, plots, slurm
 from hpclab.slurm import conf, programs
 
 TEMPORARY = tempfile.gettempdir()
@@ -417,9 +417,9 @@ def test_only_its_newest_view_follows(up, monkeypatch):
             self.pages.append(page.data)
 
     shown = []
-    monkeypatch.setattr(views, "SHARE", 1.0)  # on a loaded machine drawing takes long, and the rest ten times as long
-    monkeypatch.setattr(views, "get_ipython", lambda: types.SimpleNamespace(kernel=None))
-    monkeypatch.setattr(views, "display", lambda *args, **named: shown.append(Shown(*args, **named)) or shown[-1])
+    monkeypatch.setattr(live, "SHARE", 1.0)  # on a loaded machine drawing takes long, and the rest ten times as long
+    monkeypatch.setattr(live, "get_ipython", lambda: types.SimpleNamespace(kernel=None))
+    monkeypatch.setattr(live, "display", lambda *args, **named: shown.append(Shown(*args, **named)) or shown[-1])
     first = slurm.find(up.folder)
     first._ipython_display_()
     up._ipython_display_()
@@ -427,7 +427,7 @@ def test_only_its_newest_view_follows(up, monkeypatch):
     in_state(up, job, "COMPLETED")
     until(lambda: "seen" in shown[1].pages[-1])
     assert "seen" not in shown[0].pages[-1]
-    del views._followed[up.folder]
+    del live._newest[up.folder]
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "hpclab-view"])
 
 

@@ -1,6 +1,7 @@
 """The view of a run, as it is without a browser: what it shows of odd rows, of failures, and of what can't be drawn."""
 
 import contextlib
+import html
 import json
 import math
 import resource
@@ -12,7 +13,7 @@ import pytest
 from conftest import no_rank_left, until
 
 import hpclab
-from hpclab import plots, views
+from hpclab import live, plots, views
 from hpclab.cluster import card
 
 
@@ -31,7 +32,7 @@ class Shown:
 def shown(monkeypatch):
     """The places at which something is shown: of a run its buttons, then its page."""
     places = []
-    monkeypatch.setattr(views, "display", lambda *args, **named: places.append(Shown(*args, **named)) or places[-1])
+    monkeypatch.setattr(live, "display", lambda *args, **named: places.append(Shown(*args, **named)) or places[-1])
     return places
 
 
@@ -140,28 +141,6 @@ def test_so_it_is_when_no_row_can_tell_the_error(client, shown):
     assert no_rank_left()
 
 
-def test_a_page_that_can_not_be_drawn_is_told_and_drawn_again(shown):
-    """And the one that stays is the last that could be."""
-    state = {"page": "first", "ended": False}
-
-    def page():
-        if isinstance(state["page"], Exception):
-            raise state["page"]
-        return state["page"]
-
-    views.keep_up("a key", page, lambda: state["ended"])
-    (place,) = shown
-    state["page"] = KeyError("memory")
-    until(lambda: place.pages[-1].startswith("<pre>KeyError: &#x27;memory&#x27;</pre><details>"))
-    state["page"] = "half a pair: \udcff"
-    until(lambda: place.pages[-1] == "half a pair: ?")
-    state["page"] = OSError("it goes")
-    until(lambda: "it goes" in place.pages[-1])
-    state["ended"] = True
-    until(lambda: "a key" not in views._followed)
-    assert place.pages[-1] == "half a pair: ?"
-
-
 def test_a_client_that_has_closed_says_so(capsys):
     with hpclab.connect(workers=1) as client:
         pass
@@ -176,7 +155,7 @@ def test_a_folder_that_was_removed_is_named_in_full(client, monkeypatch, tmp_pat
     monkeypatch.chdir(gone)
     gone.rmdir()
     try:
-        assert f"hpclab.open_run({str(tmp_path / 'run')!r})" in views.page(run)
+        assert f"hpclab.open_run({str(tmp_path / 'run')!r})" in html.unescape(views.page(run))
     finally:
         monkeypatch.chdir(Path("/"))
         run.stop()

@@ -1,6 +1,5 @@
 """A cluster in a notebook: who is there, where its dashboard is, and a control to grow and shrink it."""
 
-import html
 import os
 import threading
 from typing import Any
@@ -9,10 +8,10 @@ from urllib.parse import urlsplit
 import dask
 from dask.utils import format_bytes
 from distributed import Client
-from IPython.display import display
 
-from hpclab import machine, views
+from hpclab import live, machine
 from hpclab.language import translate as _
+from hpclab.pages import html
 from hpclab.tables import Table, markup
 
 MOST_JOBS = 1000
@@ -26,12 +25,11 @@ def show(client: Client) -> None:
     if client.status != "running":
         print(_("This client is {status}; hpclab.connect() opens a new one.", status=client.status))
         return
-    if not views.in_notebook():
+    if not live.in_notebook():
         print(f"{_word(client)}\n\n{workers(client)}")
         return
-    if client.cluster is not None:
-        display(_size(client))
-    views.keep_up(client.id, lambda: page(client), lambda: client.status in ("closing", "closed"))
+    size = None if client.cluster is None else _size(client)
+    live.show(client.id, lambda: page(client), lambda: client.status in ("closing", "closed"), controls=size)
 
 
 def page(client: Client) -> str:
@@ -44,9 +42,9 @@ def page(client: Client) -> str:
     """
     if client.status != "running":
         raise OSError(f"client is {client.status}")
-    link = html.escape(dashboard(client))
-    seen = f'<a href="{link}" target="_blank">{_("dashboard")}</a>'
-    return f"<p><strong>{html.escape(_word(client))}</strong> {seen}</p>{markup(workers(client))}"
+    card = '<p><strong>{{ cluster }}</strong> <a href="{{ link }}" target="_blank">{{ title }}</a></p>{{ workers }}'
+    about = {"cluster": _word(client), "link": dashboard(client), "title": _("dashboard")}
+    return html(card, **about, workers=markup(workers(client)))
 
 
 def workers(client: Client) -> Table:
@@ -94,8 +92,8 @@ def _size(client: Client) -> Any:
     size.continuous_update = False
 
     def scale(change: dict) -> None:
-        threading.Thread(target=cluster.scale, args=[change["new"]], daemon=True).start()
+        threading.Thread(target=cluster.scale, args=[change["new"]], name="hpclab-scale", daemon=True).start()
 
     size.observe(scale, "value")
-    views.answer_in_subshell(size)
+    live.answer_in_subshell(size)
     return size

@@ -168,9 +168,9 @@ class Slurm:
         self._until(used, f"node {node} to be used again")
 
     def _ipython_display_(self) -> None:
-        from hpclab import views
+        from hpclab.slurm import view
 
-        views.follow(self)
+        view.follow(self)
 
     def status(self) -> str:
         """Nodes and jobs as text, for people to read."""

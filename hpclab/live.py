@@ -1,0 +1,178 @@
+"""The one loop that draws what lives in a notebook: a run, a playground, a private Slurm, a cluster.
+
+What can't be drawn is shown as the error that it is, in its place: it ends neither the loop nor what is drawn.
+"""
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from IPython import get_ipython
+from IPython.display import HTML, display
+
+from hpclab.language import translate as _
+from hpclab.pages import html
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.1
+"""Share of the time that drawing may take: the CPU is the ranks'."""
+LEAST_SECONDS, MOST_SECONDS = 0.5, 2.0
+"""Between two drawings: the first one takes long, as fonts are looked for."""
+LOOK_SECONDS = 0.05
+"""Between two looks whether there is something new, of what tells so itself."""
+
+_newest: dict[Any, Any] = {}
+"""By what is shown, the display that is kept up to date: the newest only, as each costs time."""
+
+
+def show(
+    key: Any,
+    page: Callable[[], str],
+    ended: Callable[[], bool],
+    *,
+    controls: Any = None,
+    news: threading.Event | None = None,
+    most: float = MOST_SECONDS,
+) -> None:
+    """Show a page as the output of a cell, and anew as `follow` does, until that has ended or is shown elsewhere.
+
+    Parameters
+    ----------
+    key : hashable
+        What is shown: of several displays of one thing only the newest is kept up to date, the others stay as they are.
+    page, ended, news, most
+        As for `follow`. What the first page raises is raised here.
+    controls : ipywidgets.Widget, optional
+        Shown above the page as long as that is kept up to date; then they go, as they could do nothing more.
+    """
+    first = page()
+    buttons = None if controls is None else display(controls, display_id=True)
+    handle = _newest[key] = display(sendable(first), display_id=True)
+
+    def newest() -> bool:
+        return _newest.get(key) is handle
+
+    def live() -> None:
+        follow(lambda new: put(handle, new), page, ended, news=news, most=most, current=newest)
+        if newest():  # else the entry is another's; one that comes just now is of what has ended, and ends by itself
+            _newest.pop(key, None)
+        if controls is not None:
+            put(buttons, "")
+            for control in (*getattr(controls, "children", ()), controls):
+                control.close()
+
+    threading.Thread(target=live, name="hpclab-view", daemon=True).start()
+
+
+def follow(
+    put: Callable[[str], None],
+    page: Callable[[], str],
+    ended: Callable[[], bool],
+    *,
+    news: threading.Event | None = None,
+    most: float = MOST_SECONDS,
+    current: Callable[[], bool] = lambda: True,
+) -> None:
+    """Draw a page anew when there is something new, until what it shows has ended.
+
+    The last page that can be drawn is what stays.
+
+    Parameters
+    ----------
+    put : callable
+        Given a page that differs from the one before, shows it.
+    page : callable
+        Draws the page, as HTML. What it raises is shown in place of the page, until that can be drawn again.
+    ended : callable
+        Whether what is drawn has ended, and will change no more.
+    news : threading.Event, optional
+        Set by others when there is something new. Default: there may be at any time.
+    most : float, default MOST_SECONDS
+        Seconds between two drawings at most, however long one takes.
+    current : callable, optional
+        Whether to go on; where not, nothing more is drawn.
+    """
+    shown, good, due = "", "", 0.0
+    while current():
+        over = ended()  # asked before the page is drawn, so that what came last is on the last page
+        if not over and (time.monotonic() < due or (news is not None and not news.is_set())):
+            time.sleep(LEAST_SECONDS if news is None else LOOK_SECONDS)
+            continue
+        if news is not None:
+            news.clear()  # before the page is drawn, so that what comes meanwhile is drawn next
+        started = time.monotonic()
+        try:
+            new = good = page()
+        except Exception as error:
+            over = over or ended()  # a page that fails since its subject has just ended tells of no trouble
+            new = good if over and good else trouble(error)
+        if new != shown and current():  # it may have been replaced while it was drawn
+            put(new)
+            shown = new
+        if over:
+            return
+        due = time.monotonic() + pause(started, most)
+
+
+def pause(started: float, most: float = MOST_SECONDS) -> float:
+    """Seconds to wait before the next drawing, after one that began at this time of the monotonic clock."""
+    return min(most, max(LEAST_SECONDS, (time.monotonic() - started) / SHARE))
+
+
+def drawn(draw: Callable[[], str]) -> str:
+    """What is drawn as HTML; in its place the error, if that fails: it must not end what follows a run."""
+    try:
+        return draw()
+    except Exception as error:
+        return trouble(error)
+
+
+def stacked(*parts: Callable[[], str]) -> str:
+    """Parts of a page, one below the other; one that can't be drawn leaves the others as they are."""
+    return "\n".join(filter(None, map(drawn, parts)))
+
+
+def trouble(error: Exception) -> str:
+    """An error as HTML: what it says, and its traceback folded away."""
+    return html(
+        "<pre>{{ error }}</pre><details><summary>{{ title }}</summary><pre>{{ lines }}</pre></details>",
+        error=f"{type(error).__name__}: {error}",
+        title=_("Traceback"),
+        lines="".join(traceback.format_exception(error)),
+    )
+
+
+def preformatted(text: str) -> str:
+    """Text as HTML that keeps its lines; nothing if there is none."""
+    return html("<pre>{{ text }}</pre>", text=text) if text else ""
+
+
+def sendable(page: str) -> HTML:
+    """A page as a message to a browser can hold it: half a surrogate pair, as in file names, is a question mark."""
+    return HTML(page.encode("utf-8", "replace").decode())
+
+
+def put(place: Any, page: str) -> None:
+    """Show HTML where something was shown before, in a thread that must live on if it can't be shown."""
+    try:
+        place.update(sendable(page))
+    except Exception:
+        log.exception("a page can't be shown")
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return hasattr(get_ipython(), "kernel")
+
+
+def answer_in_subshell(control: Any) -> None:
+    """Have a control answer while a cell runs.
+
+    ipykernel 7.4 brings what a control says to the shell that made it, which waits in the cell; this leaves it with the
+    subshell that JupyterLab has chosen for it.
+    """
+    control.comm._reply_subshell_for = lambda data, chosen: chosen

@@ -151,7 +151,7 @@ def alpha_beta(size: ArrayLike, alpha: float, beta: float) -> Array:
 
 
 @dataclass(frozen=True)
-class Fit:
+class LawFit:
     """A law fitted to measurements.
 
     Attributes
@@ -217,26 +217,6 @@ class Fit:
                 return value * np.exp(-half), value * np.exp(half)
         return np.maximum(value - half, 0.0), value + half
 
-    def bootstrap(self, draws: int = 1000, seed: int = 0, level: float | None = None) -> dict[str, tuple[float, float]]:
-        """Intervals of the parameters from refits to resampled residuals (Efron and Tibshirani 1993, chapter 9).
-
-        They need no normal noise, and show skew that the t intervals can't; with few points they are too narrow.
-        """
-        tail = 50 * (1 - confidence(self.level if level is None else level))
-        if draws < 1:
-            raise ValueError(f"draws (={draws!r}) must be at least 1; some hundreds make intervals.")
-        dice = np.random.default_rng(seed)
-        law, at = _LAWS[self.law], self(self.n)
-        relative = self.noise == "relative"
-        left = _residuals(self.x, at, relative) * math.sqrt(len(at) / self.freedom)
-        found = []
-        for _ in range(draws):
-            shift = dice.choice(left, len(left))
-            drawn = at * np.exp(shift) if relative else np.maximum(at + shift, 1e-9 * at)
-            found.append(_solve(law, self.n, drawn, relative))
-        ends = np.percentile(found, [tail, 100 - tail], axis=0)
-        return {name: (float(low), float(high)) for name, low, high in zip(law.names, *ends, strict=True)}
-
     @property
     def peak(self) -> float:
         """Number of workers beyond which more make it slower; infinite for all laws but the USL."""
@@ -260,7 +240,7 @@ class Fit:
         return f"{self.law}: {', '.join(parts)}; {self.level:.0%} intervals, {self.freedom} degrees of freedom"
 
 
-def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
+def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawFit:
     """Fit a law by bounded least squares.
 
     Neither the order of the points nor the unit of x (for "alpha-beta" also that of n) matters: parameters and their
@@ -283,7 +263,7 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
 
     Returns
     -------
-    Fit
+    LawFit
 
     Raises
     ------
@@ -300,28 +280,28 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
         raise ValueError(f"law (={law!r}) must be one of {', '.join(map(repr, _LAWS))}.")
     _known(noise)
     confidence(level)
-    kind = _LAWS[law]
+    form = _LAWS[law]
     n, x = _points(n, x, law)
-    relative, size, parameters = noise == "relative", len(n), len(kind.names)
+    relative, size, parameters = noise == "relative", len(n), len(form.names)
     if not _enough(law, n):
         raise ValueError(
             f"{law} has {parameters} parameters, and needs as many different counts and one more point; here are"
             f" {size} points at {len(set(n))} different counts. Measure more counts, or each more often."
         )
-    found = _solve(kind, n, x, relative)
+    best = _solve(form, n, x, relative)
     unit = 1.0 if relative else float(x.max())
-    left = _residuals(x, kind.value(n, *found), relative) / unit
+    left = _residuals(x, form.value(n, *best), relative) / unit
     squares = float(left @ left)
     freedom = size - parameters
-    spread = _root(_jacobian(kind, n, found, relative) / unit) * math.sqrt(squares / freedom)
+    spread = _root(_jacobian(form, n, best, relative) / unit) * math.sqrt(squares / freedom)
     errors = np.linalg.norm(spread, axis=0)
     half = quantile(level, freedom) * errors
-    ends = zip(np.maximum(found - half, 0.0), np.minimum(found + half, kind.upper), strict=True)
-    return Fit(
+    ends = zip(np.maximum(best - half, 0.0), np.minimum(best + half, form.upper), strict=True)
+    return LawFit(
         law=law,
-        values=dict(zip(kind.names, map(float, found), strict=True)),
-        errors=dict(zip(kind.names, map(float, errors), strict=True)),
-        intervals={name: (float(low), float(high)) for name, (low, high) in zip(kind.names, ends, strict=True)},
+        values=dict(zip(form.names, map(float, best), strict=True)),
+        errors=dict(zip(form.names, map(float, errors), strict=True)),
+        intervals={name: (float(low), float(high)) for name, (low, high) in zip(form.names, ends, strict=True)},
         residual=unit * math.sqrt(squares / freedom),
         freedom=freedom,
         aicc=_aicc(squares, size, parameters),
@@ -345,12 +325,12 @@ def quantile(level: float, freedom: float) -> float:
     return float(scipy.special.stdtrit(freedom, (1 + confidence(level)) / 2))
 
 
-def fit_amdahl(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
+def fit_amdahl(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawFit:
     """Fit Amdahl's law; see `fit`."""
     return fit("amdahl", n, x, noise, level)
 
 
-def fit_usl(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
+def fit_usl(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawFit:
     """Fit the universal scalability law; see `fit`.
 
     Examples
@@ -362,18 +342,13 @@ def fit_usl(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = 
     return fit("usl", n, x, noise, level)
 
 
-def fit_gustafson(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
-    """Fit Gustafson's law to measurements of weak scaling; see `fit`."""
-    return fit("gustafson", n, x, noise, level)
-
-
-def fit_alpha_beta(size: ArrayLike, seconds: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Fit:
+def fit_alpha_beta(size: ArrayLike, seconds: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawFit:
     """Fit latency and seconds a byte to message times; see `fit`."""
     return fit("alpha-beta", size, seconds, noise, level)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LawVerdict:
     """Which law the measurements name, if they name one.
 
     Attributes
@@ -384,14 +359,14 @@ class Verdict:
         A sentence for the reader.
     measure : list of int
         What to measure next: counts of workers; empty if a law is named.
-    fits : list of Fit
+    fits : list of LawFit
         Those that could be made, the smallest law first.
     """
 
     law: str | None
     why: str
     measure: list[int]
-    fits: list[Fit] = field(repr=False)
+    fits: list[LawFit] = field(repr=False)
 
     @property
     def identifiable(self) -> bool:
@@ -399,7 +374,7 @@ class Verdict:
         return self.law is not None
 
     @property
-    def fit(self) -> Fit:
+    def fit(self) -> LawFit:
         """The fit of the law that is named.
 
         Raises
@@ -409,13 +384,17 @@ class Verdict:
         """
         if self.law is None:
             raise ValueError(self.why)
-        return next(one for one in self.fits if one.law == self.law)
+        return next(fit for fit in self.fits if fit.law == self.law)
 
     def __str__(self) -> str:
         return f"{self.law or 'not identifiable'}: {self.why}"
 
 
-def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> Verdict:
+Fit, Verdict = LawFit, LawVerdict
+"""Their names of 0.1.0."""
+
+
+def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawVerdict:
     """Say which of "linear", "amdahl" and "usl" the measurements of strong scaling name, or that they can't tell.
 
     A law is named if there are at least `COUNTS` different counts of workers in at least `POINTS` measurements, and if
@@ -431,7 +410,7 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
 
     Returns
     -------
-    Verdict
+    LawVerdict
 
     Raises
     ------
@@ -450,20 +429,20 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
             f"{len(counts)} different counts up to {most} can't tell laws apart that part company further out."
             f" Measure also at {', '.join(map(str, more))}, and each count at least twice."
         )
-        return Verdict(None, why, more, fits)
+        return LawVerdict(None, why, more, fits)
     if len(n) < POINTS:
         why = f"{len(n)} measurements can't tell a law from its noise; {POINTS} can. Measure each count at least twice."
-        return Verdict(None, why, [int(count) for count in counts], fits)
+        return LawVerdict(None, why, [int(count) for count in counts], fits)
     best = fits[0]
-    for one in fits[1:]:
-        if one.aicc < best.aicc - MARGIN:
-            best = one
+    for larger in fits[1:]:
+        if larger.aicc < best.aicc - MARGIN:
+            best = larger
     if _misfit(best) < MISFIT:
         why = (
             f"the measurements bend away from {best.law}, the best of these laws, by more than their noise. Look for"
             " what else differs between counts: caches, memory, placement."
         )
-        return Verdict(None, why, [int(count) for count in counts], fits)
+        return LawVerdict(None, why, [int(count) for count in counts], fits)
     largest, reach = fits[-1], REACH * most
     width = _width(largest, reach)
     if not width <= TOLERANCE:
@@ -473,22 +452,22 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
             f"the measurements leave {_share(width)} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
             f" Measure {often} at {2 * most}."
         )
-        return Verdict(None, why, [2 * most], fits)
-    others = ", ".join(f"{one.law} {one.aicc - best.aicc:+.1f}" for one in fits if one is not best)
+        return LawVerdict(None, why, [2 * most], fits)
+    others = ", ".join(f"{other.law} {other.aicc - best.aicc:+.1f}" for other in fits if other is not best)
     why = (
         f"the smallest law that no larger one beats (AICc over its own: {others});"
         f" at {reach:g} workers the measurements leave {width:.0%} either way."
     )
-    return Verdict(best.law, why, [], fits)
+    return LawVerdict(best.law, why, [], fits)
 
 
-def _misfit(found: Fit) -> float:
+def _misfit(fit: LawFit) -> float:
     """Chance, if the law is true, that ln n and its square explain so much of what it leaves; an F test."""
-    relative = found.noise == "relative"
-    left = _residuals(found.x, found(found.n), relative)
-    slopes = _jacobian(_LAWS[found.law], found.n, list(found.values.values()), relative)
-    unit = 1.0 if relative else found(found.n)
-    bends = np.stack([np.log(found.n) * unit, np.log(found.n) ** 2 * unit], axis=1)
+    relative = fit.noise == "relative"
+    left = _residuals(fit.x, fit(fit.n), relative)
+    slopes = _jacobian(_LAWS[fit.law], fit.n, list(fit.values.values()), relative)
+    unit = 1.0 if relative else fit(fit.n)
+    bends = np.stack([np.log(fit.n) * unit, np.log(fit.n) ** 2 * unit], axis=1)
     more = _alike(np.hstack([slopes, bends]))[0]
     rest = left - more @ np.linalg.lstsq(more, left, rcond=None)[0]
     extra, freedom = bends.shape[1], len(left) - more.shape[1]
@@ -497,7 +476,7 @@ def _misfit(found: Fit) -> float:
     return float(scipy.special.fdtrc(extra, freedom, gain / ((rest @ rest + floor) / freedom)))
 
 
-def _width(largest: Fit, n: float) -> float:
+def _width(largest: LawFit, n: float) -> float:
     """Half-width of a fit's band at n, as a share of its value."""
     low, high = largest.band([n])
     return float((high - low)[0] / 2 / largest([n])[0])
@@ -530,9 +509,9 @@ def _usl_start(order: int) -> Callable[[Array, Array], Array]:
 
     def start(n: Array, x: Array) -> Array:
         columns = np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1)[:, :order] * (x / n)[:, None]
-        found = _nonnegative(columns)
-        first = max(found[0], 1e-6 * (n / x).min())
-        return np.concatenate([[1 / first], found[1:] / first])
+        shares = _nonnegative(columns)
+        first = max(shares[0], 1e-6 * (n / x).min())
+        return np.concatenate([[1 / first], shares[1:] / first])
 
     return start
 
@@ -626,22 +605,22 @@ def _solve(law: _Law, n: Array, x: Array, relative: bool) -> Array:
 
     start = np.clip(law.start(n, x) / units, 1e-12, upper * (1 - 1e-9))
     tight = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12}
-    found = scipy.optimize.least_squares(residuals, start, jacobian, (0.0, upper), x_scale="jac", **tight).x
-    for place in range(1 if law.names[0] == "g" else 0, len(found)):  # the solver stops short of a bound
-        at_bound = found.copy()
+    best = scipy.optimize.least_squares(residuals, start, jacobian, (0.0, upper), x_scale="jac", **tight).x
+    for place in range(1 if law.names[0] == "g" else 0, len(best)):  # the solver stops short of a bound
+        at_bound = best.copy()
         at_bound[place] = 0.0
-        if _as_close(residuals(at_bound), residuals(found)):
-            found = at_bound
+        if _as_close(residuals(at_bound), residuals(best)):
+            best = at_bound
     # The solver goes by the sum of squares, whose rounding hides the last half of a parameter's digits, and what lies
     # at a bound now has moved the others: steps of Gauss and Newton, which go by the slopes, find them. They don't go
     # along what the points can't tell (`rcond`), where there is nothing to find.
-    free, polished = found > 0, found.copy()
+    free, polished = best > 0, best.copy()
     for _ in range(POLISH):
         columns, norms = _alike(jacobian(polished)[:, free])
         polished[free] -= np.linalg.lstsq(columns, residuals(polished), rcond=1e-8)[0] / norms
         if not ((polished >= 0) & (polished <= upper)).all():
-            return found * units
-    return (polished if _as_close(residuals(polished), residuals(found)) else found) * units
+            return best * units
+    return (polished if _as_close(residuals(polished), residuals(best)) else best) * units
 
 
 def _as_close(residuals: Array, others: Array) -> bool:

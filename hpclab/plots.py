@@ -16,7 +16,7 @@ from hpclab.language import translate_drawn as _
 from hpclab.rows import attempts, kept, some, source, span
 
 if TYPE_CHECKING:
-    from hpclab.laws import Fit
+    from hpclab.laws import LawFit
 
 JOBS = 40
 """Jobs that a Gantt chart has room for."""
@@ -92,7 +92,7 @@ def efficiency(rows: list[dict], ax: Axes | None = None) -> Axes:
     return _ideal(_bars(rows, "efficiency", _("efficiency"), ax), [1.0] * len(_cases(rows)))
 
 
-def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Axes | None = None) -> Axes:
+def law(rows: list[dict], fit: "LawFit", forecast: list[dict] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the throughput of a sweep over ranks, and a law with its band.
 
     The law ends where the measurements end: beyond, it says nothing unless its cause is known. With a forecast, which
@@ -102,7 +102,7 @@ def law(rows: list[dict], fit: "Fit", forecast: list[dict] | None = None, ax: Ax
     ----------
     rows : list of dict
         As from `scaling.sweep`: each trial is a point.
-    fit : laws.Fit
+    fit : laws.LawFit
         As from `scaling.fit`.
     forecast : list of dict, optional
         As from `forecast.Forecast.rows`.
@@ -318,14 +318,14 @@ def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
     return figures.legend_above(ax, columns=2)
 
 
-def grain(rows: list[dict], fit: "Fit", unseen: list[dict] | None = None, ax: Axes | None = None) -> Axes:
+def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the seconds of the same work against the size of its tasks, and a law with its band and its knee.
 
     Parameters
     ----------
     rows : list of dict
         As from `tasks.sweep`.
-    fit : laws.Fit
+    fit : laws.LawFit
         As from `laws.fit_alpha_beta`, of the seconds against the number of tasks. Its knee is where handing out takes
         as long as all the rest.
     unseen : list of dict, optional
@@ -405,14 +405,14 @@ def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) ->
     return finish(ax, jobs, _("seconds since the first was submitted"), _("job"), told)
 
 
-def allreduce(rows: list[dict], fit: "Fit | None" = None, ax: Axes | None = None) -> Axes:
+def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = None) -> Axes:
     """Draw the seconds of all-reduces against their bytes, and the alpha-beta line.
 
     Parameters
     ----------
     rows : list of dict
         As from `scaling.allreduce`.
-    fit : laws.Fit, optional
+    fit : laws.LawFit, optional
         As from `laws.fit_alpha_beta`.
     """
     ax = figures.axes(ax)

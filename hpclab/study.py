@@ -173,7 +173,7 @@ def _regime(trials: list[dict]) -> list[str]:
     return [shown.picture(), markup(table), *(html("<p>{{ line }}</p>", line=line) for line in lines)]
 
 
-def _gustafson(trials: list[dict]) -> list[laws.Fit]:
+def _gustafson(trials: list[dict]) -> list[laws.LawFit]:
     """The fit, if there are enough points for one."""
     counts = {row["ranks"] for row in trials}
     return [scaling.fit(trials, "gustafson")] if len(counts) > 1 and len(trials) > 2 else []

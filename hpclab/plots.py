@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from hpclab import figures
-from hpclab.figures import COLOURS, HATCHES, cloud, curve, finish, look
+from hpclab.figures import COLOURS, HATCHES, Values, cloud, curve, finish, look
 from hpclab.language import translate_drawn as _
 from hpclab.rows import attempts, kept, some, source, span
 
@@ -45,16 +45,15 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None, *, ghosts: dict[st
         start.
     """
     ax = figures.axes(ax)
-    told = []
     looks = [(name, rows, look(place)) for place, (name, rows) in enumerate(runs.items())]
     looks += [(name, rows, {"color": "0.7", "zorder": 1}) for name, rows in (ghosts or {}).items()]
+    words = []
     for name, rows, style in looks:
         seconds, losses = loss_curve(rows)
         shown = figures.series_name(name, rows)
-        ax.plot(seconds, losses, label=shown or None, markevery=max(1, len(losses) // 8), **style)
-        told.append(curve(shown, seconds, losses))
+        words.append(_line(ax, shown, seconds, losses, markevery=max(1, len(losses) // 8), **style))
     every = [row for rows in runs.values() for row in rows]
-    return finish(ax, every, _("seconds of training"), _("training loss"), told)
+    return finish(ax, every, _("seconds of training"), _("training loss"), words)
 
 
 def throughput(rows: list[dict], ax: Axes | None = None) -> Axes:
@@ -111,27 +110,18 @@ def law(rows: list[dict], fit: "LawFit", forecast: list[dict] | None = None, ax:
     rows = sorted(some(rows, "trial"), key=lambda row: (row["ranks"], row["samples_per_s"]))
     forecast = sorted(some(forecast, "forecast"), key=lambda row: row["ranks"]) if forecast else []
     counts = [row["ranks"] for row in rows]
-    most = max([*counts, *(row["ranks"] for row in forecast)])
-    ax.plot(
-        counts, [row["samples_per_s"] for row in rows], label=figures.source_word(source(rows)), **figures.points(0)
-    )
-    n = np.geomspace(min(counts), most, 100)
-    low, high = fit.band(n)
-    told = [cloud(figures.source_word(source(rows)), counts, [row["samples_per_s"] for row in rows])]
-    told.append(curve(fit.law, n, fit(n)) + _(", its band from {low} to {high}", **_ends(low, high)))
-    ax.fill_between(n, low, high, color=COLOURS[1], alpha=0.15, linewidth=0)
+    words = [_cloud(ax, rows, counts, [row["samples_per_s"] for row in rows])]
+    n = np.geomspace(min(counts), max([*counts, *(row["ranks"] for row in forecast)]), 100)
+    band = _band(ax, n, *fit.band(n), 1)
     ax.plot(n, fit(n), color=COLOURS[1], linestyle="--", label=_("{law} with its band", law=fit.law))
+    words.append(curve(fit.law, n, fit(n)) + band)
     if forecast:
         names = ("ranks", "samples_per_s", "samples_per_s_low", "samples_per_s_high")
         at, rates, low, high = (np.array([row[name] for row in forecast]) for name in names)
-        ax.fill_between(at, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
-        ax.plot(at, rates, label=_("forecast"), **look(2))
-        told.append(curve(_("forecast"), at, rates) + _(", its band from {low} to {high}", **_ends(low, high)))
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_major_formatter("{x:,.0f}")
-    return finish(ax, rows + forecast, _("ranks"), _("samples a second"), told)
+        band = _band(ax, at, low, high, 2)
+        words.append(_line(ax, _("forecast"), at, rates, **look(2)) + band)
+    _logarithmic(ax, "{x:g}", "{x:,.0f}", base=2)
+    return finish(ax, rows + forecast, _("ranks"), _("samples a second"), words)
 
 
 def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: Axes | None = None) -> Axes:
@@ -147,27 +137,23 @@ def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: A
         Rows with ``ranks`` and ``efficiency``.
     """
     ax = figures.axes(ax)
-    told = []
-    for place, (name, found) in enumerate(curves.items()):
-        ranks, low, high = (found[column] for column in ("ranks", "efficiency_low", "efficiency_high"))
+    words = []
+    for place, (name, columns) in enumerate(curves.items()):
+        ranks, low, high = (columns[column] for column in ("ranks", "efficiency_low", "efficiency_high"))
         style = look(place)
         if len(curves) == 1:
-            ax.fill_between(ranks, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            band = _band(ax, ranks, low, high, place)
         else:
             ax.plot([ranks[-1] * 1.08 ** (place + 1)] * 2, [low[-1], high[-1]], color=style["color"], marker="_")
-        ax.plot(ranks, found["efficiency"], label=name, markevery=0.12, **style)
-        band = _(", its band from {low} to {high}", **_ends(low, high))
-        told.append(curve(name, ranks, found["efficiency"]) + band)
+            band = _ends(low, high)
+        words.append(_line(ax, name, ranks, columns["efficiency"], markevery=0.12, **style) + band)
     if measured:
+        star: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none", "zorder": 5}
         points = [[row[name] for row in measured] for name in ("ranks", "efficiency")]
-        star: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}
-        word = figures.source_word(source(measured))
-        ax.plot(*points, label=word, zorder=5, **star)
-        told.append(cloud(word, *points))
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
+        words.append(_cloud(ax, measured, *points, **star))
+    _logarithmic(ax, "{x:g}", base=2)
     ax.set_ylim(0, 1.1)
-    return finish(ax, [{"source": "forecast"}, *(measured or [])], _("ranks"), _("efficiency"), told)
+    return finish(ax, [{"source": "forecast"}, *(measured or [])], _("ranks"), _("efficiency"), words)
 
 
 def split(rows: list[dict], ax: Axes | None = None) -> Axes:
@@ -187,17 +173,17 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
         "straggle_s": _("waiting for others"),
         "data_s": _("data"),
     }
-    left = np.zeros(len(rows))
+    left, longest = np.zeros(len(rows)), max(1e3 * row["step_s"] for row in rows)
     for place, (measure, title) in enumerate(titles.items()):
         width = np.array([1e3 * (row[measure] or 0.0) for row in rows])
         ax.barh(names, width, left=left, label=title, **_bar(place))
         for bar, value in enumerate(width):
-            if value > 0.05 * max(1e3 * row["step_s"] for row in rows):
+            if value > 0.05 * longest:
                 ax.annotate(f"{value:.3g}", (left[bar] + value / 2, bar), ha="center", va="center", color="white")
         left += width
     ax.invert_yaxis()
-    told = [_shares(row["rank"], {title: row[measure] for measure, title in titles.items()}) for row in rows]
-    finish(ax, rows, _("milliseconds of a step"), _("rank"), told)
+    words = [_shares(row["rank"], {title: row[measure] for measure, title in titles.items()}) for row in rows]
+    finish(ax, rows, _("milliseconds of a step"), _("rank"), words)
     return figures.legend_above(ax, columns=4)
 
 
@@ -218,25 +204,14 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
         "optimizer": _("optimiser"),
         "all-reduce": _("all-reduce of a bucket"),
     }
-    unnamed = dict(titles)  # each is named once, if it is there
-    rows = sorted(some(rows, "span"), key=lambda row: row["start_s"])
-    ranks = sorted({row["rank"] for row in rows})
-    spent: dict[int, dict[str, float]] = {rank: {} for rank in ranks}
-    for number, (name, title) in enumerate(titles.items()):
-        for place, rank in enumerate(ranks):
-            bars = [
-                (1e3 * row["start_s"], 1e3 * row["duration_s"])
-                for row in rows
-                if row["rank"] == rank and row["name"] == name
-            ]
-            spent[rank][title] = sum(duration for _start, duration in bars) / 1e3
-            if not bars:
-                continue
-            height = (place + 0.25, 0.2) if name == "all-reduce" else (place - 0.4, 0.6)
-            ax.broken_barh(bars, height, label=unnamed.pop(name, None), linewidth=0.3, **_bar(number))
+    rows = some(rows, "span")
+    ranks = _tracks(ax, rows, "rank", "name", titles, below="all-reduce")
+    words = [
+        _shares(rank, {title: sum(duration for _start, duration in bars[name]) for name, title in titles.items()})
+        for rank, bars in ranks.items()
+    ]
     ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
-    ax.invert_yaxis()
-    finish(ax, rows, _("milliseconds"), "", [_shares(rank, found) for rank, found in spent.items()])
+    finish(ax, rows, _("milliseconds"), "", words)
     return figures.legend_above(ax, columns=3)
 
 
@@ -250,7 +225,6 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
     """
     some(rows, "step")
     ax = figures.axes(ax)
-    told = []
     titles = {
         "kept": _("steps that count"),
         "lost": _("steps that were lost"),
@@ -260,7 +234,9 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
     looks: dict[str, dict[str, Any]] = {
         "kept": look(0) | {"marker": ""},
         "lost": look(1) | {"marker": "", "linewidth": 2.5},
+        "failure": {"color": "black", "marker": "X", "linestyle": "none"},
     }
+    words = []
     for row in attempts(rows):
         steps = sorted((step["time_s"], step["step"] + 1) for step in rows if _is_of_rank_0(step, row["attempt"]))
         done = row["first"] + row["kept"]
@@ -271,22 +247,15 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
         for name, points in parts.items():
             if len(points) > 1:
                 ax.plot(*zip(*points, strict=True), label=titles.pop(name, None), **looks[name])
-        lost = row["last"] - row["first"] + 1 - row["kept"]
-        about = {"number": row["attempt"] + 1, "first": row["first"], "last": row["last"], "lost": lost}
-        words = _("attempt {number}: steps {first} to {last}, {lost} of them lost", **about)
+        values = {"number": row["attempt"] + 1, "lost": row["last"] + 1 - done}
+        line = _("attempt {number}: steps {first} to {last}, {lost} of them lost", **row | values)
         if row["cause"] is not None:
             ends = row["end_s"], row["end_s"] + row["restart_s"]
             ax.axvspan(*ends, color="0.85", linewidth=0, label=titles.pop("restart", None))
-            end: dict[str, Any] = {
-                "color": "black",
-                "marker": "X",
-                "linestyle": "none",
-                "label": titles.pop("failure", None),
-            }
-            ax.plot(row["end_s"], row["last"] + 1, **end)
-            words += f" ({row['cause']})"
-        told.append(words)
-    return finish(ax, rows, _("seconds since the launch"), _("steps done"), told)
+            ax.plot(row["end_s"], row["last"] + 1, label=titles.pop("failure", None), **looks["failure"])
+            line += f" ({row['cause']})"
+        words.append(line)
+    return finish(ax, rows, _("seconds since the launch"), _("steps done"), words)
 
 
 def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
@@ -298,23 +267,21 @@ def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
         As from `tasks.spans`.
     """
     ax = figures.axes(ax)
-    rows = sorted(some(rows, "task"), key=lambda row: row["start_s"])
-    workers = sorted({row["worker"] for row in rows})
     titles = {"compute": _("computing"), "transfer": _("fetching what a task needs")}
-    unnamed, told = dict(titles), []
-    for place, worker in enumerate(workers):
-        own = [row for row in rows if row["worker"] == worker]
-        for number, action in enumerate(titles):
-            parts = [(1e3 * row["start_s"], 1e3 * row["duration_s"]) for row in own if row["action"] == action]
-            if parts:
-                label = unnamed.pop(action, None)  # each is named once
-                ax.broken_barh(parts, (place - 0.4, 0.8), label=label, linewidth=0.3, **_bar(number))
-        busy = [row["duration_s"] for row in own if row["action"] == "compute"]
-        about = {"worker": worker, "tasks": len(busy), "busy": figures.number(1e3 * sum(busy))}
-        told.append(_("worker {worker}: computing for {busy} ms, tasks: {tasks}", **about))
+    rows = some(rows, "task")
+    workers = _tracks(ax, rows, "worker", "action", titles)
+    words = []
+    for worker, bars in workers.items():
+        busy = figures.number(1e3 * sum(duration for _start, duration in bars["compute"]))
+        line = _(
+            "worker {worker}: computing for {busy} ms, tasks: {tasks}",
+            worker=worker,
+            busy=busy,
+            tasks=len(bars["compute"]),
+        )
+        words.append(line)
     ax.set_yticks(range(len(workers)), [_("worker {worker}", worker=worker) for worker in workers])
-    ax.invert_yaxis()
-    finish(ax, rows, _("milliseconds"), "", told)
+    finish(ax, rows, _("milliseconds"), "", words)
     return figures.legend_above(ax, columns=2)
 
 
@@ -336,27 +303,22 @@ def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax:
     unseen = some(unseen, "grain") if unseen else []
     if len(works := {row["items"] for row in [*rows, *unseen]}) > 1:
         raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one.")
-    items, told = works.pop(), []
+    items, words = works.pop(), []
     for place, (word, some_rows) in enumerate({_("measured"): rows, _("not seen by the law"): unseen}.items()):
         if some_rows:
             sizes, seconds = zip(*((items / row["tasks"], row["duration_s"]) for row in some_rows), strict=True)
             ax.plot(sizes, seconds, alpha=0.7, label=word, **figures.points(place))
-            told.append(cloud(word, sizes, seconds))
-    counts = [row["tasks"] for row in rows + unseen]
-    n = np.geomspace(max(2, min(fit.n)), max(counts), 100)
-    low, high = fit.band(n, new=True)
-    ax.fill_between(items / n, low, high, color=COLOURS[2], alpha=0.15, linewidth=0)
+            words.append(cloud(word, sizes, seconds))
+    n = np.geomspace(max(2, min(fit.n)), max(row["tasks"] for row in rows + unseen), 100)
+    band = _band(ax, items / n, *fit.band(n, new=True), 2)
     ax.plot(items / n, fit(n), color=COLOURS[2], label=_("alpha + beta x tasks, and its band for one more run"))
+    words.append(curve(_("the law"), items / n, fit(n)) + band)
     knee = items * fit.values["beta"] / fit.values["alpha"] if fit.values["alpha"] else float("inf")
-    told.append(curve(_("the law"), items / n, fit(n)) + _(", its band from {low} to {high}", **_ends(low, high)))
     if knee < items:
         ax.axvline(knee, color="black", linestyle=":", label=_("as long to hand out as to work"))
-        told.append(_("as long to hand out as to work: tasks of {knee}", knee=figures.number(knee)))
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.xaxis.set_major_formatter("{x:,g}")
-    ax.yaxis.set_major_formatter("{x:g}")
-    finish(ax, rows, _("items in a task"), _("seconds for all"), told)
+        words.append(_("as long to hand out as to work: tasks of {knee}", knee=figures.number(knee)))
+    _logarithmic(ax, "{x:,g}", "{x:g}")
+    finish(ax, rows, _("items in a task"), _("seconds for all"), words)
     ax.legend(fontsize="small", edgecolor="none", framealpha=0.9)
     return figures.set_font(ax)
 
@@ -376,33 +338,37 @@ def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) ->
     now = time.time() if now is None else now
     first = min((job["submitted_s"] for job in jobs), default=now)
     nodes = sorted({job["nodes"] for job in jobs if job["nodes"]})
-    told = []
-    for line, job in enumerate(jobs):
-        name = f"{job['job']} {job['name']}"
-        submitted = job["submitted_s"] - first
-        end = (now if job["ended_s"] is None else job["ended_s"]) - first
-        start = end if job["started_s"] is None else job["started_s"] - first
-        about = {"job": name, "seconds": figures.number(start - submitted)}
+    names = [f"{job['job']} {job['name']}" for job in jobs]
+    words = []
+    for line, (job, name) in enumerate(zip(jobs, names, strict=True)):
+        end = now if job["ended_s"] is None else job["ended_s"]
+        start = end if job["started_s"] is None else job["started_s"]
+        submitted, start, end = (moment - first for moment in (job["submitted_s"], start, end))
         ax.plot([submitted, start], [line, line], color="0.5", linewidth=1.5, label=None if line else _("waits"))
+        values = {"job": name, "seconds": figures.number(start - submitted)}
         if job["started_s"] is None:
-            told.append(_("{job}: waited {seconds} s", **about))
+            words.append(_("{job}: waited {seconds} s", **values))
             continue
-        place = nodes.index(job["nodes"])
-        style: dict[str, Any] = {
-            "facecolor": COLOURS[place % len(COLOURS)],
-            "hatch": HATCHES[place // len(COLOURS) % len(HATCHES)],
-            "alpha": 0.6 if job["ended_s"] is None else 1.0,
-        }
-        ax.barh(line, end - start, left=start, height=0.7, edgecolor="0.2", **style)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        label: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": "x-small", "bbox": box}
-        ax.annotate(job["nodes"], (start, line), (4, 0), **label)
-        about |= {"state": job["state"], "ran": figures.number(end - start), "nodes": job["nodes"]}
-        told.append(_("{job}: waited {seconds} s, ran {ran} s on {nodes} ({state})", **about))
-    ax.set_yticks(range(len(jobs)), [f"{job['job']} {job['name']}" for job in jobs], fontsize="small")
+        _ran(ax, line, start, end, job, nodes.index(job["nodes"]))
+        values |= {"state": job["state"], "ran": figures.number(end - start), "nodes": job["nodes"]}
+        words.append(_("{job}: waited {seconds} s, ran {ran} s on {nodes} ({state})", **values))
+    ax.set_yticks(range(len(jobs)), names, fontsize="small")
     ax.invert_yaxis()
     ax.set_xlim(left=0)
-    return finish(ax, jobs, _("seconds since the first was submitted"), _("job"), told)
+    return finish(ax, jobs, _("seconds since the first was submitted"), _("job"), words)
+
+
+def _ran(ax: Axes, line: int, start: float, end: float, job: dict, place: int) -> None:
+    """A bar for the time in which a job ran; its look says where."""
+    style: dict[str, Any] = {
+        "facecolor": COLOURS[place % len(COLOURS)],
+        "hatch": HATCHES[place // len(COLOURS) % len(HATCHES)],
+        "alpha": 0.6 if job["ended_s"] is None else 1.0,
+    }
+    ax.barh(line, end - start, left=start, height=0.7, edgecolor="0.2", **style)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+    label: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": "x-small", "bbox": box}
+    ax.annotate(job["nodes"], (start, line), (4, 0), **label)
 
 
 def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = None) -> Axes:
@@ -418,17 +384,13 @@ def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = N
     ax = figures.axes(ax)
     rows = sorted(some(rows, "allreduce"), key=lambda row: (row["nbytes"], row["duration_s"]))
     size = np.array([row["nbytes"] for row in rows], dtype=float)
-    seconds = [row["duration_s"] for row in rows]
-    word = figures.source_word(source(rows))
-    ax.plot(size, seconds, alpha=0.5, label=word, **figures.points(0))
-    told = [cloud(word, size, seconds)]
+    words = [_cloud(ax, rows, size, [row["duration_s"] for row in rows], alpha=0.5)]
     if fit is not None:
         at = np.geomspace(max(1.0, size.min()), max(1.0, size.max()), 100)
-        ax.plot(at, fit(at), color=COLOURS[1], linestyle="--", label=_("alpha + beta x bytes"))
-        told.append(curve(_("alpha + beta x bytes"), at, fit(at)))
+        words.append(_line(ax, _("alpha + beta x bytes"), at, fit(at), color=COLOURS[1], linestyle="--"))
     ax.set_xscale("log" if size.min() > 0 else "symlog")
     ax.set_yscale("log")
-    return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), told)
+    return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), words)
 
 
 def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
@@ -446,8 +408,8 @@ def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(rows)), [row["measure"] for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.axvline(1, color="black", linestyle=":")
-    told = [f"{row['measure']}: {row['ratio']:.4g} ({row['low']:.4g}-{row['high']:.4g})" for row in rows]
-    return figures.finish(ax, rows, label, "", told)
+    words = [f"{row['measure']}: {row['ratio']:.4g} ({row['low']:.4g}-{row['high']:.4g})" for row in rows]
+    return finish(ax, rows, label, "", words)
 
 
 def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
@@ -463,27 +425,24 @@ def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
     ax = figures.subplots(size=(8, 4.2))[1] if ax is None else ax
     peak, bandwidth, ridge = ceiling["flops_per_s"], ceiling["bytes_per_s"], ceiling["ridge"]
     rows = some(rows, "roofline")
-    intensities = [row["intensity"] for row in rows]
-    x = np.geomspace(min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 4, 200)
+    intensities = [*(row["intensity"] for row in rows), ridge]
+    x = np.geomspace(min(intensities) / 2, max(intensities) * 4, 200)
     label = _("the lower of both ceilings")
     ax.plot(x, np.minimum(peak, bandwidth * x) / 1e9, color="black", label=label)
     ax.axvline(ridge, color="0.5", linestyle=":", label=_("ridge"))
-    about = {"peak": figures.number(peak / 1e9), "bandwidth": figures.number(bandwidth / 1e9)}
-    told = [_("ceilings: {peak} Gflop/s and {bandwidth} GB/s", **about) + f", {_('ridge')} {figures.number(ridge)}"]
+    values = {"peak": figures.number(peak / 1e9), "bandwidth": figures.number(bandwidth / 1e9)}
+    words = [_("ceilings: {peak} Gflop/s and {bandwidth} GB/s", **values) + f", {_('ridge')} {figures.number(ridge)}"]
     for place, row in enumerate(rows):
-        roof = min(peak, bandwidth * row["intensity"])
-        about = {"name": row["name"], "share": f"{row['flops_per_s'] / roof:.0%}"}
-        about |= {"rate": figures.number(row["flops_per_s"] / 1e9), "intensity": figures.number(row["intensity"])}
-        told.append(_("{name}: {rate} Gflop/s at {intensity} flop a byte, {share} of the roof", **about))
+        rate, roof = row["flops_per_s"], min(peak, bandwidth * row["intensity"])
+        values = {"name": row["name"], "rate": figures.number(rate / 1e9), "share": f"{rate / roof:.0%}"}
+        values |= {"intensity": figures.number(row["intensity"])}
+        words.append(_("{name}: {rate} Gflop/s at {intensity} flop a byte, {share} of the roof", **values))
         style = figures.points(place) | {"markersize": 9}
         if place >= len(figures.MARKERS):  # its marker is taken: hollow
             style |= {"markerfacecolor": "white", "markeredgewidth": 2}
-        ax.plot(row["intensity"], row["flops_per_s"] / 1e9, label=row["name"], zorder=3, **style)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.xaxis.set_major_formatter("{x:,g}")
-    ax.yaxis.set_major_formatter("{x:,g}")
-    finish(ax, [*rows, ceiling], _("intensity (flop a byte)"), _("Gflop/s"), told)
+        ax.plot(row["intensity"], rate / 1e9, label=row["name"], zorder=3, **style)
+    _logarithmic(ax, "{x:,g}", "{x:,g}")
+    finish(ax, [*rows, ceiling], _("intensity (flop a byte)"), _("Gflop/s"), words)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figures.set_font(ax)
 
@@ -558,28 +517,28 @@ def rate(rows: list[dict], ax: Axes | None = None, points: int = 40) -> Axes:
         place = int((row["time_s"] - first) / width * (1 - 1e-9))  # the last step belongs to the last part
         sums[place] = sums.get(place, 0.0) + ((row.get(counted) or 0) if counted else 1)
     seconds, rates = [(place + 1) * width for place in sums], [total / width for total in sums.values()]
-    ax.plot(seconds, rates, **look(0))
+    words = [_line(ax, "", seconds, rates, **look(0))]
     ax.set_ylim(0, 1.1 * max(rates) or 1)
     title = _("samples a second") if counted else _("steps a second, of all ranks")
-    return finish(ax, rows, _("seconds of training"), title, [curve("", seconds, rates)])
+    return finish(ax, rows, _("seconds of training"), title, words)
 
 
 def _bars(rows: list[dict], measure: str, title: str, ax: Axes | None) -> Axes:
     ax = figures.axes(ax)
     rows = _cases(rows)
     names = [figures.series_name(row["label"], [row]) for row in rows]
-    told = []
+    words = []
     for place, row in enumerate(rows):
         value, low, high = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
         ax.errorbar(place, value, yerr=[[value - low], [high - value]], capsize=6, **figures.points(place))
         ax.annotate(figures.number(value), (place, value), xytext=(10, 0), textcoords="offset points", va="center")
-        ends = _ends([low], [high])
-        told.append(f"{' '.join(names[place].split())}: {figures.number(value)} ({ends['low']}-{ends['high']})")
+        value, low, high = map(figures.number, (value, low, high))
+        words.append(f"{' '.join(names[place].split())}: {value} ({low}-{high})")
     ax.set_xticks(range(len(rows)), names)
     ax.set_xlim(-0.5, len(rows) - 0.3)
     ax.set_ylim(0, max(row[f"{measure}_high"] for row in rows) * 1.2)
     repeats = min(row["repeats"] for row in rows)
-    return finish(ax, rows, _("median and range of {repeats} repeats", repeats=repeats), title, told)
+    return finish(ax, rows, _("median and range of {repeats} repeats", repeats=repeats), title, words)
 
 
 def _cases(rows: list[dict]) -> list[dict]:
@@ -603,12 +562,63 @@ def _bar(place: int) -> dict[str, Any]:
     return {"facecolor": COLOURS[place], "hatch": HATCHES[place % len(HATCHES)], "edgecolor": "white"}
 
 
-def _ends(low: Any, high: Any) -> dict[str, str]:
-    """Where a band ends, for a caption."""
-    return {"low": figures.number(low[-1]), "high": figures.number(high[-1])}
+def _line(ax: Axes, name: str, x: Values, y: Values, **style: Any) -> str:
+    """Draw a line, and say in words what it shows."""
+    ax.plot(x, y, label=name or None, **style)
+    return curve(name, x, y)
 
 
-def _shares(rank: int, spent: dict[str, float]) -> str:
+def _cloud(ax: Axes, rows: list[dict], x: Values, y: Values, **style: Any) -> str:
+    """Draw what rows have measured, by the name of their source, and say it in words."""
+    word = figures.source_word(source(rows))
+    ax.plot(x, y, label=word, **figures.points(0) | style)
+    return cloud(word, x, y)
+
+
+def _band(ax: Axes, x: Values, low: Values, high: Values, place: int) -> str:
+    """Draw a band, in the colour of the line at this place, and say where it ends."""
+    ax.fill_between(x, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
+    return _ends(low, high)
+
+
+def _ends(low: Values, high: Values) -> str:
+    return _(", its band from {low} to {high}", low=figures.number(low[-1]), high=figures.number(high[-1]))
+
+
+def _logarithmic(ax: Axes, x: str, y: str = "", base: float = 10) -> None:
+    """Give the first axis, or both, a logarithmic scale with numbers of these formats."""
+    ax.set_xscale("log", base=base)
+    ax.xaxis.set_major_formatter(x)
+    if y:
+        ax.set_yscale("log", base=base)
+        ax.yaxis.set_major_formatter(y)
+
+
+def _tracks(
+    ax: Axes, rows: list[dict], owner: str, kind: str, titles: dict[str, str], below: str = ""
+) -> dict[Any, dict]:
+    """Draw a track of bars in time for each owner, such as a rank; those of the kind `below` are narrow.
+
+    Returns (start, seconds) of each bar, by owner and kind.
+    """
+    owners: dict[Any, dict[str, list]] = {
+        number: {name: [] for name in titles} for number in sorted({row[owner] for row in rows})
+    }
+    for row in sorted(rows, key=lambda row: row["start_s"]):
+        if row[kind] in titles:
+            owners[row[owner]][row[kind]].append((row["start_s"], row["duration_s"]))
+    for number, (name, title) in enumerate(titles.items()):
+        named = False  # each kind once
+        for place, kinds in enumerate(owners.values()):
+            if bars := [(1e3 * start, 1e3 * seconds) for start, seconds in kinds[name]]:
+                height = (place + 0.25, 0.2) if name == below else (place - 0.4, 0.6 if below else 0.8)
+                ax.broken_barh(bars, height, label=None if named else title, linewidth=0.3, **_bar(number))
+                named = True
+    ax.invert_yaxis()
+    return owners
+
+
+def _shares(rank: int, seconds: dict[str, float]) -> str:
     """What a rank's seconds went into, for a caption."""
-    told = ", ".join(f"{title} {figures.number(1e3 * seconds)} ms" for title, seconds in spent.items() if seconds)
-    return f"{_('rank {rank}', rank=rank)}: {told}"
+    spent = {title: figures.number(1e3 * seconds) for title, seconds in seconds.items() if seconds}
+    return f"{_('rank {rank}', rank=rank)}: {', '.join(f'{title} {ms} ms' for title, ms in spent.items())}"

@@ -57,8 +57,8 @@ class Figure(matplotlib.figure.Figure):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         image = png(self)
-        data = base64.b64encode(image).decode()
-        return {"text/plain": self.words(), "text/html": self._around(image), "image/png": data}
+        encoded = base64.b64encode(image).decode()
+        return {"text/plain": self.words(), "text/html": self._around(image), "image/png": encoded}
 
 
 def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Any]:
@@ -117,12 +117,12 @@ def cloud(name: str, x: Values, y: Values) -> str:
     >>> cloud("measured", [1, 1, 2], [10, 12, 19])
     'measured: 10-12 at 1, 19 at 2'
     """
-    told = []
+    ranges = []
     for at in sorted(set(x)):
         values = [value for place, value in zip(x, y, strict=True) if place == at]
         ends = dict.fromkeys(number(value) for value in (min(values), max(values)))
-        told.append(_("{y} at {x}", y="-".join(ends), x=number(at)))
-    return _named(name, ", ".join(told))
+        ranges.append(_("{y} at {x}", y="-".join(ends), x=number(at)))
+    return _named(name, ", ".join(ranges))
 
 
 def number(value: float) -> str:
@@ -132,21 +132,21 @@ def number(value: float) -> str:
 
 def provenance(rows: list[dict]) -> str:
     """One line that says where rows come from: their source, the machines, the versions, the day."""
-    abouts = sorted((row for row in rows if "cpu" in row), key=lambda row: row.get("started", "later"))
+    starts = sorted((row for row in rows if "cpu" in row), key=lambda row: row.get("started", "later"))
     in_part = {row["source"] for row in rows if "source" in row} == {"measured", "emulated"}
     word = _("in part emulated") if in_part else source_word(source(rows))
-    if not abouts:
+    if not starts:
         return word
-    machines = dict.fromkeys(map(_machine, abouts))
-    return f"{word}: {' | '.join(machines)}, {abouts[0]['started'][:10]}"
+    machines = dict.fromkeys(map(_machine, starts))
+    return f"{word}: {' | '.join(machines)}, {starts[0]['started'][:10]}"
 
 
-def _machine(about: dict) -> str:
+def _machine(row: dict) -> str:
     """What a row says of the machines that it was measured on."""
-    cpus = f"{about['cpus']} CPU"
-    if about.get("hosts", 1) > 1:
-        cpus = _("{cpus} CPU on {hosts} hosts", cpus=about["cpus"], hosts=about["hosts"])
-    return f"{about['cpu']}, {cpus}, torch {about['torch']}"
+    cpus = f"{row['cpus']} CPU"
+    if row.get("hosts", 1) > 1:
+        cpus = _("{cpus} CPU on {hosts} hosts", cpus=row["cpus"], hosts=row["hosts"])
+    return f"{row['cpu']}, {cpus}, torch {row['torch']}"
 
 
 def source_word(kind: str) -> str:
@@ -203,5 +203,5 @@ def png(shown: matplotlib.figure.Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _named(name: str, told: str) -> str:
-    return f"{name}: {told}".removeprefix(": ").replace("\n", " ")
+def _named(name: str, words: str) -> str:
+    return f"{name}: {words}".removeprefix(": ").replace("\n", " ")

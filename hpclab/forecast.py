@@ -102,8 +102,8 @@ class Workload:
         sizes = [weight.nbytes for weight in module.parameters() if weight.requires_grad]
         frozen = sum(weight.nbytes for weight in module.parameters() if not weight.requires_grad)
         buckets = _buckets(sizes[::-1])
-        found = {"bucket_bytes": buckets[-1], "buckets": len(buckets), "memory_bytes": 4 * sum(sizes) + frozen}
-        return cls(compute_s, sum(sizes), **found | fields)
+        own = {"bucket_bytes": buckets[-1], "buckets": len(buckets), "memory_bytes": 4 * sum(sizes) + frozen}
+        return cls(compute_s, sum(sizes), **own | fields)
 
     def fits(self, memory_bytes: float) -> bool:
         """Whether a rank with so much memory can do it."""
@@ -112,12 +112,12 @@ class Workload:
 
 def _buckets(sizes: Sequence[int]) -> list[int]:
     """Bytes of each bucket that DDP makes of gradients, given in the order in which they become ready."""
-    found = [0]
+    buckets = [0]
     for size in sizes:
-        if found[-1] >= BUCKET_BYTES[len(found) > 1]:
-            found.append(0)
-        found[-1] += size
-    return found
+        if buckets[-1] >= BUCKET_BYTES[len(buckets) > 1]:
+            buckets.append(0)
+        buckets[-1] += size
+    return buckets
 
 
 def slowest(ranks: ArrayLike) -> Array:
@@ -249,29 +249,27 @@ class Forecast:
         """
         at = np.atleast_1d(np.asarray(ranks, dtype=float))
         network = network or self.network
-        found = parts(self.workload, network, at)
+        step = parts(self.workload, network, at)
         slopes = self._slopes(network, at)
         half = self._half(slopes, 1.0, level)
         over_one = self._half(slopes - self._slopes(network, np.ones(1)), 2.0 * (at > 1), level)
-        rate = at * self.workload.samples / found["step_s"]
+        rate = at * self.workload.samples / step["step_s"]
         alone = self.workload.samples / step_s(self.workload, network, [1.0])[0]
         share = rate / at / alone
-        return (
-            {"ranks": at}
-            | found
-            | {
-                "step_low_s": found["step_s"] * np.exp(-half),
-                "step_high_s": found["step_s"] * np.exp(half),
-                "samples_per_s": rate,
-                "samples_per_s_low": rate * np.exp(-half),
-                "samples_per_s_high": rate * np.exp(half),
-                "efficiency": share,
-                "efficiency_low": share * np.exp(-over_one),
-                "efficiency_high": share * np.exp(over_one),
-                "core_h": at / rate * 1e6 / 3600,
-                "memory_bytes": np.full_like(at, self.workload.memory_bytes),
-            }
-        )
+        return {
+            "ranks": at,
+            **step,
+            "step_low_s": step["step_s"] * np.exp(-half),
+            "step_high_s": step["step_s"] * np.exp(half),
+            "samples_per_s": rate,
+            "samples_per_s_low": rate * np.exp(-half),
+            "samples_per_s_high": rate * np.exp(half),
+            "efficiency": share,
+            "efficiency_low": share * np.exp(-over_one),
+            "efficiency_high": share * np.exp(over_one),
+            "core_h": at / rate * 1e6 / 3600,
+            "memory_bytes": np.full_like(at, self.workload.memory_bytes),
+        }
 
     def _slopes(self, network: Network | Hierarchy, at: Array) -> Array:
         def logs(workload: Workload, slower: float) -> Array:
@@ -367,10 +365,10 @@ def calibrate(
         values: dict[str, Any] = dict(zip(names, map(float, at * scale), strict=True))
         return dataclasses.replace(workload, **values)
 
-    found = scipy.optimize.least_squares(
+    solution = scipy.optimize.least_squares(
         lambda at: logs(guess(at)) - np.log(measured_s), start, bounds=(1e-9, upper), xtol=1e-12, ftol=1e-12
     )
-    best = guess(found.x)
+    best = guess(solution.x)
     slopes = _slopes(best, names, logs, link_error)
     own, link = slopes[:, :-1], slopes[:, -1]
     if np.linalg.matrix_rank(own * scale, tol=1e-6) < len(names):
@@ -382,7 +380,7 @@ def calibrate(
     freedom = math.inf
     if noise is None:
         freedom = float(len(ranks) - len(names))
-        noise = math.sqrt(float(found.fun @ found.fun) / freedom)
+        noise = math.sqrt(float(solution.fun @ solution.fun) / freedom)
     inverse = np.linalg.inv((own * scale).T @ (own * scale)) * np.outer(scale, scale)
     shift = np.append(inverse @ own.T @ link, -1.0) * link_error
     covariance = np.asarray(inverse * noise**2, dtype=np.float64)

@@ -175,4 +175,4 @@ def answer_in_subshell(control: Any) -> None:
     ipykernel 7.4 brings what a control says to the shell that made it, which waits in the cell; this leaves it with the
     subshell that JupyterLab has chosen for it.
     """
-    control.comm._reply_subshell_for = lambda data, chosen: chosen
+    control.comm._reply_subshell_for = lambda message, chosen: chosen

@@ -63,7 +63,7 @@ class Race:
         """What this race shows, and what this machine can't show, in a few sentences."""
         trials = self.trials()
         first, last = trials[0], trials[-1]
-        told = _(
+        words = _(
             "{last} trained {ratio:.2f} times as fast as {first}; the last losses are {loss:.3f} and {other:.3f}.",
             last=last["label"],
             first=first["label"],
@@ -72,13 +72,13 @@ class Race:
             other=first["loss"],
         )
         if last["source"] == "emulated":
-            told += " " + _(
+            words += " " + _(
                 "This machine gives {cpus} CPU, so the ranks took turns on it, and no program could make them sooner."
                 " The line marked 'a CPU each' counts the CPU seconds of one rank alone: what a CPU for each rank would"
                 " show if talking cost nothing.",
                 cpus=first["cpus"],
             )
-        return told + " " + _("One race is one measurement: repeat it before you believe the ratio.")
+        return words + " " + _("One race is one measurement: repeat it before you believe the ratio.")
 
 
 def race(

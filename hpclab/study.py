@@ -71,8 +71,8 @@ def measure(
             return train(client, models.CNN, "fashion_mnist", **settings)
 
         fixed = {"batch_size": batch_size, "steps": steps, "oversubscribe": oversubscribe}
-        found = scaling.sweep(client, job, ranks=counts, fixed=fixed, repeats=repeats, folder=place / regime)
-        rows += [row | {"regime": regime} for row in found]
+        trials = scaling.sweep(client, job, ranks=counts, fixed=fixed, repeats=repeats, folder=place / regime)
+        rows += [row | {"regime": regime} for row in trials]
     if len(counts) > 1:
         folder = tempfile.mkdtemp(prefix="allreduce-", dir=place)
         rows += scaling.allreduce(client, counts[1], oversubscribe=oversubscribe, folder=folder)
@@ -106,8 +106,8 @@ def sections(rows: list[dict]) -> list[str]:
     names = ("host", "hosts", "cpu", "cpus", "torch")
     machines: dict[tuple, dict] = {}
     for row in trials:  # those of a study that went on elsewhere have others
-        about = {"hosts": 1} | {name: row[name] for name in names if name in row}
-        machines.setdefault(tuple(about.values()), about | {"started": row["started"]})
+        machine = {"hosts": 1} | {name: row[name] for name in names if name in row}
+        machines.setdefault(tuple(machine.values()), machine | {"started": row["started"]})
     parts = _section(_("This machine"), markup(Table(machines.values())))
     titles = {
         "strong": _("Strong scaling: the batch of all ranks stays"),
@@ -137,10 +137,9 @@ def read(path: str | os.PathLike) -> list[dict]:
         If it carries none.
     """
     text = Path(path).expanduser().read_text("utf-8")
-    found = re.search(r'<script type="application/json" id="rows">(.*?)</script>', text, re.S)
-    if found is None:
-        raise ValueError(f"path (={str(path)!r}) is no page of a study: it carries no rows.")
-    return json.loads(found[1])
+    if match := re.search(r'<script type="application/json" id="rows">(.*?)</script>', text, re.S):
+        return json.loads(match[1])
+    raise ValueError(f"path (={str(path)!r}) is no page of a study: it carries no rows.")
 
 
 def _section(title: str, *parts: str) -> list[str]:
@@ -148,11 +147,11 @@ def _section(title: str, *parts: str) -> list[str]:
 
 
 def _regime(trials: list[dict]) -> list[str]:
-    told = scaling.verdict(trials) if trials[0]["regime"] == "strong" else None
-    fits = told.fits if told else _gustafson(trials)
+    verdict = scaling.verdict(trials) if trials[0]["regime"] == "strong" else None
+    fits = _gustafson(trials) if verdict is None else verdict.fits
     if any(row["source"] == "emulated" for row in trials):  # no law of this machine
         fits = []
-    drawn = [one for one in fits if told is None or one.law == told.law]
+    drawn = [fit for fit in fits if verdict is None or fit.law == verdict.law]
     summary = scaling.summary(trials)
     table = Table(
         {
@@ -169,7 +168,7 @@ def _regime(trials: list[dict]) -> list[str]:
         plots.law(trials, drawn[0], ax=shown.subplots())
     else:
         plots.throughput(summary, shown.subplots())
-    lines = [str(one) for one in fits] + ([str(told)] if told else []) + scaling.remarks(trials)
+    lines = [*fits, *([] if verdict is None else [verdict]), *scaling.remarks(trials)]
     return [shown.picture(), markup(table), *(html("<p>{{ line }}</p>", line=line) for line in lines)]
 
 
@@ -190,17 +189,16 @@ def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> lis
     """From weak trials on several ranks, where the CPUs are as busy as they will be."""
     known = [row for row in trials if row["regime"] == "weak" and row["ranks"] > 1 and row["source"] == "measured"]
     known.sort(key=lambda row: (row["ranks"], row["step_s"]))  # the same to the last bit, whatever the rows' order
-    about = next((row for row in rows if row["kind"] == "workload"), None)
-    if len(known) < 2 or about is None:
+    workload = next((row for row in rows if row["kind"] == "workload"), None)
+    if len(known) < 2 or workload is None:
         return []
     jitter = fmean(row["jitter_s"] for row in known)
     samples = known[0]["batch"] // known[0]["ranks"]
-    sizes = {name: about[name] for name in _SIZES if name in about}
+    sizes = {name: workload[name] for name in _SIZES if name in workload}
     work = forecast.Workload(known[0]["step_s"], samples=samples, jitter_s=jitter, **sizes)
     counts, seconds = [row["ranks"] for row in known], [row["step_s"] for row in known]
     ahead = forecast.calibrate(work, scaling.network(messages), counts, seconds, ["compute_s"])
     powers = [2**power for power in range(HORIZON.bit_length())]
-    found = ahead.rows(powers)
     shown = Figure(figsize=(7, 4), layout="constrained")
     plots.forecasts({_("forecast"): ahead.columns(powers)}, ax=shown.subplots())
     table = Table(
@@ -211,6 +209,6 @@ def _forecast(rows: list[dict], trials: list[dict], messages: list[dict]) -> lis
             _("efficiency"): f"{row['efficiency']:.2f}",
             _("core-hours for a million samples"): f"{row['core_h']:.3g}",
         }
-        for row in found
+        for row in ahead.rows(powers)
     )
     return _section(_("Forecast: more ranks of this kind, on this network"), shown.picture(), markup(table))

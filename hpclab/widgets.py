@@ -92,9 +92,14 @@ class RaceStage:
     def _tell(self, result: racing.Race) -> None:
         trials = result.trials()
         measured = trials[0]["train_s"] / trials[-1]["train_s"]
-        told = _("You predicted {guess:.1f}; this race says {measured:.2f}.", guess=self.guess.value, measured=measured)
-        words = "{{ table }}<p><strong>{{ told }}</strong> {{ verdict }}</p>"
-        page = html(words, table=markup(result.table()), told=told, verdict=result.verdict())
+        page = html(
+            "{{ table }}<p><strong>{{ prediction }}</strong> {{ verdict }}</p>",
+            table=markup(result.table()),
+            prediction=_(
+                "You predicted {guess:.1f}; this race says {measured:.2f}.", guess=self.guess.value, measured=measured
+            ),
+            verdict=result.verdict(),
+        )
         if self.text is None:
             self.text = display(sendable(page), display_id=True)
         else:
@@ -168,8 +173,8 @@ class Explorer:
         places = np.unique(np.linspace(0, len(self.ranks) - 1, 5).round().astype(int))
         return Table(
             {_("topology"): name}
-            | {f"{found['ranks'][place]:g}": f"{found['efficiency'][place]:.2f}" for place in places}
-            for name, found in curves.items()
+            | {f"{columns['ranks'][place]:g}": f"{columns['efficiency'][place]:.2f}" for place in places}
+            for name, columns in curves.items()
         )
 
     def _ipython_display_(self) -> None:

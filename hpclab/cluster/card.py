@@ -43,23 +43,23 @@ def page(client: Client) -> str:
     if client.status != "running":
         raise OSError(f"client is {client.status}")
     card = '<p><strong>{{ cluster }}</strong> <a href="{{ link }}" target="_blank">{{ title }}</a></p>{{ workers }}'
-    about = {"cluster": _word(client), "link": dashboard(client), "title": _("dashboard")}
-    return html(card, **about, workers=markup(workers(client)))
+    table = markup(workers(client))
+    return html(card, cluster=_word(client), link=dashboard(client), title=_("dashboard"), workers=table)
 
 
 def workers(client: Client) -> Table:
     """One row a worker."""
-    there = client.scheduler_info(n_workers=-1)["workers"]
+    by_address = client.scheduler_info(n_workers=-1)["workers"]
     return Table(
         {
-            _("worker"): str(about["name"]),
-            _("host"): about["host"],
-            _("threads"): about["nthreads"],
-            _("memory in use"): format_bytes(about["metrics"].get("memory", 0)),  # one that has just come tells none
-            _("memory limit"): format_bytes(about["memory_limit"]) if about["memory_limit"] else None,
-            _("tasks"): about["metrics"].get("executing", 0),
+            _("worker"): str(worker["name"]),
+            _("host"): worker["host"],
+            _("threads"): worker["nthreads"],
+            _("memory in use"): format_bytes(worker["metrics"].get("memory", 0)),  # one that has just come tells none
+            _("memory limit"): format_bytes(worker["memory_limit"]) if worker["memory_limit"] else None,
+            _("tasks"): worker["metrics"].get("executing", 0),
         }
-        for _address, about in sorted(there.items())
+        for _address, worker in sorted(by_address.items())
     )
 
 
@@ -72,15 +72,15 @@ def dashboard(client: Client) -> str:
 
 
 def _word(client: Client) -> str:
-    there = client.scheduler_info(n_workers=-1)
-    hosts = {about["host"] for about in there["workers"].values()}
+    cluster = client.scheduler_info(n_workers=-1)
+    hosts = {worker["host"] for worker in cluster["workers"].values()}
     request: Any = getattr(client.cluster, "request", None)
-    where = there["address"] if client.cluster is None else request.kind if request else _("this machine")
-    count = len(there["workers"])
-    told = _("{count} workers ({where})", count=count, where=where)
+    where = cluster["address"] if client.cluster is None else request.kind if request else _("this machine")
+    count = len(cluster["workers"])
+    words = _("{count} workers ({where})", count=count, where=where)
     if len(hosts) > 1:
-        told = _("{count} workers on {hosts} hosts ({where})", count=count, hosts=len(hosts), where=where)
-    return told if there["address"].startswith("tls://") else f"{told}, {_('not encrypted')}"
+        words = _("{count} workers on {hosts} hosts ({where})", count=count, hosts=len(hosts), where=where)
+    return words if cluster["address"].startswith("tls://") else f"{words}, {_('not encrypted')}"
 
 
 def _size(client: Client) -> Any:

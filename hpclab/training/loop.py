@@ -138,8 +138,8 @@ class _Replica:
         dist.all_reduce(sums)
         loss, right, samples = sums.tolist()
         if self.rank == 0:
-            found = {"test_loss": loss / samples, "test_accuracy": right / samples, "samples": int(samples)}
-            report(kind="epoch", epoch=epoch, step=self.step, **found)
+            scores_of_all = {"test_loss": loss / samples, "test_accuracy": right / samples, "samples": int(samples)}
+            report(kind="epoch", epoch=epoch, step=self.step, **scores_of_all)
         return right / samples
 
     def _keeps(self) -> bool:

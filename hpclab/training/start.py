@@ -158,36 +158,35 @@ def train(
         raise ValueError(f"lr (={lr!r}) must be above 0.")
     ranks = gang_size(client, ranks, threads, oversubscribe)
     epochs, batch_size = whole_number("epochs", epochs), whole_number("batch_size", batch_size)
-    found = datasets.find(data)
-    an_epoch = _steps_of_an_epoch(found, ranks, batch_size)
+    images = datasets.find(data)
+    steps_of_an_epoch = _steps_of_an_epoch(images, ranks, batch_size)
     trace, seed = whole_number("trace", trace, least=0), whole_number("seed", seed, least=None)
     steps = None if steps is None else whole_number("steps", steps)
-    total = steps or epochs * an_epoch
+    total = steps or epochs * steps_of_an_epoch
     if checkpoint_every is not None:
         checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
     batch = batch_size * ranks
     job = Job(
-        *(model, str(found.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
-        checkpoint_every,
-        bool(find_unused_parameters),
+        *(model, str(images.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
+        *(checkpoint_every, bool(find_unused_parameters)),
     )
     sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)
-    admission: dict[str, Any] = {"oversubscribe": oversubscribe, "wait": wait}
+    placing: dict[str, Any] = {"ranks": ranks, "threads": threads, "oversubscribe": oversubscribe, "wait": wait}
     keeping: dict[str, Any] = {"max_restarts": max_restarts, "min_ranks": sizes, "resume": resume, "folder": folder}
     try:
-        run = launch(client, replicate, job, ranks=ranks, threads=threads, name=name, **admission, **keeping)
+        run = launch(client, replicate, job, name=name, **placing, **keeping)
     except TypeError:
         check_pickles({"model": model, "optimizer": optimizer, "loss": loss})
         raise
     if progress:
         run.watch(_Bar(total, f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
-    return run.then(lambda values: _fit(run, values[0]))
+    return run.then(lambda returned: Fit(returned[0][0], run.rows, returned[0][1], run.folder))
 
 
-def _steps_of_an_epoch(data: Path, ranks: int, batch_size: int) -> int:
+def _steps_of_an_epoch(images: Path, ranks: int, batch_size: int) -> int:
     """How many steps an epoch takes, if the data set is whole and a rank's shard fills a batch."""
-    size = len(datasets.load(data, "train"))
-    datasets.load(data, "test")
+    size = len(datasets.load(images, "train"))
+    datasets.load(images, "test")
     shard = size // ranks
     if batch_size > shard:
         raise ValueError(
@@ -220,11 +219,6 @@ class _Bar:
         self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
         if not run.going:
             self.bar.close()
-
-
-def _fit(run: Run, value: tuple[bytes, float | None]) -> Fit:
-    state, accuracy = value
-    return Fit(state, run.rows, accuracy, run.folder)
 
 
 def _makes_module(model: object) -> bool:

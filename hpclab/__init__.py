@@ -97,8 +97,12 @@ _MOVED = {
     "launcher": "gangs.launch",
     "logbook": "course.logbook",
     "predictions": "course.predictions",
+    "ratios": "course.ratios",
+    "roofline": "course.roofline",
     "runs": "gangs.run",
     "security": "course.security",
+    "tasks": "course.tasks",
+    "widgets": "course.widgets",
 }
 """Where modules are whose paths of 0.1.0 stay."""
 IN_RANKS = (

@@ -12,13 +12,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpclab"
 LAYERS = (
     "_arguments _dask _namesakes _private language live machine pages rows sites tables",
-    "data figures laws models plots ratios roofline",
+    "data figures laws models plots",
     "queues views",
     "gangs slurm",
-    "chaos checkpoint cluster forecast network tasks timeline",
+    "chaos checkpoint cluster forecast network timeline",
     "scaling training",
     "playground racing study",
-    "widgets",
     "course doctor",
     "cli",
 )

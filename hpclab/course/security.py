@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from distributed import Client, Security
 
 from hpclab.cluster.client import connect
-from hpclab.ratios import Measures, paired
+from hpclab.course.ratios import Measures, paired
+from hpclab.course.tasks import clock
 from hpclab.tables import Table
-from hpclab.tasks import clock
 
 PATIENCE_SECONDS = 10.0
 """How long a scheduler may take to say whether it lets somebody in."""

@@ -14,7 +14,7 @@ MARGIN = 2.0
 """By how much this machine must tell a program's kind, before an answer is judged by it."""
 
 
-@exercise("one-process.bottleneck", imports=("hpclab.bottlenecks", "hpclab.roofline"))
+@exercise("one-process.bottleneck", imports=("hpclab.bottlenecks", "hpclab.course.roofline"))
 def _bottleneck(diagnose: object) -> Result:
     with _one_thread():
         ridge, named, planted, doubt = None, [], [], None
@@ -86,14 +86,14 @@ def _names(returned: Any, count: int) -> list[str]:
 
 
 def _ridge() -> float:
-    from hpclab import roofline
+    from hpclab.course import roofline
 
     return roofline.ceilings(megabytes=32)["ridge"]
 
 
 def _doubt(kind: str, program: Any, ridge: float) -> str | None:
     """Why this machine doesn't show what was planted, if so: too small a margin."""
-    from hpclab import roofline
+    from hpclab.course import roofline
 
     loads, works = zip(*(_split(program) for _turn in range(3)), strict=True)
     loading = statistics.median(loads) / statistics.median(works)

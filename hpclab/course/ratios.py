@@ -42,10 +42,10 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
     for turn in range(rounds):
         for name, measure in measures.items():
             first, second = (one, other) if turn % 2 == 0 else (other, one)
-            found = [measure(first), measure(second)][:: (-1) ** turn]
-            if not min(found) > 0:
-                raise ValueError(f"measures[{name!r}] gave {min(found)!r}; a ratio needs numbers above 0.")
-            logs[name].append(float(np.log(found[1] / found[0])))
+            values = [measure(first), measure(second)][:: (-1) ** turn]
+            if not min(values) > 0:
+                raise ValueError(f"measures[{name!r}] gave {min(values)!r}; a ratio needs numbers above 0.")
+            logs[name].append(float(np.log(values[1] / values[0])))
     return [
         {"measure": name, **_ends(np.mean(log), wide * np.std(log, ddof=1)), "rounds": rounds, "source": "measured"}
         for name, log in logs.items()

@@ -57,9 +57,9 @@ def sweep(
         One row of kind "grain" a run: ``tasks``, ``items``, ``duration_s``, and the machines of those workers.
     """
     tasks = list(tasks)
-    about = _machines(client) | {"source": "measured", "started": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    measured = _machines(client) | {"source": "measured", "started": time.strftime("%Y-%m-%dT%H:%M:%S")}
     return [
-        {"kind": "grain", "tasks": count, "items": items, "duration_s": run(count)} | about
+        {"kind": "grain", "tasks": count, "items": items, "duration_s": run(count)} | measured
         for _ in range(repeats)
         for count in tasks
     ]
@@ -94,8 +94,8 @@ def race(functions: Iterable[Callable], clients: dict[str, Client], pieces: int,
             ratios.setdefault((function.__name__, name), []).append(ratio)
     return [
         {"function": function, "cluster": name}
-        | {"speedup": statistics.median(found), "low": min(found), "high": max(found)}
-        for (function, name), found in ratios.items()
+        | {"speedup": statistics.median(turns), "low": min(turns), "high": max(turns)}
+        for (function, name), turns in ratios.items()
     ]
 
 
@@ -113,7 +113,7 @@ def overhead(clients: dict[str, Client], tasks: Iterable[int] = (10, 100, 400), 
     for count in counts:
         for name, client in clients.items():
             seconds[name].append(clock(client, abs, range(count)))
-    lines = {name: laws.fit_alpha_beta(counts, found) for name, found in seconds.items()}
+    lines = {name: laws.fit_alpha_beta(counts, durations) for name, durations in seconds.items()}
     return [
         {"cluster": name, "task_ms": 1e3 * line.values["beta"]}
         | {f"{end}_ms": 1e3 * value for end, value in zip(("low", "high"), line.intervals["beta"], strict=True)}

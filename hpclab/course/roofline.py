@@ -19,7 +19,7 @@ from hpclab import machine
 
 _VECTORS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.mv: lambda matrix, *_others, **_named: 2 * matrix[0] * matrix[1],
-    torch.ops.aten.dot: lambda one, *_others, **_named: 2 * one[0],
+    torch.ops.aten.dot: lambda vector, *_others, **_named: 2 * vector[0],
 }
 """Operations of products with a vector, by their shapes: torch's counter knows those of matrices only."""
 
@@ -43,15 +43,15 @@ def ceilings(megabytes: int = 64, size: int = 256, repeats: int = 10) -> dict:
         better of a triad, a + s b -> c (its three arrays counted once each), and a read of two; ``ridge``, the
         intensity (flop a byte) at which both bind; ``threads``, ``source`` "measured", and the machine.
     """
-    one, two = torch.rand(2, size, size)
+    left, right = torch.rand(2, size, size)
     product = torch.empty(size, size)
     a, b, c = (torch.zeros(megabytes * 250_000) for _array in range(3))
-    flops = 2 * size**3 / min(_seconds(lambda: torch.mm(one, two, out=product), 20 * repeats))
+    flops = 2 * size**3 / min(_seconds(lambda: torch.mm(left, right, out=product), 20 * repeats))
     triad = 3 * a.nbytes / min(_seconds(lambda: torch.add(a, b, alpha=3.0, out=c), repeats))
     read = 2 * a.nbytes / min(_seconds(lambda: torch.dot(a, b), repeats))
     bandwidth = max(triad, read)
-    found = {"flops_per_s": flops, "bytes_per_s": bandwidth, "ridge": flops / bandwidth}
-    return {"kind": "ceiling", **found, "threads": torch.get_num_threads(), **_about()}
+    best = {"flops_per_s": flops, "bytes_per_s": bandwidth, "ridge": flops / bandwidth}
+    return {"kind": "ceiling", **best, "threads": torch.get_num_threads(), **_here()}
 
 
 def count(work: Callable, *arguments: Any) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def measure(name: str, work: Callable, *arguments: Any, repeats: int = 10) -> di
     seconds = statistics.median(_seconds(lambda: work(*arguments), repeats))
     counted = {"flops": flops, "nbytes": nbytes, "intensity": flops / max(1, nbytes)}
     timed = {"duration_s": seconds, "flops_per_s": flops / seconds, "threads": torch.get_num_threads()}
-    return {"kind": "roofline", "name": name, **counted, **timed, **_about()}
+    return {"kind": "roofline", "name": name, **counted, **timed, **_here()}
 
 
 def against(rows: list[dict], ceiling: dict) -> list[dict]:
@@ -139,15 +139,16 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def _seconds(work: Callable[[], Any], repeats: int) -> list[float]:
     work()  # the first call prepares
-    found = []
+    seconds = []
     for _repeat in range(repeats):
         begun = time.perf_counter()
         work()
-        found.append(time.perf_counter() - begun)
-    return found
+        seconds.append(time.perf_counter() - begun)
+    return seconds
 
 
-def _about() -> dict:
-    here = machine.describe()
+def _here() -> dict:
+    described = machine.describe()
     started = datetime.now().isoformat(timespec="seconds")
-    return {"source": "measured", "started": started, **{name: here[name] for name in ("host", "cpu", "cpus", "torch")}}
+    names = ("host", "cpu", "cpus", "torch")
+    return {"source": "measured", "started": started, **{name: described[name] for name in names}}

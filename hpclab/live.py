@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from IPython import get_ipython
 from IPython.display import HTML, display
@@ -25,8 +26,8 @@ LEAST_SECONDS, MOST_SECONDS = 0.5, 2.0
 LOOK_SECONDS = 0.05
 """Between two looks whether there is something new, of what tells so itself."""
 
-_newest: dict[Any, Any] = {}
-"""By what is shown, the display that is kept up to date: the newest only, as each costs time."""
+_newest: dict[Any, tuple[str, Any]] = {}
+"""By what is shown, the id and the handle of its newest display; the loop of an older one ends, as each costs time."""
 
 
 def show(
@@ -43,18 +44,20 @@ def show(
     Parameters
     ----------
     key : hashable
-        What is shown: of several displays of one thing only the newest is kept up to date, the others stay as they are.
+        What is shown. Displays of one thing have one id, and so one page, which the loop of the newest draws.
     page, ended, news, most
         As for `follow`. What the first page raises is raised here.
     controls : ipywidgets.Widget, optional
-        Shown above the page as long as that is kept up to date; then they go, as they could do nothing more.
+        Shown above the page until that has ended, or is shown elsewhere.
     """
     first = page()
     buttons = None if controls is None else display(controls, display_id=True)
-    handle = _newest[key] = display(sendable(first), display_id=True)
+    display_id, _older = _newest.get(key, (uuid4().hex, None))
+    handle = display(sendable(first), display_id=display_id)
+    this = _newest[key] = display_id, handle
 
     def newest() -> bool:
-        return _newest.get(key) is handle
+        return _newest.get(key) is this
 
     def live() -> None:
         follow(lambda new: put(handle, new), page, ended, news=news, most=most, current=newest)

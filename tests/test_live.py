@@ -14,6 +14,7 @@ class Shown:
 
     def __init__(self, shown, display_id):
         self.pages = [getattr(shown, "data", None)]
+        self.id = display_id
         self.broken = False
 
     def update(self, shown):
@@ -81,14 +82,15 @@ def test_what_raises_at_first_is_raised_where_it_was_asked_for(shown):
 
 
 def test_the_newest_display_of_a_thing_wins(shown):
-    """The other one stays as it is, and its controls go; what is drawn for it meanwhile isn't shown."""
+    """It has the other one's id, by which a browser shows its pages in both places; the other one's controls go."""
     subject, controls = Subject("first"), [Control(), Control()]
     live.show("a key", subject.draw, subject.ended, controls=controls[0])
     live.show("a key", subject.draw, subject.ended, controls=controls[1])
+    assert shown[1].id == shown[3].id != shown[0].id
     until(lambda: controls[0].closed)
     subject.page = "second"
     until(lambda: shown[3].pages[-1] == "second")
-    assert shown[0].pages[-1] == "" and "second" not in shown[1].pages
+    assert shown[0].pages[-1] == "" and "second" not in shown[1].pages, "one loop draws"
     assert not controls[1].closed
     subject.page, subject.over = "last", True
     until(lambda: controls[1].closed)

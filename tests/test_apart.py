@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ours
 
-from hpclab.course import check as exercises
 from hpclab.course import fork, verdicts
 from hpclab.course.check import check
+from hpclab.course.checks import cnn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's forks")
 
@@ -78,7 +78,7 @@ def deaf(*arguments):
 def test_what_never_ends_is_stopped_with_all_it_started(answer, impatient, nothing_left, capsys):
     result = check("cnn.learning_rate", answer)
     assert result.status == "fail" and "didn't end: it was stopped after" in result.message
-    assert len(capsys.readouterr().out) <= 2 * fork.SAID
+    assert len(capsys.readouterr().out) <= 2 * fork.PRINTED
     assert ours("time.sleep(1000)") == []
 
 
@@ -97,9 +97,17 @@ def test_what_eats_memory_is_stopped(answer, nothing_left):
     assert result.status == "fail" and "took more memory than there is for it" in result.message, result
 
 
+def orphan(*arguments):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    if os.fork():
+        os._exit(0)
+    time.sleep(1000)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
+        (orphan, "ended the process that it ran in"),
         (lambda *given: os._exit(0), "ended the process that it ran in"),
         (lambda *given: sys.exit(0), "raised SystemExit: 0"),
         (lambda *given: os.kill(os.getpid(), 15), "crashed the process that it ran in: SIGTERM"),
@@ -112,6 +120,17 @@ def test_what_eats_memory_is_stopped(answer, nothing_left):
 def test_what_ends_its_process_is_a_verdict(answer, message, nothing_left):
     result = check("cnn.learning_rate", answer)
     assert result.status == "fail" and message in result.message, result
+    assert ours("time.sleep(1000)") == []
+
+
+def test_a_long_answer_is_cut_and_arrives(nothing_left):
+    for text in ("\0" * 10**6, "长" * 10**6, "\ud83d" * 10**6, "🦜" * 10**6):
+
+        def fails(*given, text=text):
+            raise ValueError(text)
+
+        message = check("cnn.learning_rate", fails).message
+        assert message.startswith("Your function raised ValueError: ") and len(message) == fork.CHARACTERS
 
 
 class Odd:
@@ -140,7 +159,7 @@ def test_prints_are_shown_from_subprocesses_too_and_not_without_end(capsys):
 
     assert check("cnn.learning_rate", verbose)
     shown = capsys.readouterr().out
-    assert len(shown) < fork.SAID + 10 and shown.endswith("x ...\n")
+    assert len(shown) < fork.PRINTED + 10 and shown.endswith("x ...\n")
 
 
 def test_neither_its_input_nor_the_kernel_is_changed():
@@ -225,7 +244,7 @@ def test_patience_is_a_number_of_seconds(given, monkeypatch):
 
 def test_the_seed_draws_other_variants_and_the_class_has_one(monkeypatch):
     def drawn():
-        return list(exercises._recipes()), verdicts.numpy_dice("x").random(), verdicts.dice("x").random()
+        return list(cnn._recipes()), verdicts.numpy_dice("x").random(), verdicts.dice("x").random()
 
     usual = drawn()
     assert drawn() == usual

@@ -1,12 +1,15 @@
 """Exercise checks: solutions pass, stubs aren't answered yet, each misconception has its message."""
 
 import functools
+import importlib
 import itertools
 import os
 import random
 import re
 import shutil
 import ssl
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +21,11 @@ import torch
 from distributed import Security
 
 import hpclab
-from hpclab import laws, machine, roofline, slurm
-from hpclab.course import bottlenecks, verdicts
-from hpclab.course import check as exercises
+from hpclab import data, laws, machine, roofline, slurm
+from hpclab.course import bottlenecks, checks, verdicts
 from hpclab.course.check import check
-from hpclab.course.checks import dask as _exercises_dask
-from hpclab.course.checks import one_process
+from hpclab.course.checks import dask as dask_checks
+from hpclab.course.checks import ddp_from_scratch, one_process
 
 FUNCTIONS = [
     *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
@@ -36,12 +38,49 @@ EXERCISES = ["start.gang", "faults.state", "security.harden", "queues.array", "q
 
 def test_every_exercise_is_known_here():
     """A new exercise is added to this list, and so to the tests of stubs below."""
-    assert sorted(verdicts.CHECKS) == sorted(EXERCISES)
+    assert checks.ids() == sorted(EXERCISES)
 
 
 def test_an_unknown_exercise_is_answered_with_the_valid_ones():
     with pytest.raises(ValueError, match=r"exercise_id \(='start.gong'\).*cnn.order, .*scaling.curves, .*, start.gang"):
         check("start.gong", 1)
+
+
+@pytest.mark.parametrize("slug", ["start", "ddp-from-scratch", "security"])
+def test_a_check_imports_its_notebooks_file_and_no_other(slug):
+    code = f"""
+import sys, hpclab.exercises
+files = lambda: sorted(name.rpartition(".")[2] for name in sys.modules if name.startswith("hpclab.course.checks."))
+assert files() == []
+exercise = next(name for name in {EXERCISES!r} if name.startswith({slug!r}))
+assert hpclab.exercises.check(exercise, ...).message == "Not answered yet."
+from hpclab.course.verdicts import CHECKS
+print(*files(), *{{name.partition(".")[0] for name in CHECKS}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [slug.replace("-", "_"), slug]
+
+
+@pytest.mark.parametrize("slug", ["os", "..os", "../planted", "planted", "__init__", "ddp_from_scratch", "", "start/"])
+def test_an_exercise_id_imports_nothing_that_is_no_notebooks_file(slug, tmp_path, monkeypatch):
+    """Neither what lies beside a notebook, nor what its id leads to."""
+    (tmp_path / "planted.py").write_text("open('imported', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"is no exercise; use one of capstone.score, cnn.learning_rate, "):
+        check(f"{slug}.step", 1)
+    assert not (tmp_path / "imported").exists()
+    assert not {"hpclab.course.checks.planted", "hpclab.course.checks.os"} & sys.modules.keys()
+
+
+def test_each_file_of_checks_has_the_exercises_of_its_own_notebook():
+    notebooks = {path.stem.partition("_")[2] for path in (data.share() / "notebooks").glob("*.ipynb")}
+    files = {path.stem for path in Path(checks.__file__).parent.glob("[a-z]*.py")}
+    assert files and files <= notebooks
+    for exercise_id in EXERCISES:
+        assert checks.find(exercise_id)
+        module = importlib.import_module(f"hpclab.course.checks.{exercise_id.partition('.')[0].replace('-', '_')}")
+        assert f'@exercise("{exercise_id}"' in Path(module.__file__).read_text("utf-8")
 
 
 def concluded(exercise_id, answer, times=8):
@@ -90,11 +129,11 @@ def test_under_nbgrader_only_a_pass_returns(monkeypatch):
 
 
 def test_a_result_shows_its_status_to_eyes_screen_readers_and_machines():
-    shown = exercises.failed("1 < 2")._repr_html_()
+    shown = verdicts.failed("1 < 2")._repr_html_()
     assert 'data-status="fail"' in shown and "1 &lt; 2" in shown
     assert 'aria-hidden="true"' in shown and "<strong>fail</strong>" in shown
-    assert repr(exercises.passed("Yes.")) == "✓ pass: Yes."
-    assert [bool(make("")) for make in (exercises.passed, exercises.failed, exercises.inconclusive)] == [
+    assert repr(verdicts.passed("Yes.")) == "✓ pass: Yes."
+    assert [bool(make("")) for make in (verdicts.passed, verdicts.failed, verdicts.inconclusive)] == [
         True,
         False,
         False,
@@ -347,7 +386,7 @@ def test_reduce_scatter_passes_with_the_solution():
     ],
 )
 def test_reduce_scatter_names_each_misconception(answer, message, monkeypatch):
-    monkeypatch.setattr(exercises, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(ddp_from_scratch, "PATIENCE_SECONDS", 1.0)
     result = check("ddp-from-scratch.reduce_scatter", answer)
     assert result.status == "fail" and message in result.message
 
@@ -513,8 +552,8 @@ def test_a_race_of_chunks_is_judged_by_its_turns_and_their_noise(monkeypatch, se
         def gather(self, found):
             return found
 
-    monkeypatch.setattr(_exercises_dask, "time", clock)
-    result = _exercises_dask._race_chunks(Client(), pieces(lambda *given: 20), workers=4)
+    monkeypatch.setattr(dask_checks, "time", clock)
+    result = dask_checks._race_chunks(Client(), pieces(lambda *given: 20), workers=4)
     assert result.status == status and message in result.message, result
 
 
@@ -796,7 +835,7 @@ def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
         assert check(exercise_id, right), exercise_id
         result = check(exercise_id, wrong)
         assert result.status == "fail" and message in result.message, result
-    assert _exercises_dask._plan_chunks(pieces(root))
+    assert dask_checks._plan_chunks(pieces(root))
 
 
 def diagnose(programs):

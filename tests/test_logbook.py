@@ -13,7 +13,7 @@ import pytest
 
 import hpclab
 from hpclab import machine
-from hpclab.course import MANIFEST, copy_course, logbook
+from hpclab.course import MANIFEST, checks, copy_course, logbook
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +75,7 @@ def test_progress_counts_what_the_notebooks_declare(copy):
         if cell["metadata"].get("nbgrader", {}).get("grade")
     }
     assert found.exercises == len(declared)
-    assert {exercise for row in found.rows for exercise in row["exercises"]} == set(hpclab.exercises.CHECKS)
+    assert {exercise for row in found.rows for exercise in row["exercises"]} == set(checks.ids())
     assert found.done == 2
     rows = {row["slug"]: row for row in found.rows}
     assert rows["cnn"]["done"] == ["cnn.order"] and rows["cnn"]["minutes"] == 40
@@ -94,7 +94,7 @@ def test_each_path_says_what_comes_next(copy):
 
 
 def test_when_all_is_done_it_says_so(copy):
-    for exercise in hpclab.exercises.CHECKS:
+    for exercise in checks.ids():
         logbook.remember(exercise)
     assert repr(hpclab.progress()).count("all done") == 3
 

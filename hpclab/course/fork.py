@@ -1,16 +1,25 @@
-"""Work in a fork that can be stopped as a whole: what a reader's function does there can't harm the kernel."""
+"""Work in a fork that can be stopped as a whole: what a reader's function does there can't harm the kernel.
+
+It is forked by hand, since a `multiprocessing.Process` is reaped by whichever thread starts another one, after which
+its group's number may be a stranger's when we kill the group; and since its sentinel stays open in what it has forked.
+"""
 
 import contextlib
+import gc
 import json
 import os
-import select
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from select import PIPE_BUF
 from typing import Any, NoReturn
+
+import psutil
 
 from hpclab import machine
 
@@ -18,18 +27,20 @@ PATIENCE_SECONDS = 30.0
 """How long the work may take, unless `HPCLAB_PATIENCE` says otherwise; longer where programs wait for CPUs."""
 MEMORY = 2**30
 """Bytes that the work may take on top of what the kernel holds already."""
-SAID = 4_000
+PRINTED = 4_000
 """Bytes of what is printed that are kept; the rest is read and thrown away."""
+CHARACTERS = 600
+"""Of each text that the work returns, so that it goes into a pipe as a whole (`PIPE_BUF`) or not at all."""
 
 
 @dataclass
-class Outcome:
-    """How work apart ended: "done" with an `answer`, "patience", "memory", or "died" of `signal` (0: it left)."""
+class Ending:
+    """How work in a fork ended: "done" with an `answer`, "patience", "memory", or "died" of `signal` (0: it left)."""
 
     how: str
     answer: Any = None
     signal: int = 0
-    said: str = ""
+    printed: str = ""
     seconds: float = 0.0
 
 
@@ -47,47 +58,46 @@ def patience() -> float:
     ValueError
         If `HPCLAB_PATIENCE` is no number above 0.
     """
-    given = os.environ.get("HPCLAB_PATIENCE") or PATIENCE_SECONDS
+    text = os.environ.get("HPCLAB_PATIENCE") or PATIENCE_SECONDS
     try:
-        seconds = float(given)
+        seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise ValueError(f"HPCLAB_PATIENCE (={given}) must be a number of seconds above 0.")
+        raise ValueError(f"HPCLAB_PATIENCE (={text}) must be a number of seconds above 0.")
     return seconds
 
 
-def apart(work: Callable[[], Any]) -> Outcome:
+def run(work: Callable[[], list[str]]) -> Ending:
     """Do work in a fork, in a session of its own, and end all that it has started.
 
-    What it returns must be plain enough for JSON: nothing that a reader's function made is unpacked here.
+    It returns texts, which are cut where they are long: nothing that a reader's function made is unpacked here.
     """
     seconds = patience()
-    answers, answer = os.pipe()
-    prints, printed = os.pipe()
-    sys.stdout.flush()
-    parent = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: that there are threads; see `_child`
-        child = os.fork()
-    if child == 0:
-        _child(work, parent, answer, printed)
-    try:
-        os.close(answer)
-        os.close(printed)
-        return _followed(child, answers, prints, seconds)
-    finally:
-        _end(child)
-        os.close(answers)
-        os.close(prints)
+    answers, answer = Pipe(duplex=False)
+    prints, printed = Pipe(duplex=False)
+    with answers, answer, prints, printed:
+        sys.stdout.flush()
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: that there are threads; see `_child`
+            child = os.fork()
+        if child == 0:
+            _child(work, parent, answer.fileno(), printed.fileno())
+        try:
+            return _followed(child, answers, prints, seconds)
+        finally:
+            started = family(child)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)  # it may have had no time to lead a group
+                kill(child, started)
+                os.waitpid(child, 0)
 
 
-def _child(work: Callable[[], Any], parent: int, answer: int, printed: int) -> NoReturn:
+def _child(work: Callable[[], list[str]], parent: int, answer: int, printed: int) -> NoReturn:
     """What the fork does; it never returns, and runs none of the kernel's finalizers."""
     code = 1
     try:
-        import gc
-
         os.setsid()
         _die_with(parent)
         gc.freeze()  # what the kernel holds is the kernel's to finalize
@@ -102,13 +112,12 @@ def _child(work: Callable[[], Any], parent: int, answer: int, printed: int) -> N
             torch.set_num_threads(1)  # OpenMP's other threads aren't in a fork: to wait for them would be for ever
         _limit()
         try:
-            told = ["done", work()]
+            how, texts = "done", work()
         except MemoryError:
-            told = ["memory", None]
+            how, texts = "memory", []
         sys.stdout.flush()
-        left = memoryview(json.dumps(told).encode())
-        while left:
-            left = left[os.write(answer, left) :]
+        ending = json.dumps([how, [text[:CHARACTERS] for text in texts]], ensure_ascii=False)
+        os.write(answer, ending.encode("utf-8", "replace"))
         code = 0
     finally:
         os._exit(code)
@@ -134,42 +143,36 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
-def _followed(child: int, answers: int, prints: int, seconds: float) -> Outcome:
+def _followed(child: int, answers: Connection, prints: Connection, seconds: float) -> Ending:
     """Wait for the fork's answer, its end, or the end of patience."""
     began = time.monotonic()
-    told, said = b"", b""
-    ended = None
-    while True:
-        ready, _, _ = select.select([answers, prints], [], [], 0 if ended else 0.05)
-        if answers in ready:
-            part = os.read(answers, 2**16)
-            told += part
-        if prints in ready:
-            said = (said + os.read(prints, 2**16))[: SAID + 1]
-        if outcome := _parsed(told):
-            break
-        if ended:
-            if answers in ready and part:
-                continue
-            killed = ended.si_status if ended.si_code != os.CLD_EXITED else 0
-            outcome = Outcome("died", signal=killed)
-            break
+    printed = b""
+    ending = None
+    while ending is None:
+        # First this: what a fork that has ended wrote is then all in the pipes. It isn't reaped, so its number stays.
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if not ended and time.monotonic() - began > seconds * _crowded():
-            outcome = Outcome("patience", seconds=time.monotonic() - began)
-            break
-    while len(said) <= SAID and select.select([prints], [], [], 0)[0] and (part := os.read(prints, 2**16)):
-        said += part
-    outcome.said = said[:SAID].decode("utf-8", "replace") + (" ..." if len(said) > SAID else "")
-    return outcome
+        ready = wait([answers, prints], 0 if ended else 0.05)
+        if prints in ready:
+            printed = (printed + os.read(prints.fileno(), 2**16))[: PRINTED + 1]
+        if answers in ready:
+            ending = _ending(os.read(answers.fileno(), PIPE_BUF))
+        if ending is None and ended:
+            ending = Ending("died", signal=ended.si_status if ended.si_code != os.CLD_EXITED else 0)
+        elif ending is None and (spent := time.monotonic() - began) > seconds * _crowded():
+            ending = Ending("patience", seconds=spent)
+    while len(printed) <= PRINTED and wait([prints], 0):
+        printed += os.read(prints.fileno(), 2**16)
+    ending.printed = printed[:PRINTED].decode("utf-8", "replace") + (" ..." if len(printed) > PRINTED else "")
+    return ending
 
 
-def _parsed(told: bytes) -> Outcome | None:
+def _ending(text: bytes) -> Ending | None:
+    """What a fork wrote of its end; None if that was the reader's function, into a pipe that isn't for it."""
     try:
-        how, answer = json.loads(told)
-    except ValueError:  # not all of it yet
+        how, answer = json.loads(text)
+        return Ending(how, answer)
+    except (ValueError, TypeError):
         return None
-    return Outcome(how, answer)
 
 
 def _crowded() -> float:
@@ -177,19 +180,18 @@ def _crowded() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def _end(child: int) -> None:
-    """Kill the fork and all that it has started, and take it off the list of processes."""
-    import psutil
-
-    family: list[Any] = []
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started; empty if it has gone."""
     with contextlib.suppress(psutil.Error):
-        family = psutil.Process(child).children(recursive=True)
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def kill(leader: int, started: Iterable[psutil.Process]) -> None:
+    """Kill a group of processes, and those that have left it."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)  # if it had no time to make a session of its own
-    for process in family:
+        os.killpg(leader, signal.SIGKILL)
+    for process in started:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(child, 0)

@@ -117,15 +117,15 @@ def grade(
 
 def _askable(course: list[submissions.Assignment]) -> None:
     """Raise what would fail every student's checks, and is no student's fault."""
-    from hpclab.course import check, fork
+    from hpclab.course import checks, fork
 
     fork.patience()
-    for one in course:
-        for step in one.checks.values():
-            if step.exercise not in check.CHECKS:
+    for assignment in course:
+        for step in assignment.checks.values():
+            if step.exercise not in (ids := checks.ids()):
                 raise ValueError(
-                    f"course: {one.stem}.ipynb checks {step.exercise!r}, which is no exercise; hpclab.check has"
-                    f" {', '.join(sorted(check.CHECKS))}."
+                    f"course: {assignment.stem}.ipynb checks {step.exercise!r}, which is no exercise; hpclab.check has"
+                    f" {', '.join(ids)}."
                 )
 
 

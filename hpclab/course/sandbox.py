@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import IO, Any
 import psutil
 
 from hpclab import data
+from hpclab.course import fork
 
 TASKS = 256
 """Threads of all processes in the sandbox together, beside 16 for each CPU: libraries start one for each."""
@@ -77,9 +77,8 @@ class Kernel:
         return 0
 
     def family(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.Error):
-            root = psutil.Process(self.process.pid)
-            self.seen = [root, *root.children(recursive=True)]
+        """Its processes; once the first has ended, those that were last seen."""
+        self.seen = fork.family(self.process.pid) or self.seen
         return self.seen
 
 
@@ -207,11 +206,7 @@ def _end(one: Kernel) -> None:
     family = one.family()
     with contextlib.suppress(Exception):
         one.client.stop_channels()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(one.process.pid, signal.SIGKILL)
-    for process in family:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    fork.kill(one.process.pid, family)
     one.process.wait()
     psutil.wait_procs(family, timeout=30)
 

@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
-from hpclab.course import fork as _apart
+from hpclab.course import fork
 from hpclab.language import translate as _
 
 
@@ -45,7 +45,7 @@ class Result:
         }[self.status]
 
 
-class Verdict(Exception):
+class Decided(Exception):
     """Ends a check early, from any depth, with its result."""
 
     def __init__(self, result: Result):
@@ -64,68 +64,70 @@ def inconclusive(message: str) -> Result:
     return Result("inconclusive", message)
 
 
-CHECKS: dict[str, Callable[[Any], Result]] = {}
+def reject(message: str) -> NoReturn:
+    """End the check from any depth: it has failed."""
+    raise Decided(failed(message))
 
 
-def exercise(exercise_id: str, *, fork: bool = True, imports: tuple[str, ...] = ()) -> Callable:
+Check = Callable[[Any], Result]
+CHECKS: dict[str, Check] = {}
+"""Of the notebooks whose file of `course.checks` has been imported; `checks.find` imports one."""
+
+
+def exercise(exercise_id: str, *, forked: bool = True, imports: tuple[str, ...] = ()) -> Callable[[Check], Check]:
     """Decorate the function `answer -> Result` that checks an exercise; ids are "slug.name".
 
-    It runs in a fork, which ends with all that the reader's function does there. Where it can't (`fork=False`), since
-    it starts a cluster, it may still have parts of itself tried `apart`. What the check `imports` is imported before
-    the fork, and so once.
+    It runs in a fork, which ends with all that the reader's function does there. A check that can't (`forked=False`),
+    because it starts a cluster, may still try parts of itself `apart`. What the check `imports` is imported before the
+    fork, and so only once.
     """
 
-    def register(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    def register(check: Check) -> Check:
         def run(answer: Any) -> Result:
             for name in imports:
                 import_module(name)
-            if fork:
-                return apart(lambda: function(answer))
-            try:
-                return function(answer)
-            except Verdict as verdict:
-                return verdict.result
+            return apart(lambda: check(answer)) if forked else check(answer)
 
         CHECKS[exercise_id] = run
-        return function
+        return check
 
     return register
 
 
 def apart(work: Callable[[], Result]) -> Result:
     """The result of a check, or of a part of one, done in a fork: what never ends, or takes all memory, fails."""
-    if not _apart.possible():
+    if not fork.possible():
         return concluded(work)
 
     def plain() -> list[str]:
         result = concluded(work)
         return [result.status, result.message]
 
-    outcome = _apart.apart(plain)
-    if outcome.said:
-        print(outcome.said, end="" if outcome.said.endswith("\n") else "\n")
-    match outcome.how:
+    ending = fork.run(plain)
+    if ending.printed:
+        print(ending.printed, end="" if ending.printed.endswith("\n") else "\n")
+    match ending.how:
         case "done":
-            return Result(*outcome.answer)
+            return Result(*ending.answer)
         case "patience":
-            seconds = outcome.seconds
+            seconds = ending.seconds
             return failed(_("Your function didn't end: it was stopped after {seconds:.2g} s.", seconds=seconds))
         case "memory":
             return failed(_too_much())
-    if outcome.signal == signal.SIGKILL:
+    if ending.signal == signal.SIGKILL:
         return failed(_("Your function was killed; most often that is for want of memory."))
-    if outcome.signal:
-        name = signal.Signals(outcome.signal).name
+    if ending.signal:
+        name = signal.Signals(ending.signal).name
         return failed(_("Your function crashed the process that it ran in: {signal}.", signal=name))
     return failed(_("Your function ended the process that it ran in; it should return instead."))
 
 
 def concluded(work: Callable[[], Result]) -> Result:
-    """The result of a check, where it is raised as a verdict too, and where an answer is too odd to be looked at."""
+    """The result of a check, also where it was decided early, or where the answer is too odd to be looked at."""
     try:
         return work()
-    except Verdict as verdict:
-        return verdict.result
+    except Decided as decided:
+        return decided.result
     except MemoryError:
         return failed(_too_much())
     except Exception as error:
@@ -146,27 +148,35 @@ def numpy_dice(name: str) -> Any:
 
 
 def answered(answer: object) -> object:
+    """The answer, if it is there."""
     if answer is None or answer is ...:
-        raise Verdict(failed(_("Not answered yet.")))
+        reject(_("Not answered yet."))
     return answer
 
 
 def call(answer: Any, *arguments: object) -> Any:
-    """What the reader's function returns; what it raises is a verdict."""
+    """What the reader's function returns; if it raises, the check has failed."""
     if not callable(answer):
-        raise Verdict(failed(_("The answer is a function, not {answer!r}.", answer=answer)))
+        reject(_("The answer is a function, not {answer!r}.", answer=answer))
     try:
         returned = answer(*arguments)
-    except Verdict:
+    except Decided:  # by what the check handed to it
         raise
     except MemoryError:
-        raise Verdict(failed(_too_much())) from None
+        reject(_too_much())
     except (Exception, SystemExit) as error:
         if "can't allocate memory" in str(error):  # torch's words for it
-            raise Verdict(failed(_too_much())) from None
-        text = f"{type(error).__name__}: {error}"
-        raise Verdict(failed(_("Your function raised {error}", error=text))) from error
+            reject(_too_much())
+        reject(_("Your function raised {error}", error=f"{type(error).__name__}: {error}"))
     return answered(returned)
+
+
+def number(returned: Any) -> float | None:
+    """What a reader's function returned, as a float; None if it is no number."""
+    try:
+        return float(returned)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _too_much() -> str:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from hpclab.course.predictions import interval_score
-from hpclab.course.verdicts import Result, Verdict, call, dice, exercise, failed, passed
+from hpclab.course.verdicts import Result, call, dice, exercise, failed, number, passed, reject
 from hpclab.language import translate as _
 
 
@@ -23,7 +23,7 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     """What a score gets wrong about an interval, if anything."""
 
     def paid(low: float, high: float, value: float, level: float = level) -> float:
-        return _number(call(score, low, high, value, level))
+        return _score_of(call(score, low, high, value, level))
 
     middle, width = (low + high) / 2, high - low
     if paid(low, high, middle) < 0:
@@ -31,28 +31,28 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     if math.isclose(paid(low - 5, high + 5, middle), paid(low, high, middle)):
         return _("Width costs nothing: who says 'between nothing and everything' would win.")
     for place in (0.5, 0.2, 0.9):
-        if not _same(found := paid(low, high, low + place * width), width):
+        if not _same(held := paid(low, high, low + place * width), width):
             return _(
                 "An interval of width {width:.3g} that held costs its width, wherever in it the value lies; not"
                 " {found:.3g}.",
                 width=width,
-                found=found,
+                found=held,
             )
     near, far = ([paid(low, high, value) - width for value in (low - by, high + by)] for by in (0.5, 1.5))
     if all(_same(miss, 0) for miss in near):
         return _("A miss costs nothing: who names a single point would win.")
     if any(_same(miss, 0) for miss in near):
         return _("You see a miss on one side only: a value can lie below an interval, or above.")
-    if all(_same(one, other) for one, other in zip(near, far, strict=True)):
+    if all(map(_same, near, far)):
         return _("A far miss costs no more than a near one.")
     if _same(near[0], paid(low, high, low - 0.5, 0.5) - width) and level != 0.5:
         return _("Who claims 50 % pays as much for a miss as who claims {level:.0%}.", level=level)
     if near[0] < paid(low, high, low - 0.5, level - 0.2) - width:
         return _("Who claims more pays less for a miss: look at what you divide by.")
-    for found, value in zip(near + far, (low - 0.5, high + 0.5, low - 1.5, high + 1.5), strict=True):
+    for miss, value in zip(near + far, (low - 0.5, high + 0.5, low - 1.5, high + 1.5), strict=True):
         right = interval_score(low, high, value, level) - width
-        if not _same(found, right):
-            told = _("Too cheap") if found < right else _("Too dear")
+        if not _same(miss, right):
+            told = _("Too cheap") if miss < right else _("Too dear")
             return _(
                 "{told}: with this price of a miss, an interval that is honest about its {level:.0%} would lose to"
                 " another.",
@@ -62,15 +62,12 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     return None
 
 
-def _same(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5)
+def _same(left: float, right: float) -> bool:
+    return math.isclose(left, right, rel_tol=1e-4, abs_tol=1e-5)
 
 
-def _number(returned: Any) -> float:
-    try:
-        number = float(returned)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise Verdict(failed(_("The function returns a score, a number, not {returned!r}.", returned=returned)))
-    return number
+def _score_of(returned: Any) -> float:
+    score = number(returned)
+    if score is None or not math.isfinite(score):
+        reject(_("The function returns a score, a number, not {returned!r}.", returned=returned))
+    return score

@@ -13,7 +13,6 @@ import numpy as np
 
 from hpclab.course.verdicts import (
     Result,
-    Verdict,
     apart,
     call,
     dice,
@@ -22,6 +21,7 @@ from hpclab.course.verdicts import (
     inconclusive,
     numpy_dice,
     passed,
+    reject,
 )
 from hpclab.language import translate as _
 
@@ -46,7 +46,7 @@ def _small_cluster(workers: int) -> Iterator[Any]:
             protocol="tls://",
             host="127.0.0.1",
             security=True,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # not 8787, which may be taken
             silence_logs=False,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
@@ -55,7 +55,7 @@ def _small_cluster(workers: int) -> Iterator[Any]:
         yield client
 
 
-@exercise("dask.chunk", fork=False)
+@exercise("dask.chunk", forked=False)
 def _chunk(cut: object) -> Result:
     result = apart(lambda: _plan_chunks(cut))
     if result.status != "pass":
@@ -80,21 +80,21 @@ def _plan_chunks(cut: object) -> Result:
         best = min(trials, key=lambda sizes: _planned(sizes, workers, item_s, task_s))
         least = _planned(best, workers, item_s, task_s)
         if cost > 1.3 * least:
-            told = {"count": count, "workers": workers, "tasks": len(sizes), "cost": cost, "least": least}
-            told["handed"] = task_s * len(sizes)
+            plan = {"count": count, "workers": workers, "tasks": len(sizes), "cost": cost, "least": least}
+            plan["handed"] = task_s * len(sizes)
             if len(sizes) > len(best):
                 return failed(
                     _(
                         "Too fine: {count} items for {workers} workers as {tasks} tasks take {cost:.2g} s, {handed:.2g}"
                         " of them to hand out tasks; {least:.2g} s would do.",
-                        **told,
+                        **plan,
                     )
                 )
             return failed(
                 _(
                     "Too coarse: {count} items for {workers} workers as {tasks} tasks take {cost:.2g} s, as workers are"
                     " idle while others still work; {least:.2g} s would do.",
-                    **told,
+                    **plan,
                 )
             )
     return passed("")
@@ -103,19 +103,16 @@ def _plan_chunks(cut: object) -> Result:
 def _sizes(chunks: Any, count: int) -> np.ndarray:
     """Sizes of the chunks, if together they are all items, each once and in order: else the result wouldn't be."""
     try:
-        found = [item for chunk in chunks for item in chunk]
-        missing = count - len(set(found) & set(range(count)))
+        items = [item for chunk in chunks for item in chunk]
+        missing = count - len(set(items) & set(range(count)))
         if isinstance(chunks, str):
             raise TypeError
     except TypeError:
-        message = _("The function returns a list of lists of items, not {returned!r}.", returned=_short(chunks))
-        raise Verdict(failed(message)) from None
+        reject(_("The function returns a list of lists of items, not {returned!r}.", returned=_short(chunks)))
     if missing:
-        message = _("Not the serial result: {missing} of {count} items are in no chunk.", missing=missing, count=count)
-        raise Verdict(failed(message))
-    if found != list(range(count)):
-        message = _("Not the serial result: items are in another order, or in two chunks, or new.")
-        raise Verdict(failed(message))
+        reject(_("Not the serial result: {missing} of {count} items are in no chunk.", missing=missing, count=count))
+    if items != list(range(count)):
+        reject(_("Not the serial result: items are in another order, or in two chunks, or new."))
     return np.array([len(chunk) for chunk in chunks])
 
 
@@ -157,9 +154,9 @@ def _race_chunks(client: Any, cut: object, workers: int, count: int = 300, item_
     def seconds(sizes: np.ndarray, waits: np.ndarray = waits) -> float:
         pieces = np.split(np.arange(count), np.cumsum(sizes)[:-1])
         start = time.perf_counter()
-        found = client.gather(client.map(_planted, pieces, [waits[piece].sum() for piece in pieces], pure=False))
+        squares = client.gather(client.map(_planted, pieces, [waits[piece].sum() for piece in pieces], pure=False))
         spent = time.perf_counter() - start
-        assert [square for piece in found for square in piece] == _planted(range(count), 0.0)
+        assert [square for piece in squares for square in piece] == _planted(range(count), 0.0)
         return spent
 
     seconds(_even(count, 10))  # the first tasks open connections
@@ -181,28 +178,31 @@ def _race_chunks(client: Any, cut: object, workers: int, count: int = 300, item_
 
 
 def _judge_race(spent: dict[str, list[float]]) -> Result:
-    told = {}
+    ratios = {}
     for name, baseline in {"items": _("a task for each item"), "workers": _("a task for each worker")}.items():
         ratio, low, high = _ratio(spent[name], spent["yours"])
-        about = {"baseline": baseline, "ratio": ratio, "low": low, "high": high}
+        comparison = {"baseline": baseline, "ratio": ratio, "low": low, "high": high}
         if high < 1:
             return failed(
-                _("In this run {baseline} took {ratio:.2f} times as long as your chunks: yours are slower.", **about)
+                _(
+                    "In this run {baseline} took {ratio:.2f} times as long as your chunks: yours are slower.",
+                    **comparison,
+                )
             )
         if low < 1:
             return inconclusive(
                 _(
                     "Good by the model, but in this run {baseline} took {low:.2f} to {high:.2f} times as long: the"
                     " noise hides the difference. Run the cell again when this machine has less to do.",
-                    **about,
+                    **comparison,
                 )
             )
-        told[name] = f"{ratio:.1f} ({low:.1f}-{high:.1f})"
+        ratios[name] = f"{ratio:.1f} ({low:.1f}-{high:.1f})"
     return passed(
         _(
             "The serial result, and sooner: in turns with yours, a task for each item took {items} times as long, and a"
             " task for each worker {workers} times.",
-            **told,
+            **ratios,
         )
     )
 
@@ -223,7 +223,7 @@ def _ratio(seconds: list[float], others: list[float]) -> tuple[float, float, flo
     return float(ratio), float(low), float(high)
 
 
-@exercise("dask.bytes", fork=False)
+@exercise("dask.bytes", forked=False)
 def _bytes(look_up_all: object) -> Result:
     workers = 2
     table = _Table(numpy_dice("dask.bytes").random(250_000))  # 2 MB
@@ -231,13 +231,13 @@ def _bytes(look_up_all: object) -> Result:
     expected = [_look_up(table, query) for query in queries]
     with _small_cluster(workers) as client:
         _Table.packed, _Table.looked = 0, []
-        found = call(look_up_all, client, table, queries, _look_up)
+        sums = call(look_up_all, client, table, queries, _look_up)
     times, megabytes = _Table.packed, _Table.packed * table.values.nbytes / 1e6
     try:
-        right = np.allclose(found, expected)
+        right = np.allclose(sums, expected)
     except (TypeError, ValueError):
         return failed(
-            _("The function returns a list of numbers, one a query, not {returned!r}.", returned=_short(found))
+            _("The function returns a list of numbers, one a query, not {returned!r}.", returned=_short(sums))
         )
     if not right:
         return failed(_("Those aren't the numbers that looking up one query after the other gives."))
@@ -245,8 +245,8 @@ def _bytes(look_up_all: object) -> Result:
     if len(where) < len(_Table.looked) or not where:
         return failed(_("Queries were looked up in the notebook's own process: the workers had nothing to do."))
     if len(where) > len(queries):
-        told = {"times": len(where), "queries": len(queries)}
-        return failed(_("{times} look-ups for {queries} queries: some work is done twice.", **told))
+        counts = {"times": len(where), "queries": len(queries)}
+        return failed(_("{times} look-ups for {queries} queries: some work is done twice.", **counts))
     if times > 2 * workers:
         return failed(
             _(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hpclab.course.verdicts import Result, Verdict, call, dice, exercise, failed, inconclusive, passed
+from hpclab.course.verdicts import Result, call, dice, exercise, failed, inconclusive, passed, reject
 from hpclab.language import translate as _
 
 MARGIN = 2.0
@@ -19,13 +19,13 @@ def _bottleneck(diagnose: object) -> Result:
     with _one_thread():
         ridge, named, planted, doubt = None, [], [], None
         for kinds, programs in _draws():
-            found = _names(call(diagnose, list(programs)), len(programs))
+            names = _names(call(diagnose, list(programs)), len(programs))
             ridge = ridge or _ridge()
             for kind, program in zip(kinds, programs, strict=True):
                 doubt = doubt or _doubt(kind, program, ridge)
-            named += found
+            named += names
             planted += kinds
-            same = {name for name, kind in zip(found, kinds, strict=True) if kinds.count(kind) > 1}
+            same = {name for name, kind in zip(names, kinds, strict=True) if kinds.count(kind) > 1}
             if len(same) > 1 and doubt is None:
                 return failed(
                     _(
@@ -76,12 +76,16 @@ def _draws() -> Iterator[tuple[list[str], list]]:
 def _names(returned: Any, count: int) -> list[str]:
     from hpclab.course.bottlenecks import KINDS
 
-    about = {"count": count, "kinds": ", ".join(map(repr, KINDS)), "returned": returned}
     if not isinstance(returned, list | tuple) or len(returned) != count:
-        message = _("The function returns a list of {count} names, one a program, not {returned!r}.", **about)
-        raise Verdict(failed(message))
+        reject(
+            _(
+                "The function returns a list of {count} names, one a program, not {returned!r}.",
+                count=count,
+                returned=returned,
+            )
+        )
     if strange := [name for name in returned if name not in KINDS]:
-        raise Verdict(failed(_("A name is one of {kinds}, not {strange!r}.", strange=strange[0], **about)))
+        reject(_("A name is one of {kinds}, not {strange!r}.", strange=strange[0], kinds=", ".join(map(repr, KINDS))))
     return list(returned)
 
 

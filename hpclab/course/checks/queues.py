@@ -10,18 +10,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hpclab import slurm
-from hpclab.course.verdicts import Result, Verdict, exercise, failed, inconclusive, passed
+from hpclab.course.verdicts import Decided, Result, exercise, failed, inconclusive, passed, reject
 from hpclab.language import translate as _
 
 SECONDS = 60.0
 """How long jobs of a check may take, which take some seconds."""
 
 
-@exercise("queues.backfill", fork=False)
+@exercise("queues.backfill", forked=False)
 def _backfill(options: object) -> Result:
     words = shlex.split(_text(options))
-    if said := [word for word in words if re.match(r"--(priority|nice|qos|reservation|begin|partition)|-p", word)]:
-        return failed(_("{option} would change whose turn it is; say what your job needs instead.", option=said[0]))
+    if forbidden := [word for word in words if re.match(r"--(priority|nice|qos|reservation|begin|partition)|-p", word)]:
+        return failed(
+            _("{option} would change whose turn it is; say what your job needs instead.", option=forbidden[0])
+        )
     with _site() as site:
         for name, size, minutes, seconds in (("long", ("-N1", "-n2"), 3, 6), ("wide", ("-N2", "-n4"), 2, 1)):
             site.run("sbatch", "-J", name, *size, "-t", minutes, "-o", "/dev/null", "--wrap", f"sleep {seconds}")
@@ -45,7 +47,7 @@ def _backfill(options: object) -> Result:
     return failed(_("It waited behind the wide one: as far as Slurm knows, it might have run too long for the hole."))
 
 
-@exercise("queues.array", fork=False)
+@exercise("queues.array", forked=False)
 def _array(script: object) -> Result:
     text = _text(script)
     with _site() as site, TemporaryDirectory(dir=site.folder) as folder:
@@ -59,13 +61,13 @@ def _array(script: object) -> Result:
         if _ended(site) is None:
             return failed(_("Some of it never starts: it asks for more than this machine has."))
         jobs = site.jobs()
-        found = {path.name: path.read_text().strip() for path in Path(folder).glob("out-*")}
+        squares = {path.name: path.read_text().strip() for path in Path(folder).glob("out-*")}
         calls = Path(folder, "calls").read_text().split() if Path(folder, "calls").exists() else []
     if not any(job["array"] for job in jobs):
         return failed(_("This is no array: Slurm saw one job."))
-    if missing := [number for number in range(3, 9) if f"out-{number}" not in found]:
+    if missing := [number for number in range(3, 9) if f"out-{number}" not in squares]:
         return failed(_("The square of {number} is missing.", number=missing[0]))
-    if len(found) != 6 or len(calls) != 12:
+    if len(squares) != 6 or len(calls) != 12:
         return failed(_("It did more than was asked for: each number from 3 to 8 once."))
     at_once = itertools.accumulate(1 if call == "begin" else -1 for call in calls)
     if (most := max(at_once)) > 2:
@@ -86,7 +88,7 @@ def _site() -> Iterator[slurm.Slurm]:
     """A private Slurm, if this machine can have one."""
     if missing := slurm.missing():
         what = ", ".join(missing)
-        raise Verdict(
+        raise Decided(
             inconclusive(_("This needs Slurm; here is no {what}: {line}", what=what, line=slurm.install_line()))
         )
     with slurm.start(nodes=2, cpus=2) as site:
@@ -95,7 +97,7 @@ def _site() -> Iterator[slurm.Slurm]:
 
 def _text(answer: object) -> str:
     if not isinstance(answer, str):
-        raise Verdict(failed(_("The answer is a text, not {answer!r}.", answer=answer)))
+        reject(_("The answer is a text, not {answer!r}.", answer=answer))
     return answer
 
 

@@ -21,14 +21,14 @@ from urllib.parse import quote
 
 import numpy as np
 
-from hpclab.course.verdicts import Result, Verdict, call, exercise, failed, inconclusive, numpy_dice, passed
+from hpclab.course.verdicts import Decided, Result, call, exercise, failed, inconclusive, numpy_dice, passed, reject
 from hpclab.language import translate as _
 
 PATIENCE_SECONDS = 60.0
 """How long a job, a greeting or a refusal may take; no answer depends on it, unless something hangs."""
 
 
-@exercise("security.harden", fork=False)
+@exercise("security.harden", forked=False)
 def _harden(functions: Any) -> Result:
     try:
         certificates, job = functions
@@ -36,9 +36,9 @@ def _harden(functions: Any) -> Result:
         return failed(_("The answer is a pair of functions, (certificates, job), not {answer!r}.", answer=functions))
     if os.name != "posix" or shutil.which("bash") is None:
         return inconclusive(_("This needs bash, and files with modes such as 0600; try it on Linux."))
-    one, other = _security(call(certificates)), _security(call(certificates))
+    own, others = _security(call(certificates)), _security(call(certificates))
     with ThreadPoolExecutor(1) as pool:  # an event loop already runs in the thread of a notebook's cell
-        pool.submit(_knock, one, other).result()
+        pool.submit(_knock, own, others).result()
     for message, leaks in _leaks(job):
         if leaks:
             return failed(message)
@@ -52,46 +52,44 @@ def _security(returned: Any) -> Any:
     if returned is False:
         return None
     if not isinstance(returned, Security):
-        message = _("The first function returns a distributed.Security, not {returned!r}.", returned=returned)
-        raise Verdict(failed(message))
+        reject(_("The first function returns a distributed.Security, not {returned!r}.", returned=returned))
     for name in ("ca_file", "client_key", "scheduler_key", "worker_key"):
         value = getattr(returned, f"tls_{name}")
         if name != "ca_file" and value and "\n" not in value and os.path.exists(value) and _others_read(value):
-            raise Verdict(failed(_("Others can read the file of a private key: {file}", file=value)))
+            reject(_("Others can read the file of a private key: {file}", file=value))
     return returned if returned.require_encryption else None
 
 
-def _knock(one: Any, other: Any) -> None:
-    """Open a scheduler and a worker with `one`, and have strangers try; a verdict if they get in, or nobody does."""
+def _knock(own: Any, others: Any) -> None:
+    """Open a scheduler and a worker with `own`, and have strangers try; a verdict if they get in, or nobody does."""
     import asyncio
 
     from distributed import Security
 
     try:
-        for found in filter(None, (one, other)):
+        for security in filter(None, (own, others)):
             for role in ("client", "scheduler", "worker"):
-                if found.get_connection_args(role)["ssl_context"] is None:
+                if security.get_connection_args(role)["ssl_context"] is None:
                     raise ValueError(f"tls_{role}_cert, tls_{role}_key")
-            found.get_listen_args("scheduler")
+            security.get_listen_args("scheduler")
     except Exception as error:
-        raise Verdict(failed(_("Nobody could encrypt with it; it lacks something: {error}", error=error))) from error
+        reject(_("Nobody could encrypt with it; it lacks something: {error}", error=error))
 
     async def visit() -> None:
-        async with _cluster(one) as addresses:
-            if one is None and await _let_in(addresses[0], None):
-                raise Verdict(failed(_("A client without a certificate was let in, and ran code on your worker.")))
+        async with _cluster(own) as addresses:
+            if own is None and await _let_in(addresses[0], None):
+                reject(_("A client without a certificate was let in, and ran code on your worker."))
             for address in addresses:
                 if await asyncio.to_thread(_greeted, address):
-                    raise Verdict(failed(_("A socket without a certificate was greeted at {at}.", at=address)))
+                    reject(_("A socket without a certificate was greeted at {at}.", at=address))
             if await _let_in(addresses[0], Security.temporary()):
-                raise Verdict(failed(_("A client with certificates that it made itself was let in.")))
-            if await _let_in(addresses[0], other):
-                message = _(
-                    "One certificate for all: who was ever let into one cluster can enter each one that you start."
+                reject(_("A client with certificates that it made itself was let in."))
+            if await _let_in(addresses[0], others):
+                reject(
+                    _("One certificate for all: who was ever let into one cluster can enter each one that you start.")
                 )
-                raise Verdict(failed(message))
-            if not await _let_in(addresses[0], one):
-                raise Verdict(failed(_("Nobody is let in, not even your own client.")))
+            if not await _let_in(addresses[0], own):
+                reject(_("Nobody is let in, not even your own client."))
 
     with _quiet():
         asyncio.run(visit())
@@ -111,7 +109,7 @@ def _cluster(security: Any) -> Any:
             try:
                 scheduler = await Scheduler(**common, dashboard=False, dashboard_address="127.0.0.1:0")
             except OSError as error:
-                raise Verdict(inconclusive(_("No scheduler can start here: {error}", error=error))) from error
+                raise Decided(inconclusive(_("No scheduler can start here: {error}", error=error))) from error
             async with scheduler:
                 own: dict[str, Any] = {"nthreads": 1, "local_directory": folder, "dashboard_address": "127.0.0.1:0"}
                 async with Worker(scheduler.address, **common, **own) as worker:
@@ -187,8 +185,7 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
         with _umask(0o022):  # what most systems set
             script = call(job, token, str(folder))
         if not isinstance(script, str):
-            message = _("The second function returns the text of a job script, not {returned!r}.", returned=script)
-            raise Verdict(failed(message))
+            reject(_("The second function returns the text of a job script, not {returned!r}.", returned=script))
         yield _("The token stands in the job script."), _tells(script, token)
         yield _("A private key stands in the job script."), "PRIVATE KEY" in script
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -198,7 +195,7 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
         output = _run(script, programs, folder)
         yield _("The job prints the token, and so it is in its log."), _tells(output, token)
         if not (programs / "seen").exists():
-            raise Verdict(failed(_("The job never ran its program, train: {output}", output=output[-300:])))
+            reject(_("The job never ran its program, train: {output}", output=output[-300:]))
         seen = json.loads((programs / "seen").read_text())
         arguments = " ".join(seen["arguments"])
         yield (
@@ -231,8 +228,8 @@ def _run(script: str, programs: Path, folder: Path) -> str:
             text=True,
             timeout=PATIENCE_SECONDS,
         )
-    except subprocess.TimeoutExpired as error:
-        raise Verdict(failed(_("The job doesn't end."))) from error
+    except subprocess.TimeoutExpired:
+        reject(_("The job doesn't end."))
     return done.stdout
 
 
@@ -287,8 +284,7 @@ def _prg(seed: bytes, step: int, count: int) -> np.ndarray:
 def _share(returned: Any, count: int) -> np.ndarray:
     if not isinstance(returned, np.ndarray) or returned.dtype != np.uint64 or returned.shape != (count,):
         kind = f"{returned.dtype} {returned.shape}" if isinstance(returned, np.ndarray) else type(returned).__name__
-        message = _("The function returns an array of uint64, as long as the numbers, not this {kind}.", kind=kind)
-        raise Verdict(failed(message))
+        reject(_("The function returns an array of uint64, as long as the numbers, not this {kind}.", kind=kind))
     return returned
 
 

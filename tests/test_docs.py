@@ -27,6 +27,7 @@ PAGES = [
     GLOSSARY,
 ]
 NOTEBOOKS = sorted([*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "zh").glob("*.ipynb")])
+assert len(PAGES) > 15 and len(NOTEBOOKS) > 10
 SPELLING = {
     "all-reduce": r"\ball ?reduce\b",
     "all-gather": r"\ball ?gather\b",

@@ -31,6 +31,9 @@ def module(path: Path) -> str:
 
 
 MODULES = {module(path): path for path in PACKAGE.rglob("*.py")}
+NOUNS = {name.split(".")[0] for name in MODULES if name} - {"__main__"}
+KIT = sorted(NOUNS - {"course", "doctor", "cli"})  # doctor also says whether the course can be graded here
+assert {"gangs.rank", "course.checks.cnn", "machine"} < MODULES.keys() and len(KIT) > 20
 
 
 def named(dotted: str) -> str:
@@ -61,14 +64,25 @@ IMPORTS = {name: imports(path.read_text("utf-8")) - {name} for name, path in MOD
 
 
 def test_every_import_goes_down_the_layers():
-    nouns = {name.split(".")[0] for name in MODULES if name} - {"__main__"}
-    assert nouns == RANK_OF.keys()
+    assert RANK_OF.keys() == NOUNS
     for name, below in IMPORTS.items():
         if name in ("", "__main__"):
             continue
         layer = RANK_OF[name.split(".")[0]]
         wrong = [other for other in below if RANK_OF[other.split(".")[0]] > layer]
         assert not wrong, f"{name} imports {wrong}, of a layer above its own"
+
+
+def test_the_kit_never_imports_the_course():
+    """Read in its files; and seen when all of it is loaded, however a string that names a module came to be."""
+    files = sorted(name for name in MODULES if name.split(".")[0] in KIT)
+    named = {other.split(".")[0]: name for name in files for other in IMPORTS[name]}
+    assert "machine" in named and not {"course", "doctor"} & named.keys(), named
+    code = f"import sys; from importlib import import_module as i; [i('hpclab.' + name) for name in {files}]\n"
+    code += "print(*(name for name in sys.modules if name.startswith('hpclab.')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "hpclab.gangs.rank" in loaded
+    assert not [name for name in loaded if name.startswith(("hpclab.course", "hpclab.doctor"))]
 
 
 def test_the_files_have_no_cycle():
@@ -101,6 +115,16 @@ def test_import_loads_neither_torch_nor_dask():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "hpclab.machine" in loaded
     assert not {"torch", "dask", "distributed", "matplotlib", "IPython"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "folder", [name for name in ("gangs", "training", "models") if MODULES[name].stem == "__init__"]
+)
+def test_a_folder_that_ranks_import_loads_nothing_heavy(folder):
+    code = f"import sys, hpclab.{folder}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert f"hpclab.{folder}" in loaded
+    assert not {"torch", "dask", "distributed", "numpy", "cloudpickle", "IPython"} & set(loaded)
 
 
 def test_public_names_of_0_1_0_are_there():

@@ -208,7 +208,7 @@ def test_a_killed_kernel_takes_its_check_along(tmp_path):
         check("cnn.learning_rate", answer)
         """
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(fork.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(fork.__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", program], env=environment) as kernel:
         deadline = time.monotonic() + 120
         while not (tmp_path / "there").exists() and time.monotonic() < deadline:

@@ -307,9 +307,9 @@ def test_a_renamed_notebook_is_known_by_its_cells(tmp_path):
     course = submissions.assignments(ROOT / "notebooks")
     path = tmp_path / "ann.ipynb"
     shutil.copy(ROOT / "notebooks" / "03_cnn.ipynb", path)
-    assert submissions.of(path, submissions.read(path), course).stem == "03_cnn"
+    assert submissions.began_as(path, submissions.read(path), course).stem == "03_cnn"
     with pytest.raises(Unreadable, match="none of the course's notebooks"):
-        submissions.of(path, nbformat.reads(notebook(check=None), 4), course)
+        submissions.began_as(path, nbformat.reads(notebook(check=None), 4), course)
 
 
 def cells(*codes) -> dict:
@@ -352,8 +352,8 @@ def test_the_last_copy_of_a_check_counts_and_gives_way_to_the_courses(course):
 def test_a_notebook_under_anothers_name_is_known_by_its_checks(tmp_path):
     course = submissions.assignments(ROOT / "notebooks")
     path = Path(shutil.copy(ROOT / "notebooks" / "03_cnn.ipynb", tmp_path / "05_dask.ipynb"))
-    assert submissions.of(path, submissions.read(path), course).stem == "03_cnn"
-    assert submissions.of(path, cells(("", "1")), course).stem == "05_dask"
+    assert submissions.began_as(path, submissions.read(path), course).stem == "03_cnn"
+    assert submissions.began_as(path, cells(("", "1")), course).stem == "05_dask"
 
 
 def test_no_cell_of_the_marks_begins_a_formula_and_no_two_names_become_one(tmp_path):
@@ -401,7 +401,7 @@ def test_a_students_folder_is_found_however_deep_and_large_it_is(tmp_path, cours
     (deep / "photos").mkdir()
     for number in range(submissions.MOST_BESIDE[0]):
         (deep / "photos" / f"{number}.png").touch()
-    found = list(submissions.found(tmp_path / "class", submissions.assignments(course)))
+    found = list(submissions.handed_in(tmp_path / "class", submissions.assignments(course)))
     assert [name for name, _path in found] == ["deep/rate.ipynb"]
     with (tmp_path / "tar").open("w+b") as archive:
         left = submissions.beside(found[0][1], tmp_path / "class", archive)

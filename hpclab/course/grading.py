@@ -91,16 +91,16 @@ def grade(
         raise ValueError(f"time_s (={time_s:g}) and memory (={memory}) must be above 0.")
     notebooks = submissions.assignments(Path(course).expanduser().resolve() if course else data.share() / "notebooks")
     _askable(notebooks)
-    there = [(name, path) for name, path in submissions.found(folder, notebooks) if path not in skip]
-    if not there:
+    handed_in = [(name, path) for name, path in submissions.handed_in(folder, notebooks) if path not in skip]
+    if not handed_in:
         raise ValueError(f"folder (={folder}) holds nothing to grade: no FOLDER/*.ipynb, no FOLDER/STUDENT/*.ipynb.")
-    sandbox.place()
+    sandbox.base()
     if not trust and (why := sandbox.missing()):
         raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you say: --trust")
     limits = _Limits(time_s, memory, folder, trust, str(seed), language())
     points = {"pass": 1.0, "inconclusive": float(inconclusive)}
     rows = Table()
-    for name, path in there:
+    for name, path in handed_in:
         try:
             judged = _judged(path, notebooks, limits)
         except Exception as error:  # what a student can have caused is a verdict by now
@@ -165,7 +165,10 @@ def _name(text: str) -> str:
     """A submission's name as one line; no two become the same."""
     if text.isprintable() and "\\" not in text:
         return text
-    return "".join(one if one.isprintable() and one != "\\" else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        letter if letter.isprintable() and letter != "\\" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def _line(text: str) -> str:
@@ -179,10 +182,16 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
+@dataclass
 class _Limits:
-    def __init__(self, time_s: float, memory: int, folder: Path, trust: bool, seed: str, language: str):
-        self.time_s, self.memory, self.folder, self.trust, self.seed = time_s, memory, folder, trust, seed
-        self.environment = {"HPCLAB_LANG": language}
+    """What holds for every notebook of a class; `grade` says what each of these is."""
+
+    time_s: float
+    memory: int
+    folder: Path
+    trust: bool
+    seed: str
+    language: str
 
     def why(self, stopped: Stopped) -> str:
         """What ended a notebook, in the teacher's language."""
@@ -201,25 +210,30 @@ def _judged(path: Path, course: list[submissions.Assignment], limits: _Limits) -
     """Exercise, verdict and reason of all that a file should have answered."""
     try:
         notebook = submissions.read(path, limits.folder)
-        assignment = submissions.of(path, notebook, course)
+        assignment = submissions.began_as(path, notebook, course)
     except Unreadable as error:
         return [("", "not reached", _("not graded: {why}", why=str(error)))]
     steps = submissions.steps(notebook, assignment)
-    says = _Notes()
+    notes = _Notes()
     rows: list[tuple[str, str, str]] = []
     why = ""
     try:
         with tempfile.TemporaryFile() as archive:
-            says.left = submissions.beside(path, limits.folder, archive)
-            says.hiding = submissions.hiding(path, limits.folder)
-            inner = Path(*path.relative_to(limits.folder).parts[1:-1])
-            about = limits.memory, [limits.folder], limits.environment, limits.trust, archive, inner
-            with sandbox.kernel(*about) as kernel:
-                why = _ended(_Session(kernel, limits, says), steps, rows)
+            notes.left = submissions.beside(path, limits.folder, archive)
+            notes.hiding = submissions.hiding(path, limits.folder)
+            with sandbox.kernel(
+                memory=limits.memory,
+                hidden=[limits.folder],
+                environment={"HPCLAB_LANG": limits.language},
+                trust=limits.trust,
+                beside=archive,
+                inner=Path(*path.relative_to(limits.folder).parts[1:-1]),
+            ) as kernel:
+                why = _ended(_Session(kernel, limits, notes), steps, rows)
     except Unreadable as error:
         why = _("not graded: {why}", why=str(error))
     missing = [step for step in steps if step.exercise][len(rows) :]
-    return rows + [(step.exercise, "not reached", says.about(step, "not reached", why)) for step in missing]
+    return rows + [(step.exercise, "not reached", notes.before(step, "not reached", why)) for step in missing]
 
 
 def _ended(session: "_Session", steps: list[Step], rows: list[tuple[str, str, str]]) -> str:
@@ -242,7 +256,7 @@ class _Notes:
     left: list[str] = field(default_factory=list)
     hiding: list[str] = field(default_factory=list)
 
-    def about(self, step: Step, verdict: str, reason: str) -> str:
+    def before(self, step: Step, verdict: str, reason: str) -> str:
         """The reason of a verdict, after what is to be said of its check."""
         notes = []
         if step.copies > 1:
@@ -264,8 +278,8 @@ def _some(names: list[str]) -> str:
 class _Session:
     """Talks to one kernel: runs cells, throws away what they show, and asks for verdicts."""
 
-    def __init__(self, kernel: Kernel, limits: _Limits, says: _Notes):
-        self.kernel, self.client, self.limits, self.says = kernel, kernel.client, limits, says
+    def __init__(self, kernel: Kernel, limits: _Limits, notes: _Notes):
+        self.kernel, self.client, self.limits, self.notes = kernel, kernel.client, limits, notes
         self.output = 0
         self.trouble = ""
         """The first error of a cell, which may be why an answer isn't there."""
@@ -282,14 +296,15 @@ class _Session:
                     self.trouble = _("cell {number} raised {error}", number=step.cell, error=_error(reply))
             if step.exercise:
                 verdict, message = self._verdict(step)
-                rows.append((step.exercise, verdict, self.says.about(step, verdict, message)))
+                rows.append((step.exercise, verdict, self.notes.before(step, verdict, message)))
 
     def _verdict(self, step: Step) -> tuple[str, str]:
         """What the course's check says: in the reply to a request that nothing printed can be mistaken for."""
         nonce = secrets.token_hex(16)
-        call = f"__import__('hpclab.exercises').exercises.judged({nonce!r}, {step.exercise!r}, {self.limits.seed!r}, "
-        asked = {"verdict": f"{call}lambda: ({step.answer}))"}
-        reply = self._wait(self.client.execute("", silent=True, user_expressions=asked, allow_stdin=False))
+        judged = "__import__('hpclab.course.check').course.check.judged"
+        call = f"{judged}({nonce!r}, {step.exercise!r}, {self.limits.seed!r}, lambda: ({step.answer}))"
+        expressions = {"verdict": call}
+        reply = self._wait(self.client.execute("", silent=True, user_expressions=expressions, allow_stdin=False))
         try:
             answer = reply if reply["status"] == "error" else reply["user_expressions"]["verdict"]
             if answer["status"] == "error":
@@ -307,7 +322,6 @@ class _Session:
 
     def _wait(self, request: str) -> dict:
         """The reply to a request, once the kernel is idle again; meanwhile its output is counted and thrown away."""
-        reply: dict | None = None
         looked = 0.0
         while True:
             now = time.monotonic()
@@ -322,9 +336,8 @@ class _Session:
             except queue.Empty:
                 continue
             if message.get("parent_header", {}).get("msg_id") == request:
-                reply = message["content"]
                 self._discard()
-                return reply
+                return message["content"]
 
     def _discard(self) -> None:
         """Read for a while what the kernel shows."""

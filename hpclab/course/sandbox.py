@@ -26,7 +26,7 @@ PROCESSES = 128
 """Processes at which a notebook is stopped: no training here needs so many."""
 STRAY = 2**24
 """Bytes that may be written into the folder of the sockets, the only one that is not private to the sandbox."""
-LONGEST_PLACE = 75
+LONGEST_PATH = 75
 """Bytes of the path in which a kernel's folder is made: its own name and a socket's take 32 more."""
 HOME = "/home/student"
 USER = 61234
@@ -105,8 +105,8 @@ def missing() -> str | None:
         return "setpriv is missing; apt install util-linux"
     try:
         with _folder() as folder:
-            tried = [*wrapped(folder, []), sys.executable, "-c", "import hpclab, ipykernel.kernelapp"]
-            done = subprocess.run(tried, capture_output=True, text=True, timeout=120, env=_environment(HOME))
+            command = [*wrapped(folder, []), sys.executable, "-c", "import hpclab, ipykernel.kernelapp"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment(HOME))
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"bubblewrap doesn't work here: {error}"
     if done.returncode:
@@ -166,15 +166,15 @@ def kernel(
             preexec_fn=partial(_limit, memory, trust),
         )
         client = BlockingKernelClient()
-        one = Kernel(client, process, folder, memory, home)
+        started = Kernel(client, process, folder, memory, home)
         feeder = threading.Thread(target=_feed, args=(beside, process.stdin), daemon=True)
         try:
             feeder.start()
             client.load_connection_info(json.loads(Path(file).read_text()) | {"key": settings["key"]})
             client.start_channels()
-            yield one
+            yield started
         finally:
-            _end(one)
+            _end(started)
             if feeder.ident:
                 feeder.join()  # it uses the caller's file; the end of the kernel ends the pipe
 
@@ -201,37 +201,37 @@ runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 """What the kernel's first process runs, in its home: it unpacks there as the student, into the student's own disk."""
 
 
-def _end(one: Kernel) -> None:
+def _end(started: Kernel) -> None:
     """End the kernel and all that it has started; in a sandbox, the end of its first process is the end of all."""
-    family = one.family()
+    family = started.family()
     with contextlib.suppress(Exception):
-        one.client.stop_channels()
-    fork.kill(one.process.pid, family)
-    one.process.wait()
+        started.client.stop_channels()
+    fork.kill(started.process.pid, family)
+    started.process.wait()
     psutil.wait_procs(family, timeout=30)
 
 
-def place() -> Path:
+def base() -> Path:
     """Where the folders of kernels are made.
 
     Raises
     ------
     OSError
-        If there is no such place, or its path is too long: a socket's has at most 107 bytes.
+        If there is no such folder, or its path is too long: a socket's has at most 107 bytes.
     """
-    base = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
-    if (size := len(os.fsencode(base))) > LONGEST_PLACE:
+    folder = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    if (size := len(os.fsencode(folder))) > LONGEST_PATH:
         raise OSError(
-            f"TMPDIR (={base}) has {size} bytes, and kernels have sockets there, whose paths may have 107; set it to a"
-            f" folder whose path has at most {LONGEST_PLACE}."
+            f"TMPDIR (={folder}) has {size} bytes, and kernels have sockets there, whose paths may have 107; set it to"
+            f" a folder whose path has at most {LONGEST_PATH}."
         )
-    return base
+    return folder
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     """A private folder with a short name."""
-    folder = tempfile.mkdtemp(prefix="hpclab-grade-", dir=place())
+    folder = tempfile.mkdtemp(prefix="hpclab-grade-", dir=base())
     try:
         yield Path(folder)
     finally:
@@ -286,33 +286,34 @@ def wrapped(folder: Path, hidden: list[Path]) -> list[str]:
     user = USER if os.getuid() == 0 else os.getuid()
     passwd.write_text(f"root:x:0:0::/root:/bin/sh\nstudent:x:{user}:{user}::{HOME}:/bin/sh\n")
     group.write_text(f"root:x:0:\nstudent:x:{user}:\n")
-    line = ["bwrap", "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
-    line += ["--unshare-uts", "--unshare-cgroup-try"]
+    bwrap = ["bwrap", "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+    bwrap += ["--unshare-uts", "--unshare-cgroup-try"]
     if os.getuid() == 0:
-        line += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        bwrap += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
-        line += ["--unshare-user"]
-    line += ["--proc", "/proc", "--dev", "/dev"]
+        bwrap += ["--unshare-user"]
+    bwrap += ["--proc", "/proc", "--dev", "/dev"]
     for place in ("/tmp", "/var/tmp", "/run", HOME, "/dev/shm"):
-        line += ["--perms", "1777", "--size", str(2**30), "--tmpfs", place]
+        bwrap += ["--perms", "1777", "--size", str(2**30), "--tmpfs", place]
     for place in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt"):
-        line += ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
+        bwrap += ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
     for path in _above([str(folder), *_seen(), *_ETC]):
-        line += ["--perms", "0755", "--dir", path]  # what bubblewrap itself makes above a mount is for root only
+        bwrap += ["--perms", "0755", "--dir", path]  # what bubblewrap itself makes above a mount is for root only
     for place in (*_ETC, "/sys"):
-        line += ["--ro-bind-try", place, place]
+        bwrap += ["--ro-bind-try", place, place]
     for file in (passwd, group):
         file.chmod(0o644)  # whatever the grader's umask
-        line += ["--ro-bind", str(file), f"/etc/{file.name}"]
+        bwrap += ["--ro-bind", str(file), f"/etc/{file.name}"]
     for path in _seen():
-        line += ["--ro-bind", path, path]
+        bwrap += ["--ro-bind", path, path]
     for masked in hidden:
         if any(Path(seen) in (masked, *masked.parents) for seen in [*_seen(), "/usr", "/opt"]):
-            line += ["--tmpfs", str(masked)]
-    line += ["--bind", str(folder), str(folder), "--chdir", HOME, "--"]
+            bwrap += ["--tmpfs", str(masked)]
+    bwrap += ["--bind", str(folder), str(folder), "--chdir", HOME, "--"]
     if os.getuid() == 0:
-        line += ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--inh-caps=-all", "--no-new-privs"]
-    return line
+        bwrap += ["setpriv", f"--reuid={USER}", f"--regid={USER}"]
+        bwrap += ["--clear-groups", "--inh-caps=-all", "--no-new-privs"]
+    return bwrap
 
 
 def _above(paths: list[str]) -> list[str]:
@@ -332,11 +333,11 @@ _ETC = tuple(
 def _seen() -> list[str]:
     """Folders that a kernel needs beside the system's: Python, its packages, and hpclab without its notebooks."""
     package = Path(data.__file__).parents[1]
-    paths = [Path(sys.prefix), Path(sys.base_prefix), Path(os.path.realpath(sys.executable)).parents[1], package]
-    paths += [path for path in [data.share() / "data"] if path.is_dir()]
+    python = Path(os.path.realpath(sys.executable)).parents[1]
+    paths = [Path(sys.prefix), Path(sys.base_prefix), python, package, data.share() / "data"]
     paths += [Path(entry) for entry in sys.path if _holds_packages(entry)]
-    found: list[str] = []
+    outermost: list[str] = []
     for name in sorted({str(path) for path in paths if path.is_dir()}):
-        if not any(Path(known) in (Path(name), *Path(name).parents) for known in [*found, "/usr"]):
-            found.append(name)
-    return found
+        if not any(Path(wider) in (Path(name), *Path(name).parents) for wider in [*outermost, "/usr"]):
+            outermost.append(name)
+    return outermost

@@ -25,8 +25,6 @@ MOST_BESIDE = (2_000, 200 * 2**20)
 """Files, and bytes of them all, that are put beside a notebook; the nearest go first."""
 LONGEST_CHECK = 20_000
 """Characters of a cell beyond which it is no copy of a check."""
-
-
 OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT}
 """Errors for which no student is to blame: the grader's machine has too little of something."""
 
@@ -59,7 +57,7 @@ class Assignment:
     checks: dict[str, Step] = field(default_factory=dict)
 
 
-def found(folder: Path, course: list[Assignment]) -> Iterator[tuple[str, Path]]:
+def handed_in(folder: Path, course: list[Assignment]) -> Iterator[tuple[str, Path]]:
     """Name and file of each submission: of students in the folder itself, in folders of theirs, or as nbgrader has it.
 
     A file beside them that is no notebook is one too, as somebody has handed it in; in a student's own folder only if
@@ -95,8 +93,8 @@ def _files(top: Path) -> list[Path]:
     while left:  # and no recursion: folders can be nested deeper than Python's stack
         inner = left.pop()
         try:
-            with os.scandir(top / inner) as found:
-                entries = list(found)
+            with os.scandir(top / inner) as listing:
+                entries = list(listing)
         except OSError as error:
             if error.errno in OURS:
                 raise
@@ -141,17 +139,17 @@ def _pack(tar: tarfile.TarFile, top: Path, first: Path) -> list[str]:
                 status = os.fstat(file.fileno())
                 if not many or status.st_size > min(room, LARGEST):
                     raise Unreadable("too much")
-                about = tarfile.TarInfo(str(name))
-                about.size, about.mtime, about.mode = status.st_size, status.st_mtime, status.st_mode & 0o100 | 0o644
+                member = tarfile.TarInfo(str(name))
+                member.size, member.mtime, member.mode = status.st_size, status.st_mtime, status.st_mode & 0o100 | 0o644
                 # As many bytes as it had then, whatever a student does to it meanwhile.
-                content = io.BytesIO(file.read(about.size).ljust(about.size, b"\0"))
+                content = io.BytesIO(file.read(member.size).ljust(member.size, b"\0"))
         except (OSError, Unreadable) as error:
             if getattr(error, "errno", None) in OURS:
                 raise
             left.append(str(name))
             continue
-        tar.addfile(about, content)
-        many, room = many - 1, room - about.size
+        tar.addfile(member, content)
+        many, room = many - 1, room - member.size
     return left
 
 
@@ -203,22 +201,20 @@ def hiding(path: Path, folder: Path) -> list[str]:
         return []
     places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
     places.append(str(Path(__file__).parents[2]))
-    hide = []
     try:
-        with _entered(folder, path.parent.relative_to(folder)) as handle, os.scandir(handle) as found:
-            entries = [(entry, entry.name.endswith(".py") or _package(handle, entry)) for entry in found]
+        with _entered(folder, path.parent.relative_to(folder)) as handle, os.scandir(handle) as listing:
+            modules = [entry.name for entry in listing if entry.name.endswith(".py") or _package(handle, entry)]
     except OSError as error:
         if error.errno in OURS:
             raise
         raise Unreadable(f"its folder can't be read ({os.strerror(error.errno or 0)})") from None
-    for entry, module in sorted(entries, key=lambda entry: entry[0].name):
-        name = os.path.splitext(entry.name)[0]
-        if not name.isidentifier() or not module:
-            continue
-        other = importlib.machinery.PathFinder.find_spec(name, places)
-        if name in sys.stdlib_module_names or (other and other.loader):
-            hide.append(entry.name)
-    return hide
+
+    def hides(file: str) -> bool:
+        name = os.path.splitext(file)[0]
+        other = name.isidentifier() and importlib.machinery.PathFinder.find_spec(name, places)
+        return name in sys.stdlib_module_names or bool(other and other.loader)
+
+    return sorted(filter(hides, modules))
 
 
 def _package(handle: int, entry: os.DirEntry) -> bool:
@@ -230,7 +226,7 @@ def _package(handle: int, entry: os.DirEntry) -> bool:
 
 
 def _order(file: Path, course: list[Assignment]) -> tuple[int, str]:
-    stems = [one.stem for one in course]
+    stems = [assignment.stem for assignment in course]
     return (stems.index(file.stem) if file.stem in stems else len(stems), str(file))
 
 
@@ -318,7 +314,7 @@ def _sound(cell: Any) -> None:
         raise TypeError
 
 
-def of(path: Path, notebook: dict, course: list[Assignment]) -> Assignment:
+def began_as(path: Path, notebook: dict, course: list[Assignment]) -> Assignment:
     """The notebook of the course that this one began as: by its file's name, unless its checks are another's; else by
     its cells' ids.
 
@@ -328,10 +324,11 @@ def of(path: Path, notebook: dict, course: list[Assignment]) -> Assignment:
         If it is none of them.
     """
     ids = {_id(cell) for cell in _cells(notebook)}
-    for one in course:
-        if path.stem == one.stem and (ids & set(one.checks) or not any(ids & set(other.checks) for other in course)):
-            return one
-    best = max(course, key=lambda one: len(ids & set(one.checks)) * 1000 + len(ids & set(one.ids)))
+    has_checks = any(ids & set(assignment.checks) for assignment in course)
+    for assignment in course:
+        if path.stem == assignment.stem and (ids & set(assignment.checks) or not has_checks):
+            return assignment
+    best = max(course, key=lambda each: len(ids & set(each.checks)) * 1000 + len(ids & set(each.ids)))
     if not ids & set(best.checks) and 2 * len(ids & set(best.ids)) < len(best.ids):
         raise Unreadable("it is none of the course's notebooks")
     return best

@@ -23,13 +23,13 @@ def examine(quick: bool = False) -> Table:
     quick : bool, default False
         Leave out what takes seconds, and memory: GPUs, of which only torch knows, and fonts.
     """
-    about = machine.describe()
+    facts = machine.describe()
     findings = [
-        (_("CPUs"), f"{about['cpus']}", _limit(about["cpus"], about["cpus_host"])),
-        (_("memory"), f"{about['memory_gb']} GB", _limit(about["memory_gb"], about["memory_host_gb"])),
-        (_("system"), about["system"], f"{about['cpu']}, Python {about['python']}"),
-        ("torch", about["torch"] or _("missing"), _gpus(quick) if about["torch"] else "pip install torch"),
-        ("Dask", about["distributed"] or _("missing"), "" if about["distributed"] else "pip install distributed"),
+        (_("CPUs"), f"{facts['cpus']}", _limit(facts["cpus"], facts["cpus_host"])),
+        (_("memory"), f"{facts['memory_gb']} GB", _limit(facts["memory_gb"], facts["memory_host_gb"])),
+        (_("system"), facts["system"], f"{facts['cpu']}, Python {facts['python']}"),
+        ("torch", facts["torch"] or _("missing"), _gpus(quick) if facts["torch"] else "pip install torch"),
+        ("Dask", facts["distributed"] or _("missing"), "" if facts["distributed"] else "pip install distributed"),
         ("JupyterLab", machine.installed("jupyterlab") or _("missing"), "hpclab lab"),
         (_("dashboard"), machine.installed("bokeh") or _("missing"), _("optional: pip install 'hpclab[dashboard]'")),
         ("Slurm", *_slurm()),

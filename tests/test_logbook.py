@@ -24,7 +24,7 @@ def copy(tmp_path, monkeypatch):
     copy_course(tmp_path / "mine")
     monkeypatch.chdir(tmp_path / "mine")
     monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
-    monkeypatch.setattr(logbook, "_told", set())
+    monkeypatch.setattr(logbook, "_warned", set())
     return tmp_path / "mine"
 
 

@@ -69,18 +69,18 @@ def _packed(count: int, seed: int) -> list[bytes]:
 
 def _decode(pictures: list[bytes]) -> Tensor:
     """Unpack pictures one by one, in Python, as many a loader does; shape (B, 784)."""
-    found = []
+    decoded = []
     for packed in pictures:
         pixels = np.frombuffer(zlib.decompress(packed), np.uint8).astype(np.float32)
-        found.append((pixels - pixels.mean()) / (pixels.std() + 1e-6))
-    return torch.from_numpy(np.stack(found))
+        decoded.append((pixels - pixels.mean()) / (pixels.std() + 1e-6))
+    return torch.from_numpy(np.stack(decoded))
 
 
 def _layers(batch: Tensor, width: int, times: int) -> Tensor:
     weights = torch.full((784, width), 1e-2)
     for _time in range(times):
-        found = batch @ weights  # (B, width)
-    return found
+        product = batch @ weights  # (B, width)
+    return product
 
 
 def _scaled(batch: Tensor) -> Tensor:

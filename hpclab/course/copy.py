@@ -27,13 +27,14 @@ class Summary:
     kept: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        said = {
+        named = {
             "added": self.added,
             "updated": self.updated,
             "new, beside the one you changed": self.beside,
             "yours, left as they are": self.kept,
         }
-        return "\n".join([f"The course is in {self.folder}", *(f"  {k}: {', '.join(v)}" for k, v in said.items() if v)])
+        lines = [f"  {kind}: {', '.join(files)}" for kind, files in named.items() if files]
+        return "\n".join([f"The course is in {self.folder}", *lines])
 
 
 def copy_course(folder: str | Path, course: Path | None = None) -> Summary:
@@ -104,8 +105,8 @@ def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) ->
     if hasattr(os, "getuid") and os.getuid() == 0 and "--allow-root" not in arguments:
         print("You are root, which Jupyter refuses; in a container of your own, add --allow-root.", flush=True)
     defaults = {"--ServerApp.root_dir": copied.folder, "--LabApp.default_url": f"/lab/tree/{quote(first)}"}
-    given = {argument.split("=")[0] for argument in arguments}  # twice the same is an error in Jupyter
-    settings = [f"{name}={value}" for name, value in defaults.items() if name not in given]
+    chosen = {argument.split("=")[0] for argument in arguments}  # twice the same is an error in Jupyter
+    settings = [f"{name}={value}" for name, value in defaults.items() if name not in chosen]
     # In this process: Ctrl-C and signals reach Jupyter itself, which then ends its kernels.
     LabApp.launch_instance([*settings, *arguments])
 

@@ -36,8 +36,8 @@ def demo(folder: str | None = None, epochs: int = 3, repeats: int = 2) -> Path:
     """
     epochs, repeats = whole_number("epochs", epochs), whole_number("repeats", repeats)
     place = occupy(folder or Path("results", time.strftime("%Y%m%d-%H%M%S") + "-demo"))
-    found = doctor.examine()
-    print(f"{_('This machine')}\n\n{found}\n\n{doctor.advice()}\n")
+    findings = doctor.examine()
+    print(f"{_('This machine')}\n\n{findings}\n\n{doctor.advice()}\n")
     with connect(workers=max(2, machine.fits())) as client:
         print(_("The race: {epochs} epochs of Fashion-MNIST, the same batches for all", epochs=epochs) + "\n")
         race = racing.race(client, models.CNN, "fashion_mnist", epochs=epochs, folder=place / "race")
@@ -52,7 +52,7 @@ def demo(folder: str | None = None, epochs: int = 3, repeats: int = 2) -> Path:
     raced = [row | {"kind": "race"} for row in race.trials()]  # not rounds of the sweep, which are of kind "trial"
     with open(place / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(line(row) for row in [*raced, *rows])
-    _page(place, found, race, table, shown)
+    _page(place, findings, race, table, shown)
     print(_("Results: {folder}", folder=place / "index.html"))
     print(_("Next: hpclab lab opens the course; its first notebook lets you predict, and then race."))
     return place
@@ -102,12 +102,12 @@ def _figure(race: racing.Race, measured: list[dict]) -> Figure:
     return shown
 
 
-def _page(place: Path, found: Table, race: racing.Race, table: Table, shown: Figure) -> None:
+def _page(place: Path, findings: Table, race: racing.Race, table: Table, shown: Figure) -> None:
     parts = [
         shown.picture(),
         f"<h2>{_('The measurement')}</h2>{markup(table)}",
         f"<h2>{_('The race')}</h2>{markup(race.table())}<p>{html.escape(race.verdict())}</p>",
-        f"<h2>{_('This machine')}</h2>{markup(found)}",
+        f"<h2>{_('This machine')}</h2>{markup(findings)}",
         f"<p>{_('All rows:')} <a href='rows.jsonl'>rows.jsonl</a></p>",
     ]
     (place / "index.html").write_text(study.page("hpclab: " + _("1 rank against 2"), parts), encoding="utf-8")

@@ -23,7 +23,7 @@ SHORT = ("start", "cnn", "scaling")
 """Notebooks of the path of 90 minutes."""
 DAY = (*SHORT, "one-process", "ddp-from-scratch", "queues", "faults", "deploy")
 """Notebooks of the path of one day; a term takes all."""
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 @dataclass
@@ -72,18 +72,18 @@ class Progress:
         return _("{done} of {all} exercises done.", done=self.done, all=self.exercises)
 
     def _path_rows(self) -> Table:
-        found = Table()
+        table = Table()
         for name, rows in self.paths().items():
             done, exercises = (sum(len(row[kind]) for row in rows) for kind in ("done", "exercises"))
             following = next((row for row in rows if len(row["done"]) < len(row["exercises"])), None)
-            found.append(
+            table.append(
                 {
                     _("path"): name,
                     _("exercises"): _("{done} of {all}", done=done, all=exercises),
                     _("next"): _Link(following) if following else _("all done"),
                 }
             )
-        return found
+        return table
 
     def _notebook_rows(self) -> Table:
         return Table(
@@ -128,7 +128,7 @@ def remember(exercise_id: str) -> None:
         if folder is not None and exercise_id not in _read(folder / LOG):
             append(folder / LOG, {"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")}, mode=0o600)
     except OSError as error:
-        _tell(_("Your progress can't be remembered: {error}", error=error))
+        _warn_once(_("Your progress can't be remembered: {error}", error=error))
 
 
 def working_copy() -> Path | None:
@@ -172,8 +172,10 @@ def _read(log: Path) -> dict[str, str]:
     try:
         for number, row in lines(log):
             if row is None or not {"exercise", "day"} <= {*row}:
-                about = {"number": number, "file": log}
-                _tell(_("Line {number} of {file} can't be read; it is left as it is, and the others count.", **about))
+                place = {"number": number, "file": log}
+                _warn_once(
+                    _("Line {number} of {file} can't be read; it is left as it is, and the others count.", **place)
+                )
             else:
                 passed.setdefault(str(row["exercise"]), str(row["day"]))
     except FileNotFoundError:
@@ -181,9 +183,9 @@ def _read(log: Path) -> dict[str, str]:
     return passed
 
 
-def _tell(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
@@ -198,5 +200,5 @@ class _Link:
 
     def __html__(self) -> str:
         title, here = html.escape(self.title), (self.name, f"../{self.name}")
-        found = next((place for place in here if Path(place).is_file()), None)
-        return f'<a href="{html.escape(found)}">{title}</a>' if found else title
+        file = next((path for path in here if Path(path).is_file()), None)
+        return f'<a href="{html.escape(file)}">{title}</a>' if file else title

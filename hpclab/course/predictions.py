@@ -213,14 +213,14 @@ def figure(scores: list[dict], rows: Sequence[dict]) -> "Figure":
 
     shown = figures.Figure(figsize=(7.0, 1.2 + 0.55 * len(scores)), layout="constrained")
     ax = shown.subplots()
-    told, values = [], [row["measured"] for row in scores]
+    captions, values = [], [row["measured"] for row in scores]
     for place, row in enumerate(scores):
         ends = row["low"], row["high"]
         label = _("predicted") if place == 0 else None
         ax.plot(ends, [place] * 2, color=figures.COLOURS[0], linewidth=6, solid_capstyle="butt", label=label)
-        ends_told = f"{row['low']:.3g}-{row['high']:.3g}"
-        told.append(
-            _("{name}: predicted {ends}, measured {value:.3g}", name=row["name"], ends=ends_told, value=values[place])
+        predicted = f"{row['low']:.3g}-{row['high']:.3g}"
+        captions.append(
+            _("{name}: predicted {ends}, measured {value:.3g}", name=row["name"], ends=predicted, value=values[place])
         )
     ax.plot(values, range(len(scores)), label=_("measured"), markersize=9, **figures.points(1))
     ax.set_yticks(range(len(scores)), [row["name"] for row in scores])
@@ -229,7 +229,7 @@ def figure(scores: list[dict], rows: Sequence[dict]) -> "Figure":
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_locator(NullLocator())
-    figures.finish(ax, list(rows), _("ratio"), "", told)
+    figures.finish(ax, list(rows), _("ratio"), "", captions)
     figures.legend_above(ax, columns=2)
     return shown
 
@@ -297,5 +297,5 @@ def _ends(name: str, interval: object) -> list[float]:
 
 
 def _digest(entry: dict) -> str:
-    told = {name: value for name, value in entry.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    hashed = {name: value for name, value in entry.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()

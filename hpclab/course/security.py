@@ -90,8 +90,8 @@ def handshake(client: Client) -> Table:
     alone = made.issuer == made.subject
     vouches = "nobody: it is self-signed, and who has its key belongs" if alone else made.issuer.rfc4514_string()
     return Table(
-        {"question": question, "security=False": plain, "default": found}
-        for question, plain, found in [
+        {"question": question, "security=False": plain, "default": encrypted}
+        for question, plain, encrypted in [
             ("protocol", "TCP", version),
             ("cipher", "none: all can be read and changed", cipher),
             ("the scheduler proves who it is", "no", f"by a signature with its key, {kind} of {key.key_size} bits"),
@@ -140,7 +140,7 @@ def _seconds(work: Callable[[Client], None], client: Client) -> float:
 def _bytes(work: Callable[[Client], None], client: Client) -> int:
     """What this machine sends to itself meanwhile."""
     nics = psutil.net_if_addrs().items()
-    name = next(name for name, addresses in nics if any(one.address == "127.0.0.1" for one in addresses))
+    name = next(name for name, addresses in nics if any(nic.address == "127.0.0.1" for nic in addresses))
     before = psutil.net_io_counters(pernic=True)[name].bytes_sent
     work(client)
     return psutil.net_io_counters(pernic=True)[name].bytes_sent - before
@@ -195,12 +195,12 @@ def exposure(secret: str, pids: Mapping[str, int], files: Mapping[str, str | os.
 
 def seen_by_ps(secret: str) -> list[str]:
     """Command lines on which a secret stands, as ps shows them to everybody: process id, program, last two words."""
-    found = []
+    lines = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if any(secret in word for word in words):
-            found.append(f"{process.pid} {Path(words[0]).name} ... {' '.join(words[-2:])}")
-    return found
+            lines.append(f"{process.pid} {Path(words[0]).name} ... {' '.join(words[-2:])}")
+    return lines
 
 
 def _place(name: str, file: str | os.PathLike, there: bool, others: bool) -> dict[str, str]:

@@ -146,7 +146,7 @@ def _written(packed: Any) -> Any:
         reject(_("What you packed can't be written and read again as plain tensors and numbers: {error}", error=error))
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(left: Any, right: Any) -> bool:
     """Whether two modules, optimisers or schedules hold the same, to the last bit."""
     import torch
 
@@ -157,4 +157,4 @@ def _same(one: Any, other: Any) -> bool:
             return {name: plain(value) for name, value in state.items()}
         return [plain(value) for value in state] if isinstance(state, list | tuple) else state
 
-    return plain(one.state_dict()) == plain(other.state_dict())
+    return plain(left.state_dict()) == plain(right.state_dict())

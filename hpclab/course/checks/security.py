@@ -163,9 +163,9 @@ def _quiet() -> Iterator[None]:
 
 TRAIN = """\
 import json, os, sys
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-file = given.get("--token-file")
-token = open(file).read().strip() if file else os.environ.get("TRAIN_TOKEN", given.get("--token"))
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+file = options.get("--token-file")
+token = open(file).read().strip() if file else os.environ.get("TRAIN_TOKEN", options.get("--token"))
 with open(os.path.join(os.path.dirname(__file__), "seen"), "w") as seen:
     json.dump({"arguments": sys.argv[1:], "token": token}, seen)
 """

@@ -1,6 +1,6 @@
 """Exercise checks: three answers, each naming a misconception and never the solution.
 
-A check never depends on absolute time, and an answer that isn't there yet, or that breaks, is a verdict and no error.
+No check depends on absolute time. An answer that isn't there yet, or that breaks, gets a verdict and raises no error.
 """
 
 import json
@@ -48,9 +48,9 @@ def check(exercise_id: str, answer: object) -> Result:
 
 
 def judged(nonce: str, exercise_id: str, seed: str, answer: Callable[[], object]) -> str:
-    """For `hpclab grade`, in a student's kernel: a verdict on what `answer` returns, as JSON, with the word asked for.
+    """For `hpclab grade`, in a student's kernel: the verdict on what `answer` returns, as JSON, with the nonce.
 
-    The seed is there only while the check runs, and nbgrader's way of failing isn't.
+    While the check runs, the seed is set, and a failure doesn't raise as it would under nbgrader.
     """
     before = {name: os.environ.pop(name, None) for name in ("HPCLAB_SEED", "NBGRADER_EXECUTION")}
     os.environ["HPCLAB_SEED"] = seed

@@ -1,7 +1,8 @@
 """Work in a fork that can be stopped as a whole: what a reader's function does there can't harm the kernel.
 
-It is forked by hand, since a `multiprocessing.Process` is reaped by whichever thread starts another one, after which
-its group's number may be a stranger's when we kill the group; and since its sentinel stays open in what it has forked.
+It is forked by hand. A `multiprocessing.Process` is reaped as soon as any thread starts another one: by the time we
+kill its group, that number could be a stranger's. And its sentinel stays open in whatever the reader's function has
+forked, so it doesn't tell that the process itself has ended.
 """
 
 import contextlib
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from select import PIPE_BUF
 from typing import Any, NoReturn
 
 import psutil
@@ -30,7 +30,7 @@ MEMORY = 2**30
 PRINTED = 4_000
 """Bytes of what is printed that are kept; the rest is read and thrown away."""
 CHARACTERS = 600
-"""Of each text that the work returns, so that it goes into a pipe as a whole (`PIPE_BUF`) or not at all."""
+"""Of each text that the work returns: so few that it goes into a pipe as a whole or not at all (below PIPE_BUF)."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ def patience() -> float:
 def run(work: Callable[[], list[str]]) -> Ending:
     """Do work in a fork, in a session of its own, and end all that it has started.
 
-    It returns texts, which are cut where they are long: nothing that a reader's function made is unpacked here.
+    The work returns texts, and long ones are cut: nothing that a reader's function made is unpacked here.
     """
     seconds = patience()
     answers, answer = Pipe(duplex=False)
@@ -137,10 +137,15 @@ def _limit() -> None:
 
     with open("/proc/self/status") as status:
         held = next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmData")), 0)
-    limit = held + min(MEMORY, machine.memory() // 2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [limit, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    lower(resource.RLIMIT_DATA, held + min(MEMORY, machine.memory() // 2))
+
+
+def lower(kind: int, limit: int) -> None:
+    """Lower a limit of this process and of those that it starts; where it is lower already, it stays."""
+    import resource
+
+    bounds = [bound for bound in resource.getrlimit(kind) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(kind, (min([limit, *bounds]),) * 2)
 
 
 def _followed(child: int, answers: Connection, prints: Connection, seconds: float) -> Ending:
@@ -149,13 +154,13 @@ def _followed(child: int, answers: Connection, prints: Connection, seconds: floa
     printed = b""
     ending = None
     while ending is None:
-        # First this: what a fork that has ended wrote is then all in the pipes. It isn't reaped, so its number stays.
+        # Asked before the pipes, which then hold all that an ended fork wrote. Not reaped yet: its id stays its own.
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         ready = wait([answers, prints], 0 if ended else 0.05)
         if prints in ready:
             printed = (printed + os.read(prints.fileno(), 2**16))[: PRINTED + 1]
         if answers in ready:
-            ending = _ending(os.read(answers.fileno(), PIPE_BUF))
+            ending = _ending(os.read(answers.fileno(), 2**16))
         if ending is None and ended:
             ending = Ending("died", signal=ended.si_status if ended.si_code != os.CLD_EXITED else 0)
         elif ending is None and (spent := time.monotonic() - began) > seconds * _crowded():
@@ -167,7 +172,7 @@ def _followed(child: int, answers: Connection, prints: Connection, seconds: floa
 
 
 def _ending(text: bytes) -> Ending | None:
-    """What a fork wrote of its end; None if that was the reader's function, into a pipe that isn't for it."""
+    """What a fork wrote as its end; None if the reader's function has written there instead."""
     try:
         how, answer = json.loads(text)
         return Ending(how, answer)
@@ -189,7 +194,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def kill(leader: int, started: Iterable[psutil.Process]) -> None:
-    """Kill a group of processes, and those that have left it."""
+    """Kill a group of processes, and of those that it started also the ones that have left it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
     for process in started:

@@ -26,9 +26,9 @@ MEMORY = 2 * 10**9
 OUTPUT = 20 * 10**6
 """Bytes of output, of all cells of a notebook, at which it is stopped."""
 LONGEST = 200
-"""Characters of what a check or an error says that are told."""
+"""Characters that are shown of the text of a check or an error."""
 START_SECONDS = 120.0
-"""How long a kernel may take to start, which is no fault of the student's."""
+"""How long a kernel may take to start; that time isn't the student's."""
 
 
 def grade(
@@ -194,7 +194,7 @@ class _Limits:
     language: str
 
     def why(self, stopped: Stopped) -> str:
-        """What ended a notebook, in the teacher's language."""
+        """What ended a notebook early, in the teacher's language."""
         return {
             "start": _("its kernel didn't start within {seconds:g} s", seconds=START_SECONDS),
             "time": _("stopped: it took more than {seconds:g} s", seconds=self.time_s),

@@ -56,8 +56,7 @@ def interval_score(low: float, high: float, value: float, level: float = LEVEL) 
         raise ValueError(f"low (={low}), high (={high}) and value (={value}) must be finite.")
     if low > high:
         raise ValueError(f"low (={low:g}) must be at most high (={high:g}).")
-    if not 0 < level < 1:
-        raise ValueError(f"level (={level}) must be between 0 and 1, such as 0.9.")
+    _probability(level)
     return high - low + 2 / (1 - level) * max(low - value, value - high, 0.0)
 
 
@@ -97,8 +96,7 @@ def write(path: str | os.PathLike, predicted: dict[str, tuple[float, float]], le
     ends = {name: _ends(name, interval) for name, interval in predicted.items()}
     if not ends:
         raise ValueError("predicted is empty; give an interval, such as {'strong': (1.2, 1.8)}.")
-    if not 0 < level < 1:
-        raise ValueError(f"level (={level}) must be between 0 and 1, such as 0.9.")
+    _probability(level)
     place = Path(path).expanduser()
     known = read(place) if place.exists() else []
     if known and (known[-1]["predicted"], known[-1]["level"]) == (ends, level):
@@ -284,6 +282,11 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
     place = Path(path).expanduser()
     place.write_text(study.page(_("Capstone: predict, then measure"), [*parts, study.carried(rows)]), "utf-8")
     return place
+
+
+def _probability(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level (={level}) must be between 0 and 1, such as 0.9.")
 
 
 def _ends(name: str, interval: object) -> list[float]:

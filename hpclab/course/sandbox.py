@@ -1,4 +1,4 @@
-"""A notebook's kernel where it can do no harm: bubblewrap's namespaces, another user, limits, and an end for all."""
+"""A notebook's kernel where it can do no harm: in bubblewrap's namespaces, as another user, under limits."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from hpclab.course import fork
 TASKS = 256
 """Threads of all processes in the sandbox together, beside 16 for each CPU: libraries start one for each."""
 PROCESSES = 128
-"""Processes at which a notebook is stopped: no training here needs so many."""
+"""Processes at which a notebook is stopped: no training here needs that many."""
 STRAY = 2**24
 """Bytes that may be written into the folder of the sockets, the only one that is not private to the sandbox."""
 LONGEST_PATH = 75
@@ -62,7 +62,7 @@ class Kernel:
             raise Stopped("disk")
 
     def stray(self) -> float:
-        """Bytes in the folder of the sockets; what nobody but a student can have done there counts as too many."""
+        """Bytes in the folder of the sockets; infinitely many if a student has put a folder there, or closed it."""
         try:
             with os.scandir(self.folder) as entries:
                 return sum(self._size(entry) for entry in entries)
@@ -257,15 +257,10 @@ def _limit(memory: int, trust: bool) -> None:
     """Limits that the kernel and all its children inherit; runs between fork and exec."""
     import resource
 
-    def lower(kind: int, wanted: int) -> None:
-        hard = resource.getrlimit(kind)[1]
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(kind, (limit, limit))
-
-    lower(resource.RLIMIT_DATA, memory)
-    lower(resource.RLIMIT_CORE, 0)
+    fork.lower(resource.RLIMIT_DATA, memory)
+    fork.lower(resource.RLIMIT_CORE, 0)
     if not trust:
-        lower(resource.RLIMIT_NPROC, TASKS + 16 * (os.cpu_count() or 1) + _tasks())
+        fork.lower(resource.RLIMIT_NPROC, TASKS + 16 * (os.cpu_count() or 1) + _tasks())
 
 
 def _tasks() -> int:

@@ -1,4 +1,4 @@
-"""Who gets into a cluster, what it costs to keep others out, and where a secret is in sight: what *security* shows."""
+"""What *security* shows: who can enter a cluster, what it costs to keep others out, and where a secret can be seen."""
 
 import os
 import re
@@ -148,7 +148,7 @@ def _bytes(work: Callable[[Client], None], client: Client) -> int:
 
 @contextmanager
 def program(*arguments: str, bare: bool = False) -> Iterator[int]:
-    """Run a program that does nothing, with such arguments, until the end of a `with` block, which gets its process id.
+    """Run a program that does nothing, with these arguments, until the `with` block ends; gives its process id.
 
     It has this process' environment, or a `bare` one.
     """
@@ -194,7 +194,7 @@ def exposure(secret: str, pids: Mapping[str, int], files: Mapping[str, str | os.
 
 
 def seen_by_ps(secret: str) -> list[str]:
-    """Command lines on which a secret stands, as ps shows them to everybody: process id, program, last two words."""
+    """Command lines that hold a secret, as ps shows them to everybody: process id, program, last two words."""
     lines = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -215,7 +215,7 @@ def _place(name: str, file: str | os.PathLike, there: bool, others: bool) -> dic
 
 
 def prg(seed: bytes, step: int, count: int) -> np.ndarray:
-    """Draw so many random numbers from the stream of ChaCha20: the same for all who have the seed, new in each step.
+    """Draw random numbers from the stream of ChaCha20: the same for everyone with the seed, new ones in each step.
 
     numpy's generators are no substitute: from some of their numbers the next can be computed.
 

@@ -57,6 +57,13 @@ class Assignment:
     checks: dict[str, Step] = field(default_factory=dict)
 
 
+def _unreadable(what: str, error: OSError) -> Unreadable:
+    """What to raise of a student's file or folder; an error for which no student is to blame is raised as it is."""
+    if error.errno in OURS:
+        raise error
+    return Unreadable(f"{what} can't be read ({os.strerror(error.errno or 0)})")
+
+
 def handed_in(folder: Path, course: list[Assignment]) -> Iterator[tuple[str, Path]]:
     """Name and file of each submission: of students in the folder itself, in folders of theirs, or as nbgrader has it.
 
@@ -96,10 +103,9 @@ def _files(top: Path) -> list[Path]:
             with os.scandir(top / inner) as listing:
                 entries = list(listing)
         except OSError as error:
-            if error.errno in OURS:
-                raise
+            unreadable = _unreadable("its folder", error)
             if inner == Path():
-                raise Unreadable(f"its folder can't be read ({os.strerror(error.errno or 0)})") from None
+                raise unreadable from None
             named.append(inner)
             continue
         for entry in entries:
@@ -141,7 +147,7 @@ def _pack(tar: tarfile.TarFile, top: Path, first: Path) -> list[str]:
                     raise Unreadable("too much")
                 member = tarfile.TarInfo(str(name))
                 member.size, member.mtime, member.mode = status.st_size, status.st_mtime, status.st_mode & 0o100 | 0o644
-                # As many bytes as it had then, whatever a student does to it meanwhile.
+                # Exactly as many bytes as the header says, even if the student changes the file meanwhile.
                 content = io.BytesIO(file.read(member.size).ljust(member.size, b"\0"))
         except (OSError, Unreadable) as error:
             if getattr(error, "errno", None) in OURS:
@@ -205,9 +211,7 @@ def hiding(path: Path, folder: Path) -> list[str]:
         with _entered(folder, path.parent.relative_to(folder)) as handle, os.scandir(handle) as listing:
             modules = [entry.name for entry in listing if entry.name.endswith(".py") or _package(handle, entry)]
     except OSError as error:
-        if error.errno in OURS:
-            raise
-        raise Unreadable(f"its folder can't be read ({os.strerror(error.errno or 0)})") from None
+        raise _unreadable("its folder", error) from None
 
     def hides(file: str) -> bool:
         name = os.path.splitext(file)[0]
@@ -282,9 +286,7 @@ def read(path: Path, folder: Path | None = None) -> dict:
     except Unreadable:
         raise
     except OSError as error:
-        if error.errno in OURS:
-            raise
-        raise Unreadable(f"it can't be read ({os.strerror(error.errno or 0)})") from None
+        raise _unreadable("it", error) from None
     except RecursionError:
         raise Unreadable("it is nested too deeply") from None
     except Exception as error:  # whatever nbformat finds wrong with what somebody wrote
@@ -381,7 +383,7 @@ def _id(cell: Any) -> str:
 
 
 def _check(code: str) -> Step | None:
-    """A check cell, cut into what stands before `hpclab.check(...)` and the answer; None if it is no such cell."""
+    """A check cell, cut into the code before `hpclab.check(...)` and the answer; None if it is no such cell."""
     if "check" not in code or len(code) > LONGEST_CHECK:
         return None
     try:

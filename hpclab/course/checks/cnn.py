@@ -67,7 +67,7 @@ def _learning_rate(scaled_lr: object) -> Result:
 
 
 def _misconceptions(variants: list[tuple[float, int, int, int]]) -> dict[str, np.ndarray]:
-    """What each misconception is told, and the rates that it gives for the variants."""
+    """The message to each misconception, and the rates that it gives for the variants."""
     base, base_batch, batch, ranks = np.array(variants).T
     factor = batch * ranks / base_batch
     return {

@@ -208,7 +208,7 @@ def _judge_race(spent: dict[str, list[float]]) -> Result:
 
 
 def _planted(items: Any, wait_s: float) -> list[int]:
-    """Work on a chunk: its items' squares, after so long."""
+    """Work on a chunk: its items' squares, after a wait."""
     time.sleep(wait_s)
     return [int(item) ** 2 for item in items]
 

@@ -55,7 +55,7 @@ def _planted_curves() -> Iterator[tuple[list[int], list[float], str | None, floa
 def _curve(
     draws: np.random.Generator, n: list[int], noise: float, law: str | None, values: tuple[float, float]
 ) -> tuple[list[float], str | None, float]:
-    """A noisy curve of which can be told what is told of it: with other noise an honest answer would be wrong."""
+    """A noisy curve, its law and its sigma; noise that would make an honest answer wrong is drawn again."""
     from hpclab import laws
 
     sigma, kappa = values[0] * draws.uniform(0.9, 1.1), values[1]

@@ -61,10 +61,11 @@ def _security(returned: Any) -> Any:
 
 
 def _knock(own: Any, others: Any) -> None:
-    """Open a scheduler and a worker with `own`, and have strangers try; a verdict if they get in, or nobody does."""
+    """Open a scheduler and a worker with `own`, and have strangers try; reject if they get in, or if nobody does."""
     import asyncio
 
     from distributed import Security
+    from distributed.utils import silence_logging_cmgr
 
     try:
         for security in filter(None, (own, others)):
@@ -91,7 +92,7 @@ def _knock(own: Any, others: Any) -> None:
             if not await _let_in(addresses[0], own):
                 reject(_("Nobody is let in, not even your own client."))
 
-    with _quiet():
+    with silence_logging_cmgr(logging.CRITICAL + 1):  # of each stranger that is refused
         asyncio.run(visit())
 
 
@@ -147,18 +148,6 @@ def _greeted(address: str) -> bool:
         except OSError:  # also what TLS refuses
             continue
     return False
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Dask from logging every stranger that it refuses."""
-    logger = logging.getLogger("distributed")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 TRAIN = """\
@@ -234,7 +223,7 @@ def _run(script: str, programs: Path, folder: Path) -> str:
 
 
 def _tells(text: str, token: str) -> bool:
-    """Whether a text has a token in it, as it is or in a dress that hides nothing."""
+    """Whether a text has a token in it, as it is or in an encoding that hides nothing."""
     raw = token.encode()
     dressed = [base64.b64encode(bytes(skipped) + raw).decode()[4:-4] for skipped in range(3)]
     return any(form in text for form in (token, token[::-1], raw.hex(), quote(token), *dressed))
@@ -276,7 +265,7 @@ def _masks(mask: object) -> Result:
 
 
 def _prg(seed: bytes, step: int, count: int) -> np.ndarray:
-    """So many random 64-bit numbers, the same for all who have the seed."""
+    """Random 64-bit numbers, the same for everyone with the seed."""
     stream = hashlib.shake_256(seed + int(step).to_bytes(8, "little")).digest(8 * count)
     return np.frombuffer(stream, dtype=np.uint64)
 

@@ -227,6 +227,7 @@ def test_the_index_shows_what_is_done_and_leads_on(page, lab, home, language):
     shoot(page, name)
     shown.get_by_role("link", name="CNN: the same loss, sooner").first.click()
     page.wait_for_url("**/03_cnn.ipynb*", timeout=60_000)
+    assert page.url.split("?")[0] == f"{lab[0]}03_cnn.ipynb"
 
 
 def test_without_the_token_nobody_gets_in(lab):

@@ -461,7 +461,9 @@ def test_bad_sources_are_passed_over(published, tmp_path, monkeypatch):
 
 def test_mirror_from_the_environment_may_be_a_folder(published, monkeypatch):
     monkeypatch.setenv("HPCLAB_DATA_MIRROR", str(published))
-    check_fetched(data.fetch(progress=False), published)
+    folder = data.fetch(progress=False)
+    check_fetched(folder, published)
+    assert folder.is_relative_to(data.cache())
 
 
 def test_every_source_is_listed_with_its_reason(published, monkeypatch):

@@ -339,6 +339,7 @@ def test_it_ends_when_its_owner_is_killed(owner):
     process.kill()
     process.wait()
     until(lambda: not folder.exists())
+    assert slurm.find(folder) is None
 
 
 def test_it_ends_when_its_keeper_is_killed_and_the_next_start_clears_what_was_left(owner):

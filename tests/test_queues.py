@@ -614,20 +614,21 @@ def test_waiting_is_shown_and_ends(slurm4, capsys):
     assert "1st in the queue, PENDING (Resources)" in capsys.readouterr().err
 
 
-def test_a_controller_that_goes_while_one_waits_is_told():
+def test_a_controller_that_goes_while_one_waits_is_told(capsys):
     require(not slurm.missing(), "Slurm")
     with slurm.start(nodes=1) as mine:
         mine.run("sbatch", "--exclusive", "--wrap", "sleep 100")
         until(lambda: alive(mine)[0]["state"] == "RUNNING")
 
         def kill_when_it_waits():
-            until(lambda: len(alive(mine)) == 2)
-            time.sleep(3)  # its place in the queue has been asked for meanwhile
+            until(lambda: "1st in the queue" in capsys.readouterr().err)
+            with (mine.folder / "slurm.conf").open("a") as conf:
+                conf.write("MessageTimeout=1\n")  # commands would ask for ten seconds each
             mine._call("kill", "slurmctld")
 
         threading.Thread(target=kill_when_it_waits).start()
         with pytest.raises(TimeoutError, match=r"job 2: 1st in the queue.*the queue doesn't answer \(.*[Uu]nable to"):
-            hpclab.connect(mine, workers=1, timeout=40)
+            hpclab.connect(mine, workers=1, timeout=20)
         with pytest.raises(ConnectionError, match=r"where \(=<private Slurm .* doesn't answer: .*start another"):
             hpclab.connect(mine, workers=1)
 

@@ -127,7 +127,8 @@ def spans(records: Iterable[dict[str, Any]]) -> list[dict]:
     Parameters
     ----------
     records : iterable of dict
-        The ``data`` of what ``with distributed.get_task_stream() as stream:`` gives, once the block has ended.
+        The ``data`` of what ``with distributed.get_task_stream() as stream:`` gives, once the block has ended. Each
+        record has a ``worker``, a ``key`` and ``startstops``.
 
     Returns
     -------
@@ -143,9 +144,10 @@ def spans(records: Iterable[dict[str, Any]]) -> list[dict]:
 
     Examples
     --------
-    >>> with distributed.get_task_stream() as stream:  # doctest: +SKIP
-    ...     client.gather(client.map(abs, [-1, 2]))
-    >>> tasks.spans(stream.data)  # doctest: +SKIP
+    >>> parts = [{"action": "compute", "start": 5.0, "stop": 5.5}]
+    >>> [row] = spans([{"worker": "tls://127.0.0.1:40001", "key": "abs-1f", "startstops": parts}])
+    >>> row["worker"], row["name"], row["start_s"], row["duration_s"]
+    (0, 'abs', 0.0, 0.5)
     """
     records = list(records)
     workers = sorted({record["worker"] for record in records})

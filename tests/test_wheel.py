@@ -11,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import no_rank_left
+
+from hpclab import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +54,7 @@ def environment(wheel, tmp_path_factory) -> Path:
 def user(environment, tmp_path):
     """Runs a command of the environment in an empty folder, and returns what it prints."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HPCLAB"))}
+    settings["HPCLAB_TESTS"] = os.environ["HPCLAB_TESTS"]  # by which tests know their processes
 
     def run(program: str, *arguments: str) -> str:
         command = [environment / "bin" / program, *arguments]
@@ -102,10 +106,19 @@ def test_doctor(user):
     assert "torch" in user("hpclab", "doctor")
 
 
-def test_demo_in_an_empty_folder(user, tmp_path):
-    user("hpclab", "demo", "--epochs", "1", "--repeats", "1")
+def test_demo_leaves_rows_a_figure_and_a_page(user, tmp_path):
+    """In an empty folder, and no process."""
+    said = user("hpclab", "demo", "--epochs", "1", "--repeats", "2")
     (results,) = (tmp_path / "results").iterdir()
     rows = [json.loads(line) for line in (results / "rows.jsonl").read_text("utf-8").splitlines()]
+    racers = 3 if machine.cpus() > 1 else 2
+    assert len(rows) == racers + 2 * racers
     assert {1, 2} <= {row["ranks"] for row in rows}
-    assert (results / "index.html").stat().st_size > 0
+    assert min(row["accuracy"] for row in rows if row["accuracy"] is not None) > 0.75
     assert (results / "figure.png").read_bytes().startswith(b"\x89PNG")
+    page = (results / "index.html").read_text("utf-8")
+    assert "data:image/png;base64," in page
+    assert "speed-up" in page
+    assert "2 ranks" in page
+    assert str(results / "index.html") in said
+    assert no_rank_left()

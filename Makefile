@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12     the Python to make .venv with, 3.11 or newer
 #   ARGS="--epochs 1"     handed on to the program that the chore runs
+#   ROUNDS=100            how many rounds `make long` goes, 25 by default
 #   TORCH_INDEX=ADDRESS   a package index with CPU builds of torch. By default pip on Linux takes torch with CUDA, some
 #                         gigabytes; PyTorch's own "get started" page names its index for CPU.
 #
@@ -9,14 +10,15 @@
 
 PYTHON ?= python3
 ARGS ?=
+ROUNDS ?= 25
 TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help run lab test lint notebooks docs bench clean
+.PHONY: help run lab test test-quick long lint notebooks docs bench clean
 
 help: ## list the chores (this)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 run: $(READY) ## a real training run on this machine, measured on 1 and 2 ranks
 	@$(BIN)/hpclab demo $(ARGS)
@@ -24,8 +26,14 @@ run: $(READY) ## a real training run on this machine, measured on 1 and 2 ranks
 lab: $(READY) ## JupyterLab, opened on your own copy of the course
 	@$(BIN)/hpclab lab $(ARGS)
 
-test: $(READY) ## all tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## all tests, two at a time
+	@$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-quick: $(READY) ## what is most worth knowing while one works, in some minutes
+	@$(BIN)/python -m pytest -n auto $(QUICK) $(ARGS)
+
+long: $(READY) ## what takes longer than CI has, and many rounds of what CI does in few; benchmarks/long.jsonl keeps the figures
+	@HPCLAB_KILLS=$(ROUNDS) $(BIN)/python -m pytest -n auto -m "long or rounds" --record benchmarks/long.jsonl $(ARGS)
 
 lint: $(READY) ## style and types
 	@$(BIN)/ruff check .

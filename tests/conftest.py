@@ -1,5 +1,9 @@
+import collections
+import itertools
 import os
 import signal
+import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -9,17 +13,140 @@ import psutil
 import pytest
 
 import hpclab
+from hpclab import machine, rows
 
-os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it
+try:
+    import fcntl
+except ImportError:  # Windows: one test at a time
+    fcntl = None  # type: ignore[assignment]
+
+os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it: it is this worker's own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
+
+SHARED, ROOM = pytest.StashKey[tempfile.TemporaryDirectory](), pytest.StashKey["Room"]()
+LONGEST = (
+    *("browser", "notebooks", "queues", "slurm", "recovery", "exercises", "grading", "gang", "gangs", "launcher"),
+)
+"""Files of tests that take longest, in this order: they begin first, so that two workers end at about the same time."""
+SHOWN_SECONDS = 1.0
+"""What a file took is shown from here on."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", metavar="FILE", help="append a row for each test to this file, as JSON lines")
+
+
+def pytest_configure(config):
+    if worker := getattr(config, "workerinput", None):
+        config.stash[ROOM] = Room(worker["room"])
+    elif config.option.record:
+        config.pluginmanager.register(Record(config))
+
+
+class Record:
+    """Keeps what tests took and measured: a row for each as soon as it has ended, with commit, date and machine."""
+
+    def __init__(self, config):
+        self.file = config.invocation_params.dir / config.option.record
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(command, cwd=config.rootpath, capture_output=True, text=True).stdout.strip()
+        rounds = int(os.environ.get("HPCLAB_KILLS", 1))
+        self.about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "rounds": rounds, "source": "recorded"}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            measured = [text for name, text in report.user_properties if name == "measured"]
+            row = {"kind": "test", "test": report.nodeid, "outcome": report.outcome, "measured": measured}
+            rows.append(self.file, row | {"duration_s": round(report.duration, 1)} | self.about | machine.describe())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Two tests at a time, since many wait; on one CPU, and where files can't be locked, one, in this process."""
+    return 2 if fcntl and machine.cpus() > 1 else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config):
+    """Make a folder for what all workers of this run share."""
+    config.stash[SHARED] = tempfile.TemporaryDirectory(prefix="hpclab-tests-")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["room"] = node.config.stash[SHARED].name
+
+
+def pytest_unconfigure(config):
+    if SHARED in config.stash:
+        config.stash[SHARED].cleanup()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Run tests marked "alone" while no other worker runs any; to wait for that is no part of their time."""
+    alone, more = (bool(some and some.get_closest_marker("alone")) for some in (item, nextitem))
+    room = item.config.stash.get(ROOM, None)
+    if room:
+        room.enter(alone)
+    try:
+        return (yield)
+    finally:
+        if room and not (alone and more):
+            room.leave()
+
+
+class Room:
+    """Where tests run: those of all workers together, or of one worker alone.
+
+    Who waits to enter holds the door against those behind: else two workers that take turns would keep it out for good.
+    """
+
+    def __init__(self, folder):
+        self.door, self.room = (os.open(f"{folder}/{name}", os.O_RDWR | os.O_CREAT) for name in ("door", "room"))
+        self.alone = False
+
+    def enter(self, alone):
+        if not self.alone:
+            fcntl.flock(self.door, fcntl.LOCK_EX)
+            fcntl.flock(self.room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(self.door, fcntl.LOCK_UN)
+            self.alone = alone
+
+    def leave(self):
+        fcntl.flock(self.room, fcntl.LOCK_UN)  # also where a process that the test has forked has the file open
+        self.alone = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """In CI, where every component is installed, a test that skips has failed."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"CI skips nothing: {report.longrepr[2]}"
+    return report
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Tell what tests have measured, as each recorded it under "measured"."""
-    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
-        for name, value in report.user_properties:
-            if name == "measured":
-                terminalreporter.write_line(value)
+    """Tell what tests have measured, as each recorded it under "measured", and the time that each file took."""
+    seconds = collections.Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.split("::")[0]] += report.duration
+            for name, value in report.user_properties if report.when == "call" else ():
+                if name == "measured":
+                    terminalreporter.write_line(value)
+    if len(seconds) > 1:
+        terminalreporter.section("seconds by file")
+        for file, took in seconds.most_common():
+            if took >= SHOWN_SECONDS:
+                terminalreporter.write_line(f"{took:7.0f}  {file}")
+        terminalreporter.write_line(f"{seconds.total():7.0f}  all {len(seconds)} files, as if one after the other")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_collection_finish(session):
@@ -29,12 +156,9 @@ def pytest_collection_finish(session):
 
 
 def require(present: bool, what: str) -> None:
-    """Skip a test whose real component isn't on this machine; in CI, where all are installed, that is a failure."""
-    if present:
-        return
-    if os.environ.get("CI"):
-        pytest.fail(f"CI must have {what}")
-    pytest.skip(f"needs {what}")
+    """Skip a test whose real component isn't on this machine."""
+    if not present:
+        pytest.skip(f"needs {what}")
 
 
 def ours(part: str) -> list[int]:

@@ -525,6 +525,7 @@ def test_chunks_name_each_misconception(answer, message):
     assert result.status == "fail" and message in result.message, result
 
 
+@pytest.mark.alone
 def test_chunks_that_are_good_by_the_model_race_their_baselines():
     result = concluded("dask.chunk", pieces(root))
     assert result.status == "pass" and "times as long" in result.message, result
@@ -875,6 +876,7 @@ def by_operations(programs):
     return ["compute" if product else "memory" for product in products]
 
 
+@pytest.mark.alone
 def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -886,6 +888,7 @@ def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
         torch.set_num_threads(before)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -908,6 +911,7 @@ def test_bottleneck_names_each_misconception(answer, message):
     assert result.status == "fail" and re.search(message, result.message), result
 
 
+@pytest.mark.alone
 def test_bottleneck_is_inconclusive_where_the_machine_does_not_show_what_was_planted(monkeypatch):
     monkeypatch.setattr(one_process, "_ridge", lambda: 200.0)  # a machine of far more arithmetic a byte
     result = check("one-process.bottleneck", misnamed())

@@ -60,6 +60,7 @@ def count_until(file):
     return state["step"]
 
 
+@pytest.mark.rounds
 def test_a_cluster_whose_workers_die_young_comes_back_and_a_run_goes_on(tmp_path, record_property):
     """Every other one while it is starting."""
     dice = random.Random(0)

@@ -30,6 +30,7 @@ def spend(network, floats, steps):
     return times, bool((model.module.weight.grad == 1.5).all())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("network", [Network(20e-3, 1e9), Network(10e-3, 50e6), Network(3e-3, 1e9, "tree", ranks=16)])
 def test_it_adds_what_it_says(client, network):
     """Never less than its line, nor thrice as much. (How little more, `benchmarks/network.py` shows.)"""
@@ -46,6 +47,7 @@ def test_a_network_faster_than_the_machine_is_refused(client):
         hpclab.launch(client, spend, Network(1e-9, 1e15), 100_000, 3, ranks=2).result(60)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("network", [Network(20e-3, 1e9), Network(20e-3, 1e9, ranks=1)])
 def test_a_network_of_one_rank_adds_nothing(client, network):
     ranks = 1 if network.ranks is None else 2

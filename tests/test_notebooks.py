@@ -28,6 +28,9 @@ every_edition = pytest.mark.parametrize(
     ("path", "language"), EDITIONS, ids=[f"{p.stem}-{lang}" for p, lang in EDITIONS]
 )
 
+MEASURING = ("01_one_process", "05_dask")
+"""Notebooks with a check that measures."""
+
 SOURCE = """\
 # %% [markdown] id="objectives"
 # # Gangs
@@ -323,7 +326,12 @@ def execute(notebook, folder, tell, label) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in SOURCES if f"{path.stem}.ipynb" not in IN_BROWSER], ids=lambda path: path.stem
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.alone] * (path.stem in MEASURING))
+        for path in SOURCES
+        if f"{path.stem}.ipynb" not in IN_BROWSER
+    ],
 )
 def test_solutions_pass_and_stubs_do_not(path, tmp_path, record_property):
     """In English; other editions differ in prose only. The others run in a browser, in test_browser."""

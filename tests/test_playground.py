@@ -152,6 +152,7 @@ def test_a_client_that_closes_is_told():
         assert "client is closed; open a new one with hpclab.connect()" in play.place.pages.pop()
 
 
+@pytest.mark.rounds
 def test_moves_leave_nothing_behind(play):
     def state():
         family = [psutil.Process(), *psutil.Process().children(recursive=True)]

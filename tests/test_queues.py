@@ -753,6 +753,7 @@ def home():
         yield Path(folder)
 
 
+@pytest.mark.rounds
 def test_from_nothing_to_a_lost_node_and_back_as_an_ordinary_user(home):
     """Another uid than the one that runs the tests, with a home of its own; once, or HPCLAB_KILLS times in a row."""
     require(not slurm.missing(), "Slurm")

@@ -86,6 +86,7 @@ def assert_equal(fit, undisturbed):
         assert torch.equal(fit.weights[name], weight), name
 
 
+@pytest.mark.rounds
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_killed_rank_changes_no_bit(four, ranks, tmp_path):
     undisturbed = train(four, ranks).result(120)
@@ -359,6 +360,7 @@ class Strike:
             run.kill_worker(self.rank)
 
 
+@pytest.mark.rounds
 @pytest.mark.parametrize(
     ("loop", "ranks"),
     [*((own_loop, ranks) for ranks in (1, 2, 3, 4)), (own_sharded_loop, 2), (own_sharded_loop, 3)],
@@ -441,6 +443,7 @@ def write_on(folder, first):
         checkpoint.write(folder, step, state(step))
 
 
+@pytest.mark.rounds
 def test_killed_in_the_middle_of_a_write_none_is_corrupt_or_lost(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hpclab.checkpoint"])

@@ -516,6 +516,7 @@ def test_the_line_that_installs_it(monkeypatch, system, about, line):
     assert line in slurm.install_line()
 
 
+@pytest.mark.rounds
 def test_no_job_is_lost_when_a_node_fails_and_returns(up, tmp_path):
     """A hundred jobs; with HPCLAB_KILLS set they take a second each."""
     seconds = 1 if os.environ.get("HPCLAB_KILLS") else 0.2

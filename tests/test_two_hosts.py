@@ -18,7 +18,6 @@ import hpclab
 from hpclab import figures, machine, scaling, slurm, tasks, timeline
 from hpclab.gangs import run as runs
 
-LONG = pytest.mark.skipif("HPCLAB_KILLS" not in os.environ, reason="takes a quarter of a minute; set HPCLAB_KILLS")
 cloudpickle.register_pickle_by_value(test_hosts)  # also where its own tests aren't run
 BOTH = {"host": "east; west", "hosts": 2, "cpu": "CPU of east; CPU of west", "cpus": 2 * machine.cpus()}
 ONE = {"hosts": 1, "cpus": machine.cpus()}
@@ -140,7 +139,7 @@ def test_a_host_that_loses_its_power_and_comes_back_costs_nothing_but_time(lan, 
     assert 0 < restart["failed_s"] < restart["time_s"] < run.rows[-1]["time_s"]
 
 
-@LONG
+@pytest.mark.long
 def test_a_host_that_falls_silent_leaves_the_other_at_work(lan, client, monkeypatch):
     """Its cable is pulled: nothing tells that it has gone, and what runs there goes on."""
     monkeypatch.setattr(runs, "RETURN_SECONDS", 1.0)
@@ -201,7 +200,7 @@ JOBS = """
 """
 
 
-@LONG
+@pytest.mark.long
 def test_jobs_of_a_site_run_on_its_nodes_and_outlive_one(lan, client):
     require(not slurm.missing(), "Slurm")
     settings = lan.slurm()

@@ -14,6 +14,8 @@ ROUNDS ?= 25
 TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
+# What most changes break first, and what runs in seconds; the heart by its own tests.
+QUICK := hpclab $(patsubst %,tests/test_%.py,layers packaging docs laws rows whole machine figures ledger checkpoint training rank launcher)
 
 .PHONY: help run lab test test-quick long lint notebooks docs bench clean
 
@@ -32,7 +34,7 @@ test: $(READY) ## all tests, two at a time
 test-quick: $(READY) ## what is most worth knowing while one works, in some minutes
 	@$(BIN)/python -m pytest -n auto $(QUICK) $(ARGS)
 
-long: $(READY) ## what takes longer than CI has, and many rounds of what CI does in few; benchmarks/long.jsonl keeps the figures
+long: $(READY) ## what takes longer than CI has; benchmarks/long.jsonl keeps its figures
 	@HPCLAB_KILLS=$(ROUNDS) $(BIN)/python -m pytest -n auto -m "long or rounds" --record benchmarks/long.jsonl $(ARGS)
 
 lint: $(READY) ## style and types

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import no_rank_left, ours, ranks_alive
+from conftest import no_rank_left, ours, ranks_alive, until
 from jupyter_client.manager import start_new_kernel
 
 import hpclab
@@ -81,11 +81,18 @@ def test_equal_prints_and_values_are_folded(gang, capsys):
     assert repr(gang.run("torch.eye(2)")) == "[ranks 0-3] tensor([[1., 0.],\n                    [0., 1.]])"
 
 
-def test_prints_come_while_the_cell_runs(gang, capsys):
-    shown = []
-    timer = threading.Timer(1.5, lambda: shown.append(capsys.readouterr().out))
-    timer.start()
-    gang.run("import time\nprint('begun')\ntime.sleep(3)\nprint('ended')")
+def test_prints_come_while_the_cell_runs(gang, capsys, tmp_path):
+    """It ends only when what it has printed was seen."""
+    shown, seen = [], tmp_path / "seen"
+
+    def look():
+        shown.append(until(lambda: capsys.readouterr().out))
+        seen.touch()
+
+    threading.Thread(target=look).start()
+    gang.run(
+        f"import os, time\nprint('begun')\nwhile not os.path.exists({str(seen)!r}): time.sleep(0.01)\nprint('ended')"
+    )
     assert shown == ["[ranks 0-3] begun\n"]
     assert capsys.readouterr().out == "[ranks 0-3] ended\n"
 

@@ -386,6 +386,7 @@ def test_loops_of_ones_own_go_on_bit_for_bit(four, loop, ranks, tmp_path):
         assert any(row["kind"] == "restart" for row in run.rows)
 
 
+@pytest.mark.alone  # a machine that is slower than its kills never gets on
 def test_under_chaos_nothing_is_lost_but_time(four):
     undisturbed = train(four, 2, steps=300, batch=96).result(120)
     run = train(four, 2, steps=300, batch=96, max_restarts=50, checkpoint_every=10)

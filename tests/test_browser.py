@@ -26,6 +26,11 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # a cell out of sight is in the page too
 }
 AXE = {"resultTypes": ["violations"], "rules": {"scrollable-region-focusable": {"enabled": False}}}
+DRAWN = """async () => {
+  await Promise.allSettled([...document.images].map(image => image.decode()));
+  await new Promise(resolve => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+}"""
+"""Returns when the page is drawn as it is now, with all its pictures."""
 SHOTS = Path(__file__).parents[1] / "results" / "browser"
 pytestmark = pytest.mark.browser
 
@@ -141,7 +146,7 @@ def shoot(page, name):
     height = scroller.evaluate("e => e.scrollHeight")
     page.set_viewport_size({"width": 1100, "height": min(height + 150, 12_000)})
     scroller.evaluate("e => e.scrollTo(0, 0)")
-    page.wait_for_timeout(1000)
+    page.evaluate(DRAWN)
     page.screenshot(path=SHOTS / f"{name.replace('/', '-')}.png")
 
 
@@ -356,8 +361,8 @@ def test_a_kernel_restarted_in_mid_run_leaves_what_was_seen(gang, lab):
     seen = gang.locator(".jp-OutputArea-output", has_text="If its kernel has gone since")
     assert "talking and waiting" in seen.inner_text()
     shoot(gang, "gang-restarted")
-    choose(gang, "File", "Save Notebook")
-    gang.wait_for_timeout(1000)
+    with gang.expect_response(lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url):
+        choose(gang, "File", "Save Notebook")
     gang.reload()
     gang.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
     assert "talking and waiting" in seen.inner_text()

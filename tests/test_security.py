@@ -420,6 +420,7 @@ def wire():
     raw.close()
 
 
+@pytest.mark.alone  # others' bytes would crowd out its own
 def test_gloo_is_read_on_the_wire_and_dask_is_not(client, wire):
     assert client.submit(lambda: b"over-dask" * 1000).result() == b"over-dask" * 1000
     with hpclab.gang(client, ranks=2) as gang:

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -445,9 +446,10 @@ def write_on(folder, first):
 
 
 @pytest.mark.rounds
-def test_killed_in_the_middle_of_a_write_none_is_corrupt_or_lost(tmp_path):
+def test_killed_in_the_middle_of_a_write_none_is_corrupt_or_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the server finds this module too
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpclab.checkpoint"])
+    context.set_forkserver_preload([__name__])  # else each writer imports it, and torch
     dice, newest = random.Random(0), -1
     for _ in range(5 * KILLS):
         writer = context.Process(target=write_on, args=(tmp_path, newest + 1))

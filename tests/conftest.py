@@ -18,15 +18,13 @@ from hpclab import machine, rows
 try:
     import fcntl
 except ImportError:  # Windows: one test at a time
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it: it is this worker's own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
 
 SHARED, ROOM = pytest.StashKey[tempfile.TemporaryDirectory](), pytest.StashKey["Room"]()
-LONGEST = (
-    *("browser", "notebooks", "queues", "slurm", "recovery", "exercises", "grading", "gang", "gangs", "launcher"),
-)
+LONGEST = ("browser", "notebooks", "queues", "slurm", "recovery", "exercises", "grading", "gang", "gangs", "launcher")
 """Files of tests that take longest, in this order: they begin first, so that two workers end at about the same time."""
 SHOWN_SECONDS = 1.0
 """What a file took is shown from here on."""
@@ -54,7 +52,7 @@ class Record:
         self.about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "rounds": rounds, "source": "recorded"}
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call":
+        if report.when == "call" or report.failed:
             measured = [text for name, text in report.user_properties if name == "measured"]
             row = {"kind": "test", "test": report.nodeid, "outcome": report.outcome, "measured": measured}
             rows.append(self.file, row | {"duration_s": round(report.duration, 1)} | self.about | machine.describe())
@@ -116,6 +114,17 @@ class Room:
     def leave(self):
         fcntl.flock(self.room, fcntl.LOCK_UN)  # also where a process that the test has forked has the file open
         self.alone = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a test whose own interrupt escapes from it: in a worker it would end the whole run."""
+    try:
+        return (yield)
+    except KeyboardInterrupt as stray:
+        if ROOM in item.config.stash:
+            raise AssertionError("an interrupt escaped from this test") from stray
+        raise
 
 
 @pytest.hookimpl(wrapper=True)

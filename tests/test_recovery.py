@@ -387,7 +387,6 @@ def test_loops_of_ones_own_go_on_bit_for_bit(four, loop, ranks, tmp_path):
         assert any(row["kind"] == "restart" for row in run.rows)
 
 
-@pytest.mark.alone  # a machine that is slower than its kills never gets on
 def test_under_chaos_nothing_is_lost_but_time(four):
     undisturbed = train(four, 2, steps=300, batch=96).result(120)
     run = train(four, 2, steps=300, batch=96, max_restarts=50, checkpoint_every=10)
@@ -398,7 +397,7 @@ def test_under_chaos_nothing_is_lost_but_time(four):
     found = from_rows.attempts(run.rows)
     assert sum(row["kept"] for row in found) == 300
     ax = plots.recovery(run.rows)
-    assert f"attempt {len(found)}: steps" in ax.figure.words()
+    assert f"attempt {found[-1]['attempt'] + 1}: steps" in ax.figure.words()  # some may have died before a step
     assert "Attempts" in views.page(run)
     plots.figures.plt.close(ax.figure)
 

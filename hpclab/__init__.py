@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hpclab.checkpoint import restore as restore
     from hpclab.checkpoint import save as save
-    from hpclab.cluster.client import connect as connect
+    from hpclab.cluster import connect as connect
     from hpclab.course.check import check as check
     from hpclab.course.logbook import progress as progress
     from hpclab.gangs.cells import CellError as CellError
@@ -41,7 +41,7 @@ _HOME = {
     "RankError": "gangs.run",
     "Run": "gangs.run",
     "check": "course.check",
-    "connect": "cluster.client",
+    "connect": "cluster",
     "gang": "gangs.cells",
     "launch": "gangs.launch",
     "race": "racing",

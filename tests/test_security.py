@@ -33,7 +33,7 @@ from distributed.core import rpc
 import hpclab
 from hpclab import checkpoint, plots
 from hpclab.course import security
-from hpclab.gangs import process as _agent
+from hpclab.gangs import host
 
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
@@ -380,12 +380,12 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path, monkeypatch):
     folder.mkdir()
     folder.chmod(0o755)
     with pytest.raises(PermissionError, match="must belong to this user alone; remove it, or set TMPDIR"):
-        _agent._call_zygote("a cluster")
+        host.call_zygote("a cluster")
     folder.rmdir()
     (tmp_path / "elsewhere").mkdir(0o700)
     folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError, match="must belong to this user alone"):
-        _agent._call_zygote("a cluster")
+        host.call_zygote("a cluster")
 
 
 def test_where_ranks_meet_is_in_a_folder_that_nobody_else_enters(client):

@@ -1,5 +1,116 @@
-"""Clusters: on this machine, in a job queue, or a running one, behind one call."""
+"""Clusters: on this machine, in a job queue, or a running one, behind one call. It imports Dask when that is called."""
 
-from hpclab.cluster.client import ClusterClient as ClusterClient
-from hpclab.cluster.client import IgnoreInterrupt as IgnoreInterrupt
-from hpclab.cluster.client import connect as connect
+import gc
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from hpclab import _load
+
+if TYPE_CHECKING:
+    from distributed import Security
+
+    from hpclab.cluster.client import ClusterClient as ClusterClient
+    from hpclab.cluster.client import IgnoreInterrupt as IgnoreInterrupt
+    from hpclab.gangs.host import KernelZygote
+    from hpclab.slurm.private import Slurm
+
+_IN_CLIENT = ("GUARD", "REGISTER_SECONDS", "ClusterClient", "IgnoreInterrupt")
+
+
+def connect(
+    where: "str | Slurm" = "local",
+    *,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    security: "Security | bool" = True,
+    **options: Any,
+) -> "ClusterClient":
+    """Start a cluster on this machine or on a job queue, or join a running one.
+
+    Parameters
+    ----------
+    where : str or hpclab.slurm.Slurm, default "local"
+        "local" starts one worker process for each CPU that this machine really gives (affinity and cgroups counted).
+        A job queue, "slurm", "pbs", "sge", "lsf", "oar", "htcondor" or "moab", or the name of a site's profile
+        (`hpclab.sites`), starts each worker in a job of its own. So does a private Slurm; "slurm" finds one that is up,
+        where the site has none.
+        An address such as "tls://head:8786" joins the scheduler there.
+    workers : int, optional
+        Number of workers. Default: what fits (`machine.fits`); on a queue, 2. On this machine, each has one thread and
+        so room for one rank, and more workers than CPUs are allowed; what they measure is then marked as emulated.
+    memory : int or str, optional
+        Memory of each worker, in bytes or as "2GB". Default: an equal share of what this machine gives; on a queue,
+        2 GB.
+    security : bool or distributed.Security, default True
+        True encrypts and authenticates every connection with fresh certificates, as loopback isn't private on a shared
+        host; False turns that off. For a "tls://" address, the Security object of that scheduler; for one that isn't
+        encrypted, False.
+    **options
+        For a queue: ``cores`` (1), ``walltime`` ("00:30:00"), ``queue``, ``account``, ``resources``, ``disk``,
+        ``directives``, ``prologue``, ``env``, ``interface``, ``folder``, ``timeout`` (600), ``private`` (False). The
+        fields of `hpclab.queues.Request` say what each means; not every queue has all. They go before a profile's. What
+        neither says is up to Dask's own ``jobqueue.yaml``, which is read and never written. Workers find modules in the
+        working folder, and in others with ``env={"PYTHONPATH": ...}``.
+
+    Returns
+    -------
+    ClusterClient
+        A `distributed.Client`. Use it in a `with` block, or call its `close`: both end the cluster it started. In a
+        script, call this under ``if __name__ == "__main__":``, since workers import the script (as Dask's own clusters
+        do). A worker that is lost is replaced, on a queue by a new job; ``client.cluster.scale`` and ``adapt`` change
+        their number.
+
+    Raises
+    ------
+    ValueError
+        If an argument can't be met by this machine or this Slurm; the message says what can.
+    OSError
+        If no scheduler answers at the address, or lets this client in, or no such queue is here; the message says why.
+    TimeoutError
+        If not all workers come within `timeout` seconds; what was submitted is cancelled.
+    RuntimeError
+        If a queue refuses a job, or a worker dies again and again; the message has the end of its log. If no worker of
+        this machine starts.
+
+    See Also
+    --------
+    hpclab.queues.script : Shows the job script, without starting anything.
+    """
+    zygote = _first_breath() if where == "local" else None
+    try:
+        return _client().start(where, workers, memory, security, options, zygote)
+    except BaseException:
+        if zygote is not None:
+            zygote.close()
+        raise
+
+
+def _first_breath() -> "KernelZygote | None":
+    """Have the zygote of a local cluster import torch while this process imports Dask; None where there is none."""
+    import multiprocessing
+
+    from hpclab.gangs import host
+
+    # A worker that imports an unguarded script comes here too; `start` tells it so, by the same sign.
+    if not host.FORK or getattr(multiprocessing.current_process(), "_inheriting", False):
+        return None
+    with suppress(OSError):  # then the workers start it, or say what keeps them from it
+        return host.KernelZygote()
+    return None
+
+
+def _client() -> Any:
+    """The module with the rest, which imports Dask: sooner by a sixth without passes of the collector."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _load("cluster.client")
+    finally:
+        if collects:
+            gc.enable()
+
+
+def __getattr__(name: str) -> object:
+    if name in _IN_CLIENT:
+        return getattr(_client(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

@@ -1,4 +1,4 @@
-"""Start a cluster, or join one: `connect` gives a Dask client that closes what it opened."""
+"""What `connect` does once Dask is imported, and gives: a client that closes what it opened."""
 
 import os
 import signal
@@ -23,6 +23,7 @@ from hpclab.gangs.scheduler import Ledger, aside, consult
 from hpclab.queues import LEAST_MEMORY, QUIET
 
 if TYPE_CHECKING:
+    from hpclab.gangs.host import KernelZygote
     from hpclab.slurm.private import Slurm
 
 REGISTER_SECONDS = 5.0
@@ -67,65 +68,15 @@ def _close(cluster: SpecCluster) -> None:
         raise
 
 
-def connect(
-    where: "str | Slurm" = "local",
-    *,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    security: Security | bool = True,
-    **options: Any,
+def start(
+    where: "str | Slurm",
+    workers: int | None,
+    memory: int | str | None,
+    security: Security | bool,
+    options: dict[str, Any],
+    zygote: "KernelZygote | None",
 ) -> ClusterClient:
-    """Start a cluster on this machine or on a job queue, or join a running one.
-
-    Parameters
-    ----------
-    where : str or hpclab.slurm.Slurm, default "local"
-        "local" starts one worker process for each CPU that this machine really gives (affinity and cgroups counted).
-        A job queue, "slurm", "pbs", "sge", "lsf", "oar", "htcondor" or "moab", or the name of a site's profile
-        (`hpclab.sites`), starts each worker in a job of its own. So does a private Slurm; "slurm" finds one that is up,
-        where the site has none.
-        An address such as "tls://head:8786" joins the scheduler there.
-    workers : int, optional
-        Number of workers. Default: what fits (`machine.fits`); on a queue, 2. On this machine, each has one thread and
-        so room for one rank, and more workers than CPUs are allowed; what they measure is then marked as emulated.
-    memory : int or str, optional
-        Memory of each worker, in bytes or as "2GB". Default: an equal share of what this machine gives; on a queue,
-        2 GB.
-    security : bool or distributed.Security, default True
-        True encrypts and authenticates every connection with fresh certificates, as loopback isn't private on a shared
-        host; False turns that off. For a "tls://" address, the Security object of that scheduler; for one that isn't
-        encrypted, False.
-    **options
-        For a queue: ``cores`` (1), ``walltime`` ("00:30:00"), ``queue``, ``account``, ``resources``, ``disk``,
-        ``directives``, ``prologue``, ``env``, ``interface``, ``folder``, ``timeout`` (600), ``private`` (False). The
-        fields of `hpclab.queues.Request` say what each means; not every queue has all. They go before a profile's. What
-        neither says is up to Dask's own ``jobqueue.yaml``, which is read and never written. Workers find modules in the
-        working folder, and in others with ``env={"PYTHONPATH": ...}``.
-
-    Returns
-    -------
-    ClusterClient
-        A `distributed.Client`. Use it in a `with` block, or call its `close`: both end the cluster it started. In a
-        script, call this under ``if __name__ == "__main__":``, since workers import the script (as Dask's own clusters
-        do). A worker that is lost is replaced, on a queue by a new job; ``client.cluster.scale`` and ``adapt`` change
-        their number.
-
-    Raises
-    ------
-    ValueError
-        If an argument can't be met by this machine or this Slurm; the message says what can.
-    OSError
-        If no scheduler answers at the address, or lets this client in, or no such queue is here; the message says why.
-    TimeoutError
-        If not all workers come within `timeout` seconds; what was submitted is cancelled.
-    RuntimeError
-        If a queue refuses a job, or a worker dies again and again; the message has the end of its log. If no worker of
-        this machine starts.
-
-    See Also
-    --------
-    hpclab.queues.script : Shows the job script, without starting anything.
-    """
+    """Start a cluster or join one, as `hpclab.cluster.connect` tells, which has started the zygote of a local one."""
     mine = {"workers": workers, "memory": memory}
     wishes = {name: value for name, value in mine.items() if value is not None}
     if not isinstance(where, str) or (where != "local" and "://" not in where):
@@ -147,6 +98,7 @@ def connect(
                 security=security or None,
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
+                zygote=zygote,
             )
     except (OSError, RuntimeError) as error:
         cause = root(error)

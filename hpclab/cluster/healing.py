@@ -4,13 +4,16 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import distributed
 import psutil
 from distributed import Nanny, Status
 
 from hpclab._dask import HookedCluster
+
+if TYPE_CHECKING:
+    from hpclab.gangs.host import KernelZygote
 
 LOOK_SECONDS = 0.5
 """How often to look whether workers are missing."""
@@ -115,7 +118,8 @@ class LocalCluster(Tended, distributed.LocalCluster):
     quarrelled with the scheduler; Dask's cluster then lacks that worker for ever.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, zygote: "KernelZygote | None" = None, **options: Any):
+        self._zygote = zygote
         self._up = False
         self._left: dict[str | int, float] = {}
         """Since when workers are away whose nannies don't start them."""
@@ -126,8 +130,15 @@ class LocalCluster(Tended, distributed.LocalCluster):
         self._why = ""
         """What the last error was."""
         self._told = False
-        super().__init__(worker_class=PatientNanny, **options)
+        super().__init__(worker_class=PatientNanny, env=zygote.env if zygote else {}, **options)
         self._up = True
+
+    async def _close(self) -> None:
+        try:
+            await super()._close()
+        finally:
+            if self._zygote is not None:
+                self._zygote.close()
 
     async def _look(self) -> None:
         if not self._up:  # an error of the first start is its caller's

@@ -8,7 +8,7 @@ from pathlib import Path
 from distributed import Client
 
 from hpclab import doctor, machine, models, plots, racing, scaling, study
-from hpclab.cluster.client import connect
+from hpclab.cluster import connect
 from hpclab.figures import Figure, source_word
 from hpclab.gangs.launch import whole_number
 from hpclab.gangs.run import Run, occupy

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from distributed import Client, Security
 
-from hpclab.cluster.client import connect
+from hpclab.cluster import connect
 from hpclab.course.ratios import Measures, paired
 from hpclab.course.tasks import clock
 from hpclab.tables import Table

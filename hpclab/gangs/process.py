@@ -1,6 +1,5 @@
 """How a worker comes by the process of a rank, a fork of the host's zygote or a standby process; and by its orders."""
 
-import hashlib
 import json
 import os
 import queue
@@ -11,24 +10,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from distributed import Worker, WorkerPlugin
 
-from hpclab import _namesakes, _private, machine
+from hpclab import _namesakes, machine
+from hpclab.gangs.host import FORK, MALLOC, call_zygote, socket_of, unbound, zygote_code
 from hpclab.gangs.zygote import FORK_ORDER, MESSAGE_BYTES, kill_group
 
-FORK = sys.platform == "linux"
-"""Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-"""glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
-BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-"""Variables that would bind each process that imports torch to the same first CPU, and so all ranks of a host."""
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""What the libraries of numpy and torch start when they are imported, a fork can't keep."""
 BACKOFF_SECONDS = (0.5, 60.0)
 """How long to wait before a zygote that has died is replaced: at first, and at most."""
 LOOK_SECONDS = 5.0
@@ -121,7 +111,7 @@ class Warmth(WorkerPlugin):
                             break
                         continue  # with those of zygotes that live, and after a while another
                     with suppress(OSError):  # the folder has gone: the old leases stay, ranks may be at work under them
-                        if lost or not _socket_of(cluster).exists():
+                        if lost or not socket_of(cluster).exists():
                             self._lease(cluster, stack)
                             lost = False
             self.leases = []
@@ -130,7 +120,7 @@ class Warmth(WorkerPlugin):
 
     def _lease(self, cluster: str, stack: ExitStack) -> None:
         """Take a lease on the zygote that can be called now."""
-        lease = stack.enter_context(_call_zygote(cluster))
+        lease = stack.enter_context(call_zygote(cluster))
         lease.settimeout(LOOK_SECONDS)
         lease.send(b"lease")
         self.leases.append(lease)
@@ -212,7 +202,7 @@ def start(env: dict[str, str], cluster: str) -> Process:
 
 class _Forked(Process):
     def __init__(self, env: dict[str, str], cluster: str):
-        self.zygote = _call_zygote(cluster)
+        self.zygote = call_zygote(cluster)
         cwd = os.getcwd()
         pipes = _pipes(3)  # of the rank's standard streams
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
@@ -273,11 +263,11 @@ class _Standby(Process):
 
     def __init__(self) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", _code("stand_by()")],
+            [sys.executable, "-c", zygote_code("stand_by()")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_unbound(os.environ) | MALLOC,
+            env=unbound(os.environ) | MALLOC,
             start_new_session=True,
         )
         self.pid = self.popen.pid
@@ -310,10 +300,6 @@ class _Standby(Process):
             self.popen.kill()
 
 
-def _unbound(env: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name not in BINDING}
-
-
 def _pipes(count: int) -> list[tuple[int, int]]:
     """Read end and write end of some pipes; of none if there can't be all."""
     made: list[tuple[int, int]] = []
@@ -326,55 +312,3 @@ def _pipes(count: int) -> list[tuple[int, int]]:
                 os.close(fd)
         raise
     return made
-
-
-def _call_zygote(cluster: str) -> socket.socket:
-    """Connect to the zygote of this worker and its siblings in a cluster, which is started if it isn't there.
-
-    Siblings have one parent, and so are of one job: with it a job queue ends all that it started.
-    """
-    path = _socket_of(cluster)
-    with ExitStack() as stack, _private.locked(path.parent) as handle:
-        caller = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        address = f"/proc/self/fd/{handle}/{path.name}"  # a socket's path has at most 107 bytes, and TMPDIR may be long
-        try:
-            caller.connect(address)
-        except (FileNotFoundError, ConnectionRefusedError):
-            path.unlink(missing_ok=True)
-            _start_zygote(path, address)
-            caller.connect(address)
-        stack.pop_all()
-        return caller
-
-
-def _socket_of(cluster: str) -> Path:
-    """Where the zygote of this worker and its siblings listens."""
-    name = hashlib.sha256(f"{cluster} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16]
-    return _private.folder() / name
-
-
-def _code(call: str) -> str:
-    """Program that calls something of `hpclab.gangs.zygote`, which it finds where this process does.
-
-    Not by PYTHONPATH: a folder's name may hold the colon that parts them.
-    """
-    return f"import sys; sys.path[:] = {import_path()!r}; import hpclab.gangs.zygote; hpclab.gangs.zygote.{call}"
-
-
-def import_path() -> list[str]:
-    """Where this process finds modules: of `sys.path` what Python looks at, which is text and no `Path`."""
-    return [entry for entry in sys.path if isinstance(entry, str)]
-
-
-def _start_zygote(path: Path, address: str) -> None:
-    """It inherits the listening socket, so that callers can queue while it imports torch."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(address)
-        listener.listen(1024)
-        subprocess.Popen(
-            [sys.executable, "-c", _code(f"main({str(path)!r}, {listener.fileno()})")],
-            stdin=subprocess.DEVNULL,
-            env=_unbound(os.environ) | MALLOC | ONE_THREAD,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-        )

@@ -23,7 +23,8 @@ from distributed import Status, Worker, get_worker, secede
 from distributed.utils import sync
 
 from hpclab import _private, machine
-from hpclab.gangs.process import BINDING, MALLOC, Process, ZygoteDied, import_path, inboxes, open_inbox, start
+from hpclab.gangs.host import BINDING, MALLOC, import_path
+from hpclab.gangs.process import Process, ZygoteDied, inboxes, open_inbox, start
 from hpclab.gangs.progress import RankProgress
 from hpclab.gangs.rank import frame, head, read_frames
 from hpclab.gangs.scheduler import topic

@@ -1,8 +1,9 @@
 """The zygote: one process a host and cluster that has imported torch, and forks a rank in about 15 ms.
 
 It has one thread and runs no torch operation, since a fork keeps only the thread that forks, whatever locks the others
-hold. It lives for as long as a worker holds a lease: a connection to its socket, which the kernel closes however the
-worker ends. A rank has a connection too, from the worker that supervises it; when that closes, the rank is killed.
+hold. It lives for as long as a worker holds a lease: a connection to its socket, which the system closes however the
+worker ends. The notebook's kernel holds another one if it has started it. A rank has a connection too, from the worker
+that supervises it; when that closes, the rank is killed.
 
 What a rank has started ends with it, also what left its session. Linux hands a process whose parent has ended to the
 nearest *subreaper* above it. Each rank is one, so as long as it lives all that it started is below it; so is the
@@ -14,13 +15,14 @@ import gc
 import importlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,31 +38,71 @@ FORK_ORDER = b"fork"
 """What is sent with four files: the order as JSON, and a rank's standard streams."""
 
 
-def main(path: str, listener: int) -> None:
-    """Serve forks on a listening socket until the last lease has ended."""
+def main(path: str, listener: int, owner: int | None = None) -> None:
+    """Serve forks on a listening socket until the last lease has ended.
+
+    Parameters
+    ----------
+    path : str
+        Of that socket; it is removed at the end.
+    listener : int
+        The socket, as a file descriptor.
+    owner : int, optional
+        Connection to the notebook's kernel, which has started this process: a lease.
+    """
     own = None
     with suppress(FileNotFoundError):
         own = os.stat(path)
-    zygote = Zygote(socket.socket(fileno=listener))
-    try:
-        zygote.serve()
-    finally:
-        zygote.kill_all()
+
+    def clean() -> None:
         with suppress(FileNotFoundError):
             # Else another one listens there, since somebody has cleaned /tmp.
             if own is not None and os.path.samestat(own, os.stat(path)):
                 os.unlink(path)
 
+    lease = None if owner is None else socket.socket(fileno=owner)
+    with _watched(lease, clean):
+        error = _preload()
+    zygote = Zygote(socket.socket(fileno=listener), lease, error)
+    try:
+        zygote.serve()
+    finally:
+        zygote.kill_all()
+        clean()
+
+
+@contextmanager
+def _watched(lease: socket.socket | None, clean: Callable[[], None]) -> Iterator[None]:
+    """Leave at once if a lease ends while this process imports; told by a signal, as it may have no second thread."""
+    if lease is None:
+        yield
+        return
+    import fcntl  # Windows has none, and no zygotes
+
+    def leave(*_: Any) -> None:
+        if select.select([lease], [], [], 0)[0]:
+            clean()
+            os._exit(0)
+
+    flags = fcntl.fcntl(lease, fcntl.F_GETFL)
+    signal.signal(signal.SIGIO, leave)
+    fcntl.fcntl(lease, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lease, fcntl.F_SETFL, flags | os.O_ASYNC)
+    leave()  # should it have ended before
+    yield
+    fcntl.fcntl(lease, fcntl.F_SETFL, flags)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # one may be under way
+
 
 class Zygote:
     """A single-threaded server: leases and forks in, process ids and exit codes out."""
 
-    def __init__(self, listener: socket.socket):
+    def __init__(self, listener: socket.socket, lease: socket.socket | None, error: str | None):
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.selector = selectors.DefaultSelector()
         self.leases: set[socket.socket] | None = None
         self.ranks: dict[int, socket.socket] = {}
-        self.error = _preload()
+        self.error = error
         wake, waker = socket.socketpair()
         wake.setblocking(False)
         waker.setblocking(False)
@@ -69,6 +111,9 @@ class Zygote:
         self.waker = waker
         self._listen(wake, self._reap)
         self._listen(listener, self._accept)
+        if lease is not None:
+            self.leases = {lease}
+            self._listen(lease, self._hear)
 
     def serve(self) -> None:
         """Answer until the last lease ends."""
@@ -172,14 +217,15 @@ def stand_by() -> None:
 
 def _preload() -> str | None:
     """Import what ranks need; the traceback if that fails, for those who ask for a rank."""
+    gc.disable()  # its passes take a sixth of the time of these imports, and find next to nothing
     try:
         for module in (*PRELOAD, *IN_RANKS):
             importlib.import_module(module)
     except (Exception, SystemExit):  # the latter of a script with the name of a module, which isn't one
         text = traceback.format_exc()
         return f"{text}{_namesakes.blame(text)}"
-    gc.collect()
     gc.freeze()  # else the collector in a rank would write to every page that it shares with this process
+    gc.enable()
     if sys.platform == "linux" and (threads := len(os.listdir("/proc/self/task"))) > 1:
         print(f"hpclab: the zygote has {threads} threads, so a forked rank may hang", file=sys.stderr)
     return None
@@ -190,7 +236,7 @@ def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
     try:
         os.setsid()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGINT):
+        for number in (signal.SIGCHLD, signal.SIGIO, signal.SIGINT):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for target, fd in enumerate(fds):
             os.dup2(fd, target)

@@ -52,6 +52,7 @@ docs: $(READY) ## the documentation as web pages, in docs/_build; a warning is a
 bench: $(READY) .venv-peers/.ready ## throughput and launches, as ratios measured side by side, also with other launchers
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)
 	@$(BIN)/python benchmarks/launch.py $(ARGS)
+	@$(BIN)/python benchmarks/cold.py
 	@$(BIN)/python benchmarks/network.py
 	@$(BIN)/python benchmarks/cells.py
 	@$(BIN)/python benchmarks/playground.py

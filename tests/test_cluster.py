@@ -133,6 +133,42 @@ def test_what_else_keeps_a_cluster_from_starting_is_not_hidden(monkeypatch):
     assert str(caught.value.__cause__) == "Too many open files"
 
 
+PAGES = """
+import sys, urllib.error, urllib.request
+import hpclab
+
+def page(path):
+    try:
+        with urllib.request.urlopen(base + path) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+if __name__ == "__main__":
+    with_bokeh = sys.argv[1:] == []
+    if not with_bokeh:
+        sys.modules["bokeh"] = None
+    with hpclab.connect(workers=1, security=False) as client:
+        base = client.dashboard_link.removesuffix("/status")
+        assert page("/health") == (200, "ok")
+        assert page("/info/main/workers.html")[0] == 200
+        assert not {"aiohttp", "bokeh.server"} & sys.modules.keys()
+        status = page("/status")
+        assert status[0] == page("/")[0] == 200
+        assert ("Dask needs" in status[1]) != with_bokeh
+        assert page("/workers")[0] == (200 if with_bokeh else 404)
+        assert page("/proxy/22/127.0.0.1/")[0] == 400
+        assert page("/nothing")[0] == 404
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["without bokeh"]])
+def test_the_dashboard_is_imported_when_a_page_of_it_is_asked_for(arguments):
+    require(None not in map(machine.installed, ("bokeh", "jupyter-server-proxy")), "bokeh and jupyter-server-proxy")
+    done = subprocess.run([sys.executable, "-", *arguments], input=PAGES, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

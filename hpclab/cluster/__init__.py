@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from distributed import Security
 
     from hpclab.cluster.client import ClusterClient as ClusterClient
-    from hpclab.cluster.client import IgnoreInterrupt as IgnoreInterrupt
+    from hpclab.cluster.interrupt import IgnoreInterrupt as IgnoreInterrupt
     from hpclab.gangs.host import KernelZygote
     from hpclab.slurm.private import Slurm
 

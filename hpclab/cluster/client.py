@@ -1,7 +1,6 @@
 """What `connect` does once Dask is imported, and gives: a client that closes what it opened."""
 
 import os
-import signal
 import sys
 import threading
 from contextlib import suppress
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import format_bytes
-from distributed import Client, Security, SpecCluster, Worker, WorkerPlugin
+from distributed import Client, Security, SpecCluster
 
 from hpclab import _namesakes, machine
 from hpclab._arguments import size, whole_number
 from hpclab._dask import imported_by_child
 from hpclab.cluster.healing import LocalCluster, root
+from hpclab.cluster.interrupt import IgnoreInterrupt
 from hpclab.cluster.tls import refusal
 from hpclab.gangs.run import stop_all
 from hpclab.gangs.scheduler import Ledger, aside, consult
@@ -156,23 +156,14 @@ def _submit(where: "str | Slurm", security: Security | bool, options: dict[str, 
 def _client(cluster: SpecCluster) -> ClusterClient:
     try:
         client = ClusterClient(cluster)
-        with suppress(OSError, TimeoutError):  # of a worker that has just died, or hangs
-            aside(client.register_plugin, IgnoreInterrupt()).result(REGISTER_SECONDS)
+        ignoring = aside(client.register_plugin, IgnoreInterrupt())
         consult(client, Ledger.advance)  # nobody waits yet, but what ranks start from is made ready meanwhile
+        with suppress(OSError, TimeoutError):  # of a worker that has just died, or hangs
+            ignoring.result(REGISTER_SECONDS)
         return client
     except BaseException:
         _close(cluster)
         raise
-
-
-class IgnoreInterrupt(WorkerPlugin):
-    """Ctrl-C in a terminal reaches the workers too; only the client may act on it, and ends them in order."""
-
-    name = "hpclab-ignore-interrupt"
-
-    def setup(self, worker: Worker) -> None:
-        """Ignore SIGINT from now on; called in the main thread of each worker, also of one that is restarted."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _join(address: str, wishes: dict[str, Any], security: Security | bool) -> ClusterClient:

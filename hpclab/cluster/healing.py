@@ -6,11 +6,14 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import dask
 import distributed
 import psutil
 from distributed import Nanny, Status
 
 from hpclab._dask import HookedCluster
+
+from hpclab.cluster.pages import Pages
 
 if TYPE_CHECKING:
     from hpclab.gangs.host import KernelZygote
@@ -130,7 +133,10 @@ class LocalCluster(Tended, distributed.LocalCluster):
         self._why = ""
         """What the last error was."""
         self._told = False
-        super().__init__(worker_class=PatientNanny, env=zygote.env if zygote else {}, **options)
+        env, pages = zygote.env if zygote else {}, Pages()
+        with dask.config.set(pages.config):
+            super().__init__(worker_class=PatientNanny, env=env, scheduler_kwargs=pages.options, **options)
+        pages.serve(self.scheduler)
         self._up = True
 
     async def _close(self) -> None:

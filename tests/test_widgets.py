@@ -3,10 +3,10 @@
 import matplotlib
 import numpy as np
 import pytest
+from hpclab.widgets import Explorer, RaceStage
 
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
-from hpclab.widgets import Explorer, RaceStage
 
 
 class Place:

@@ -12,7 +12,6 @@ import psutil
 from distributed import Nanny, Status
 
 from hpclab._dask import HookedCluster
-
 from hpclab.cluster.pages import Pages
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hpclab.cluster import connect as connect
     from hpclab.course.check import check as check
     from hpclab.course.logbook import progress as progress
+    from hpclab.gangs.attempt import RankError as RankError
     from hpclab.gangs.cells import CellError as CellError
     from hpclab.gangs.cells import CellInterrupt as CellInterrupt
     from hpclab.gangs.cells import Gang as Gang
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from hpclab.gangs.progress import HangError as HangError
     from hpclab.gangs.rank import report as report
     from hpclab.gangs.rank import should_stop as should_stop
-    from hpclab.gangs.run import RankError as RankError
+    from hpclab.gangs.record import open_run as open_run
     from hpclab.gangs.run import Run as Run
-    from hpclab.gangs.run import open_run as open_run
     from hpclab.network import Network as Network
     from hpclab.racing import race as race
     from hpclab.training.start import train as train
@@ -38,14 +38,14 @@ _HOME = {
     "Gang": "gangs.cells",
     "HangError": "gangs.progress",
     "Network": "network",
-    "RankError": "gangs.run",
+    "RankError": "gangs.attempt",
     "Run": "gangs.run",
     "check": "course.check",
     "connect": "cluster",
     "gang": "gangs.cells",
     "launch": "gangs.launch",
     "race": "racing",
-    "open_run": "gangs.run",
+    "open_run": "gangs.record",
     "progress": "course.logbook",
     "report": "gangs.rank",
     "restore": "checkpoint",

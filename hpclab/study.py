@@ -14,7 +14,8 @@ from distributed import Client
 from hpclab import forecast, laws, models, plots, scaling
 from hpclab._arguments import whole_number
 from hpclab.figures import Figure, source_word
-from hpclab.gangs.run import Run, occupy
+from hpclab.gangs.record import occupy
+from hpclab.gangs.run import Run
 from hpclab.language import translate as _
 from hpclab.pages import html
 from hpclab.pages import page as page

@@ -43,12 +43,12 @@ def profiler(steps: int) -> Any:
     return profile(
         activities=[ProfilerActivity.CPU],
         schedule=schedule(wait=WAIT_STEPS - 1, warmup=1, active=steps, repeat=1),
-        on_trace_ready=lambda found: _write(found, path),
+        on_trace_ready=lambda traced: _write(traced, path),
     )
 
 
 def _write(traced: Any, path: Path) -> None:
-    """Write a rank's trace, its times by the driver's clock."""
+    """Write a rank's trace, its times by the kernel's clock."""
     traced.export_chrome_trace(str(path))
     if ahead := clock_ahead():
         trace = json.loads(path.read_text(encoding="utf-8"))
@@ -77,11 +77,11 @@ def spans(folder: str | os.PathLike) -> list[dict]:
     FileNotFoundError
         If the folder holds no trace.
     """
-    found = [row for rank, events in _traces(folder).items() for row in _rank_spans(rank, events)]
-    first = min(row["start_s"] for row in found)
+    rows = [row for rank, events in _traces(folder).items() for row in _rank_spans(rank, events)]
+    first = min(row["start_s"] for row in rows)
     run = read(Path(folder, "rows.jsonl").expanduser())
-    about = {"source": source(run)} | machine(run)
-    return [row | {"start_s": row["start_s"] - first} | about for row in found]
+    origin = {"source": source(run)} | machine(run)
+    return [row | {"start_s": row["start_s"] - first} | origin for row in rows]
 
 
 def named(traced: Any) -> list[dict]:
@@ -92,12 +92,12 @@ def named(traced: Any) -> list[dict]:
     traced : torch.profiler.profile
         After its ``with`` block; other names than "data", "forward", "backward" and "optimizer" are left out.
     """
-    found = [event for event in traced.events() if event.name in _NAMES]
-    first = min((event.time_range.start for event in found), default=0)
+    events = [event for event in traced.events() if event.name in _NAMES]
+    first = min((event.time_range.start for event in events), default=0)
     return [
         _span(0, event.name, (event.time_range.start - first) / 1e6, event.time_range.elapsed_us() / 1e6)
         | {"source": "measured"}
-        for event in found
+        for event in events
     ]
 
 
@@ -119,24 +119,24 @@ def _traces(folder: str | os.PathLike) -> dict[int, list[dict]]:
         raise FileNotFoundError(
             f"folder (={str(folder)!r}) holds no trace; run train(..., trace=3), for more than {WAIT_STEPS} steps."
         )
-    found = {}
+    traces = {}
     for rank, file in sorted(files.items()):
         trace = json.loads(file.read_text(encoding="utf-8"))
         base = trace.get("baseTimeNanoseconds", 0) / 1e3
-        found[rank] = [event | {"ts": event["ts"] + base} for event in trace["traceEvents"] if "ts" in event]
-    return found
+        traces[rank] = [event | {"ts": event["ts"] + base} for event in trace["traceEvents"] if "ts" in event]
+    return traces
 
 
 def _rank_spans(rank: int, events: list[dict]) -> list[dict]:
     """The parts of one rank's steps, in order."""
-    found = []
+    parts = []
     for event in sorted((event for event in events if event.get("ph") == "X"), key=lambda event: event["ts"]):
         name = next((name for name, pattern in _NAMES.items() if pattern.search(event["name"])), None)
         if name is not None:
-            found.append((name, event["ts"] / 1e6, event["dur"] / 1e6))
+            parts.append((name, event["ts"] / 1e6, event["dur"] / 1e6))
     rows: list[dict] = []
     backward: dict | None = None
-    for name, start, duration in found:
+    for name, start, duration in parts:
         if name == "backward":  # one operation of many: it stretches the span of its pass
             if backward is None:
                 rows.append(backward := _span(rank, name, start, duration))

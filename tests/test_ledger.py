@@ -12,7 +12,7 @@ from distributed import LocalCluster
 
 import hpclab
 from hpclab.gangs import attempt as _attempt
-from hpclab.gangs import process, scheduler
+from hpclab.gangs import process, scheduler, wire
 from hpclab.gangs.scheduler import aside
 
 ALL = "t = torch.ones(3) * (rank + 1)\ndist.all_reduce(t)\nt.tolist()"
@@ -79,7 +79,7 @@ def test_who_hangs_holds_up_neither_a_launch_nor_cells_nor_a_stop_nor_another_at
 
 def twice():
     """The first attempt waits for its end."""
-    attempt = hpclab.gangs.rank._context.header["row"]["attempt"]
+    attempt = hpclab.gangs.rank._context.place.attempt
     hpclab.report(step=attempt)
     time.sleep(0 if attempt else 1000)
     return attempt
@@ -87,8 +87,8 @@ def twice():
 
 def test_an_end_that_comes_before_its_rank_is_not_lost():
     """Of an attempt that has failed already, such as with a worker that died at once."""
-    process.give("run", {"order": "end"}, attempt=1)
-    assert process.open_inbox("run", 0, 1).get_nowait() == ("order", {"order": "end"})
+    process.give("run", wire.encode(wire.End()), attempt=1)
+    assert process.open_inbox("run", 0, 1).get_nowait() == wire.End()
     assert process.open_inbox("run", 0, 2).empty(), "the next attempt isn't meant"
     for attempt in (1, 2):
         del process.inboxes["run", 0, attempt]

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hpclab
-from hpclab.gangs import rank
+from hpclab.gangs import errors, rank
 from hpclab.gangs import run as runs
 
 
@@ -192,7 +192,7 @@ def test_whatever_is_reported_printed_and_returned(client, rows, value):
     assert all(
         same({name: arrived_row[name] for name in row}, row) for arrived_row, row in zip(arrived, kept, strict=True)
     )
-    assert run.logs(0).rstrip("\n") == rank.printable(str(value)).rstrip("\n").replace("\r\n", "\n")
+    assert run.logs(0).rstrip("\n") == errors.printable(str(value)).rstrip("\n").replace("\r\n", "\n")
 
 
 def test_what_a_cell_prints_and_shows(client, capsys):
@@ -493,7 +493,7 @@ def die():
 
 def test_what_dies_at_once_again_and_again_is_not_tried_without_pause(client, monkeypatch):
     pauses = []
-    monkeypatch.setattr(runs.Run, "_pause", lambda run, seconds, file: pauses.append(seconds))
+    monkeypatch.setattr(runs.Run, "_pause", lambda run, seconds: pauses.append(seconds))
     run = hpclab.launch(client, die, ranks=1, max_restarts=3)
     with pytest.raises(hpclab.RankError, match="SIGKILL"):
         run.result(60)

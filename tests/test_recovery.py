@@ -584,7 +584,7 @@ def test_a_worker_that_comes_back_at_its_old_address():
 
 
 def wait_for_the_second_attempt():
-    while hpclab.gangs.rank._context.header["row"]["attempt"] == 0:
+    while hpclab.gangs.rank._context.place.attempt == 0:
         hpclab.report(step=0)
         time.sleep(0.1)
 

@@ -70,7 +70,7 @@ def test_a_client_without_a_certificate_gets_nothing(client, stranger):
 
 
 def test_a_stranger_reaches_no_rendezvous(client):
-    arguments = {"run": "", "attempt": 0, "question": {"do": "count", "keys": []}, "value": b""}
+    arguments = {"run": "", "attempt": 0, "question": b""}
 
     async def ask(security):
         async with rpc(client.scheduler.address, connection_args=security.get_connection_args("client")) as scheduler:

@@ -44,7 +44,7 @@ def last_page(run, shown):
 
 
 def report_what_one_likes():
-    rank = hpclab.gangs.rank._context.header["row"]["rank"]
+    rank = hpclab.gangs.rank._context.place.rank
     odd = (None, "s", math.nan, math.inf, 1e308, True, 2**63)
     for name in ("step", "loss", "time_s", "step_s", "samples", "compute_s"):
         for step, value in enumerate(odd):

@@ -11,7 +11,8 @@ from hpclab import doctor, machine, models, plots, racing, scaling, study
 from hpclab.cluster import connect
 from hpclab.figures import Figure, source_word
 from hpclab.gangs.launch import whole_number
-from hpclab.gangs.run import Run, occupy
+from hpclab.gangs.record import occupy
+from hpclab.gangs.run import Run
 from hpclab.language import translate as _
 from hpclab.rows import line
 from hpclab.tables import Table, markup

@@ -1,11 +1,10 @@
-"""One attempt of a run: a gang of ranks at their places, from their start until the last has ended."""
+"""Kernel: one attempt of a run, from the start of its ranks until the last has ended; and whom to blame."""
 
 import logging
 import math
 import pickle
-import queue
-import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Any
 
 from distributed import Client, Future
 
+from hpclab.gangs import wire
+from hpclab.gangs.errors import note
 from hpclab.gangs.progress import GangProgress, HangError
-from hpclab.gangs.rank import note
-from hpclab.gangs.scheduler import Gang, Ledger, consult, send
-from hpclab.gangs.worker import Outcome, Place, failure, supervise
+from hpclab.gangs.scheduler import Booking, Ledger, aside, consult, send
+from hpclab.gangs.wire import RankOutcome, RankPlace
+from hpclab.gangs.worker import supervise
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ LOST = ("RankDied", "WorkerLost")
 
 
 @dataclass
-class Settings:
+class RunSettings:
     """How the ranks of a run are kept; see `launch`."""
 
     init: bool = True
@@ -61,9 +62,9 @@ class Attempt:
     ----------
     number : int
         0 for the first attempt of a run.
-    places : list of Place
+    places : list of RankPlace
         By rank.
-    outcomes : dict of int to Outcome
+    outcomes : dict of int to RankOutcome
         Of the ranks that have ended, or were given up.
     hang : HangError or None
     calls : dict of int to int
@@ -72,28 +73,28 @@ class Attempt:
         Whether any rank has reported a row.
     """
 
-    def __init__(self, client: Client, gang: Gang, settings: Settings, number: int, places: list[Place]):
+    def __init__(self, client: Client, booking: Booking, settings: RunSettings, number: int, places: list[RankPlace]):
         self.client = client
-        self.run = gang.run
-        self.ranks = gang.ranks
+        self.run = booking.run
+        self.ranks = booking.ranks
         self.number = number
         self.places = places
-        self.outcomes: dict[int, Outcome] = {}
+        self.outcomes: dict[int, RankOutcome] = {}
         self.calls: dict[int, int] = {}
         self.hang: HangError | None = None
         self.reported = False
         self.deadline = math.inf
         self._futures: list[Future] = []
-        self._batches = [0] * gang.ranks
+        self._batches = [0] * booking.ranks
         self._stopping = False
         self._expires = ""
         """Whose job ends, and when, once that is near."""
         self._agreed = False
         self._ending = False
-        self._progress = GangProgress(settings.hang_after, lambda: self.order({"order": "stacks"}))
+        self._progress = GangProgress(settings.hang_after, lambda: self.order(wire.ShowStack()))
 
-    def start(self, payload: bytes, inbox: queue.SimpleQueue) -> None:
-        """Have the workers start the ranks; what becomes of each goes to the inbox as ``("done", outcome)``."""
+    def start(self, payload: bytes, ended: Callable[[RankOutcome], None]) -> None:
+        """Have the workers start the ranks; what becomes of each is told in a thread of its own."""
         self._futures = [
             self.client.submit(
                 supervise,
@@ -108,7 +109,8 @@ class Attempt:
             for place in self.places
         ]
         for place, future in zip(self.places, self._futures, strict=True):
-            future.add_done_callback(lambda future, place=place: _fetch(future, place, inbox))
+            # Brought here in a thread of its own: its worker may die meanwhile, and then it never comes.
+            future.add_done_callback(lambda future, place=place: aside(lambda: ended(_outcome(future, place))))
 
     def left(self) -> set[int]:
         """Ranks that have not ended."""
@@ -122,21 +124,27 @@ class Attempt:
         self.deadline = min(self.deadline, time.monotonic() + DRAIN_SECONDS)
         return whole or time.monotonic() > self.deadline
 
-    def hear(self, news: dict) -> None:
-        """Take in what a supervisor says of its rank beside rows and prints."""
-        self._batches[news["rank"]] += 1
-        self.reported |= bool(news["rows"])
-        if "calls" in news:
-            self.calls[news["rank"]] = news["calls"]
-            self._agree()
-        self._progress.hear(news)
+    def hear(self, rank: int, batch: list[wire.Message]) -> None:
+        """Take in what comes from a rank, or its worker says of it, beside rows and prints."""
+        self._batches[rank] += 1
+        for message in batch:
+            match message:
+                case wire.Row():
+                    self.reported = True
+                case wire.Calls():
+                    self.calls[rank] = message.calls
+                    self._agree()
+                case wire.Expires():
+                    self.expire(rank, message.at)
+                case wire.Stuck() | wire.Stack():
+                    self._progress.hear(rank, message)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: RankOutcome) -> None:
         """Take in how a rank ended; after a failure end the others: at once, or when its cause had time to show."""
         if outcome.rank in self.outcomes:
             return
         self.outcomes[outcome.rank] = outcome
-        if outcome.failure is not None and outcome.failure["consequence"]:
+        if outcome.failure is not None and outcome.failure.consequence:
             self.deadline = min(self.deadline, time.monotonic() + SETTLE_SECONDS)
         elif outcome.failure is not None and not self._ending:
             self.end_all()
@@ -146,13 +154,12 @@ class Attempt:
         """Give up the ranks whose workers have gone."""
         for place in self.places:
             if place.worker in workers:
-                why = f"was lost with its worker {place.worker}"
-                self.end(Outcome(place.rank, place.worker, place.attempt, failure=failure("WorkerLost", why)))
+                self.end(_lost(place, f"was lost with its worker {place.worker}"))
 
     def look(self) -> None:
         """End a gang that hangs, and keep where each rank stands; end one whose time is over."""
-        if not self._ending and (found := self._progress.hang(self.left())):
-            self.hang = HangError(f"no rank of run {self.run} {found}")
+        if not self._ending and (why := self._progress.hang(self.left())):
+            self.hang = HangError(f"no rank of run {self.run} {why}")
             self.end_all()
         if time.monotonic() > self.deadline:
             self.end_all()
@@ -160,16 +167,22 @@ class Attempt:
     def stop(self) -> None:
         """Have ranks that ask `should_stop` agree on a step to end at; the others are interrupted."""
         if not self._stopping:
-            self.order({"order": "stop"})
+            self.order(wire.Stop())
             self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
         self._stopping = True
 
     def expire(self, rank: int, when: float) -> None:
-        """Have ranks that ask `should_stop` end before a rank's job does; others may still get done in time."""
+        """Have ranks that ask `should_stop` end before a rank's job does, and no other attempt begin under its worker.
+
+        Other ranks may still get done in time.
+        """
+        worker = self.places[rank].worker
         if not self._expires and not self._stopping:
-            whose, at = self.places[rank].worker, time.strftime("%H:%M:%S", time.localtime(when))
-            self._expires = f"the walltime of rank {rank}'s worker {whose} is over at {at}"
-            self.order({"order": "expire"})
+            at = time.strftime("%H:%M:%S", time.localtime(when))
+            self._expires = f"the walltime of rank {rank}'s worker {worker} is over at {at}"
+            self.order(wire.Expire())
+        with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
+            consult(self.client, Ledger.expire, worker)
 
     def end_all(self) -> None:
         """Have the workers end the ranks that are left; asked again after a while, let go of those who didn't."""
@@ -178,7 +191,7 @@ class Attempt:
         if self._ending:
             self.let_go()
         else:
-            self.order({"order": "end"})
+            self.order(wire.End())
         self._ending = True
         self.deadline = time.monotonic() + KILL_SECONDS
 
@@ -191,20 +204,14 @@ class Attempt:
                 consult(self.client, Ledger.give_up, [place.worker for place in self.places if place.rank in left])
         for place in self.places:
             why = "did not end when it was told to, and was given up"
-            lost = failure("Unreachable", why, consequence=True)
-            self.outcomes.setdefault(place.rank, Outcome(place.rank, place.worker, place.attempt, failure=lost))
+            self.outcomes.setdefault(place.rank, _lost(place, why, "Unreachable", consequence=True))
 
-    def order(self, order: dict, rank: int | None = None) -> None:
+    def order(self, order: wire.Order, rank: int | None = None) -> None:
         """Give an order to one rank, or all that are left, without waiting for the scheduler, which may have gone."""
         left = self.left()
         workers = [place.worker for place in self.places if place.rank in left and rank in (None, place.rank)]
-
-        def work() -> None:
-            with suppress(Exception):  # with a client that closes, its futures end, and the workers end their ranks
-                send(self.client, workers, self.run, order, rank=rank, attempt=self.number)
-
-        if workers:
-            threading.Thread(target=work, name=f"{self.run}-order", daemon=True).start()
+        if workers:  # with a client that closes, its futures end, and the workers end their ranks
+            aside(send, self.client, workers, self.run, order, rank, self.number)
 
     def close(self) -> None:
         """Let go of all that is left."""
@@ -217,12 +224,11 @@ class Attempt:
 
     def failed(self) -> bool:
         """Whether a rank failed, for whatever reason."""
-        return self.hang is not None or any(outcome.failure for outcome in self.outcomes.values())
+        return self.hang is not None or bool(self._failures())
 
     def at_fault(self) -> bool:
         """Whether a rank failed by itself, not in consequence of something else."""
-        failures = [outcome.failure for outcome in self.outcomes.values() if outcome.failure]
-        return self.hang is not None or any(not found["consequence"] for found in failures)
+        return self.hang is not None or not all(failure.consequence for failure in self._failures().values())
 
     def expired(self) -> str:
         """Why its ranks ended early, all at one step, if they did so before a job's end; or nothing."""
@@ -232,13 +238,12 @@ class Attempt:
         """Whether it ended early since something beneath it went away: a rank's process, a worker, a host, a job."""
         if self.expired():
             return True
-        first = self._first()
-        return self.hang is None and first is not None and first.failure["type"] in LOST  # type: ignore[index]
+        return self.hang is None and (first := self._first()) is not None and first[1].type in LOST
 
     def failed_at(self) -> float:
         """When it failed, in seconds since the epoch."""
         first = self._first()
-        return first.failure["time"] if first else time.time()  # type: ignore[index]
+        return first[1].time if first else time.time()
 
     def blame(self) -> BaseException:
         """The error of the rank that failed first; what followed from it counts only if nothing else is known."""
@@ -247,16 +252,13 @@ class Attempt:
             return RankError(why)
         if self.hang is not None or first is None:
             return self.hang or RankError(f"run {self.run} broke off.")
-        error = _error(first, self.ranks)
-        for outcome in sorted(self.outcomes.values(), key=lambda outcome: outcome.rank):
-            told = outcome.failure
-            if told is not None and told["consequence"] and outcome is not first and told["type"] != "Stopped":
-                note(
-                    error,
-                    f"In consequence, rank {outcome.rank}: {told['type']}: {' '.join(told['message'].split())[:300]}",
-                )
-        returned = [outcome.rank for outcome in self.outcomes.values() if not outcome.failure]
-        if returned and first.failure["consequence"] and first.failure["traceback"]:  # type: ignore[index]
+        outcome, failure = first
+        error = _error(outcome, failure, self.ranks)
+        for rank, other in sorted(self._failures().items()):
+            if other.consequence and rank != outcome.rank and other.type != "Stopped":
+                note(error, f"In consequence, rank {rank}: {other.type}: {' '.join(other.message.split())[:300]}")
+        returned = [rank for rank, outcome in self.outcomes.items() if not outcome.failure]
+        if returned and failure.consequence and failure.traceback:
             note(error, f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
         return error
 
@@ -264,10 +266,16 @@ class Attempt:
         """What the ranks returned, by rank."""
         return [unpickle(self.outcomes[rank].value, f"the return value of rank {rank}") for rank in range(self.ranks)]
 
-    def _first(self) -> Outcome | None:
-        """The outcome that is to blame."""
-        failures = [(o.failure["consequence"], o.failure["time"], o.rank) for o in self.outcomes.values() if o.failure]
-        return self.outcomes[min(failures)[2]] if failures else None
+    def _failures(self) -> dict[int, wire.Failed]:
+        return {rank: outcome.failure for rank, outcome in self.outcomes.items() if outcome.failure}
+
+    def _first(self) -> tuple[RankOutcome, wire.Failed] | None:
+        """The outcome that is to blame, and its failure."""
+        failures = self._failures()
+        if not failures:
+            return None
+        first = min(failures, key=lambda rank: (failures[rank].consequence, failures[rank].time, rank))
+        return self.outcomes[first], failures[first]
 
     def _agree(self) -> None:
         """Once all ranks that are left have told how often they asked, have them end at the call after the furthest.
@@ -277,58 +285,50 @@ class Attempt:
         left = self.left()
         if (self._stopping or self._expires) and left and left <= self.calls.keys():
             self._agreed = True
-            self.order({"order": "stop_at", "calls": max(self.calls.values()) + 1})
+            self.order(wire.StopAt(calls=max(self.calls.values()) + 1))
             self.deadline = time.monotonic() + SAVE_SECONDS
 
 
 def plan(
-    gang: Gang,
+    booking: Booking,
     folder: Path,
-    settings: Settings,
-    seats: dict,
-    attempt: int = 0,
-    launched: float | None = None,
-    ahead: float = 0.0,
-) -> list[Place]:
-    """The places of an attempt's ranks, on the seats that the ledger gave; `ahead` as in `Place`."""
-    launched = time.time() if launched is None else launched
-    hosts = seats["hosts"]
+    settings: RunSettings,
+    seats: wire.Seated,
+    attempt: int,
+    launched: float,
+    ahead: float,
+) -> list[RankPlace]:
+    """The places of an attempt's ranks, on the seats that the ledger gave; `launched` and `ahead` as in `RankPlace`."""
+    hosts = seats.hosts
     nodes = list(dict.fromkeys(hosts))
     return [
-        Place(
-            run=gang.run,
+        RankPlace(
+            run=booking.run,
             attempt=attempt,
             folder=str(folder),
             rank=rank,
-            ranks=gang.ranks,
+            ranks=len(hosts),
             worker=worker,
             local_rank=hosts[:rank].count(hosts[rank]),
             local_ranks=hosts.count(hosts[rank]),
             node=nodes.index(hosts[rank]),
             nodes=len(nodes),
             main=hosts[0],
-            threads=gang.threads,
+            threads=booking.threads,
             launched=launched,
-            clock=seats["clock"],
+            clock=seats.clock,
             ahead=ahead,
-            store=seats["store"] and f"{seats['store']}-{attempt}",
+            store=seats.store and f"{seats.store}-{attempt}",
             init=settings.init,
             memory=settings.memory or memory,
             worker_memory=memory,
             resume=settings.resume,
         )
-        for rank, (worker, memory) in enumerate(zip(seats["workers"], seats["memory"], strict=True))
+        for rank, (worker, memory) in enumerate(zip(seats.workers, seats.memory, strict=True))
     ]
 
 
-def _fetch(future: Future, place: Place, inbox: queue.SimpleQueue) -> None:
-    """Bring an outcome here, in a thread of its own: its worker may die meanwhile, and then it never comes."""
-    fetch = threading.Thread(target=lambda: inbox.put(("done", _outcome(future, place))), daemon=True)
-    fetch.name = f"{place.run}-fetch"
-    fetch.start()
-
-
-def _outcome(future: Future, place: Place) -> Outcome:
+def _outcome(future: Future, place: RankPlace) -> RankOutcome:
     """The outcome that a task brought back, or one that says why there is none."""
     try:
         if future.status != "cancelled":
@@ -336,8 +336,13 @@ def _outcome(future: Future, place: Place) -> Outcome:
         cause = "its task was cancelled"
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
-    lost = failure("WorkerLost", f"was lost with its worker ({cause})", consequence=future.status == "cancelled")
-    return Outcome(place.rank, place.worker, place.attempt, failure=lost)
+    return _lost(place, f"was lost with its worker ({cause})", consequence=future.status == "cancelled")
+
+
+def _lost(place: RankPlace, why: str, kind: str = "WorkerLost", consequence: bool = False) -> RankOutcome:
+    """The outcome of a rank that can't bring one."""
+    failure = wire.Failed(type=kind, message=why, consequence=consequence)
+    return RankOutcome(place.rank, place.worker, place.attempt, failure=failure)
 
 
 def unpickle(body: bytes, what: str) -> Any:
@@ -348,19 +353,17 @@ def unpickle(body: bytes, what: str) -> Any:
         raise RankError(f"{what} can't be unpickled here: {error!r}") from error
 
 
-def _error(outcome: Outcome, ranks: int) -> BaseException:
-    failure = outcome.failure
-    assert failure is not None
+def _error(outcome: RankOutcome, failure: wire.Failed, ranks: int) -> BaseException:
     who = f"rank {outcome.rank} of {ranks} on {outcome.host}"
-    if not failure["traceback"]:
-        return RankError(f"{who} {failure['message']}.")
-    told = f"\nRaised first by {who}:\n{failure['traceback']}"
+    if not failure.traceback:
+        return RankError(f"{who} {failure.message}.")
+    origin = f"\nRaised first by {who}:\n{failure.traceback}"
     try:
-        error = pickle.loads(outcome.error)
-        error.add_note(told)
+        error = pickle.loads(failure.body)
+        error.add_note(origin)
     except (Exception, SystemExit):  # it can't be brought here, or takes no note
         error = None
     if not isinstance(error, Exception):  # SystemExit and its like would end the notebook's kernel
-        error = RankError(f"{failure['type']}: {failure['message']}")
-        error.add_note(told)
+        error = RankError(f"{failure.type}: {failure.message}")
+        error.add_note(origin)
     return error

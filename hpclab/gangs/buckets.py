@@ -1,4 +1,4 @@
-"""DDP's buckets of gradients, laid once, so that sums come in the same order in every step of every attempt.
+"""Rank: DDP's buckets of gradients, laid once, so that sums come in the same order in every step of every attempt.
 
 By itself DistributedDataParallel reduces its first backward pass in one bucket, and lays the buckets anew after it, by
 the order in which gradients came. Where a number lies in a bucket decides in which order gloo adds the ranks' shares of

@@ -1,4 +1,4 @@
-"""An interactive gang: ranks that live between the cells of a notebook, and the magic ``%%ranks`` that uses them."""
+"""Kernel: an interactive gang, whose ranks live between the cells of a notebook, and the magic ``%%ranks``."""
 
 import itertools
 import linecache
@@ -22,10 +22,10 @@ from IPython.core.error import UsageError
 from IPython.core.inputtransformer2 import TransformerManager
 
 from hpclab._arguments import plain, whole_number
+from hpclab.gangs import wire
 from hpclab.gangs.attempt import unpickle
 from hpclab.gangs.launch import check_pickles, check_size, launch
 from hpclab.gangs.progress import waits, with_source
-from hpclab.gangs.rank import frame
 from hpclab.gangs.run import Run
 from hpclab.gangs.scheduler import aside, send
 from hpclab.gangs.worker import fetch
@@ -145,9 +145,9 @@ class Gang:
         self._lock = threading.Lock()
         try:
             while len(self._workers) < self.ranks:
-                news = self._hear()
-                for said in news.get("said", ()):
-                    self._workers[news["rank"]] = said["worker"]
+                rank, message = self._hear()
+                if isinstance(message, wire.Ready):
+                    self._workers[rank] = message.worker
         except BaseException:
             self.close()
             raise
@@ -207,29 +207,31 @@ class Gang:
         """Return the value of a name, or of an expression, from all ranks or some, in their order."""
         answers = self._ask(expression, on, pull=True)
         workers = sorted(set(self._workers.values()))
-        fetched = aside(partial(self._client.run, fetch, self._run.name, workers=workers))
-        while futures.wait([fetched], FOLD_SECONDS).not_done:
+        fetching = aside(partial(self._client.run, fetch, self._run.name, workers=workers))
+        while futures.wait([fetching], FOLD_SECONDS).not_done:
             self._check()  # a worker that has gone would be tried for long
-        found: dict[int, bytes] = {}
-        for part in fetched.result().values():
-            found |= part
-        return [unpickle(found[rank], f"the value of rank {rank}") for rank in sorted(answers)]
+        values: dict[int, bytes] = {}
+        for of_worker in fetching.result().values():
+            values |= of_worker
+        return [unpickle(values[rank], f"the value of rank {rank}") for rank in sorted(answers)]
 
     def close(self) -> None:
         """End the ranks, and with them their names; one that doesn't end by itself is killed."""
         if self in _open:
             _open.remove(self)
         with suppress(RuntimeError):  # it was closed before
-            self._order({"order": "frame", "frame": frame({"order": "close"})})
+            self._order(wire.Close())
         self._run.wait(CLOSE_SECONDS)
         self._run.stop(now=True)
         self._sender.shutdown(wait=False)
 
-    def _ask(self, code: str, on: Any = None, name: str = "", body: bytes = b"", pull: bool = False) -> dict[int, dict]:
+    def _ask(
+        self, code: str, on: Any = None, name: str = "", body: bytes = b"", pull: bool = False
+    ) -> dict[int, wire.Answered]:
         """Run a cell; the answers by rank."""
-        given = range(self.ranks) if on is None else on if isinstance(plain(on), Iterable) else [on]
+        wished = range(self.ranks) if on is None else on if isinstance(plain(on), Iterable) else [on]
         try:
-            picked = {whole_number("on", rank, 0, self.ranks - 1) for rank in given}
+            picked = {whole_number("on", rank, 0, self.ranks - 1) for rank in wished}
         except ValueError:
             picked = set()
         if not picked:
@@ -237,19 +239,29 @@ class Gang:
         number = next(_cells)
         name = name or f"<ranks run {number}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-        order = {"order": "cell", "cell": number, "name": name, "source": code, "pull": pull, "on": sorted(picked)}
-        order["code"] = code if pull else _python(code)
+        python = code if pull else _python(code)
         with self._lock:
             self._check()
-            return _Cell(self, number, picked).follow(order | {"group": self._group}, body)
+            return _Cell(self, number, picked).follow(
+                wire.RunCell(
+                    cell=number,
+                    name=name,
+                    source=code,
+                    code=python,
+                    pull=pull,
+                    on=sorted(picked),
+                    group=self._group,
+                    body=body,
+                )
+            )
 
-    def _order(self, order: dict) -> None:
+    def _order(self, order: wire.Order) -> None:
         """Give all ranks an order, after those that were given before."""
         workers = sorted(set(self._workers.values()))
         self._sent = self._sender.submit(send, self._client, workers, self._run.name, order)
 
-    def _hear(self) -> dict:
-        """The next news of a rank, or none for now; raises if the gang has ended."""
+    def _hear(self) -> tuple[int, wire.Message | None]:
+        """The next that a rank says, or its worker of it, or None for now; raises if the gang has ended."""
         try:
             return self._run.said.get(timeout=0.02)
         except queue.Empty:
@@ -257,7 +269,7 @@ class Gang:
             self._check(LOST_SECONDS if lost else 0)
             if lost:
                 self._sent.result()
-            return {}
+            return -1, None
 
     def _check(self, seconds: float = 0) -> None:
         """Raise if the gang has ended, or does within some seconds, and all that its ranks said has been heard."""
@@ -278,49 +290,52 @@ class _Cell:
         self.number = number
         self.left = picked.copy()
         """Ranks that have not answered."""
-        self.answers: dict[int, dict] = {}
+        self.answers: dict[int, wire.Answered] = {}
+        self.failures: dict[int, wire.CellFailed] = {}
         self.stacks: dict[int, str] | None = None
         """Where ranks stand, once they were asked; what comes before is an answer to an earlier cell."""
         self.stood: dict[int, str] = {}
         """Where ranks stood that had to be interrupted."""
         self.lines = _Lines()
 
-    def follow(self, order: dict, body: bytes) -> dict[int, dict]:
+    def follow(self, order: wire.RunCell) -> dict[int, wire.Answered]:
         """Give the order, show what the ranks print until all have answered, and return the answers."""
         try:
-            self.gang._order({"order": "frame", "frame": frame(order, body)})
+            self.gang._order(order)
             looked = time.monotonic()
             while self.left:
                 self.hear()
-                if not self.failures():
+                if not self.failures:
                     looked = time.monotonic()
                 elif time.monotonic() - looked > LOOK_SECONDS:
                     looked, self.stacks = time.monotonic(), {}
-                    self.gang._order({"order": "stacks"})
+                    self.gang._order(wire.ShowStack())
                 elif self.stacks and all(waits(with_source(self.stacks.get(rank, ""))) for rank in self.left):
                     self.leave()
         except KeyboardInterrupt:
             self.leave()
-            raise CellInterrupt(self.told()) from None
+            raise CellInterrupt(self.where()) from None
         finally:
             self.lines.show(set())
-        if failures := self.failures():
-            if any(failure["consequence"] for failure in failures.values()):
+        if self.failures:
+            if any(failure.consequence for failure in self.failures.values()):
                 self.gang._group += 1
-            raise CellError(self.blame(failures)) from None
+            raise CellError(self.blame()) from None
         return self.answers
 
     def hear(self) -> None:
-        """Take in the next news, and show what is to be shown."""
-        news = self.gang._hear()
-        if "stack" in news and self.stacks is not None:
-            self.stacks[news["rank"]] = news["stack"]
-        for said in news.get("said", ()):
-            if said["said"] == "print":
-                self.lines.take(news["rank"], said["text"])
-            elif said["cell"] == self.number:
-                self.answers[news["rank"]] = said
-                self.left.discard(news["rank"])
+        """Take in what comes next, and show what is to be shown."""
+        rank, message = self.gang._hear()
+        match message:
+            case wire.Stack() if self.stacks is not None:
+                self.stacks[rank] = message.text
+            case wire.Printed():
+                self.lines.take(rank, message.text)
+            case wire.Answered() if message.cell == self.number:
+                self.answers[rank] = message
+            case wire.CellFailed() if message.cell == self.number:
+                self.failures[rank] = message
+        self.left -= self.answers.keys() | self.failures.keys()
         self.lines.show(self.left)
 
     def leave(self) -> None:
@@ -328,51 +343,40 @@ class _Cell:
         left = self.left.copy()
         stacks = self.stacks = {}
         self.gang._group += 1
-        self.gang._order({"order": "stacks"})
-        self.gang._order({"order": "frame", "frame": frame({"order": "interrupt", "cell": self.number})})
+        self.gang._order(wire.ShowStack())
+        self.gang._order(wire.Interrupt(cell=self.number))
         deadline = time.monotonic() + LEAVE_SECONDS
         while self.left and time.monotonic() < deadline:
             self.hear()
-        failures = self.failures()
-        awaited = {rank: failures[rank]["awaited"] for rank in left & failures.keys() if failures[rank]["awaited"]}
-        self.stood = {
-            rank: _place(*awaited[rank]) if rank in awaited else _where(stacks.get(rank, "")) for rank in left
-        }
-        for rank in self.left:
-            self.stood[rank] += f" (has not left it within {LEAVE_SECONDS:g} s; gang.close() ends it)"
+        for rank in left:
+            failure = self.failures.get(rank)
+            awaited = failure and failure.awaited
+            self.stood[rank] = _place(*awaited) if awaited else _where(stacks.get(rank, ""))
+            if rank in self.left:
+                self.stood[rank] += f" (has not left it within {LEAVE_SECONDS:g} s; gang.close() ends it)"
         self.left = set()
 
-    def failures(self) -> dict[int, dict]:
-        """What failed so far, by rank."""
-        return {rank: answer["failure"] for rank, answer in self.answers.items() if answer["failure"]}
-
-    def told(self) -> str:
+    def where(self) -> str:
         """Where the ranks stood when the cell was interrupted."""
-        where = dict.fromkeys(self.answers, "had ended") | {
-            rank: f"had raised {failure['summary']}" for rank, failure in self.failures().items()
-        }
+        where = dict.fromkeys(self.answers, "had ended")
+        where |= {rank: f"had raised {failure.summary}" for rank, failure in self.failures.items()}
         where |= {rank: f"stood in {place}" for rank, place in self.stood.items()}
         lines = [f"{_label(ranks)} {text}" for text, ranks in _folded(where).items()]
         return "\n".join(["the ranks keep their variables, and get a new process group.", *lines])
 
-    def blame(self, failures: dict[int, dict]) -> str:
+    def blame(self) -> str:
         """The failure that came first, whose it is, and what followed from it."""
-
-        def rank_of_cause(rank: int) -> tuple:
-            failure = failures[rank]
-            return failure["interrupted"], failure["consequence"], failure["time"]
-
-        cause = failures[min(failures, key=rank_of_cause)]
-        same = [rank for rank in failures if failures[rank]["traceback"] == cause["traceback"]]
-        told = [f"{_label(same)}\n{cause['traceback'].rstrip()}"]
-        others = {rank: failure for rank, failure in failures.items() if rank not in same}
-        also = {rank: f"raised {failure['summary']}" for rank, failure in others.items()}
+        failures = self.failures.values()
+        cause = min(failures, key=lambda failure: (failure.interrupted, failure.consequence, failure.time))
+        same = [rank for rank, failure in self.failures.items() if failure.traceback == cause.traceback]
+        lines = [f"{_label(same)}\n{cause.traceback.rstrip()}"]
+        also = {rank: f"raised {failure.summary}" for rank, failure in self.failures.items() if rank not in same}
         also |= {rank: f"waited in vain in {place}" for rank, place in self.stood.items()}
-        told += [f"{_label(ranks)} {text}" for text, ranks in _folded(also).items()]
+        lines += [f"{_label(ranks)} {text}" for text, ranks in _folded(also).items()]
         shell = get_ipython()
-        if shell is not None and (name := cause["missing"]) in shell.user_ns:
-            told.append(f"{name} is a name of the notebook, not of the ranks: gang.push({name}={name})")
-        return "\n".join(told)
+        if shell is not None and (name := cause.missing) in shell.user_ns:
+            lines.append(f"{name} is a name of the notebook, not of the ranks: gang.push({name}={name})")
+        return "\n".join(lines)
 
 
 class _Lines:
@@ -439,13 +443,13 @@ def _python(code: str, above: int = 0) -> str:
     return "\n" * above + "".join(lines)
 
 
-def _values(answers: dict[int, dict]) -> Values | None:
-    return Values({rank: answers[rank]["value"] for rank in sorted(answers) if answers[rank]["value"]}) or None
+def _values(answers: dict[int, wire.Answered]) -> Values | None:
+    return Values({rank: shown for rank in sorted(answers) if (shown := answers[rank].shown)}) or None
 
 
 def _where(stack: str) -> str:
     """Where in its cells a rank stands, outermost call first; without a cell's frame, what its stack says instead."""
-    frames = [_place(found["file"], int(found["line"])) for found in reversed([*_CELL_FRAME.finditer(stack)])]
+    frames = [_place(frame["file"], int(frame["line"])) for frame in reversed([*_CELL_FRAME.finditer(stack)])]
     return ", in ".join(frames) or stack.partition("\n")[0].strip() or "no place that it could tell"
 
 

@@ -1,4 +1,7 @@
-"""Run a function on a gang of ranks: processes that start together, can talk by torch.distributed, and end together."""
+"""Kernel: `launch`, which checks its arguments and makes a run of them.
+
+A gang is ranks, processes that start together, can talk by torch.distributed, and end together.
+"""
 
 import math
 import os
@@ -16,9 +19,9 @@ from distributed import Client
 
 from hpclab._arguments import plain, size
 from hpclab._arguments import whole_number as whole_number
-from hpclab.gangs.attempt import Settings
+from hpclab.gangs.attempt import RunSettings
 from hpclab.gangs.run import Run
-from hpclab.gangs.scheduler import Gang, Ledger, consult
+from hpclab.gangs.scheduler import Booking, Ledger, consult
 
 LARGE_BYTES = 2**23
 """Smaller messages fit anywhere."""
@@ -131,8 +134,8 @@ def launch(
     title = str(name or getattr(function, "__name__", type(function).__name__))
     title = re.sub(r"[^\w.=-]+", "-", title).strip("-").encode()[:TITLE_BYTES].decode(errors="ignore")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
-    gang = Gang(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
-    settings = Settings(
+    booking = Booking(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
+    settings = RunSettings(
         init,
         None if memory is None else size("memory", memory),
         hang_after,
@@ -141,7 +144,7 @@ def launch(
         _sizes(ranks, min_ranks),
         _resumable(resume),
     )
-    return Run(client, gang, settings, payload, Path(folder or Path("results", run)))
+    return Run(client, booking, settings, payload, Path(folder or Path("results", run)))
 
 
 def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe: bool = False) -> int:
@@ -152,13 +155,13 @@ def gang_size(client: Client, ranks: int | None, threads: int = 1, oversubscribe
         raise ValueError(f"client is {client.status}; open a new one with hpclab.connect().")
     threads = whole_number("threads", threads)
     wish = 1 if ranks is None else whole_number("ranks", ranks)
-    found = consult(client, Ledger.room, Gang("", client.id, wish, threads, oversubscribe))
-    if found["wrong"]:
+    most, wrong = consult(client, Ledger.room, Booking("", client.id, wish, threads, oversubscribe))
+    if wrong:
         cluster: Any = client.cluster
         if hasattr(cluster, "standing") and cluster.worker_spec and not cluster.scheduler.workers:
-            raise ValueError(f"{found['wrong']} Its jobs: {cluster.standing()}.")  # which may wait for ever
-        raise ValueError(found["wrong"])
-    return found["ranks"] if ranks is None else wish
+            wrong += f" Its jobs: {cluster.standing()}."  # which may wait for ever
+        raise ValueError(wrong)
+    return most if ranks is None else wish
 
 
 def _sizes(ranks: int, min_ranks: int | Iterable[int] | None) -> tuple[int, ...]:
@@ -167,10 +170,10 @@ def _sizes(ranks: int, min_ranks: int | Iterable[int] | None) -> tuple[int, ...]
         return (ranks,)
     several = isinstance(plain(min_ranks), Iterable)
     try:
-        found = [whole_number("min_ranks", size, 1, ranks) for size in (min_ranks if several else [min_ranks])]  # type: ignore[union-attr]
+        sizes = [whole_number("min_ranks", size, 1, ranks) for size in (min_ranks if several else [min_ranks])]  # type: ignore[union-attr]
     except ValueError:
         raise ValueError(f"min_ranks (={min_ranks!r}) must be from 1 to ranks (={ranks}).") from None
-    every = found if several else range(found[0], ranks)
+    every = sizes if several else range(sizes[0], ranks)
     return tuple(sorted({ranks, *every}, reverse=True))
 
 

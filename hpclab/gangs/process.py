@@ -1,4 +1,4 @@
-"""How a worker comes by the process of a rank, a fork of the host's zygote or a standby process; and by its orders."""
+"""Worker: how it gets a rank's process, a fork of the host's zygote or a standby process; and orders for it."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from typing import BinaryIO, ClassVar
 from distributed import Worker, WorkerPlugin
 
 from hpclab import _namesakes, machine
+from hpclab.gangs import wire
 from hpclab.gangs.host import FORK, MALLOC, call_zygote, socket_of, unbound, zygote_code
 from hpclab.gangs.zygote import FORK_ORDER, MESSAGE_BYTES, kill_group
 
@@ -41,7 +42,7 @@ def open_inbox(run: str, rank: int, attempt: int) -> queue.SimpleQueue:
     with _lock:
         inbox = inboxes[run, rank, attempt] = queue.SimpleQueue()
         if (run, attempt) in _ended:
-            inbox.put(("order", {"order": "end"}))
+            inbox.put(wire.End())
     return inbox
 
 
@@ -49,22 +50,18 @@ class ZygoteDied(RuntimeError):
     """The zygote went before it had forked a rank; another takes its place."""
 
 
-def give(run: str, order: dict, rank: int | None = None, attempt: int = 0) -> None:
-    """Give the ranks of a run that this worker supervises an order; called on the worker, in its event loop.
-
-    Orders: "stop", "stop_at" with ``calls``, "stacks", "end" (kill, the driver has a reason), "kill" (a failure), and
-    "die", which kills the worker itself; "expire" stops ranks that ask `should_stop`, and leaves the others alone;
-    "frame" hands ``frame`` to the rank.
-    """
-    if order["order"] == "die":
+def give(run: str, encoded: bytes, rank: int | None = None, attempt: int = 0) -> None:
+    """Give ranks of a run that this worker supervises an order; called on the worker, in its event loop."""
+    [order] = wire.decode(encoded)
+    if isinstance(order, wire.Die):
         threading.Timer(ANSWER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
     with _lock:
-        if order["order"] == "end":
+        if isinstance(order, wire.End):
             _ended.append((run, attempt))
         there = list(inboxes.items())
     for (name, number, of), inbox in there:
         if (name, of) == (run, attempt) and rank in (None, number):
-            inbox.put(("order", order))
+            inbox.put(order)
 
 
 class Warmth(WorkerPlugin):

@@ -1,4 +1,4 @@
-"""Whether a gang gets on: a collective that hangs keeps its rank's heart beating, so only progress tells a hang."""
+"""Worker and kernel: whether ranks get on. One that hangs in a collective still beats: only progress tells a hang."""
 
 import linecache
 import re
@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import psutil
 
+from hpclab.gangs import wire
 from hpclab.gangs.rank import BEAT_SECONDS
 
 LOOK_SECONDS = 1.0
@@ -72,7 +73,7 @@ class RankProgress:
 
 
 class GangProgress:
-    """Whether a gang gets on, seen from its driver.
+    """Whether a gang gets on, seen from the kernel.
 
     Parameters
     ----------
@@ -86,16 +87,16 @@ class GangProgress:
         self.limit = limit
         self.ask = ask
         self.stuck: dict[int, float] = {}
-        """When each rank last got on, as far as its supervisor told."""
+        """When each rank last got on, as far as its worker told."""
         self.stacks: dict[int, str] = {}
         self.asked = float("-inf")
 
-    def hear(self, news: dict) -> None:
-        """Take in what a supervisor says of its rank."""
-        if "stuck_s" in news:
-            self.stuck[news["rank"]] = time.monotonic() - news["stuck_s"]
-        if "stack" in news:
-            self.stacks[news["rank"]] = news["stack"]
+    def hear(self, rank: int, news: wire.Stuck | wire.Stack) -> None:
+        """Take in what a worker says of its rank."""
+        if isinstance(news, wire.Stuck):
+            self.stuck[rank] = time.monotonic() - news.seconds
+        else:
+            self.stacks[rank] = news.text
 
     def hang(self, left: set[int]) -> str | None:
         """Where each of the ranks that are left stands, if none has got on for too long and one waits for others.
@@ -128,13 +129,13 @@ def waits(stack: str) -> bool:
 
 def with_source(stack: str) -> str:
     """A stack with the lines of code, as far as they are here: cells of the notebook are."""
-    told = []
+    lines = []
     for line in stack.strip("\n").splitlines():
-        told.append(line)
-        if found := _FRAME.match(line):
-            source = linecache.getline(found["file"], int(found["line"])).strip()
-            told += [f"    {source}"] * bool(source)
-    return "\n".join(told)
+        lines.append(line)
+        if frame := _FRAME.match(line):
+            source = linecache.getline(frame["file"], int(frame["line"])).strip()
+            lines += [f"    {source}"] * bool(source)
+    return "\n".join(lines)
 
 
 def _innermost(stack: str) -> str:

@@ -1,4 +1,4 @@
-"""The inside of an interactive gang: a rank that runs cells, keeps their names between them, and can be interrupted.
+"""Rank: of an interactive gang: runs cells, keeps their names between them, and can be interrupted.
 
 The main thread runs the cells. Another one takes the orders, so that an interrupt is heard while a cell runs.
 """
@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from hpclab.gangs import rank, rank_magics
+from hpclab.gangs import errors, rank, rank_end, rank_magics, wire
 
 CHARACTERS = 20_000
 """What a rank's cells may print a second before the rest goes to its log, as the prints of other runs do."""
@@ -46,11 +46,11 @@ def serve() -> NoReturn:
     cells.context.should_stop = lambda: False  # type: ignore[method-assign]  # a cell is interrupted, and agrees to nothing
     cells.context.interrupt = cells.leave
     threading.Thread(target=cells.listen, daemon=True).start()
-    cells.say("hello", worker=cells.context.header["worker"])
+    cells.context.send(wire.Ready(worker=cells.place.worker))
     while (order := cells.orders.get()) is not None:
-        cells.take(*order)
-    cells.context.send({"record": "value"}, pickle.dumps(None))
-    rank.leave(0, rank.FAILED_SECONDS)
+        cells.take(order)
+    cells.context.send(wire.Value(body=pickle.dumps(None)))
+    rank_end.leave(0, rank_end.FAILED_SECONDS)
 
 
 class _Cells:
@@ -58,8 +58,8 @@ class _Cells:
 
     def __init__(self, context: rank.Context):
         self.context = context
-        self.rank, self.ranks = context.header["row"]["rank"], context.header["row"]["ranks"]
-        self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.place = context.place
+        self.orders: queue.SimpleQueue[wire.RunCell | None] = queue.SimpleQueue()
         self.main = threading.get_ident()
         self.running: int | None = None
         self.awaited: tuple[str, int] | None = None
@@ -74,7 +74,7 @@ class _Cells:
         """Connections that were there before the process group was."""
         main = sys.modules["__main__"] = types.ModuleType("__main__")  # where pickle looks for a cell's classes
         self.names = main.__dict__
-        self.names.update(torch=torch, dist=dist, rank=self.rank, ranks=self.ranks)
+        self.names.update(torch=torch, dist=dist, rank=self.place.rank, ranks=self.place.ranks)
         shell = rank_magics.Shell(self.execute)
         self.names.update(get_ipython=lambda: shell, display=rank_magics.display)
         self.loop = asyncio.new_event_loop()
@@ -82,48 +82,49 @@ class _Cells:
         builtins.input, sys.breakpointhook = rank_magics.no_input, rank_magics.no_breakpoint
         sys.stdout = sys.stderr = self.prints = _Prints(self)
 
-    def say(self, what: str, body: bytes = b"", **content: Any) -> None:
-        """Tell the driver something."""
-        self.context.send({"record": "cell", "said": what} | content, body)
-
     def listen(self) -> None:
         """Take orders for ever."""
         while True:
-            order, body = self.context.inbox.get()
-            if order["order"] == "interrupt":
-                self.interrupt(order["cell"])
-            elif order["order"] == "close":
-                self.orders.put(None)
-            else:
-                self.orders.put((order, body))
+            match self.context.inbox.get():
+                case wire.Interrupt(cell=cell):
+                    self.interrupt(cell)
+                case wire.Close():
+                    self.orders.put(None)
+                case order:
+                    self.orders.put(order)
 
-    def take(self, order: dict, body: bytes) -> None:
+    def take(self, order: wire.RunCell) -> None:
         """Run one cell, if this rank was picked for it, and answer."""
-        self.running, picked = order["cell"], self.rank in order["on"]
-        shown, value, failure, self.awaited = None, b"", None, None
+        self.running, picked = order.cell, self.place.rank in order.on
+        answer: wire.FromCell | None
+        self.awaited = None
         try:
             if self.interrupted == self.running:
                 raise KeyboardInterrupt
-            self.regroup(order["group"])
-            if picked:
-                self.names.update(pickle.loads(body) if body else {})
-                source, name = order["source"] + "\n", order["name"]  # without, Python's marks below it are one off
-                linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-                found = self.execute(order["code"], name, self.names)
-                if order["pull"]:
-                    value = rank.dumps(found, f"the value of {order['code']}", self.context.header["worker_memory"])
-                elif found is not None:
-                    shown = rank.printable(rank_magics.as_text(found)[:SHOWN])
+            self.regroup(order.group)
+            answer = self.answer(order) if picked else None
             self.running = None  # from here on an interrupt comes too late
         except BaseException as error:
             self.running = None
             try:
-                failure = self.failure(error, order["cell"])
+                answer = self.failure(error, order.cell)
             except BaseException as failed:  # its own code may do anything, such as exit
-                failure = self.failure(RuntimeError(f"{type(error).__name__}, of which {failed!r}"), order["cell"])
-        if picked:
+                answer = self.failure(RuntimeError(f"{type(error).__name__}, of which {failed!r}"), order.cell)
+        if picked and answer is not None:
             self.prints.end()
-            self.say("answer", value, cell=order["cell"], value=shown, failure=failure)
+            self.context.send(answer)
+
+    def answer(self, order: wire.RunCell) -> wire.Answered:
+        """Run a cell, and tell its value as it was asked for."""
+        self.names.update(pickle.loads(order.body) if order.body else {})
+        source, name = order.source + "\n", order.name  # without, Python's marks below it are one off
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        value = self.execute(order.code, name, self.names)
+        if order.pull:
+            body = rank_end.dumps(value, f"the value of {order.code}", self.place.worker_memory)
+            return wire.Answered(cell=order.cell, shown=None, body=body)
+        shown = None if value is None else errors.printable(rank_magics.as_text(value)[:SHOWN])
+        return wire.Answered(cell=order.cell, shown=shown)
 
     def execute(self, code: str, name: str, names: dict) -> Any:
         """Run code of a cell; the value of its last line if that is an expression that no semicolon ends."""
@@ -164,7 +165,7 @@ class _Cells:
             dist.destroy_process_group()
         self.spared = {number for number, _ in _connections()}
         store = dist.PrefixStore(f"cells-{group}", self.store)
-        dist.init_process_group(rank.backend(), store=store, rank=self.rank, world_size=self.ranks)
+        dist.init_process_group(rank.backend(), store=store, rank=self.place.rank, world_size=self.place.ranks)
         dist.barrier()  # a rank that dies in the first line of a cell shall find the group made
         self.group = group
 
@@ -200,25 +201,26 @@ class _Cells:
         if self.running is not None or not interrupt:
             raise KeyboardInterrupt
 
-    def failure(self, error: BaseException, cell: int) -> dict:
-        """What the driver is told of an error in a cell."""
-        rank.tell_of_limit(error, self.context.header["memory"], "gang")
+    def failure(self, error: BaseException, cell: int) -> wire.CellFailed:
+        """What the kernel is told of an error in a cell."""
+        rank_end.tell_of_limit(error, self.place.memory, "gang")
         if isinstance(error, SystemExit):
             text = "A cell can't end its rank, which goes on with its variables; gang.close() ends them all."
-            rank.note(error, text)
-        return {
-            "summary": f"{type(error).__name__}: {rank.message(error)}",
-            "traceback": rank.printable(_traceback(error)),
-            "missing": str(error.name) if isinstance(error, NameError) else None,
-            "time": time.time(),
-            "awaited": self.awaited,
-            "interrupted": cell == self.interrupted,
-            "consequence": rank.is_consequence(error),
-        }
+            errors.note(error, text)
+        return wire.CellFailed(
+            cell=cell,
+            summary=f"{type(error).__name__}: {errors.message(error)}",
+            traceback=errors.printable(_traceback(error)),
+            missing=str(error.name) if isinstance(error, NameError) else None,
+            time=time.time(),
+            awaited=self.awaited,
+            interrupted=cell == self.interrupted,
+            consequence=rank_end.is_consequence(error),
+        )
 
 
 class _Prints(io.TextIOBase):
-    """What cells print, line by line to the driver; what is printed between them goes where it went before."""
+    """What cells print, line by line to the kernel; what is printed between them goes where it went before."""
 
     encoding = "utf-8"
 
@@ -247,10 +249,10 @@ class _Prints(io.TextIOBase):
         """Send what is left at the end of a cell."""
         with self.lock:
             if self.line:
-                self.cells.say("print", text=self.line)  # no longer than CHARACTERS
+                self._print(self.line)  # no longer than CHARACTERS
             if self.hidden:
-                log = f"{self.cells.context.header['folder']}/rank-{self.cells.rank}.log"
-                self.cells.say("print", text=f"... {self.hidden:,} more lines are in {log}")
+                log = f"{self.cells.place.folder}/rank-{self.cells.place.rank}.log"
+                self._print(f"... {self.hidden:,} more lines are in {log}")
             self.line, self.hidden = "", 0
 
     def fileno(self) -> int:
@@ -265,7 +267,10 @@ class _Prints(io.TextIOBase):
             self.usual.write(text)
             self.hidden += text.count("\n") * (self.cells.running is not None)
         elif text:
-            self.cells.say("print", text=text)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.cells.context.send(wire.Printed(text=text))
 
 
 class _Store(dist.Store):
@@ -303,12 +308,12 @@ def _connections() -> Iterator[tuple[int, socket.socket]]:
     """This process's TCP connections, each with a number of its own; FileNotFoundError where a system doesn't tell."""
     for fd in os.listdir("/dev/fd"):
         with suppress(OSError):  # it has gone meanwhile, or was never connected
-            about = os.fstat(int(fd))
-            if not stat.S_ISSOCK(about.st_mode):
+            status = os.fstat(int(fd))
+            if not stat.S_ISSOCK(status.st_mode):
                 continue
-            with socket.socket(fileno=os.dup(int(fd))) as found:
-                if found.family in (socket.AF_INET, socket.AF_INET6) and found.getpeername():
-                    yield about.st_ino, found
+            with socket.socket(fileno=os.dup(int(fd))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
+                    yield status.st_ino, connection
 
 
 def _traceback(error: BaseException) -> str:
@@ -316,6 +321,6 @@ def _traceback(error: BaseException) -> str:
     step = error.__traceback__
     while step is not None and not step.tb_frame.f_code.co_filename.startswith("<ranks "):
         step = step.tb_next
-    told = traceback.TracebackException(type(error), error, step)
-    told.stack[:] = rank_magics.in_cells(told.stack, __file__)
-    return "".join(told.format())
+    report = traceback.TracebackException(type(error), error, step)
+    report.stack[:] = rank_magics.in_cells(report.stack, __file__)
+    return "".join(report.format())

@@ -1,4 +1,4 @@
-"""What isn't Python in the cells of ranks: commands of the system, and the magics that make sense there.
+"""Rank: what isn't Python in its cells: commands of the system, and the magics that make sense there.
 
 The notebook's kernel turns them into calls of ``get_ipython()``, as IPython does for its own cells; here is what these
 find on a rank. IPython itself is imported only for what needs it, since each rank would pay for it.
@@ -97,11 +97,11 @@ class Shell:
         return None
 
     def _help(self, line: str, cell: str | None, frame: FrameType) -> None:
-        found = self._value(line, frame)
-        head = f"{line}: {type(found).__name__}"
+        value = self._value(line, frame)
+        head = f"{line}: {type(value).__name__}"
         with suppress(TypeError, ValueError):  # it isn't called, or doesn't tell how
-            head = f"{line}{inspect.signature(found)}"
-        print(f"{head}\n{inspect.getdoc(found) or 'It has no docstring.'}")
+            head = f"{line}{inspect.signature(value)}"
+        print(f"{head}\n{inspect.getdoc(value) or 'It has no docstring.'}")
 
     def _source(self, line: str, cell: str | None, frame: FrameType) -> None:
         try:
@@ -145,8 +145,8 @@ class Shell:
             if collects:
                 gc.enable()
         mean, deviation = statistics.fmean(runs), statistics.pstdev(runs)
-        told = f"(mean and std. dev. of {len(runs)} runs, {loops:,} loops each)"
-        print(f"{_seconds(mean)} ± {_seconds(deviation)} per loop {told}")
+        basis = f"(mean and std. dev. of {len(runs)} runs, {loops:,} loops each)"
+        print(f"{_seconds(mean)} ± {_seconds(deviation)} per loop {basis}")
 
 
 def display(*values: Any, **_settings: Any) -> None:
@@ -178,18 +178,18 @@ def no_breakpoint(*_: Any, **__: Any) -> NoReturn:
 
 def in_cells(frames: Iterable[traceback.FrameSummary], *others: str) -> list[traceback.FrameSummary]:
     """Frames of an error without those of this module and others; nor a line twice that a magic ran by itself."""
-    told: list[traceback.FrameSummary] = []
+    kept: list[traceback.FrameSummary] = []
     magic = False
     for frame in frames:
         if frame.filename in (__file__, ast.__file__, *others):
             magic = True
             continue
-        if magic and told and (told[-1].filename, told[-1].lineno) == (frame.filename, frame.lineno):
-            told.pop()
+        if magic and kept and (kept[-1].filename, kept[-1].lineno) == (frame.filename, frame.lineno):
+            kept.pop()
             frame.colno = frame.end_colno = None  # columns of what the magic ran, not of the line
-        told.append(frame)
+        kept.append(frame)
         magic = False
-    return told
+    return kept
 
 
 def _names(frame: FrameType) -> dict:
@@ -254,12 +254,12 @@ def _end(process: subprocess.Popen) -> None:
     with suppress(psutil.NoSuchProcess):
         first = psutil.Process(process.pid)
         family = [first, *first.children(recursive=True)]
-        for one in family:
+        for member in family:
             with suppress(psutil.NoSuchProcess):
-                one.send_signal(signal.SIGINT) if os.name == "posix" else one.terminate()
-        for one in psutil.wait_procs(family, timeout=END_SECONDS)[1]:
+                member.send_signal(signal.SIGINT) if os.name == "posix" else member.terminate()
+        for member in psutil.wait_procs(family, timeout=END_SECONDS)[1]:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                member.kill()
     process.wait()
 
 

@@ -1,9 +1,7 @@
-"""A run: a gang of ranks at work, seen from the notebook, and what it leaves on disk."""
+"""Kernel: a run, attempt after attempt until one succeeds or nothing more can be done."""
 
-import json
 import logging
 import math
-import os
 import queue
 import threading
 import time
@@ -11,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,11 +17,16 @@ from distributed import Client
 from tqdm import tqdm
 
 from hpclab import machine
-from hpclab.gangs.attempt import Attempt, RankError, Settings, plan
-from hpclab.gangs.rank import message, note, printable
-from hpclab.gangs.scheduler import Gang, Ledger, consult, topic
+from hpclab.gangs import errors, wire
+from hpclab.gangs.attempt import Attempt, RankError, RunSettings, plan
+from hpclab.gangs.record import Log as Log
+from hpclab.gangs.record import Record as Record
+from hpclab.gangs.record import occupy as occupy
+from hpclab.gangs.record import open_run as open_run
+from hpclab.gangs.scheduler import Booking, Ledger, consult, topic
+from hpclab.gangs.wire import RankOutcome
 from hpclab.gangs.worker import ON_DEMAND
-from hpclab.rows import line, read
+from hpclab.rows import line
 
 log = logging.getLogger(__name__)
 
@@ -45,123 +49,29 @@ def stop_all(client: Client) -> None:
     """Stop every run of a client that is still going, and wait for them."""
     mine = [run for run in list(_alive.values()) if run._client is client]
     for run in mine:
-        run._inbox.put(("stop", False))
+        run._inbox.put(partial(run._halt, now=False))
     for run in mine:
         run.wait()
-
-
-class Record:
-    """A run as its folder tells it: what is there also when the kernel has gone.
-
-    Attributes
-    ----------
-    name : str
-        Unique name of this run.
-    folder : Path
-        Holds ``rows.jsonl``, all rows, one a line, written as they come; and ``rank-<n>.log``, what each rank printed.
-    rows : list of dict
-        What the ranks reported so far, as `hpclab.rows` tells it; the first, of kind "run", tells the machine.
-    ranks : int
-        Number of ranks.
-    status : str
-        "waiting" (for room; ``place`` is its number in the queue), "running", "recovering" (between two attempts),
-        "finished", "failed" or "stopped"; "interrupted" if its kernel went before it.
-    """
-
-    def __init__(self, name: str, folder: Path, ranks: int, rows: list[dict], status: str):
-        self.name = name
-        self.folder = folder
-        self.ranks = ranks
-        self.rows = rows
-        self.status = status
-        self.place = 0
-        self.quiet = False
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name}: {self.state()}, {self.ranks} ranks, {len(self.rows)} rows>"
-
-    def state(self) -> str:
-        """The status, with the place in the queue of a run that waits."""
-        return f"waiting, {self.place} in the queue" if self.status == "waiting" else self.status
-
-    @property
-    def going(self) -> bool:
-        """Whether it has not ended."""
-        return self.status in ("waiting", "running", "recovering")
-
-    def error(self) -> str:
-        """Return what ended a run that failed, as text; "" of any other."""
-        ends = [row for row in self.rows if row.get("kind") == "end"]
-        return ends[-1].get("error", "") if ends else ""
-
-    def _ipython_display_(self) -> None:
-        from hpclab.views import show
-
-        self.quiet = True  # the view shows what is printed
-        show(self)
-
-    def logs(self, rank: int | None = None) -> str:
-        """Return what a rank printed so far; of all ranks, one after the other, if none is named."""
-        if rank is None:
-            return "".join(f"[rank {number}]\n{self.logs(number)}" for number in range(self.ranks))
-        self._check_rank(rank)
-        file = self.folder / f"rank-{rank}.log"
-        if not file.exists():
-            return ""
-        with open(file, encoding="utf-8", newline="") as text:
-            return text.read()
-
-    def tail(self, rank: int, lines: int, size: int = 4096) -> list[str]:
-        """Newest lines that a rank printed, of the last `size` bytes; of a progress bar its last state."""
-        file = self.folder / f"rank-{rank}.log"
-        if not file.exists():
-            return []
-        with open(file, "rb") as text:
-            text.seek(max(0, file.stat().st_size - size))
-            found = text.read().decode("utf-8", "replace").rstrip("\r\n").split("\n")
-        return [one.rstrip("\r").rsplit("\r", 1)[-1] for one in found[-lines:]]
-
-    def _check_rank(self, rank: int) -> None:
-        if rank not in range(self.ranks):
-            raise ValueError(f"rank (={rank!r}) must be from 0 to {self.ranks - 1}.")
-
-
-def open_run(folder: str | os.PathLike) -> Record:
-    """Show a run again from its folder: a finished one, or one whose kernel has gone.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no rows of a run.
-    """
-    path = Path(folder).expanduser().absolute()
-    found = read(path / "rows.jsonl") if (path / "rows.jsonl").is_file() else []
-    # Its first row, or if that is damaged any that a rank reported.
-    about = next((row for row in found if row.get("kind") == "run" or {"run", "attempt", "ranks"} <= {*row}), None)
-    if about is None:
-        raise FileNotFoundError(
-            f"folder (={str(folder)!r}) holds no rows.jsonl of a run; name one such as results/<run>."
-        )
-    status = next((row["status"] for row in found if row.get("kind") == "end" and "status" in row), "interrupted")
-    return Record(about["run"], path, about["ranks"], found, status)
 
 
 class Run(Record):
     """A gang at work, or what it left; see `Record` for its attributes."""
 
-    def __init__(self, client: Client, gang: Gang, settings: Settings, payload: bytes, folder: Path):
-        super().__init__(gang.run, folder.expanduser().absolute(), gang.ranks, [], "waiting")
+    def __init__(self, client: Client, booking: Booking, settings: RunSettings, payload: bytes, folder: Path):
+        super().__init__(booking.run, folder.expanduser().absolute(), booking.ranks, [], "waiting")
         self._client = client
-        self._gang = gang
+        self._booking = booking
         self._settings = settings
         self._payload = payload
         self._attempt: Attempt | None = None
         self._launched = 0.0
         self._ahead = 0.0
         """Seconds by which the clock here is ahead of the scheduler's."""
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.said: queue.SimpleQueue = queue.SimpleQueue()
-        """What ranks of an interactive gang say, as `hpclab.gangs` reads it."""
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """What is to be done next, in the run's thread."""
+        self.said: queue.SimpleQueue[tuple[int, wire.Message]] = queue.SimpleQueue()
+        """What ranks of an interactive gang say, for `cells`."""
+        self._file: TextIO
         self._ended = threading.Event()
         self._lock = threading.RLock()
         self._stopping = False
@@ -175,20 +85,20 @@ class Run(Record):
         self._broken: Exception | None = None
         self._watchers: list[Callable[[Run, list[dict]], None]] = []
         self._finish: Callable[[list], Any] = list
-        client.subscribe_topic(topic(self.name), lambda event: self._inbox.put(("news", _read(event[1]))))
+        client.subscribe_topic(topic(self.name), lambda event: self._inbox.put(partial(self._hear, event[1])))
         try:
-            answer = consult(client, Ledger.admit, gang, settings.wait)
-            if refusal := answer.get("wrong") or answer.get("busy"):
-                raise ValueError(refusal) if "wrong" in answer else RuntimeError(refusal)
+            answer = consult(client, Ledger.admit, booking, settings.wait)
+            if isinstance(answer, Exception):
+                raise answer
             occupy(self.folder)
             (self.folder / "rows.jsonl").touch(exist_ok=False)  # from here on the folder is taken
         except BaseException as error:
             self._leave()
             if why := machine.remedy(error):
-                note(error, why)
+                errors.note(error, why)
             raise
-        self._logs = [Log(self.folder / f"rank-{rank}.log", rank) for rank in range(gang.ranks)]
-        self._inbox.put(("news", answer))
+        self._logs = [Log(self.folder / f"rank-{rank}.log", rank) for rank in range(booking.ranks)]
+        self._inbox.put(partial(self._hear_scheduler, answer))
         _alive[self.name] = self
         threading.Thread(target=self._drive, name=self.name, daemon=True).start()
 
@@ -253,18 +163,18 @@ class Run(Record):
             Kill them. Else ranks that ask `should_stop` end at one agreed step, and have a minute to get there and
             return; the others are interrupted, as by Ctrl-C, and have a second. What is left then is killed.
         """
-        self._inbox.put(("stop", now))
+        self._inbox.put(partial(self._halt, now))
         self.wait()
 
     def kill(self, rank: int) -> None:
         """Kill one rank, as a failing machine would; what follows is seen in the run."""
         self._check_rank(rank)
-        self._inbox.put(("order", ({"order": "kill"}, rank)))
+        self._inbox.put(partial(self._order, wire.Kill(), rank))
 
     def kill_worker(self, rank: int) -> None:
         """Kill the worker of one rank, and with it all its ranks; its cluster may start another."""
         self._check_rank(rank)
-        self._inbox.put(("order", ({"order": "die"}, rank)))
+        self._inbox.put(partial(self._order, wire.Die(), rank))
 
     def left(self) -> list[int]:
         """Ranks that are at work."""
@@ -295,13 +205,13 @@ class Run(Record):
     def _drive(self) -> None:
         """Take in what happens, attempt after attempt, until the last has ended; the thread of this run."""
         try:
-            with open(self.folder / "rows.jsonl", "w", encoding="utf-8") as file:
-                self._follow(file)
-                while self._goes_on() and (seats := self._find_seats(file)) is not None:
-                    self._start(seats, file)
-                    self._follow(file)
+            with open(self.folder / "rows.jsonl", "w", encoding="utf-8") as self._file:
+                self._follow()
+                while self._goes_on() and (seats := self._find_seats()) is not None:
+                    self._start(seats)
+                    self._follow()
                 self._conclude()
-                self._take_rows([self._end()], file)
+                self._write(self._end())
         except Exception as error:  # such as a full disk
             log.exception("run %s breaks off", self.name)
             error.add_note(f"Run {self.name}, of folder {self.folder}, broke off. {machine.remedy(error)}".rstrip())
@@ -309,14 +219,21 @@ class Run(Record):
         finally:
             self._close()
 
-    def _follow(self, file: TextIO) -> None:
+    def _follow(self) -> None:
         """Take in what happens until the attempt has ended, or there is nothing to wait for."""
         while not self._complete():
-            try:
-                kind, content = self._inbox.get(timeout=0.1)
-            except queue.Empty:
-                kind, content = "quiet", None
-            self._take(kind, content, file)
+            self._take(0.1)
+
+    def _take(self, seconds: float) -> None:
+        """Do what is to be done next, waiting some time for it."""
+        with suppress(queue.Empty):
+            self._inbox.get(timeout=seconds)()
+        if self._attempt is not None:
+            self._attempt.look()
+        elif time.monotonic() - self._reminded > REMIND_SECONDS:
+            self._reminded = time.monotonic()
+            with suppress(Exception):  # tried again soon, and given up when the client is cut off
+                consult(self._client, Ledger.advance)
 
     def _complete(self) -> bool:
         if self._is_cut_off() or self._attempt is None:
@@ -330,79 +247,70 @@ class Run(Record):
         self._cut_off = time.monotonic() - self._connected > LOST_SECONDS
         return self._cut_off
 
-    def _take(self, kind: str, content: Any, file: TextIO) -> None:
-        attempt = self._attempt
-        if kind == "news":
-            self._take_news(content, file)
-        elif kind == "stop":
-            self._stopping = True
-            if attempt is not None and content:
-                attempt.end_all()
-            elif attempt is not None:
-                attempt.stop()
-        elif attempt is not None:
-            self._take_up(attempt, kind, content)
+    def _halt(self, now: bool) -> None:
+        self._stopping = True
+        if self._attempt is not None and now:
+            self._attempt.end_all()
+        elif self._attempt is not None:
+            self._attempt.stop()
+
+    def _order(self, order: wire.Order, rank: int) -> None:
         if self._attempt is not None:
-            self._attempt.look()
-        elif time.monotonic() - self._reminded > REMIND_SECONDS:
-            self._reminded = time.monotonic()
-            with suppress(Exception):  # tried again soon, and given up when the client is cut off
-                consult(self._client, Ledger.advance)
+            self._attempt.order(order, rank)
 
-    def _take_up(self, attempt: Attempt, kind: str, content: Any) -> None:
-        """Take in what concerns the ranks at work."""
-        if kind == "done" and content.attempt == attempt.number:
-            attempt.end(content)
-        elif kind == "order":
-            attempt.order(*content)
+    def _end_rank(self, outcome: RankOutcome) -> None:
+        if self._attempt is not None and outcome.attempt == self._attempt.number:
+            self._attempt.end(outcome)
 
-    def _take_news(self, news: dict, file: TextIO) -> None:
+    def _hear(self, event: bytes) -> None:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
-        if "rank" in news:
-            self._logs[news["rank"]].take(news["text"], shown=not self.quiet)
-            self._emulated |= news.get("emulated", False)
-            source = "emulated" if self._emulated else "measured"
-            self._take_rows([json.loads(row) | {"source": source} for row in news["rows"]], file)
-            if self._attempt is not None and news["attempt"] == self._attempt.number:
-                self._attempt.hear(news)
-                if "expires" in news:
-                    self._expire(self._attempt, news)
-            if "said" in news or "stack" in news:
-                self.said.put(news)  # last: what a cell reported is here before its answer
-        elif "workers" in news and self._attempt is None:
-            self._start(news, file)
-        elif "crowded" in news:
-            self._emulated = True
-        elif "place" in news:
-            self.place = news["place"]
-        elif "lost" in news:
-            self._gone.add(news["lost"])
-            if self._attempt is not None:
-                self._attempt.lose(self._gone)
+        first, *messages = wire.decode(event)
+        if not isinstance(first, wire.Batch):
+            self._hear_scheduler(first)
+            return
+        for message in messages:
+            if isinstance(message, wire.Text):
+                self._logs[first.rank].take(message.body.decode(), shown=not self.quiet)
+            elif isinstance(message, wire.Emulated):
+                self._emulated = True
+        source = "emulated" if self._emulated else "measured"
+        self._take_rows([message.parse(source) for message in messages if isinstance(message, wire.Row)])
+        if self._attempt is not None and first.attempt == self._attempt.number:
+            self._attempt.hear(first.rank, messages)
+        for message in messages:
+            if isinstance(message, wire.FromCell | wire.Stack):
+                self.said.put((first.rank, message))  # last: what a cell reported is here before its answer
 
-    def _expire(self, attempt: Attempt, news: dict) -> None:
-        """Have an attempt end before a job does, and no other begin under its worker."""
-        attempt.expire(news["rank"], news["expires"])
-        with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
-            consult(self._client, Ledger.expire, attempt.places[news["rank"]].worker)
+    def _hear_scheduler(self, news: wire.Message) -> None:
+        match news:
+            case wire.Seated() if self._attempt is None:
+                self._start(news)
+            case wire.Crowded():
+                self._emulated = True
+            case wire.Queued():
+                self.place = news.place
+            case wire.Lost():
+                self._gone.add(news.worker)
+                if self._attempt is not None:
+                    self._attempt.lose(self._gone)
 
-    def _start(self, seats: dict, file: TextIO) -> None:
+    def _start(self, seats: wire.Seated) -> None:
         """Begin an attempt: the first, or one that goes on after a loss."""
         before = self._attempt
         number = 0 if before is None else before.number + 1
         self._launched = self._launched or time.time()
-        self._emulated |= seats["emulated"]
-        self._gone -= set(seats["workers"]) if before else set()  # a worker that came back at its old address
-        gang = replace(self._gang, ranks=len(seats["workers"]))
-        if seats["clock"] != machine.boot():
+        self._emulated |= seats.emulated
+        self._gone -= set(seats.workers) if before else set()  # a worker that came back at its old address
+        booking = replace(self._booking, ranks=len(seats.workers))
+        if seats.clock != machine.boot():
             with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
                 self._ahead = machine.ahead(lambda: self._client.run_on_scheduler(time.time))
-        places = plan(gang, self.folder, self._settings, seats, number, self._launched, self._ahead)
-        self._attempt = Attempt(self._client, gang, self._settings, number, places)
+        places = plan(booking, self.folder, self._settings, seats, number, self._launched, self._ahead)
+        self._attempt = Attempt(self._client, booking, self._settings, number, places)
         self.status = "running"
-        first = _about(gang, self._launched) if before is None else self._restart(before, self._attempt)
-        self._take_rows([first | seats["machine"]], file)
-        self._attempt.start(self._payload, self._inbox)
+        first = _first_row(booking, self._launched) if before is None else self._restart(before, self._attempt)
+        self._write(first | seats.machine)
+        self._attempt.start(self._payload, lambda outcome: self._inbox.put(partial(self._end_rank, outcome)))
         self._attempt.lose(self._gone)
 
     def _goes_on(self) -> bool:
@@ -412,7 +320,7 @@ class Run(Record):
             return False
         return attempt.lost() and attempt.number < self._settings.max_restarts
 
-    def _find_seats(self, file: TextIO) -> dict | None:
+    def _find_seats(self) -> wire.Seated | None:
         """Seats for another attempt: as many as before, or fewer if that may be and workers don't come back; or None.
 
         Stopped while it waits for them, the run ends as it failed.
@@ -423,52 +331,53 @@ class Run(Record):
         self._fruitless = 0 if self._attempt.reported else self._fruitless + 1
         if self._fruitless > 1:
             first, most = PAUSE_SECONDS
-            self._pause(min(most, first * 2 ** (min(self._fruitless, 10) - 2)), file)
+            self._pause(min(most, first * 2 ** (min(self._fruitless, 10) - 2)))
         started = time.monotonic()
         patience = math.inf if self._settings.wait else ROOM_SECONDS
         while (waited := time.monotonic() - started) < patience and not self._stopping and not self._is_cut_off():
             if seats := self._reseat(patient=waited < RETURN_SECONDS):
                 return seats
-            with suppress(queue.Empty):
-                kind, content = self._inbox.get(timeout=AGAIN_SECONDS)
-                self._take(kind, content, file)
+            self._take(AGAIN_SECONDS)
         return None
 
-    def _pause(self, seconds: float, file: TextIO) -> None:
+    def _pause(self, seconds: float) -> None:
         """Wait before what has failed at once, again and again, is tried once more."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._stopping and not self._is_cut_off():
-            with suppress(queue.Empty):
-                kind, content = self._inbox.get(timeout=min(left, AGAIN_SECONDS))
-                self._take(kind, content, file)
+            self._take(min(left, AGAIN_SECONDS))
 
-    def _reseat(self, patient: bool) -> dict:
-        """Seats that there are now, or nothing; if `patient`, only for as many ranks as before."""
+    def _reseat(self, patient: bool) -> wire.Seated | None:
+        """Seats that there are now, if any; if `patient`, only for as many ranks as before."""
         sizes = self._settings.sizes[:1] if patient else self._settings.sizes
         try:
             going = self._client.status == "running"
-            return consult(self._client, Ledger.reseat, self.name, sizes, patient) if going else {}
+            return consult(self._client, Ledger.reseat, self.name, sizes, patient) if going else None
         except Exception as error:
             if self._client.status == "running" and not isinstance(error, OSError):
                 raise
-            return {}  # the client has gone, and is cut off soon
+            return None  # the client has gone, and is cut off soon
 
     def _restart(self, before: Attempt, after: Attempt) -> dict:
         """The row that tells of a new attempt."""
-        cause = message(before.blame()).rstrip(".")
+        cause = errors.message(before.blame()).rstrip(".")
         if not self.quiet and ON_DEMAND not in cause:
             with suppress(OSError, ValueError):
                 tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} goes on, with {after.ranks} ranks.")
-        about = {"kind": "restart", "run": self.name, "attempt": after.number, "ranks": after.ranks, "cause": cause}
-        return about | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
+        row = {"kind": "restart", "run": self.name, "attempt": after.number, "ranks": after.ranks, "cause": cause}
+        return row | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
 
-    def _take_rows(self, rows: list[dict], file: TextIO) -> None:
+    def _write(self, row: dict) -> None:
+        """Add a row of the run's own."""
+        self._take_rows([(row, line(row))])
+
+    def _take_rows(self, rows: list[tuple[dict, str]]) -> None:
+        """Take rows, and their lines for the file."""
         if rows:
-            file.writelines(line(row) for row in rows)
-            file.flush()
+            self._file.writelines(text for _, text in rows)
+            self._file.flush()
             with self._lock:
-                self.rows.extend(rows)
-                self._tell(rows)
+                self.rows.extend(row for row, _ in rows)
+                self._tell([row for row, _ in rows])
 
     def _tell(self, rows: list[dict]) -> None:
         for watcher in self._watchers.copy():
@@ -532,96 +441,17 @@ class Run(Record):
         if self._attempt.lost() and (most := self._settings.max_restarts):
             why = f"max_restarts (={most})" if self._attempt.number == most else "no room was left for another"
             why = "the run was stopped" if self._stopping else why
-            note(error, f"It was attempt {self._attempt.number + 1}, and the last: {why}.")
+            errors.note(error, f"It was attempt {self._attempt.number + 1}, and the last: {why}.")
         return error
-
-
-class Log:
-    """What one rank prints: all of it on disk, shown as it comes with the rank's number, and cut short in a flood."""
-
-    LINES = 200
-    """Lines that are shown a second."""
-
-    def __init__(self, path: Path, rank: int):
-        self.path = path
-        self.rank = rank
-        self.tail = ""
-        self.second, self.shown, self.hidden = 0.0, 0, 0
-
-    def take(self, text: str, shown: bool = True) -> None:
-        """Keep what came, and show its whole lines."""
-        if text:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                file.write(text)
-        *lines, tail = (self.tail + text).split("\n")
-        self.tail = tail.rpartition("\r")[2] or tail  # a progress bar overwrites itself, and may never end its line
-        for whole in lines if shown else ():
-            self._show(whole)
-
-    def close(self) -> None:
-        """Show a last line that has no end, and how many were not shown."""
-        if self.tail:
-            self._show(self.tail)
-        self._own_up()
-
-    def _show(self, line: str) -> None:
-        now = time.monotonic()
-        if now - self.second > 1:
-            self._own_up()
-            self.second, self.shown = now, 0
-        if self.shown < self.LINES:
-            self.shown += 1
-            self._write(line.rstrip("\r").rpartition("\r")[2])
-        else:
-            self.hidden += 1
-
-    def _own_up(self) -> None:
-        if self.hidden:
-            self._write(f"... {self.hidden:,} more lines are in {self.path}")
-            self.hidden = 0
-
-    def _write(self, line: str) -> None:
-        with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
-            tqdm.write(f"[rank {self.rank}] {line}")
 
 
 def _words(error: BaseException) -> str:
     """An error as text, with its notes."""
     notes = getattr(error, "__notes__", None)
-    told = [printable(str(text)) for text in notes] if isinstance(notes, list) else []
-    return "\n".join([f"{type(error).__name__}: {message(error)}", *told])
+    texts = [errors.printable(str(text)) for text in notes] if isinstance(notes, list) else []
+    return "\n".join([f"{type(error).__name__}: {errors.message(error)}", *texts])
 
 
-def _read(news: str | dict) -> dict:
-    """What a supervisor says, as JSON, or the ledger."""
-    return json.loads(news) if isinstance(news, str) else news
-
-
-def _about(gang: Gang, launched: float) -> dict:
-    """The first row of a run."""
+def _first_row(booking: Booking, launched: float) -> dict:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(launched))
-    return {"kind": "run", "run": gang.run, "started": started, "ranks": gang.ranks, "threads": gang.threads}
-
-
-def occupy(folder: str | os.PathLike) -> Path:
-    """Make a folder for results; an existing one must be empty.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds something, or is a file.
-    PermissionError
-        If it can't be written.
-    """
-    path = Path(folder).expanduser().absolute()
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"folder (={str(folder)!r}) already holds something; name a new one, or remove it.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(
-            f"folder (={str(folder)!r}) can't be made: {error}; name one that you may write."
-        ) from None
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"folder (={str(folder)!r}) can't be written; name one that you may write.")
-    return path
+    return {"kind": "run", "run": booking.run, "started": started, "ranks": booking.ranks, "threads": booking.threads}

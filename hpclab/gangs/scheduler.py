@@ -1,24 +1,27 @@
-"""The scheduler's side of gangs: a ledger of who sits where, so that a gang is admitted whole or not at all.
+"""Scheduler: a ledger of who sits where, so that a gang is admitted whole or not at all; and the ranks' rendezvous.
 
 It lives in the scheduler's event loop and admits without waiting, so no two admissions can interleave. What it has to
-say to a gang's driver goes out on the run's topic, as what the workers say does.
+say to a gang's kernel goes out on the run's topic, as what the workers say does.
+
+The rendezvous of a gang over several hosts goes over Dask's own connections, and so is encrypted and authenticated as
+they are. (torch's TCPStore is neither: whoever reaches its port reads and writes.) The rank's side is `store`.
 """
 
+import asyncio
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distributed import Client, Scheduler, SchedulerPlugin, Status
 
-from hpclab import machine
+from hpclab import _dask, machine
+from hpclab.gangs import wire
 from hpclab.gangs.process import ORDER, POOLS, Warmth
-from hpclab.gangs.rendezvous import Keys
 
 TOPIC_SECONDS = 5.0
 """How long the events of an ended run stay with the scheduler: what is still under way would bring its topic back."""
@@ -44,8 +47,8 @@ class Seat:
 
 
 @dataclass
-class Gang:
-    """A gang that asks for seats: CPUs under workers."""
+class Booking:
+    """What a gang asks of the ledger: seats, which are CPUs under workers."""
 
     run: str
     client: str
@@ -69,45 +72,51 @@ def topic(run: str) -> str:
     return f"hpclab-{run}"
 
 
-def consult(client: Client, question: Callable[..., dict | None], *args: Any) -> dict:
+def consult(client: Client, question: Callable[..., Any], *args: Any) -> Any:
     """Put a question to the ledger of a client's cluster, one of its methods; the first question makes it.
 
     One about seats is answered once all workers have told which CPUs they may use, but for those that hang.
     """
-    told: Future | None = None
-    while "unknown" in (answer := client.run_on_scheduler(_answer, question, args)):
-        told = told or aside(client.register_plugin, Warmth())  # aside, since Dask waits until each worker has it
-        if told.done() and not isinstance(told.exception(), OSError | TimeoutError):  # of one that has gone
-            told.result()
+    warming: Future | None = None
+    while True:
+        known, answer = client.run_on_scheduler(_answer, question, args)
+        if known:
+            return answer
+        # Aside, since Dask waits until each worker has it.
+        warming = warming or aside(client.register_plugin, Warmth())
+        if warming.done() and not isinstance(warming.exception(), OSError | TimeoutError):  # of one that has gone
+            warming.result()
         time.sleep(ASK_SECONDS)
-    return answer
 
 
-def _answer(question: Callable[..., dict | None], args: tuple, dask_scheduler: Scheduler) -> dict:
+def _answer(question: Callable[..., Any], args: tuple, dask_scheduler: Scheduler) -> tuple[bool, Any]:
+    """Whether all that the answer depends on is known, and the answer."""
     ledger: Any = dask_scheduler.plugins.get(Ledger.name)
     if ledger is None:
         ledger = Ledger(dask_scheduler)
         dask_scheduler.add_plugin(ledger)
         dask_scheduler.handlers["hpclab_rendezvous"] = ledger.rendezvous
         dask_scheduler.handlers["hpclab_clock"] = ledger.clock
-    if question in SEATING and (unknown := ledger.unknown()):
-        return {"unknown": unknown}
-    return question(ledger, *args) or {}
+    known = question not in SEATING or not ledger.unknown()
+    return known, question(ledger, *args) if known else None
 
 
-def send(client: Client, workers: Collection[str], run: str, order: dict, **whom: Any) -> None:
-    """Have workers give ranks of a run an order, as `process.give` tells it, after those that were sent before.
+def send(
+    client: Client, workers: Collection[str], run: str, order: wire.Order, rank: int | None = None, attempt: int = 0
+) -> None:
+    """Have workers give ranks of a run an order, or one of them, after the orders that were sent before.
 
     It waits for the scheduler, and for no worker: one that has gone gets none, and of one that hangs nothing comes.
     """
-    client.run_on_scheduler(_send, workers, {"run": run, "order": order} | whom)
+    whom = {"run": run, "rank": rank, "attempt": attempt}
+    client.run_on_scheduler(_send, workers, whom | {"op": ORDER, "encoded": wire.encode(order)})
 
 
-def _send(workers: Collection[str], order: dict, dask_scheduler: Scheduler) -> None:
+def _send(workers: Collection[str], message: dict, dask_scheduler: Scheduler) -> None:
     ledger: Any = dask_scheduler.plugins[Ledger.name]
     for worker in workers:
         if worker in ledger.pools:  # it is there, and takes orders
-            dask_scheduler.worker_send(worker, {"op": ORDER} | order)
+            dask_scheduler.worker_send(worker, message)
 
 
 def aside(call: Callable, *args: Any) -> Future:
@@ -131,8 +140,9 @@ class Ledger(SchedulerPlugin):
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        self.gangs: dict[str, Gang] = {}
-        self.queue: list[Gang] = []
+        self.gangs: dict[str, Booking] = {}
+        """Those that are admitted, by run."""
+        self.queue: list[Booking] = []
         self.pools: dict[str, machine.Introduction] = {}
         """By worker that has told: its machine, the name of the CPUs there that it may use, their number, and what the
         machine is."""
@@ -142,15 +152,13 @@ class Ledger(SchedulerPlugin):
         """When workers didn't end their ranks in time; until they are heard again, nobody is seated there."""
         self.expiring: set[str] = set()
         """Workers that end soon."""
-        self.keys: dict[str, Keys] = {}
+        self.keys: dict[str, _Keys] = {}
         """By run: what the ranks of its newest attempt tell each other."""
 
-    def subscribe(self, gang: Gang) -> None:
-        """Send the gang's driver what is said on its topic, and keep no more than the last of it."""
-        self.scheduler.subscribe_topic(topic(gang.run), gang.client)
-        # Dask keeps the last thousand events of a topic, of up to a megabyte here, and has no public way to keep fewer.
-        with suppress(AttributeError):
-            self.scheduler._broker._topics[topic(gang.run)].events = deque(maxlen=1)
+    def subscribe(self, booking: Booking) -> None:
+        """Send the gang's kernel what is said on its topic, and keep no more than the last, of up to a megabyte."""
+        self.scheduler.subscribe_topic(topic(booking.run), booking.client)
+        _dask.keep_newest_event(self.scheduler, topic(booking.run))
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Take in which CPUs a worker may use; called by Dask for whatever anybody says."""
@@ -183,29 +191,29 @@ class Ledger(SchedulerPlugin):
         """CPUs of each pool."""
         return {pool[:2]: pool[2] for pool in self.pools.values()}
 
-    def most(self, threads: int = 1, beside: Iterable[Gang] = ()) -> int:
+    def most(self, threads: int = 1, beside: Iterable[Booking] = ()) -> int:
         """Ranks that this cluster takes, beside other gangs: each takes a CPU and a thread of a worker per thread."""
         every = sum(self.running().values())
-        return len(self._find(Gang("", "", every, threads, oversubscribe=False), beside))
+        return len(self._find(Booking("", "", every, threads, oversubscribe=False), beside))
 
-    def admit(self, gang: Gang, wait: bool) -> dict:
-        """Seat a gang and tell its seats, or else its ``place`` in the queue, what is ``wrong``, or who is ``busy``."""
-        if wrong := self.wrong(gang):
-            return {"wrong": wrong}
-        if gang.oversubscribe:
-            self.queue.insert(0, gang)  # it takes no CPU that others wait for
+    def admit(self, booking: Booking, wait: bool) -> wire.Seated | wire.Queued | Exception:
+        """Seat a gang, or queue it if it may wait; or return the error that says why not."""
+        if wrong := self.wrong(booking):
+            return ValueError(wrong)
+        if booking.oversubscribe:
+            self.queue.insert(0, booking)  # it takes no CPU that others wait for
         else:
-            self.queue.append(gang)
+            self.queue.append(booking)
         self.advance()
-        if gang.run in self.gangs or wait:
-            self.subscribe(gang)
-            return self.told(gang) if gang.run in self.gangs else {"place": len(self.queue)}
-        self.queue.remove(gang)
-        return {"busy": self.busy(gang)}
+        if booking.run in self.gangs or wait:
+            self.subscribe(booking)
+            return self.seated(booking) if booking.run in self.gangs else wire.Queued(place=len(self.queue))
+        self.queue.remove(booking)
+        return RuntimeError(self.busy(booking))
 
-    def room(self, gang: Gang) -> dict:
-        """Whether a gang would fit if no other were there: ``ranks``, the most that do, and ``wrong``, or None."""
-        return {"ranks": max(1, self.most(gang.threads)), "wrong": self.wrong(gang)}
+    def room(self, booking: Booking) -> tuple[int, str]:
+        """The most ranks that would fit if no other gang were there, and what forbids this one, or ""."""
+        return max(1, self.most(booking.threads)), self.wrong(booking)
 
     def machines(self) -> dict:
         """The machines of all workers that run, as `machine.together` has them."""
@@ -219,56 +227,56 @@ class Ledger(SchedulerPlugin):
         """Seat nobody under workers that hang, for as long as they do."""
         self.given_up |= dict.fromkeys(self.scheduler.workers.keys() & set(workers), time.time())
 
-    def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> dict:
-        """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room; or nothing.
+    def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> wire.Seated | None:
+        """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room, if any.
 
         One that oversubscribes finds room anywhere; a `patient` one waits all the same for as many workers as it had.
         """
-        gang = self.gangs.pop(run)
+        booking = self.gangs.pop(run)
         workers = len(self.running())
         for ranks in sizes:
-            again = replace(gang, ranks=ranks)
-            if (not patient or workers >= len(set(gang.workers()))) and self.seat(again):
-                return self.told(again)
-        self.gangs[run] = gang  # it keeps the seats that are left to it
-        return {}
+            again = replace(booking, ranks=ranks)
+            if (not patient or workers >= len(set(booking.workers()))) and self.seat(again):
+                return self.seated(again)
+        self.gangs[run] = booking  # it keeps the seats that are left to it
+        return None
 
     def advance(self) -> None:
         """Admit from the head of the queue for as long as there is room; also for workers that have come."""
         while self.queue and self.seat(self.queue[0]):
-            gang = self.queue.pop(0)
-            self._tell(gang, self.told(gang))
-        for number, gang in enumerate(self.queue, 1):
-            self._tell(gang, {"place": number})
+            booking = self.queue.pop(0)
+            self._tell(booking, self.seated(booking))
+        for number, booking in enumerate(self.queue, 1):
+            self._tell(booking, wire.Queued(place=number))
 
-    def seat(self, gang: Gang) -> bool:
+    def seat(self, booking: Booking) -> bool:
         """Admit a gang if there is room for all of it."""
-        found = self._find(gang, self.gangs.values())
-        if len(found) < gang.ranks:
+        seats = self._find(booking, self.gangs.values())
+        if len(seats) < booking.ranks:
             return False
-        gang.seats = found
-        self.gangs[gang.run] = gang
+        booking.seats = seats
+        self.gangs[booking.run] = booking
         for other in self.gangs.values():
             if self._crowded(other):
-                self._tell(other, {"crowded": True})
+                self._tell(other, wire.Crowded())
         return True
 
-    def told(self, gang: Gang) -> dict:
-        """What an admitted gang is told: for each rank the worker, its host and memory; a file for the rendezvous; what
-        machines these are, and whose clock is here.
-
-        Over several hosts there is no such file: `rendezvous` serves them.
-        """
-        workers = gang.workers()
+    def seated(self, booking: Booking) -> wire.Seated:
+        """What the kernel of an admitted gang hears."""
+        workers = booking.workers()
         first = self.scheduler.workers[workers[0]]
-        hosts = [seat.host for seat in gang.seats]
-        # The folder of a worker is one that only this user can enter.
-        store = f"{first.local_directory}/{gang.run}" if len(set(hosts)) == 1 else ""
-        memory = [self.scheduler.workers[worker].memory_limit // workers.count(worker) or None for worker in workers]
-        emulated = self._crowded(gang) or len(set(hosts)) > len({seat.pool[0] for seat in gang.seats})
-        there = machine.together(filter(None, map(self.pools.get, dict.fromkeys(workers))))
-        seats = {"workers": workers, "hosts": hosts, "emulated": emulated, "store": store, "memory": memory}
-        return seats | {"machine": there, "clock": machine.boot()}
+        hosts = [seat.host for seat in booking.seats]
+        machines = {seat.pool[0] for seat in booking.seats}
+        return wire.Seated(
+            workers=workers,
+            hosts=hosts,
+            memory=[self.scheduler.workers[worker].memory_limit // workers.count(worker) or None for worker in workers],
+            # The folder of a worker is one that only this user can enter. Over several hosts `rendezvous` serves them.
+            store=f"{first.local_directory}/{booking.run}" if len(set(hosts)) == 1 else "",
+            emulated=self._crowded(booking) or len(set(hosts)) > len(machines),
+            machine=machine.together(filter(None, map(self.pools.get, dict.fromkeys(workers)))),
+            clock=machine.boot(),
+        )
 
     def release(self, run: str) -> None:
         """Free a gang's seats, or its place in the queue."""
@@ -276,15 +284,14 @@ class Ledger(SchedulerPlugin):
         self.queue = [gang for gang in self.queue if gang.run != run]
         if run in self.keys:
             self.keys.pop(run).close()
-        with suppress(AttributeError):  # as above
-            self.scheduler.loop.call_later(TOPIC_SECONDS, self.scheduler._broker._topics.pop, topic(run), None)
+        _dask.forget_topic(self.scheduler, topic(run), TOPIC_SECONDS)
         self.advance()
 
     async def clock(self) -> float:
         """The time here; asked by workers on other machines."""
         return time.time()
 
-    async def rendezvous(self, run: str, attempt: int, question: dict, value: bytes) -> dict:
+    async def rendezvous(self, run: str, attempt: int, question: bytes) -> bytes:
         """Answer a rank that looks for the others of its gang; called by its worker."""
         if run not in self.gangs:
             raise LookupError(f"run {run} has ended")
@@ -292,10 +299,12 @@ class Ledger(SchedulerPlugin):
         if keys is None or keys.attempt < attempt:
             if keys is not None:
                 keys.close()
-            keys = self.keys[run] = Keys(attempt)
+            keys = self.keys[run] = _Keys(attempt)
         if keys.attempt > attempt:
             raise LookupError(f"attempt {attempt} of run {run} has ended")
-        return await keys.answer(question, value)
+        [asked] = wire.decode(question)
+        assert isinstance(asked, wire.Ask)
+        return wire.encode(await keys.answer(asked))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Tell the gangs that have ranks there; called by Dask when a worker has gone."""
@@ -305,7 +314,7 @@ class Ledger(SchedulerPlugin):
         self.expiring.discard(worker)
         for gang in self.gangs.values():
             if worker in gang.workers():
-                self._tell(gang, {"lost": worker})
+                self._tell(gang, wire.Lost(worker=worker))
         self.advance()
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
@@ -314,23 +323,23 @@ class Ledger(SchedulerPlugin):
             if gang.client == client:
                 self.release(gang.run)
 
-    def wrong(self, gang: Gang) -> str | None:
-        """What forbids this gang, however long it waited; None if nothing does."""
+    def wrong(self, booking: Booking) -> str:
+        """What forbids this gang, however long it waited; "" if nothing does."""
         there, silent = self.running(), self._silent()
         if not there:
             return silent or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
         cpus = sum(self.cpus().values())
-        if gang.oversubscribe:
+        if booking.oversubscribe:
             limit = f"exceeds {MOST_TURNS} for each CPU of this cluster; use ranks<={MOST_TURNS * cpus}."
-            return f"ranks (={gang.ranks}) {limit}" if gang.ranks > MOST_TURNS * cpus else None
-        most = self.most(gang.threads)
-        if gang.ranks <= most:
-            return None
-        need, hosts = gang.ranks * gang.threads, len({seat.host for seat in there})
+            return f"ranks (={booking.ranks}) {limit}" if booking.ranks > MOST_TURNS * cpus else ""
+        most = self.most(booking.threads)
+        if booking.ranks <= most:
+            return ""
+        need, hosts = booking.ranks * booking.threads, len({seat.host for seat in there})
         ways = [f"ranks<={most}"] * (most > 0) + [f"connect(workers={need})"] * (need <= cpus)
         here = f"{len(there)} workers" + f" on {hosts} hosts" * (hosts > 1)
         return (
-            f"ranks (={gang.ranks}) with threads (={gang.threads}) take {need} CPUs; this cluster gives a gang"
+            f"ranks (={booking.ranks}) with threads (={booking.threads}) take {need} CPUs; this cluster gives a gang"
             f" {self.most()} ({here}, {cpus} CPUs); use"
             f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(silent)}{silent}"
         )
@@ -345,24 +354,24 @@ class Ledger(SchedulerPlugin):
             f" {machine.node()}: they hang, or a firewall closes their ports to it; start them anew once it doesn't."
         )
 
-    def busy(self, gang: Gang) -> str:
+    def busy(self, booking: Booking) -> str:
         """What stands in this gang's way for now."""
         held = ", ".join(f"{run} holds {other.ranks * other.threads}" for run, other in self.gangs.items())
         held += f", and {len(self.queue) - 1} wait before it" * (len(self.queue) > 1)
         return (
-            f"ranks (={gang.ranks}) with threads (={gang.threads}) take {gang.ranks * gang.threads} CPUs, and"
-            f" {self.most(beside=self.gangs.values())} of {self.most()} are free now: {held}; stop or await that run,"
-            " or launch with wait=True."
+            f"ranks (={booking.ranks}) with threads (={booking.threads}) take {booking.ranks * booking.threads} CPUs,"
+            f" and {self.most(beside=self.gangs.values())} of {self.most()} are free now: {held}; stop or await that"
+            " run, or launch with wait=True."
         )
 
-    def _find(self, gang: Gang, beside: Iterable[Gang]) -> list[Seat]:
+    def _find(self, booking: Booking, beside: Iterable[Booking]) -> list[Seat]:
         """Seats for a gang beside others, or for as much of it as there is room for.
 
         All on the fullest host that takes it, else on as few hosts as do. One that oversubscribes takes the emptiest,
         and CPUs that others have.
         """
         there = self.running()
-        room = _Room(there, {} if gang.oversubscribe else self.cpus(), gang.threads)
+        room = _Room(there, {} if booking.oversubscribe else self.cpus(), booking.threads)
         for other in beside:
             for seat in other.seats:
                 if seat.worker in self.scheduler.workers or other.goes_on:  # else it is free
@@ -371,29 +380,29 @@ class Ledger(SchedulerPlugin):
         hosts = sorted(
             dict.fromkeys(seat.host for seat in sorted(there, key=names.__getitem__)), key=room.on, reverse=True
         )
-        fitting = [host for host in hosts if room.on(host) >= gang.ranks]
-        if fitting and not gang.oversubscribe:
+        fitting = [host for host in hosts if room.on(host) >= booking.ranks]
+        if fitting and not booking.oversubscribe:
             hosts = fitting[-1:]
-        found: list[Seat] = []
+        seats: list[Seat] = []
         for host in hosts:
-            for _ in range(min(room.on(host), gang.ranks - len(found))):
-                found.append(room.least(host))
-                room.take(found[-1], gang.threads)
-        while gang.oversubscribe and there and len(found) < gang.ranks:
-            found.append(room.least())
-            room.take(found[-1], gang.threads)
-        return sorted(found, key=lambda seat: (hosts.index(seat.host), names[seat]))
+            for _ in range(min(room.on(host), booking.ranks - len(seats))):
+                seats.append(room.least(host))
+                room.take(seats[-1], booking.threads)
+        while booking.oversubscribe and there and len(seats) < booking.ranks:
+            seats.append(room.least())
+            room.take(seats[-1], booking.threads)
+        return sorted(seats, key=lambda seat: (hosts.index(seat.host), names[seat]))
 
-    def _crowded(self, gang: Gang) -> bool:
+    def _crowded(self, booking: Booking) -> bool:
         """Whether the gang's CPUs have more ranks than they are."""
         load: Counter = Counter()
         for other in self.gangs.values():
             for seat in other.seats:
                 load[seat.pool] += other.threads * (seat.worker in self.scheduler.workers or other.goes_on)
-        return any(load[seat.pool] > self.cpus().get(seat.pool, 0) for seat in gang.seats)
+        return any(load[seat.pool] > self.cpus().get(seat.pool, 0) for seat in booking.seats)
 
-    def _tell(self, gang: Gang, news: dict) -> None:
-        self.scheduler.log_event(topic(gang.run), news)
+    def _tell(self, booking: Booking, news: wire.News) -> None:
+        self.scheduler.log_event(topic(booking.run), wire.encode(news))
 
 
 SEATING = (Ledger.admit, Ledger.room, Ledger.reseat, Ledger.advance, Ledger.machines)
@@ -439,3 +448,52 @@ class _Room:
         """The worker, of a host or of all, that has the fewest ranks for its threads."""
         here = [seat for seat in self.workers if host in (None, seat.host)]
         return min(here, key=lambda seat: self.ranks[seat.worker] / self.workers[seat])
+
+
+class _Keys:
+    """What the ranks of one attempt tell each other to meet: keys and values, which others wait for."""
+
+    def __init__(self, attempt: int):
+        self.attempt = attempt
+        self.values: dict[str, bytes] = {}
+        self.changed = asyncio.Event()
+        self.closed = False
+
+    def close(self) -> None:
+        """Have those who wait give up."""
+        self.closed = True
+        self.changed.set()
+
+    async def answer(self, asked: wire.Ask) -> wire.Answer:
+        """Do what a rank asks, as `store.GangStore` has it."""
+        key = next(iter(asked.keys), "")
+        answer = wire.Answer(to=asked.number)
+        match wire.Do(asked.do):
+            case wire.Do.SET:
+                self._set(key, asked.body)
+            case wire.Do.ADD:
+                self._set(key, b"%d" % (int(self.values.get(key, b"0")) + int(asked.body)))
+            case wire.Do.COMPARE_SET:
+                expected = asked.expected.encode("latin-1")
+                if self.values.get(key, b"") == expected:
+                    self._set(key, asked.body)
+                answer.body = self.values.get(key, expected)
+                return answer
+            case wire.Do.DELETE:
+                answer.result = self.values.pop(key, None) is not None
+            case wire.Do.CHECK:
+                answer.result = self.values.keys() >= set(asked.keys)
+            case wire.Do.COUNT:
+                answer.result = len(self.values)
+            case wire.Do.WAIT:
+                while not self.values.keys() >= set(asked.keys):
+                    await self.changed.wait()
+                    if self.closed:
+                        raise LookupError("the attempt has ended")
+        answer.body = self.values.get(key, b"")
+        return answer
+
+    def _set(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+        self.changed.set()
+        self.changed = asyncio.Event()

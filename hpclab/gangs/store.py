@@ -1,6 +1,6 @@
-"""The rank's side of a rendezvous over several hosts: a store of torch's kind, kept by the scheduler.
+"""Rank: its side of a rendezvous over several hosts, a store of torch's kind, kept by the scheduler.
 
-A rank asks its supervisor, and that the scheduler; see `rendezvous`.
+A rank asks its worker, and that the scheduler; see `scheduler.Ledger.rendezvous`.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hpclab import machine
+from hpclab.gangs import wire
 
 REACH_SECONDS = 5.0
 """How long another host may take to answer."""
@@ -30,51 +31,51 @@ class GangStore(dist.Store):
     Parameters
     ----------
     ask : callable
-        Puts a question, with bytes, and returns the answer, with bytes.
+        Puts a question to the scheduler, and returns the answer.
     """
 
-    def __init__(self, ask: Callable[..., tuple[dict, bytes]]):
+    def __init__(self, ask: Callable[[wire.Ask], wire.Answer]):
         super().__init__()
         self.set_timeout(timedelta(days=1))
         self.ask = ask
 
-    def _ask(self, question: dict, value: bytes = b"") -> tuple[dict, bytes]:
-        answer, found = self.ask(question, value)
-        if "error" in answer:
-            raise dist.DistStoreError(f"the scheduler doesn't answer this rank: {answer['error']}")
-        return answer, found
+    def _ask(self, do: wire.Do, *keys: str, value: str | bytes = b"", expected: str = "") -> wire.Answer:
+        answer = self.ask(wire.Ask(do=do, keys=list(keys), expected=expected, body=_bytes(value)))
+        if answer.error:
+            raise dist.DistStoreError(f"the scheduler doesn't answer this rank: {answer.error}")
+        return answer
 
     def set(self, key: str, value: str | bytes) -> None:
         """Set a key."""
-        self._ask({"do": "set", "keys": [key]}, _bytes(value))
+        self._ask(wire.Do.SET, key, value=value)
 
     def get(self, key: str) -> bytes:
         """The value of a key, once it is there."""
-        return self._ask({"do": "get", "keys": [key]})[1]
+        return self._ask(wire.Do.WAIT, key).body
 
     def add(self, key: str, number: int) -> int:
         """Add to a key, which is 0 if it isn't there, and return the sum."""
-        return int(self._ask({"do": "add", "keys": [key]}, b"%d" % number)[1])
+        return int(self._ask(wire.Do.ADD, key, value=b"%d" % number).body)
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys are there."""
-        return self._ask({"do": "check", "keys": keys})[0]["found"]
+        return self._ask(wire.Do.CHECK, *keys).result
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Wait until all keys are there."""
-        self._ask({"do": "wait", "keys": keys})
+        self._ask(wire.Do.WAIT, *keys)
 
     def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
         """Set a key if its value is the expected one, or "" and it isn't there; return its value then."""
-        return self._ask({"do": "compare_set", "keys": [key], "expected": _text(expected)}, _bytes(desired))[1]
+        return self._ask(wire.Do.COMPARE_SET, key, value=desired, expected=_text(expected)).body
 
     def delete_key(self, key: str) -> bool:
         """Remove a key; whether it was there."""
-        return self._ask({"do": "delete", "keys": [key]})[0]["found"]
+        return self._ask(wire.Do.DELETE, key).result
 
     def num_keys(self) -> int:
         """How many keys there are."""
-        return self._ask({"do": "count", "keys": []})[0]["found"]
+        return self._ask(wire.Do.COUNT).result
 
 
 def listen(host: str) -> socket.socket:

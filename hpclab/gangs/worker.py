@@ -1,10 +1,9 @@
-"""The worker's side of a gang: a Dask task that starts one rank as a process, relays what it says, and ends it.
+"""Worker: one rank's task, which starts the rank as a process, passes on what it says, and ends it.
 
-Runs in a thread of the Dask worker and never unpickles the user's objects, so that the worker stays small.
+It runs in a thread of the Dask worker and never unpickles the user's objects, so that the worker stays small.
 """
 
 import codecs
-import json
 import math
 import os
 import queue
@@ -14,7 +13,6 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -23,11 +21,12 @@ from distributed import Status, Worker, get_worker, secede
 from distributed.utils import sync
 
 from hpclab import _private, machine
+from hpclab.gangs import wire
 from hpclab.gangs.host import BINDING, MALLOC, import_path
 from hpclab.gangs.process import Process, ZygoteDied, inboxes, open_inbox, start
 from hpclab.gangs.progress import RankProgress
-from hpclab.gangs.rank import frame, head, read_frames
 from hpclab.gangs.scheduler import topic
+from hpclab.gangs.wire import RankOutcome, RankPlace
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
@@ -36,7 +35,7 @@ GATHER_SECONDS = 0.1
 CELL_SECONDS = 0.02
 """As `BATCH_SECONDS`, for what a cell of an interactive gang prints; its answer is sent at once."""
 CHUNK_BYTES = 1 << 16
-CHUNKS = 16
+TEXTS = 16
 """Prints of a rank in one batch; one that prints faster waits, as it would for a slow terminal."""
 ROWS = 10_000
 """Rows of a rank in one batch; one that reports faster waits."""
@@ -51,73 +50,19 @@ GRACE_SECONDS = 1.0
 NOTICE = (0.2, 60.0)
 """How long before that ranks are told to save: this part of the worker's time, and at most so many seconds."""
 BROKEN = "wrote what is no record to the pipe that hpclab reads its records from; leave open files of others alone"
-OURS = re.compile(r'hpclab/gangs/(rank|rank_cells|store|zygote)\.py"|"<string>"')
+OURS = re.compile(r'hpclab/gangs/(rank\w*|store|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
 _values: dict[tuple[str, int], bytes] = {}
 """What ranks of interactive gangs were asked for, by run and rank, until it is fetched."""
 
 
-@dataclass
-class Place:
-    """One rank's place, as the driver planned it."""
-
-    run: str
-    attempt: int
-    folder: str
-    """Folder of the run's results, as the driver sees it."""
-    rank: int
-    ranks: int
-    worker: str
-    """Address of the Dask worker."""
-    local_rank: int
-    local_ranks: int
-    """Ranks on the same host."""
-    node: int
-    """Number of the host among those of the gang."""
-    nodes: int
-    main: str
-    """Address of rank 0's host."""
-    threads: int
-    launched: float
-    """When the driver launched the gang, in seconds since the epoch by the driver's clock."""
-    clock: str
-    """The scheduler's machine."""
-    ahead: float
-    """Seconds by which the driver's clock is ahead of the scheduler's."""
-    store: str
-    """File of the rendezvous; "" over several hosts, as the scheduler then keeps it."""
-    init: bool
-    """Whether torch.distributed is initialised for the function; else the environment is torchrun's."""
-    memory: int | None
-    """Bytes that the rank may allocate; None sets no limit."""
-    worker_memory: int | None
-    """Its share of its worker's limit, in bytes; None if that has none."""
-    resume: str | None
-    """Folder of an earlier run to start from."""
-
-
-@dataclass
-class Outcome:
-    """How one rank ended: with a value, or with a failure."""
-
-    rank: int
-    host: str
-    attempt: int = 0
-    value: bytes = b""
-    failure: dict | None = None
-    error: bytes = b""
-    """The pickled exception, if it can be pickled."""
-    batches: int = 0
-    """Batches of rows and prints that were sent before."""
-
-
-def supervise(place: Place, payload: bytes) -> Outcome:
+def supervise(place: RankPlace, payload: bytes) -> RankOutcome:
     """Run one rank from start to end; the Dask task of a rank."""
     worker = get_worker()
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     inbox = open_inbox(place.run, place.rank, place.attempt)
-    outcome = Outcome(place.rank, machine.node(), place.attempt)
+    outcome = RankOutcome(place.rank, machine.node(), place.attempt)
     ahead = 0.0
     try:
         for folder in {Path(worker.local_directory), *(Path(file).parent for file in [place.store] if file)}:
@@ -125,9 +70,9 @@ def supervise(place: Place, payload: bytes) -> Outcome:
         ahead = _ahead(place, worker)
         process = start(_environment(place, worker.address), worker.scheduler.address)
     except ZygoteDied as error:
-        outcome.failure = failure("RankDied", str(error))
+        outcome.failure = wire.Failed(type="RankDied", message=str(error))
     except (RuntimeError, OSError) as error:
-        outcome.failure = failure("NotStarted", _said("could not start", error))
+        outcome.failure = wire.Failed(type="NotStarted", message=_with_remedy("could not start", error))
     else:
         try:
             supervisor = _Supervisor(place, outcome, worker, process, inbox, ahead)
@@ -138,7 +83,8 @@ def supervise(place: Place, payload: bytes) -> Outcome:
             process.kill()
             supervisor.close(process.wait())
         except (RuntimeError, OSError) as error:  # no more threads, or files of the worker's that have gone
-            outcome.failure = failure("BrokeOff", _said("was ended, since its worker can't go on", error))
+            message = _with_remedy("was ended, since its worker can't go on", error)
+            outcome.failure = wire.Failed(type="BrokeOff", message=message)
         finally:
             process.kill()
     finally:
@@ -147,26 +93,26 @@ def supervise(place: Place, payload: bytes) -> Outcome:
         for file in [place.store] * (place.rank == 0 and bool(place.store)) + [_stacks(place, worker)]:
             Path(file).unlink(missing_ok=True)
     if outcome.failure is not None:
-        outcome.failure["time"] -= ahead  # which failure was the first is told by one clock
+        outcome.failure.time -= ahead  # which failure was the first is told by one clock
     return outcome
 
 
-def _said(what: str, error: Exception) -> str:
+def _with_remedy(what: str, error: Exception) -> str:
     return ". ".join(filter(None, [f"{what}: {error}", machine.remedy(error)])).rstrip(".")
 
 
 def fetch(run: str) -> dict[int, bytes]:
-    """Take what the ranks of an interactive gang were asked for, by rank; called on the worker by the driver."""
+    """Take what the ranks of an interactive gang were asked for, by rank; called on the worker by the kernel."""
     return {rank: _values.pop((name, rank)) for name, rank in list(_values) if name == run}
 
 
 class _Supervisor:
-    """Carries what a rank says to the driver, in batches, and the driver's orders to it; keeps how it ended."""
+    """Carries what a rank says to the kernel, in batches, and the kernel's orders to it; keeps how it ended."""
 
     def __init__(
         self,
-        place: Place,
-        outcome: Outcome,
+        place: RankPlace,
+        outcome: RankOutcome,
         worker: Worker,
         process: Process,
         inbox: queue.SimpleQueue,
@@ -177,73 +123,45 @@ class _Supervisor:
         self.worker = worker
         self.process = process
         self.inbox = inbox
+        """Orders, records and texts as they come in; the error of what is none; None at the end of a stream."""
         self.ahead = ahead
-        """Seconds by which the clock here is ahead of the driver's."""
-        self.rows: list[str] = []
-        """Each as JSON."""
-        self.text: list[str] = []
-        self.news: dict = {}
-        """What else the next batch tells."""
-        self.room = threading.Semaphore(CHUNKS)
+        """Seconds by which the clock here is ahead of the kernel's."""
+        self.batch: list[wire.Message] = []
+        self.text_room = threading.Semaphore(TEXTS)
         self.row_room = threading.Semaphore(ROWS)
-        self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
         self.sent = 0.0
+        self.pause = BATCH_SECONDS
         self.streams = 2
         self.cooperates = False
         self.notice = _notice()
-        """When the rank is to be told that its job ends."""
+        """When the rank is to hear that its job ends."""
         self.returned = False
         """Whether the rank's function has returned."""
-        self.told = False
-        """Whether the rank told how it ended."""
-        self.ended_by_driver = False
+        self.ended = False
+        """Whether the rank said how it ended."""
+        self.ended_by_kernel = False
         self.on_demand = False
         """Whether it was killed to see what follows."""
         self.deadline = math.inf
         """When the streams are given up, or a rank that was interrupted."""
         self.progress = RankProgress(process.pid)
-        self.seen = 0
-        """Characters of the file of stacks."""
+        self.stack_end = 0
+        """Characters of the file of stacks that were read."""
 
     def feed(self, payload: bytes) -> None:
         """Hand the rank its work, and start the threads that listen to it."""
-        place = self.place
-        header = {
-            "row": {"run": place.run, "attempt": place.attempt, "rank": place.rank, "ranks": place.ranks},
-            "stacks": _stacks(place, self.worker),
-            "sys_path": import_path(),
-            "host": host_of(place.worker),
-            "launched": place.launched + self.ahead,
-            "ahead": self.ahead,
-        } | {
-            name: getattr(place, name)
-            for name in ("threads", "store", "main", "folder", "init", "memory", "worker_memory", "resume", "worker")
-        }
-        self.orders.put(head(header, payload))
-        self.orders.put(payload)  # apart: both in one piece would be another copy
+        stacks, path = _stacks(self.place, self.worker), import_path()
+        self.orders.put(wire.Work(place=self.place, ahead=self.ahead, stacks=stacks, sys_path=path, body=payload))
         for work in (self._read_records, self._read_text, self._write):
             threading.Thread(target=work, daemon=True).start()
 
     def take(self) -> bool:
         """Take what has come in; False when the rank has ended and all it said is here."""
-        pause = CELL_SECONDS if "said" in self.news else BATCH_SECONDS
-        try:
-            kind, content = self.inbox.get(timeout=pause)
-        except queue.Empty:
-            kind, content = "quiet", None
-        if kind == "text":
-            self.text.append(content)
-            self.progress.renew()
-        elif kind == "end":
-            self.streams -= 1
-        elif kind == "record":
-            self._hear(*content)
-        elif kind == "broken":
-            self._break(content)
-        elif kind == "order":
-            self._obey(content)
+        with suppress(queue.Empty):
+            self._take(self.inbox.get(timeout=self.pause))
         self._look()
-        if time.monotonic() - self.sent > pause:
+        if time.monotonic() - self.sent > self.pause:
             self._send()
         return self.streams > 0 and time.monotonic() < self.deadline
 
@@ -251,117 +169,116 @@ class _Supervisor:
         """Send the rest, and name an end that the rank could not tell of itself."""
         self.orders.put(None)
         self._send()
-        if self.ended_by_driver and not self.outcome.value:
-            self.outcome.failure = failure("Stopped", "ended by its driver", consequence=True)
-        elif not self.told:
-            self.outcome.failure = failure("RankDied", _cause(returncode, self.on_demand, self.returned))
+        if self.ended_by_kernel and not self.outcome.value:
+            self.outcome.failure = wire.Failed(type="Stopped", message="ended by its driver", consequence=True)
+        elif not self.ended:
+            cause = _cause(returncode, self.on_demand, self.returned)
+            self.outcome.failure = wire.Failed(type="RankDied", message=cause)
 
-    def _hear(self, record: dict, body: bytes) -> None:
-        try:
-            self._record(record, body)
-        except (KeyError, TypeError, ValueError) as error:
-            self._break(error)
+    def _take(self, message: wire.Message | Exception | None) -> None:
+        if message is None:
+            self.streams -= 1
+        elif isinstance(message, Exception):
+            # The rank can't be understood.
+            self._end(wire.Failed(type="BrokenRecord", message=f"{BROKEN} ({message!r})"))
+            self.process.kill()
+        elif isinstance(message, wire.Order):
+            self._obey(message)
+        else:
+            self._hear(message)
 
-    def _break(self, error: Exception) -> None:
-        """End a rank that can't be understood."""
-        self.outcome.failure, self.told = failure("BrokenRecord", f"{BROKEN} ({error!r})"), True
-        self.process.kill()
+    def _end(self, failure: wire.Failed | None) -> None:
+        self.outcome.failure, self.ended = failure, True
 
-    def _record(self, record: dict, body: bytes) -> None:
-        match record["record"]:
-            case "row":
-                self.rows.append(body.decode())
-                self.progress.renew()
-            case "returned":
-                self.returned = True
-            case "beat":
+    def _hear(self, message: wire.Message) -> None:
+        """Take in what the rank says; what is not for this worker goes on to the kernel."""
+        match message:
+            case wire.Beat():
                 self.progress.beat()
-            case "cooperates":
+            case wire.Cooperates():
                 self.cooperates = True
-            case "emulated":
-                self.news["emulated"] = True
-            case "calls":
-                self.news["calls"] = record["calls"]
-            case "cell":
-                self._relay(record, body)
-            case "store":
-                self.worker.loop.add_callback(self._find_others, record, body)
-            case "value":
-                self.outcome.value, self.told = body, True
-            case "failure":
-                self.outcome.failure, self.outcome.error, self.told = record["failure"], body, True
-            case other:
-                raise ValueError(f"no such record: {other!r}")
+            case wire.Returned():
+                self.returned = True
+            case wire.Ask():
+                self.worker.loop.add_callback(self._find_others, message)
+            case wire.Value():
+                self.outcome.value = message.body
+                self._end(None)
+            case wire.Failed():
+                self._end(message)
+            case wire.FromCell():
+                self._relay(message)
+            case _:
+                self.batch.append(message)
+                if isinstance(message, wire.Row | wire.Text):
+                    self.progress.renew()
 
-    def _relay(self, record: dict, body: bytes) -> None:
+    def _relay(self, message: wire.FromCell) -> None:
         """Pass on what a rank of an interactive gang says: prints soon, answers at once, values when fetched."""
-        if record.get("failure"):
-            record["failure"]["time"] -= self.ahead
-        self.news.setdefault("said", []).append(record)
-        if record["said"] != "print":
+        if isinstance(message, wire.CellFailed):
+            message.time -= self.ahead
+        self.pause = CELL_SECONDS
+        if not isinstance(message, wire.Printed):
             self.sent = -math.inf
-        if body:
-            _values[self.place.run, self.place.rank] = body
+        if message.body:
+            _values[self.place.run, self.place.rank], message.body = message.body, b""
+        self.batch.append(message)
 
-    async def _find_others(self, record: dict, body: bytes) -> None:
+    async def _find_others(self, question: wire.Ask) -> None:
         """Put a rank's question about the others to the scheduler's ledger, and hand it the answer."""
+        place = self.place
         try:
             answer = await self.worker.scheduler.hpclab_rendezvous(
-                run=self.place.run, attempt=self.place.attempt, question=record["question"], value=body
+                run=place.run, attempt=place.attempt, question=wire.encode(question)
             )
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        value = answer.pop("value", b"")
-        self.orders.put(frame({"order": "answer", "to": record["number"]} | answer, value))
+            self.orders.put(wire.Answer(to=question.number, error=f"{type(error).__name__}: {error}"))
+        else:
+            self.orders.put(wire.decode(answer)[0])
 
-    def _obey(self, order: dict) -> None:
-        match order["order"]:
-            case "kill":
+    def _obey(self, order: wire.Order) -> None:
+        match order:
+            case wire.Kill():
                 self.on_demand = True
                 self.process.kill()
-            case "end":
-                self.ended_by_driver = not self.told
+            case wire.End():
+                self.ended_by_kernel = not self.ended
                 self.process.kill()
-            case "frame":
-                self.orders.put(order["frame"])
-            case "stacks":
-                self.news["stack"] = self._stack()
-            case "stop" if not self.cooperates:
-                self.ended_by_driver = not self.told
+            case wire.ShowStack():
+                self.batch.append(wire.Stack(text=self._stack()))
+            case wire.Stop() if not self.cooperates:
+                self.ended_by_kernel = not self.ended
                 self.process.interrupt()
                 self.deadline = time.monotonic() + GRACE_SECONDS
-            case "expire":
+            case wire.Expire():
                 if self.cooperates:
-                    self.orders.put(frame({"order": "stop"}))
+                    self.orders.put(wire.Stop())
             case _:
-                self.orders.put(frame(order))
+                self.orders.put(order)
 
     def _look(self) -> None:
         if self.process.poll() is not None:
             self.process.kill()  # its children, which hold its streams open
             self.deadline = min(self.deadline, time.monotonic() + CLOSE_SECONDS)
         elif self.progress.due():
-            self.news["stuck_s"] = self.progress.stuck_s()
+            self.batch.append(wire.Stuck(seconds=self.progress.stuck_s()))
         if time.time() > self.notice:
-            self.notice, self.news["expires"] = math.inf, float(os.environ[machine.ENDS]) - self.ahead
+            self.notice = math.inf
+            self.batch.append(wire.Expires(at=float(os.environ[machine.ENDS]) - self.ahead))
 
     def _send(self) -> None:
         self.sent = time.monotonic()
-        if self.rows or self.text or self.news:
-            batch = {
-                "rank": self.place.rank,
-                "attempt": self.place.attempt,
-                "rows": self.rows,
-                "text": "".join(self.text),
-            }
-            # As JSON, which is ASCII: msgpack takes no whole number beyond 64 bits, and no text that isn't UTF-8, and
-            # what it doesn't take breaks the worker's connection for good.
-            self.worker.log_event(topic(self.place.run), json.dumps(batch | self.news))
-            self.outcome.batches += 1
-            for room, content in ((self.room, self.text), (self.row_room, self.rows)):
-                if content:
-                    room.release(len(content))
-            self.rows, self.text, self.news = [], [], {}
+        if not self.batch:
+            return
+        batch, self.batch, self.pause = self.batch, [], BATCH_SECONDS
+        first = wire.Batch(rank=self.place.rank, attempt=self.place.attempt)
+        # As bytes: msgpack takes no whole number beyond 64 bits, and no text that isn't UTF-8, and what it doesn't take
+        # breaks the worker's connection for good.
+        self.worker.log_event(topic(self.place.run), b"".join(map(wire.encode, [first, *batch])))
+        self.outcome.batches += 1
+        for room, kind in ((self.text_room, wire.Text), (self.row_room, wire.Row)):
+            if count := sum(isinstance(message, kind) for message in batch):
+                room.release(count)
 
     def _stack(self) -> str:
         """The main thread's Python stack; asked for by a signal, since a rank that hangs answers nothing else."""
@@ -369,8 +286,8 @@ class _Supervisor:
         if not file.exists() or not self.process.dump():
             return "(this system can't show it)"
         time.sleep(0.1)
-        text = file.read_text(errors="replace")[self.seen :]
-        self.seen += len(text)
+        text = file.read_text(errors="replace")[self.stack_end :]
+        self.stack_end += len(text)
         lines = [line for line in text.splitlines() if not OURS.search(line)]
         if self.returned:
             lines.append("(its function has returned, and it waits for those of the other ranks)")
@@ -378,38 +295,41 @@ class _Supervisor:
 
     def _read_records(self) -> None:
         try:
-            for record in read_frames(self.process.stdout, pause=GATHER_SECONDS):
-                if record[0]["record"] == "row":
+            for record in wire.read_frames(self.process.stdout, pause=GATHER_SECONDS):
+                if not isinstance(record, wire.Record):
+                    raise TypeError(f"no such record: {record!r}")
+                if isinstance(record, wire.Row):
                     self.row_room.acquire()
-                self.inbox.put(("record", record))
+                self.inbox.put(record)
         except (ValueError, TypeError, KeyError) as error:  # the function has written into this pipe
-            self.inbox.put(("broken", error))
-        self.inbox.put(("end", None))
+            self.inbox.put(error)
+        self.inbox.put(None)
 
     def _read_text(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := os.read(self.process.stderr.fileno(), CHUNK_BYTES):
-            self.room.acquire()
-            self.inbox.put(("text", decoder.decode(chunk)))
-        self.inbox.put(("end", None))
+            self.text_room.acquire()
+            self.inbox.put(wire.Text(body=decoder.decode(chunk).encode()))
+        self.inbox.put(None)
 
     def _write(self) -> None:
         """Hand the rank its work, then orders: in a thread of its own, since one that was stopped reads nothing."""
         with suppress(BrokenPipeError):  # it has ended, and how is seen elsewhere
             while (order := self.orders.get()) is not None:
-                self.process.stdin.write(order)
+                self.process.stdin.write(wire.head(order))
+                self.process.stdin.write(order.body)  # apart: both in one piece would be another copy
                 self.process.stdin.flush()
 
 
-def _ahead(place: Place, worker: Worker) -> float:
-    """Seconds by which the clock of this machine is ahead of the driver's."""
+def _ahead(place: RankPlace, worker: Worker) -> float:
+    """Seconds by which the clock of this machine is ahead of the kernel's."""
     if place.clock == machine.boot():
         return -place.ahead
     ask = worker.scheduler.hpclab_clock
     return machine.ahead(lambda: sync(worker.loop, ask, callback_timeout=CLOCK_SECONDS)) - place.ahead
 
 
-def _environment(place: Place, address: str) -> dict[str, str]:
+def _environment(place: RankPlace, address: str) -> dict[str, str]:
     # What job queues export of the worker's own place would mislead the libraries in a rank.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name not in BINDING}
     env |= MALLOC | {
@@ -436,19 +356,14 @@ def _environment(place: Place, address: str) -> dict[str, str]:
     return env
 
 
-def _stacks(place: Place, worker: Worker) -> str:
+def _stacks(place: RankPlace, worker: Worker) -> str:
     """File that a rank's stack is written to on demand."""
     return f"{worker.local_directory}/{place.run}-{place.attempt}-{place.rank}.stacks"
 
 
-def host_of(address: str) -> str:
-    """The host of an address of Dask's, such as "tls://10.0.0.1:8786" or "tls://[fd00::1]:8786"."""
-    return address.rsplit("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
-
-
 def _interface(address: str) -> str | None:
     """Name of the network interface that owns the worker's address, so that gloo neither guesses nor looks up names."""
-    host = host_of(address)
+    host = wire.host_of(address)
     loopback = host.startswith("127.")  # all of 127.0.0.0/8 is there, and only 127.0.0.1 listed
     for name, owned in psutil.net_if_addrs().items():
         mine = [a.address for a in owned if a.family in (socket.AF_INET, socket.AF_INET6)]
@@ -465,7 +380,7 @@ def _notice() -> float:
 
 
 def _cancelled(worker: Worker, key: Key) -> bool:
-    """Whether the driver has gone or let go of this task, or the worker closes: Dask ends no running thread itself."""
+    """Whether the kernel has gone or let go of this task, or the worker closes: Dask ends no running thread itself."""
     state = worker.state.tasks.get(key)
     return state is None or state.state == "cancelled" or worker.status in (Status.closing, Status.closed)
 
@@ -477,8 +392,3 @@ def _cause(returncode: int, on_demand: bool, returned: bool) -> str:
     name = signal.Signals(-returncode).name
     hint = ON_DEMAND if on_demand else " (out of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}{when * returned}"
-
-
-def failure(type_: str, message: str, consequence: bool = False) -> dict:
-    """How a rank ended that could not tell it itself."""
-    return {"type": type_, "message": message, "traceback": "", "time": time.time(), "consequence": consequence}

@@ -1,4 +1,4 @@
-"""The zygote: one process a host and cluster that has imported torch, and forks a rank in about 15 ms.
+"""Host: the zygote, one process a host and cluster that has imported torch and forks a rank in about 15 ms.
 
 It has one thread and runs no torch operation, since a fork keeps only the thread that forks, whatever locks the others
 hold. It lives for as long as a worker holds a lease: a connection to its socket, which the system closes however the

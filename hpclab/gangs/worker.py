@@ -179,13 +179,19 @@ class _Supervisor:
         if message is None:
             self.streams -= 1
         elif isinstance(message, Exception):
-            # The rank can't be understood.
-            self._end(wire.Failed(type="BrokenRecord", message=f"{BROKEN} ({message!r})"))
-            self.process.kill()
+            self._break(message)
         elif isinstance(message, wire.Order):
             self._obey(message)
         else:
-            self._hear(message)
+            try:
+                self._hear(message)
+            except (TypeError, ValueError) as error:
+                self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """End a rank that can't be understood."""
+        self._end(wire.Failed(type="BrokenRecord", message=f"{BROKEN} ({error!r})"))
+        self.process.kill()
 
     def _end(self, failure: wire.Failed | None) -> None:
         self.outcome.failure, self.ended = failure, True

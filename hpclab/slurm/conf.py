@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,15 +102,9 @@ def controller() -> str:
 
 
 def free_ports(hosts: list[str]) -> list[int]:
-    """A port free on each address."""
-    held = [socket.socket() for _ in hosts]
-    try:
-        for listener, host in zip(held, hosts, strict=True):
-            listener.bind((host, 0))
-        return [listener.getsockname()[1] for listener in held]
-    finally:
-        for listener in held:
-            listener.close()
+    """A port free on each address; all are held until the last is known, so they differ on the same address."""
+    with ExitStack() as held:
+        return [held.enter_context(socket.create_server((host, 0))).getsockname()[1] for host in hosts]
 
 
 def write(folder: Path, settings: SlurmSettings, programs: dict[str, str], owner: int | None, keep: bool) -> dict:

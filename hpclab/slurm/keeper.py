@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -178,14 +179,10 @@ def ended() -> int:
 def children() -> list[int]:
     """Process ids of all children of this process, from /proc."""
     pids = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                status = Path("/proc", entry, "stat").read_text()
-            except OSError:
-                continue  # it has just gone
-            if int(status.rpartition(")")[2].split()[1]) == os.getpid():
-                pids.append(int(entry))
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just gone
+            if int(file.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                pids.append(int(file.parent.name))
     return pids
 
 

@@ -1,9 +1,8 @@
-"""Private parts of Dask, and of others, on which hpclab relies: no other file names one.
+"""Private parts of Dask on which hpclab relies: no other file names one.
 
 tests/test_dask_private.py says which of them a new release has renamed.
 """
 
-import multiprocessing
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -57,14 +56,6 @@ class HookedCluster(SpecCluster):
         # After 15 s without a worker, SpecCluster would close what keeps it (a nanny, or its new job that still waits
         # in the queue), and start nothing in its place; the subclass knows better.
         Cluster._update_worker_status(self, op, msg)
-
-
-# --- processes ---
-
-
-def imported_by_child() -> bool:
-    """Whether this process is one of multiprocessing's that is just importing the script which started it."""
-    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 # --- gangs: topics of the scheduler ---

@@ -180,6 +180,13 @@ _REMEDIES = {
 }
 
 
+def imported_by_child() -> bool:
+    """Whether this process is multiprocessing's child and just imports its parent's script, as multiprocessing asks."""
+    import multiprocessing  # here, as it costs more than all else in this file
+
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
+
+
 def boot() -> str:
     """Name of this machine since its start, the same in all its containers."""
     return " ".join(_lines(Path("/proc/sys/kernel/random/boot_id"))) or platform.node()

@@ -73,8 +73,8 @@ def test_a_jobs_attributes_are_there():
 
 SCRIPT = """
 import multiprocessing
-from hpclab._dask import imported_by_child
-print(imported_by_child(), flush=True)
+from hpclab import machine
+print(machine.imported_by_child(), flush=True)
 if __name__ == "__main__":
     child = multiprocessing.get_context("spawn").Process(target=print, args=["done"])
     child.start()

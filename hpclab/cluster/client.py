@@ -14,7 +14,6 @@ from distributed import Client, Security, SpecCluster
 
 from hpclab import _namesakes, machine
 from hpclab._arguments import size, whole_number
-from hpclab._dask import imported_by_child
 from hpclab.cluster.healing import LocalCluster, root
 from hpclab.cluster.interrupt import IgnoreInterrupt
 from hpclab.cluster.tls import refusal
@@ -86,7 +85,7 @@ def start(
     if where != "local":
         return _join(where, wishes, security)
     workers, limit = _fit(workers, memory)
-    if imported_by_child():
+    if machine.imported_by_child():
         sys.exit(f"A worker that imports {sys.argv[0]} came upon hpclab.connect(). {GUARD}")
     _spare_main()
     try:

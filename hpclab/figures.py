@@ -37,12 +37,12 @@ class Figure(matplotlib.figure.Figure):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.told: dict[Axes, tuple[str, ...]] = {}
+        self.series: dict[Axes, tuple[str, ...]] = {}
         """For each axes that `finish` has done: what is drawn against what, then a line a series."""
 
     def words(self) -> str:
         """All that it says, a line for each of its axes; of pictures that `finish` hasn't done, their titles."""
-        return "\n".join(f"{title}. {'; '.join(series)}" for title, *series in self.told.values()) or self._titles()
+        return "\n".join(f"{title}. {'; '.join(lines)}" for title, *lines in self.series.values()) or self._titles()
 
     def _titles(self) -> str:
         return "; ".join(filter(None, (ax.get_title() for ax in self.axes)))
@@ -52,7 +52,7 @@ class Figure(matplotlib.figure.Figure):
         return self._around(png(self))
 
     def _around(self, image: bytes) -> str:
-        alt = "; ".join(title for title, *_series in self.told.values()) or self._titles()
+        alt = "; ".join(title for title, *_lines in self.series.values()) or self._titles()
         return html(FIGURE, alt=alt, image=base64.b64encode(image).decode(), lines=self.words().split("\n"))
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -92,7 +92,7 @@ def finish(ax: Axes, rows: list[dict], xlabel: str, ylabel: str, series: Sequenc
         ax.legend(frameon=False)
     if isinstance(ax.figure, Figure):
         title = _("{y} against {x}", y=ylabel, x=xlabel) if ylabel else xlabel
-        ax.figure.told[ax] = (f"{title} ({provenance(rows)})", *series)
+        ax.figure.series[ax] = (f"{title} ({provenance(rows)})", *series)
     return set_font(ax)
 
 

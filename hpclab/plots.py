@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from hpclab import figures
 from hpclab.figures import COLOURS, HATCHES, Values, cloud, curve, finish, look
 from hpclab.language import translate_drawn as _
-from hpclab.rows import attempts, kept, some, source, span
+from hpclab.rows import attempts, grouped, kept, some, source, span
 
 if TYPE_CHECKING:
     from hpclab.laws import LawFit
@@ -601,12 +601,10 @@ def _tracks(
 
     Returns (start, seconds) of each bar, by owner and kind.
     """
-    owners: dict[Any, dict[str, list]] = {
-        number: {name: [] for name in titles} for number in sorted({row[owner] for row in rows})
+    owners = {
+        number: {name: [(row["start_s"], row["duration_s"]) for row in own if row[kind] == name] for name in titles}
+        for number, own in grouped(sorted(rows, key=lambda row: row["start_s"]), owner).items()
     }
-    for row in sorted(rows, key=lambda row: row["start_s"]):
-        if row[kind] in titles:
-            owners[row[owner]][row[kind]].append((row["start_s"], row["duration_s"]))
     for number, (name, title) in enumerate(titles.items()):
         named = False  # each kind once
         for place, kinds in enumerate(owners.values()):

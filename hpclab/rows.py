@@ -34,6 +34,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 CUT_OFF = b"\x18\n"
 """What `append` ends a line with that was cut off: ASCII's CANCEL, so that no reader takes it for damage."""
@@ -244,6 +245,20 @@ def some(rows: list[dict], kind: str) -> list[dict]:
         others = f" (but {', '.join(sorted({str(row['kind']) for row in rows}))})" if rows else ""
         raise ValueError(f"rows hold no {kind}{others}; give those of a measurement.")
     return wanted
+
+
+def grouped(rows: list[dict], name: str) -> dict[Any, list[dict]]:
+    """Rows by the value that they have for a name, in its order.
+
+    Examples
+    --------
+    >>> grouped([{"rank": 1, "step": 0}, {"rank": 0, "step": 0}, {"rank": 1, "step": 1}], "rank")[1]
+    [{'rank': 1, 'step': 0}, {'rank': 1, 'step': 1}]
+    """
+    groups: dict[Any, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row[name], []).append(row)
+    return dict(sorted(groups.items()))
 
 
 def label(ranks: int, threads: int = 1) -> str:

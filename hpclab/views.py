@@ -14,7 +14,7 @@ from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.live import answer_in_subshell, drawn, preformatted, sendable
 from hpclab.pages import html
-from hpclab.rows import attempts, kept, source, span
+from hpclab.rows import attempts, grouped, kept, source, span
 from hpclab.tables import Table, markup
 
 LONG_SECONDS = 10.0
@@ -93,11 +93,8 @@ def page(run: Any) -> str:
 
 def ranks(rows: list[dict]) -> Table:
     """One row a rank: how far it is, its loss, and what its time went into, as shares of its steps so far."""
-    steps: dict[int, list[dict]] = {}
-    for row in rows:
-        if row["kind"] == "step":
-            steps.setdefault(row["rank"], []).append(row)
-    return Table(_rank(rank, steps[rank]) for rank in sorted(steps))
+    steps = grouped([row for row in rows if row["kind"] == "step"], "rank")
+    return Table(_rank(rank, of_rank) for rank, of_rank in steps.items())
 
 
 def gang(rows: list[dict]) -> dict:

@@ -30,11 +30,7 @@ def clock(client: Client, function: Callable, *pieces: Collection, **settings: A
 
 
 def sweep(
-    run: Callable[[int], float],
-    tasks: Iterable[int],
-    items: int,
-    repeats: int = 5,
-    client: Client | None = None,
+    run: Callable[[int], float], tasks: Iterable[int], items: int, repeats: int = 5, client: Client | None = None
 ) -> list[dict]:
     """Time the same work cut into different numbers of tasks, in turns.
 

@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 
 from hpclab import laws
-from hpclab.rows import MACHINE, some, source
+from hpclab.rows import MACHINE, grouped, some, source
 
 COUNTS = ("ranks", "threads", "oversubscribe")
 """What a case may differ in without being of another setting."""
@@ -134,10 +134,7 @@ def _points(rows: list[dict]) -> tuple[list[int], list[float]]:
 
 def _cases(rows: list[dict]) -> dict[int, list[dict]]:
     """Trials of each case, by rounds."""
-    cases: dict[int, list[dict]] = {}
-    for row in sorted(some(rows, "trial"), key=lambda row: (row["case"], row["repeat"])):
-        cases.setdefault(row["case"], []).append(row)
-    return cases
+    return grouped(sorted(some(rows, "trial"), key=lambda row: row["repeat"]), "case")
 
 
 def _speedups(case: list[dict], baseline: list[dict]) -> list[float]:

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import Any
 
-from hpclab.rows import kept, label, machine, some, source, span
+from hpclab.rows import grouped, kept, label, machine, some, source, span
 
 LEAST_STEPS = 6
 """Steps that a throughput needs, so that there are some after the warm-up."""
@@ -75,7 +75,7 @@ def trial(rows: list[dict]) -> dict:
 def throughput(rows: list[dict]) -> float:
     """Samples a second that a training run took in, over all ranks, tests and the warm-up left out."""
     steps = _warm(rows)
-    seconds = max(sum(row["step_s"] for row in mine) for mine in _by_rank(steps).values())
+    seconds = max(sum(row["step_s"] for row in mine) for mine in grouped(steps, "rank").values())
     return sum(row["samples"] for row in steps) / seconds
 
 
@@ -128,7 +128,7 @@ def split(rows: list[dict]) -> list[dict]:
     shortest: dict[int, float] = {}
     for row in steps:
         shortest[row["step"]] = min(row.get("wait_s", 0.0), shortest.get(row["step"], math.inf))
-    if len(ranks := _by_rank(steps)) == 1:
+    if len(ranks := grouped(steps, "rank")) == 1:
         shortest = dict.fromkeys(shortest, 0.0)
     splits = []
     for rank, mine in ranks.items():
@@ -145,13 +145,9 @@ def _mean(rows: list[dict], name: str) -> float | None:
     return None if None in values else statistics.fmean(values)  # type: ignore[arg-type]
 
 
-def _by_rank(steps: list[dict]) -> dict[int, list[dict]]:
-    return {rank: [row for row in steps if row["rank"] == rank] for rank in sorted({row["rank"] for row in steps})}
-
-
 def _jitter(steps: list[dict]) -> float | None:
     """Standard deviation of the computing of a rank's step, the mean over the ranks; of a lone rank's whole step."""
-    ranks = _by_rank(steps)
+    ranks = grouped(steps, "rank")
     if len(ranks) == 1:
         return statistics.pstdev(row["step_s"] for row in steps)
     if not all("wait_s" in row for row in steps):

@@ -2,10 +2,7 @@
 
 from importlib import import_module
 
-_HOME = {
-    "Fit": "start",
-    "train": "start",
-}
+_HOME = {"Fit": "start", "train": "start"}
 
 
 def __getattr__(name: str) -> object:

@@ -120,9 +120,10 @@ def _askable(course: list[submissions.Assignment]) -> None:
     from hpclab.course import checks, fork
 
     fork.patience()
+    ids = checks.ids()
     for assignment in course:
         for step in assignment.checks.values():
-            if step.exercise not in (ids := checks.ids()):
+            if step.exercise not in ids:
                 raise ValueError(
                     f"course: {assignment.stem}.ipynb checks {step.exercise!r}, which is no exercise; hpclab.check has"
                     f" {', '.join(ids)}."
@@ -221,14 +222,9 @@ def _judged(path: Path, course: list[submissions.Assignment], limits: _Limits) -
         with tempfile.TemporaryFile() as archive:
             notes.left = submissions.beside(path, limits.folder, archive)
             notes.hiding = submissions.hiding(path, limits.folder)
-            with sandbox.kernel(
-                memory=limits.memory,
-                hidden=[limits.folder],
-                environment={"HPCLAB_LANG": limits.language},
-                trust=limits.trust,
-                beside=archive,
-                inner=Path(*path.relative_to(limits.folder).parts[1:-1]),
-            ) as kernel:
+            inner = Path(*path.relative_to(limits.folder).parts[1:-1])
+            settings = {"HPCLAB_LANG": limits.language}
+            with sandbox.kernel(limits.memory, [limits.folder], settings, limits.trust, archive, inner) as kernel:
                 why = _ended(_Session(kernel, limits, notes), steps, rows)
     except Unreadable as error:
         why = _("not graded: {why}", why=str(error))

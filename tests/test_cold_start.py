@@ -85,16 +85,34 @@ def test_a_kernel_that_ends_at_any_stage_leaves_nothing(number, tmp_path):
     until(lambda: scripts() <= before and not sockets())
 
 
+def zygote_and_hash():
+    return os.getppid(), hash("text")
+
+
 def test_workers_share_the_zygote_of_their_kernel_and_replace_it_once():
     with hpclab.connect(workers=2) as client:
-        (zygote,) = set(hpclab.launch(client, os.getppid, ranks=2).result(60))
+        ((zygote, hashed),) = set(hpclab.launch(client, zygote_and_hash, ranks=2).result(60))
         assert psutil.Process(zygote).ppid() == os.getpid()
         assert len(sockets()) == 1
         os.kill(zygote, signal.SIGKILL)
-        (other,) = set(hpclab.launch(client, os.getppid, ranks=2, max_restarts=5).result(60))
+        ((other, again),) = set(hpclab.launch(client, zygote_and_hash, ranks=2, max_restarts=5).result(60))
         assert other != zygote and len(sockets()) == 1
         assert psutil.Process(other).ppid() in client.run(os.getpid).values()
+        assert again == hashed, "sets have another order in a zygote that workers start"
     until(lambda: not psutil.pid_exists(zygote) and not psutil.pid_exists(other) and not sockets())
+
+
+def test_the_collector_runs_again_after_the_imports():
+    program = (
+        "import gc, hpclab\n"
+        "with hpclab.connect(workers=1) as client:\n"
+        "    print(gc.isenabled(), *hpclab.launch(client, gc.isenabled).result())\n"
+        "    gc.disable()\n"
+        "hpclab.connect(workers=1).close()\n"
+        "print(gc.isenabled())\n"
+    )
+    done = subprocess.run([sys.executable, "-"], input=program, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr
 
 
 def test_two_clusters_of_a_kernel_have_zygotes_of_their_own():

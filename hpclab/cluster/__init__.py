@@ -94,7 +94,7 @@ def _first_breath() -> "KernelZygote | None":
     # A worker that imports an unguarded script comes here too; `start` tells it so, by the same sign.
     if not host.FORK or getattr(multiprocessing.current_process(), "_inheriting", False):
         return None
-    with suppress(OSError):  # then the workers start it, or say what keeps them from it
+    with suppress(OSError, RuntimeError):  # then the workers start it, or say what keeps them from it
         return host.KernelZygote()
     return None
 

@@ -25,10 +25,10 @@ BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 """Variables that would bind each process that imports torch to the same first CPU, and so all ranks of a host."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """What the libraries of numpy and torch start when they are imported, a fork can't keep."""
+HASHES = {"PYTHONHASHSEED": "6640"}
+"""What Dask gives all workers, and they a zygote that they start: sets of text have one order in all ranks and runs."""
 SHARED = "HPCLAB_ZYGOTE"
 """Variable of a local cluster's workers: the kernel that is their parent, and where its zygote listens."""
-CLOSE_SECONDS = 1.0
-"""How long a kernel waits for the end of its zygote; one that just loads a library ends a little later by itself."""
 
 
 class KernelZygote:
@@ -43,6 +43,8 @@ class KernelZygote:
     ------
     OSError
         If the folder of temporary files takes no socket, or the user has no more processes.
+    RuntimeError
+        If the user has no more threads.
     """
 
     def __init__(self) -> None:
@@ -51,20 +53,18 @@ class KernelZygote:
         self._lifeline, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with its, machine.every_cpu(), _private.locked(path.parent) as handle:
-                process = _start(path, _address(path, handle), its)
+                process = _start(path, _address(path, handle), os.environ | HASHES, its)
+            threading.Thread(target=process.wait, name="hpclab-zygote", daemon=True).start()  # which leaves no zombie
         except BaseException:
             self._lifeline.close()
             path.unlink(missing_ok=True)
             raise
-        self._reaper = threading.Thread(target=process.wait, name="hpclab-zygote", daemon=True)
-        self._reaper.start()
 
     def close(self) -> None:
-        """End it, unless workers still hold it."""
+        """Have it end, as soon as no worker holds it either."""
         with suppress(OSError):  # it has gone
             self._lifeline.shutdown(socket.SHUT_RDWR)  # also where a fork of this process still has it
         self._lifeline.close()
-        self._reaper.join(CLOSE_SECONDS)
 
 
 def call_zygote(cluster: str) -> socket.socket:
@@ -80,7 +80,7 @@ def call_zygote(cluster: str) -> socket.socket:
             caller.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             path.unlink(missing_ok=True)
-            _start(path, address)
+            _start(path, address, os.environ)
             caller.connect(address)
         stack.pop_all()
         return caller
@@ -119,7 +119,9 @@ def _address(path: Path, handle: int) -> str:
     return f"/proc/self/fd/{handle}/{path.name}"
 
 
-def _start(path: Path, address: str, owner: socket.socket | None = None) -> subprocess.Popen:
+def _start(
+    path: Path, address: str, env: Mapping[str, str], owner: socket.socket | None = None
+) -> subprocess.Popen[bytes]:
     """It inherits the listening socket, so that callers can queue while it imports torch."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
@@ -128,7 +130,7 @@ def _start(path: Path, address: str, owner: socket.socket | None = None) -> subp
         return subprocess.Popen(
             [sys.executable, "-c", zygote_code(f"main({str(path)!r}, {', '.join(map(str, inherited))})")],
             stdin=subprocess.DEVNULL,
-            env=unbound(os.environ) | MALLOC | ONE_THREAD,
+            env=unbound(env) | MALLOC | ONE_THREAD,
             pass_fds=inherited,
             start_new_session=True,
         )

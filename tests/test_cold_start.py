@@ -36,7 +36,7 @@ def after(owner, name, here):
     setattr(owner, name, call)
 
 if __name__ == "__main__":
-    after(hpclab.cluster, "_first_breath", "zygote")
+    after(hpclab.cluster, "_start_zygote", "zygote")
     after(hpclab.cluster, "_client", "dask")
     if stage not in ("zygote", "dask"):
         after(hpclab.cluster._client(), "LocalCluster", "cluster")

@@ -76,7 +76,7 @@ def connect(
     --------
     hpclab.queues.script : Shows the job script, without starting anything.
     """
-    zygote = _first_breath() if where == "local" else None
+    zygote = _start_zygote() if where == "local" else None
     try:
         return _client().start(where, workers, memory, security, options, zygote)
     except BaseException:
@@ -85,7 +85,7 @@ def connect(
         raise
 
 
-def _first_breath() -> "KernelZygote | None":
+def _start_zygote() -> "KernelZygote | None":
     """Have the zygote of a local cluster import torch while this process imports Dask; None where there is none."""
     import multiprocessing
 

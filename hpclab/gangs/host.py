@@ -17,8 +17,9 @@ from pathlib import Path
 
 from hpclab import _private, machine
 
-FORK = sys.platform == "linux"
-"""Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS)."""
+FORK = sys.platform == "linux" and os.environ.get("HPCLAB_FORK") != "0"
+"""Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS); ``HPCLAB_FORK=0`` does without
+it here, too: to try what runs there."""
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 """glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")

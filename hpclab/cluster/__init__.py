@@ -87,12 +87,11 @@ def connect(
 
 def _start_zygote() -> "KernelZygote | None":
     """Have the zygote of a local cluster import torch while this process imports Dask; None where there is none."""
-    import multiprocessing
-
+    from hpclab import machine
     from hpclab.gangs import host
 
     # A worker that imports an unguarded script comes here too; `start` tells it so, by the same sign.
-    if not host.FORK or getattr(multiprocessing.current_process(), "_inheriting", False):
+    if not host.FORK or machine.imported_by_child():
         return None
     with suppress(OSError, RuntimeError):  # then the workers start it, or say what keeps them from it
         return host.KernelZygote()

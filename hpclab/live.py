@@ -1,6 +1,7 @@
 """The one loop that draws what lives in a notebook: a run, a playground, a private Slurm, a cluster.
 
-What can't be drawn is shown as the error that it is, in its place: it ends neither the loop nor what is drawn.
+A view that can't be drawn shows its error in its place: that ends neither the loop nor what is drawn. A race has no
+loop here: its sweep calls `racing.LiveFigure`, which keeps the same pace.
 """
 
 import logging
@@ -72,7 +73,7 @@ def show(
 
 
 def follow(
-    put: Callable[[str], None],
+    update: Callable[[str], None],
     page: Callable[[], str],
     ended: Callable[[], bool],
     *,
@@ -86,7 +87,7 @@ def follow(
 
     Parameters
     ----------
-    put : callable
+    update : callable
         Given a page that differs from the one before, shows it.
     page : callable
         Draws the page, as HTML. What it raises is shown in place of the page, until that can be drawn again.
@@ -114,7 +115,7 @@ def follow(
             over = over or ended()  # a page that fails since its subject has just ended tells of no trouble
             new = good if over and good else trouble(error)
         if new != shown and current():  # it may have been replaced while it was drawn
-            put(new)
+            update(new)
             shown = new
         if over:
             return

@@ -182,7 +182,9 @@ def own_cpu(rows: Rows) -> Rows:
 
 
 class LiveFigure:
-    """Loss against seconds, in a notebook, drawn anew at each call in the place where it was first shown.
+    """Loss against seconds, in a notebook, drawn anew in the place where it was first shown.
+
+    A call draws if the one before has left time enough (see `live.pause`), and always when a racer has ended.
 
     Parameters
     ----------

@@ -36,7 +36,9 @@ def connected(request):
     else:
         security = Security.temporary()
         with (
-            LocalCluster(n_workers=2, threads_per_worker=1, security=security, dashboard_address=None) as cluster,
+            LocalCluster(
+                n_workers=2, threads_per_worker=1, security=security, dashboard_address="127.0.0.1:0"
+            ) as cluster,
             hpclab.connect(cluster.scheduler_address, security=security) as client,
         ):
             yield client

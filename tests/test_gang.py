@@ -461,7 +461,7 @@ CLUSTER = textwrap.dedent(
     import sys, time
     from distributed import LocalCluster
     if __name__ == "__main__":
-        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster:
             print(cluster.scheduler_address, flush=True)
             time.sleep(600)
     """

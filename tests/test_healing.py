@@ -17,6 +17,7 @@ from conftest import until
 import hpclab
 from hpclab.cluster import healing
 
+pytestmark = pytest.mark.alone  # it fills the machine, and what takes long to start counts as lost
 KILLS = int(os.environ.get("HPCLAB_KILLS", "4"))
 """Kills of workers; by hand more."""
 

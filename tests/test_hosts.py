@@ -197,6 +197,7 @@ def test_a_host_that_stays_away_leaves_the_others_at_work(hosts):
     assert len(run.result(120)) == 1
 
 
+@pytest.mark.alone  # in its 15 seconds a worker must come, and begin
 def test_a_walltime_that_ends_loses_no_step(hosts):
     undisturbed = hpclab.launch(hosts.client, train, 1500, ranks=2).result(60)
     hosts.kill(1)

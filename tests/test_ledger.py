@@ -21,7 +21,7 @@ ALL = "t = torch.ones(3) * (rank + 1)\ndist.all_reduce(t)\nt.tolist()"
 @pytest.fixture(scope="module")
 def three():
     """A client that joined three workers, without TLS: there Dask has no limit for one that hangs."""
-    options = {"n_workers": 3, "threads_per_worker": 1, "security": None, "dashboard_address": None}
+    options = {"n_workers": 3, "threads_per_worker": 1, "security": None, "dashboard_address": "127.0.0.1:0"}
     with (
         LocalCluster(**options) as cluster,
         hpclab.connect(cluster.scheduler_address, security=False) as client,

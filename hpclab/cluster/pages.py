@@ -5,15 +5,15 @@ from typing import Any
 
 import dask
 from distributed import Scheduler
+from distributed.http.routing import RoutingApplication
 from distributed.http.utils import get_handlers
-from tornado import web
 
 ROUTES = "distributed.scheduler.http.routes"
 SLOW = ("distributed.http.proxy",)
 """Routes that import aiohttp and all of jupyter-server-proxy: the way to the workers' own pages."""
 
 
-class Pages(web.Application):
+class Pages(RoutingApplication):
     """Has a scheduler start without its dashboard, and adds that once a path is asked for that nothing else serves.
 
     Its imports, most of them bokeh's, take as long as those of Dask itself, and most clusters end unwatched.

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import math
 import os
+import pickle
 import subprocess
 import threading
 import time
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 import hpclab
 from hpclab import checkpoint
+from hpclab.checkpoint import shards
 
 small = settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 BIG = torch.arange(1000.0)
@@ -229,5 +231,64 @@ def test_a_checkpoint_that_a_disk_shows_late_is_waited_for(tmp_path):
     path = checkpoint.write(tmp_path, 1, {"x": 1})
     late = path.rename(tmp_path / "hidden")
     threading.Thread(target=lambda: (time.sleep(0.3), late.rename(path))).start()
-    held, told = checkpoint._read_for_all(str(path))
-    assert held == {"x": 1} and "sums" in told
+    held, reading = checkpoint._read_for_all(str(path), 0, 1)
+    assert held == {"x": 1} and "sums" in reading
+
+
+def scattered():
+    """A tensor of which each rank has a shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
+
+
+def save_shards_of_different_tensors():
+    shard = scattered()
+    said = []
+    itself: list = [shard]
+    itself += [itself] * 3
+    for state, step in [
+        (itself, 0),
+        ({"a": shard, "b": shard if dist.get_rank() else 0}, 1),
+        ({"a": shard, "b": np.zeros(1)}, 2),
+        ({"a": shard}, 2 + dist.get_rank()),
+    ]:
+        with pytest.raises((ValueError, TypeError)) as caught:
+            hpclab.save(state, step)
+        said.append(str(caught.value))
+    hpclab.save({"a": [shard, (1, shard)], "b": {2: shard}}, 3)
+    folder = hpclab.gangs.rank.run_folder() / "checkpoints"
+    return said, [path.name for path in folder.iterdir()]
+
+
+def restore_other_shards():
+    says = r"state\['a'\]\[0\] is sharded in this state or in checkpoint .*, not in both"
+    with pytest.raises(ValueError, match=says):
+        hpclab.restore({"b": {2: scattered()}})
+    return hpclab.restore()
+
+
+def test_shards_that_ranks_do_not_agree_on(client):
+    run = hpclab.launch(client, save_shards_of_different_tensors, ranks=2)
+    for said, names in run.result(60):
+        assert said[0].startswith("state[0] is torch.distributed.tensor.DTensor")
+        assert said[1] == "state['b'] is sharded on rank 0 or on rank 1, not on both."
+        assert said[2].startswith("state['b'] is numpy.ndarray")
+        assert said[3].startswith("step differs by rank (rank 0: 2, rank 1: 3)")
+        assert sorted(name[:13] for name in names) == ["step-00000003", "step-00000003"], "no shards of what failed"
+    whole = torch.arange(6.0)
+    for state in hpclab.launch(client, restore_other_shards, ranks=2, resume=run.folder).result(60):
+        assert repr(state) == repr({"a": [whole, (1, whole)], "b": {2: whole}})
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.distributed.checkpoint.filesystem.os.system"])
+def test_what_describes_shards_runs_no_code(tmp_path, name):
+    module, _, function = name.rpartition(".") if "filesystem" not in name else (name[:-10], "", "os.system")
+    text = [pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in (module, function, "touch ran")]
+    body = pickle.PROTO + b"\x04" + text[0] + text[1] + pickle.STACK_GLOBAL + text[2] + pickle.TUPLE1 + pickle.REDUCE
+    (tmp_path / ".metadata").write_bytes(body + pickle.STOP)
+    with pytest.raises(pickle.UnpicklingError, match="is nothing that describes shards"):
+        shards._reader(tmp_path).read_metadata()
+    assert not Path("ran").exists()

@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -195,7 +196,11 @@ def test_another_number_of_ranks_goes_on_up_to_rounding(four, tmp_path):
 def test_a_stopped_run_can_be_resumed_bit_for_bit(four):
     undisturbed = train(four, 2, steps=200).result(120)
     run = train(four, 2, steps=200)
-    run.watch(lambda run, rows: any(row["kind"] == "checkpoint" for row in rows) and run._inbox.put(("stop", False)))
+    run.watch(
+        lambda run, rows: (
+            any(row["kind"] == "checkpoint" for row in rows) and run._inbox.put(lambda: run._halt(now=False))
+        )
+    )
     run.wait(60)
     assert run.status == "stopped"
     fit = train(four, 2, steps=200, resume=run.folder).result(120)
@@ -307,14 +312,17 @@ def own_loop(folder, rank_to_die, step_to_die, pause=0.0):
     return [tensor.tolist() for tensor in net.state_dict().values()]
 
 
-def own_sharded_loop(folder, rank_to_die, step_to_die):
-    """The same under FSDP2: each rank holds a shard of each weight, and of what the optimiser keeps of it."""
+def own_sharded_loop(folder, rank_to_die, step_to_die, gathered=True, steps=STEPS):
+    """The same under FSDP2: each rank holds a shard of each weight, and of what the optimiser keeps of it.
+
+    They are saved gathered by rank 0, or each rank's own.
+    """
     from torch.distributed.checkpoint import state_dict as sharded
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     rank = dist.get_rank()
-    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = sharded.StateDictOptions(full_state_dict=gathered, cpu_offload=True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 61), nn.ReLU(), nn.Dropout(0.3), nn.Linear(61, 61), nn.ReLU(), nn.Linear(61, 2))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -322,13 +330,19 @@ def own_sharded_loop(folder, rank_to_die, step_to_die):
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    torch.manual_seed(rank)
+
+    def state(step):
+        weights, moments = sharded.get_state_dict(model, optimizer, options=options)
+        return {"model": weights, "optimizer": moments, "step": step}
+
     first = 0
-    if (state := hpclab.restore()) is not None:
-        held = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        sharded.set_state_dict(model, optimizer, **held, options=whole)
-        first = state["step"]
-    for step in range(first, STEPS):
+    like = None if gathered else state(0)
+    torch.manual_seed(rank)
+    if (held := hpclab.restore(like)) is not None:
+        parts = {"model_state_dict": held["model"], "optim_state_dict": held["optimizer"]}
+        sharded.set_state_dict(model, optimizer, **parts, options=options)
+        first = held["step"]
+    for step in range(first, steps):
         if (step, rank) == (step_to_die, rank_to_die) and not (folder / "died").exists():
             (folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -336,17 +350,36 @@ def own_sharded_loop(folder, rank_to_die, step_to_die):
         optimizer.step()
         optimizer.zero_grad()
         hpclab.report(step=step)
-        if step == 0:
-            try:
-                hpclab.save({"model": model.state_dict()}, 1)
-                raise AssertionError("rank 0's shards were saved as if they were all")
-            except TypeError as error:
-                if "DTensor, which" not in str(error) or "use get_state_dict(" not in str(error):
-                    raise
         if (step + 1) % 4 == 0:
-            weights, moments = sharded.get_state_dict(model, optimizer, options=whole)
-            hpclab.save({"model": weights, "optimizer": moments, "step": step + 1}, step + 1)
+            hpclab.save(state(step + 1), step + 1)
     return [weight.full_tensor().tolist() for weight in model.parameters()]
+
+
+own_scattered_loop = functools.partial(own_sharded_loop, gathered=False)
+
+
+def test_shards_go_on_under_other_numbers_of_ranks(four, tmp_path):
+    """What 2 ranks have saved in shards, 3 take up, as their own shards or whole; nothing else is left there."""
+    short = functools.partial(own_scattered_loop, tmp_path, -1, -1, steps=8)
+    saved = hpclab.launch(four, short, ranks=2)
+    weights = saved.result(120)[0]
+    for loop in (short, functools.partial(short, gathered=True)):
+        again = hpclab.launch(four, loop, ranks=3, resume=saved.folder, oversubscribe=True)
+        assert again.result(120) == [weights] * 3
+    folder = saved.folder / "checkpoints"
+    names = sorted(re.sub("-[0-9a-f]{8}[.]shards", "-ID.shards", path.name) for path in folder.iterdir())
+    assert names == [f"step-0000000{n}{end}" for n in (4, 8) for end in ("-ID.shards", ".pt")]
+    newest = checkpoint.newest(folder)
+    whole = checkpoint.load(newest)
+    assert [weight.tolist() for weight in whole["state"]["model"].values()] == weights
+    assert whole.keys() == {"state", "random", "step"}
+    shard = max(folder.glob("step-00000008-*.shards/__1_*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(OSError, match=r"step-00000008-.* is damaged: __1_0.distcp has another checksum"):
+        checkpoint.load(newest)
+    run = hpclab.launch(four, short, ranks=2, resume=saved.folder)
+    assert run.result(120)[0] == weights, "on from the one before it"
+    assert [row["step"] for row in run.rows if row["kind"] == "resume"] == [4]
 
 
 class Strike:
@@ -364,7 +397,10 @@ class Strike:
 @pytest.mark.rounds
 @pytest.mark.parametrize(
     ("loop", "ranks"),
-    [*((own_loop, ranks) for ranks in (1, 2, 3, 4)), (own_sharded_loop, 2), (own_sharded_loop, 3)],
+    [
+        *((own_loop, ranks) for ranks in (1, 2, 3, 4)),
+        *((loop, ranks) for loop in (own_sharded_loop, own_scattered_loop) for ranks in (2, 3)),
+    ],
 )
 def test_loops_of_ones_own_go_on_bit_for_bit(four, loop, ranks, tmp_path):
     """Killed at random: a rank, then a worker with its rank."""
@@ -378,7 +414,7 @@ def test_loops_of_ones_own_go_on_bit_for_bit(four, loop, ranks, tmp_path):
         run = hpclab.launch(four, loop, folder, rank, step, max_restarts=1, **settings)
         assert run.result(120) == undisturbed
         assert [row["step"] for row in run.rows if row["kind"] == "resume"] == [step // 4 * 4] * (step >= 4)
-        if loop is own_sharded_loop:  # dear to start
+        if loop is not own_loop:  # dear to start
             continue
         # Slow enough that who sees a step come can still strike.
         run = hpclab.launch(four, loop, tmp_path, -1, -1, 0.03, max_restarts=3, **settings)

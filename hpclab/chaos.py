@@ -4,7 +4,6 @@ import math
 import random
 import threading
 import time
-from types import TracebackType
 
 from hpclab._arguments import whole_number
 from hpclab.gangs.run import Run
@@ -62,9 +61,7 @@ class Chaos:
     def __enter__(self) -> "Chaos":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _rage(self) -> None:

@@ -91,7 +91,7 @@ class Context:
     def _alone(self) -> Iterator[None]:
         """Keep forks of this process from writing meanwhile: a pipe takes no more than 4,096 bytes in one piece.
 
-        The kernel frees this kind of lock when its holder is killed, and it belongs to the process, not to the open
+        The system frees this kind of lock when its holder is killed, and it belongs to the process, not to the open
         file that a fork shares.
         """
         if self.turn is None:

@@ -1,7 +1,8 @@
 """All processes: what the kernel, the workers, the scheduler and the ranks of a gang say to each other, as types.
 
 A message travels as a line of JSON, its head, then as many bytes as the head's ``body`` says. ``kind`` is the name of
-its class. Ranks import this file, so it imports neither Dask nor torch.
+its class. "Kernel" is the process of the notebook, or of any program that launches a gang. Ranks import this file, so
+it imports neither Dask nor torch.
 
 ========  ======================  ======================================================================================
 types     from, to                over

@@ -130,7 +130,8 @@ def test_a_long_answer_is_cut_and_arrives(nothing_left):
             raise ValueError(text)
 
         message = check("cnn.learning_rate", fails).message
-        assert message.startswith("Your function raised ValueError: ") and len(message) == fork.CHARACTERS
+        assert message.startswith("Your function raised ValueError: ") and message.endswith("...")
+        assert len(message) == fork.CHARACTERS
 
 
 class Odd:

@@ -116,7 +116,8 @@ def _child(work: Callable[[], list[str]], parent: int, answer: int, printed: int
         except MemoryError:
             how, texts = "memory", []
         sys.stdout.flush()
-        ending = json.dumps([how, [text[:CHARACTERS] for text in texts]], ensure_ascii=False)
+        short = [text if len(text) <= CHARACTERS else f"{text[: CHARACTERS - 3]}..." for text in texts]
+        ending = json.dumps([how, short], ensure_ascii=False)
         os.write(answer, ending.encode("utf-8", "replace"))
         code = 0
     finally:

@@ -14,7 +14,7 @@ MARGIN = 2.0
 """By how much this machine must tell a program's kind, before an answer is judged by it."""
 
 
-@exercise("one-process.bottleneck", imports=("hpclab.course.bottlenecks", "hpclab.course.roofline"))
+@exercise("one-process.bottleneck", imports=("hpclab.bottlenecks", "hpclab.roofline"))
 def _bottleneck(diagnose: object) -> Result:
     with _one_thread():
         ridge, named, planted, doubt = None, [], [], None

@@ -115,13 +115,13 @@ __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(_load(_HOME[name]), name)
+        return getattr(loaded(_HOME[name]), name)
     if name in _MODULES:
-        return _load(name)
+        return loaded(name)
     raise AttributeError(f"module 'hpclab' has no attribute {name!r}; it has {', '.join(__all__)}.")
 
 
-def _load(name: str) -> object:
+def loaded(name: str) -> object:
     """Import a module of ours; if that fails, name the file that hides another one, should there be such a file."""
     try:
         return import_module(f"hpclab.{name}")

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,82 @@ def test_the_files_have_no_cycle():
 )
 def test_no_import_is_missed(source):
     assert "cli" in imports(source)
+
+
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
+
+
+def private(names: Iterable[str]) -> set[str]:
+    return {name for name in names if re.fullmatch(r"_[a-zA-Z]\w*", name) and not name.endswith("__")}
+
+
+def made(tree: ast.Module) -> set[str]:
+    """Private names that a module gives to something: functions, classes, variables, and attributes of objects."""
+    nodes = list(ast.walk(tree))
+    names = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    names |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    names |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    return private(names)
+
+
+def borrowed(tree: ast.Module) -> set[str]:
+    """Private names that a module imports from hpclab's, or reads from objects other than its own `self`."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hpclab"):
+            names |= {alias.name for alias in node.names if named(f"{node.module}.{alias.name}") == named(node.module)}
+        elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            names.add(node.attr)
+    return private(names)
+
+
+def test_private_names_stay_in_their_module():
+    makers = {name: made(tree) for name, tree in TREES.items()}
+    assert "_context" in makers["gangs.rank"]
+    for name, tree in TREES.items():
+        for attribute in borrowed(tree) - makers[name]:
+            owners = [other for other, names in makers.items() if attribute in names]
+            assert not owners, f"{name} uses {attribute}, which is private to {owners}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from hpclab.machine import _a", "from hpclab import machine\nmachine._a()", "def f(x):\n    return x._a"],
+)
+def test_a_borrowed_private_name_is_found(source):
+    assert borrowed(ast.parse(source)) == {"_a"}
+
+
+def processes(path: Path) -> set[str]:
+    """Where a file of gangs/ runs, as its first line begins: "Kernel: ...", or "Worker and kernel: ..."."""
+    said = re.match(r'"""((?:Kernel|Scheduler|Worker|Host|Rank|All)[a-z ]*): ', path.read_text("utf-8"))
+    return set(said[1].lower().split()) - {"and", "processes"} if said else set()
+
+
+def test_each_file_of_gangs_says_where_it_runs_and_so_does_the_page():
+    page = (PACKAGE.parent / "docs" / "inside.md").read_text("utf-8")
+    rows = re.findall(r"^\| \*\*(.*?)\*\*.*\| (`.*`) \|$", page, re.MULTILINE)
+    listed = {
+        file: set(re.findall(r"\w+", process)) - {"and"}
+        for process, files in rows
+        for file in re.findall(r"\w+\.py", files)
+    }
+    files = [path for path in (PACKAGE / "gangs").glob("*.py") if path.stem != "__init__"]
+    assert len(files) > 10
+    assert listed == {path.name: processes(path) for path in files}
+
+
+def test_no_function_is_longer_than_a_page():
+    """50 lines of code, without its docstring, comments and empty lines."""
+    long = {}
+    for name, path in MODULES.items():
+        for function in ast.walk(TREES[name]):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = function.body[bool(ast.get_docstring(function)) :] or function.body
+                lines = path.read_text("utf-8").splitlines()[first[0].lineno - 1 : function.end_lineno]
+                if (count := sum(not re.match(r"\s*(#|$)", line) for line in lines)) > 50:
+                    long[f"{name}.{function.name}"] = count
+    assert len(TREES) > 60 and not long
 
 
 def test_import_loads_neither_torch_nor_dask():

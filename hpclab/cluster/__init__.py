@@ -4,7 +4,7 @@ import gc
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from hpclab import _load
+from hpclab import loaded
 
 if TYPE_CHECKING:
     from distributed import Security
@@ -103,7 +103,7 @@ def _client() -> Any:
     collects = gc.isenabled()
     gc.disable()
     try:
-        return _load("cluster.client")
+        return loaded("cluster.client")
     finally:
         if collects:
             gc.enable()

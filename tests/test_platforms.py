@@ -1,4 +1,4 @@
-"""Other systems than this one: Debian 13, and ranks that start without fork, as on macOS and Windows; for `make long`."""
+"""Other systems than this one: Debian 13, and ranks without fork, as on macOS and Windows; for `make long`."""
 
 import os
 import shutil

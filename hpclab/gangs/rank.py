@@ -177,6 +177,12 @@ def _interrupt() -> NoReturn:
 _context: Context | None = None
 
 
+def current() -> Context:
+    """This rank, in whose process it is called."""
+    assert _context is not None
+    return _context
+
+
 def report(**row: Any) -> None:
     """Report one row of measurements from inside a rank: it streams to the notebook and to the run's ``rows.jsonl``.
 
@@ -262,14 +268,12 @@ def restore_folders() -> list[Path]:
 
 def clock_ahead() -> float:
     """Seconds by which the clock of this rank's machine is ahead of the kernel's."""
-    assert _context is not None
-    return _context.work.ahead
+    return current().work.ahead
 
 
 def run_folder() -> Path:
     """Folder of this run's results, from inside a rank."""
-    assert _context is not None
-    return Path(_context.place.folder)
+    return Path(current().place.folder)
 
 
 def main() -> None:
@@ -338,14 +342,13 @@ def _run(work: wire.Work) -> Any:
 
 def _call(function: Callable, arguments: tuple) -> Any:
     """Call the user's function; one that leaves by ``sys.exit(0)`` has succeeded, as any program has."""
-    assert _context is not None
     try:
         value = function(*arguments)
     except SystemExit as left:
         if left.code not in (None, 0):
             raise
         value = None
-    _context.send(wire.Returned())
+    current().send(wire.Returned())
     return value
 
 
@@ -356,10 +359,9 @@ def store() -> Any:
 
     from hpclab.gangs.store import GangStore
 
-    assert _context is not None
-    place = _context.place
+    place = current().place
     if not place.store:
-        return GangStore(_context.ask)
+        return GangStore(current().ask)
     file = dist.FileStore(place.store, place.ranks)
     file.set_timeout(timedelta(days=1))  # a gang that hangs is found by its progress
     return file

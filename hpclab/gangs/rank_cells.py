@@ -41,8 +41,7 @@ SHOWN = 20_000
 
 def serve() -> NoReturn:
     """Run cells until the gang is closed; what a rank of an interactive gang does."""
-    assert rank._context is not None
-    cells = _Cells(rank._context)
+    cells = _Cells(rank.current())
     cells.context.should_stop = lambda: False  # type: ignore[method-assign]  # a cell is interrupted, and agrees to nothing
     cells.context.interrupt = cells.leave
     threading.Thread(target=cells.listen, daemon=True).start()

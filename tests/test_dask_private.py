@@ -4,7 +4,6 @@ import inspect
 import subprocess
 import sys
 
-import dask_jobqueue.core
 import distributed
 import pytest
 from conftest import until
@@ -15,6 +14,8 @@ from ipykernel.comm.comm import BaseComm
 from hpclab import _dask, queues
 from hpclab._dask import HookedCluster
 
+Job = queues.jobqueue().core.Job  # its import by itself would have Ctrl-C end this process
+
 PARAMETERS = [
     (SpecCluster, "_start", ["self"]),
     (SpecCluster, "_close", ["self"]),
@@ -23,9 +24,9 @@ PARAMETERS = [
     (SpecCluster, "_update_worker_status", ["self", "op", "msg"]),
     (Cluster, "_update_worker_status", ["self", "op", "msg"]),
     (Nanny, "instantiate", ["self"]),
-    (dask_jobqueue.core.Job, "job_file", ["self"]),
-    (dask_jobqueue.core.Job, "job_script", ["self"]),
-    (dask_jobqueue.core.Job, "close", ["self"]),
+    (Job, "job_file", ["self"]),
+    (Job, "job_script", ["self"]),
+    (Job, "close", ["self"]),
     (BaseComm, "_reply_subshell_for", ["self", "data", "default"]),
 ]
 

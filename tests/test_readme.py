@@ -39,9 +39,9 @@ def test_the_first_hours_programs_run(tmp_path):
 
 
 def test_the_loop_that_goes_on_does_so_also_after_its_last_step(client):
-    loop, draws = programs("docs/going-on.md")
+    loop, draws, shards = programs("docs/going-on.md")
     names = {"__name__": "page"}
-    exec(loop + draws, names)
+    exec(loop + draws + shards, names)
     run = hpclab.launch(client, names["training"], 2, ranks=2)
     first, _ = run.result(60)
     again, _ = hpclab.launch(client, names["training"], 2, ranks=2, resume=run.folder).result(60)

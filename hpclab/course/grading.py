@@ -277,13 +277,16 @@ class _Session:
     def __init__(self, kernel: Kernel, limits: _Limits, notes: _Notes):
         self.kernel, self.client, self.limits, self.notes = kernel, kernel.client, limits, notes
         self.output = 0
+        self.heard = False
+        """Whether anything that the kernel shows has come."""
         self.trouble = ""
         """The first error of a cell, which may be why an answer isn't there."""
         self.late = "start"
         self.deadline = time.monotonic() + START_SECONDS
 
     def run(self, steps: list[Step], rows: list[tuple[str, str, str]]) -> None:
-        self._wait(self.client.kernel_info())
+        while not self.heard:  # what it shows before this client's subscription has reached it is lost
+            self._wait(self.client.kernel_info())
         self.late, self.deadline = "time", time.monotonic() + self.limits.time_s
         for step in steps:
             if step.code.strip():
@@ -343,6 +346,7 @@ class _Session:
                 message = self.client.get_iopub_msg(timeout=0)
             except queue.Empty:
                 return
+            self.heard = True
             self.output += len(json.dumps(message.get("content"), default=str)) + sum(map(len, message["buffers"]))
             if self.output > OUTPUT:
                 raise Stopped("output")

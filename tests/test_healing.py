@@ -149,8 +149,10 @@ def test_a_start_that_hangs_is_killed(two, monkeypatch):
     kill(pids(two)[0])
     until(lambda: pids(two, young=True))
     monkeypatch.undo()  # of others, on a slow machine
-    os.kill(pids(two, young=True)[0], signal.SIGSTOP)
+    (hangs,) = pids(two, young=True)
+    os.kill(hangs, signal.SIGSTOP)
     until(lambda: has(two, 2))
+    assert not psutil.pid_exists(hangs)
 
 
 def test_closing_races_with_healing():

@@ -133,6 +133,7 @@ def test_a_browser_that_is_gone_ends_no_loop(shown, caplog):
     place.broken, subject.page = False, "seen again"
     news.set()
     until(lambda: place.pages[-1] == "seen again")
+    assert "lost" not in place.pages
     subject.over = True
 
 

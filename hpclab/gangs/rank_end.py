@@ -77,7 +77,7 @@ def failure(error: BaseException, place: wire.RankPlace, file: str) -> wire.Fail
         if len(body) <= LARGEST_ERROR:
             failed.body = body
     except BaseException:  # its own code may do anything, such as exit
-        pass  # the kernel then raises a RankError with this traceback
+        failed.body = b""  # the kernel then raises a RankError with this traceback
     return failed
 
 

@@ -259,10 +259,9 @@ def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
 
             numpy.random.seed()  # noqa: NPY002  # else all ranks would draw what the zygote would have drawn
             rank.main()
-    except KeyboardInterrupt:
-        pass  # stopped before it had any work
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):  # which stops it before it had any work
+            traceback.print_exc()
     finally:
         os._exit(1)
 

@@ -103,7 +103,7 @@ def _clock(epoch: int | None) -> str | None:
 
 
 def _job(row: dict) -> dict:
-    ended, limit, status = row["state"] in ENDED, seconds(row["walltime_s"]), int(row["exit_code"])
+    ended, limit = row["state"] in ENDED, seconds(row["walltime_s"])
     numbers = ("job", "submitted_s", "expected_s", "started_s", "ended_s", "priority", "restarts")
     row |= {name: _number(row[name]) for name in numbers} | _resources(row["cpus"])
     return row | {
@@ -114,9 +114,18 @@ def _job(row: dict) -> dict:
         "started_s": row["started_s"] if row["nodes"] else None,  # one that was cancelled in the queue has a start too
         "ended_s": row["ended_s"] if ended else None,
         "walltime_s": limit if limit and limit < NEVER_SECONDS else None,
-        "exit_code": f"{status >> 8}:{status & 127}" if ended else None,  # squeue has a status of wait()
+        "exit_code": exit_code(row["exit_code"]) if ended else None,
         "source": "measured",
     }
+
+
+def exit_code(text: str) -> str:
+    """Exit code and signal of a job: so squeue of Slurm 24.11 gives them, that of 22.05 as a status of wait().
+
+    >>> exit_code("256"), exit_code("15"), exit_code("143:0")
+    ('1:0', '0:15', '143:0')
+    """
+    return text if ":" in text else f"{int(text) >> 8}:{int(text) & 127}"
 
 
 def _resources(tres: str) -> dict:

@@ -52,11 +52,11 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     for miss, value in zip(near + far, (low - 0.5, high + 0.5, low - 1.5, high + 1.5), strict=True):
         right = interval_score(low, high, value, level) - width
         if not _same(miss, right):
-            told = _("Too cheap") if miss < right else _("Too dear")
+            price = _("Too cheap") if miss < right else _("Too dear")
             return _(
                 "{told}: with this price of a miss, an interval that is honest about its {level:.0%} would lose to"
                 " another.",
-                told=told,
+                told=price,
                 level=level,
             )
     return None

@@ -59,7 +59,7 @@ def workers(client: Client) -> Table:
             _("memory limit"): format_bytes(worker["memory_limit"]) if worker["memory_limit"] else None,
             _("tasks"): worker["metrics"].get("executing", 0),
         }
-        for _address, worker in sorted(by_address.items())
+        for worker in sorted(by_address.values(), key=lambda worker: (len(str(worker["name"])), str(worker["name"])))
     )
 
 

@@ -428,10 +428,11 @@ SCRIPT = textwrap.dedent(
 
 
 def test_nothing_outlives_a_script_that_is_ended(tmp_path):
-    """By SIGTERM; of SIGKILL and Ctrl-C see test_gang."""
+    """By SIGTERM; of SIGKILL and Ctrl-C see test_gang. What its ranks print comes at once, also into a pipe."""
     (tmp_path / "script.py").write_text(SCRIPT)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     script = subprocess.Popen(
-        [sys.executable, "script.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "script.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
     assert [script.stdout.readline().strip()[-6:] for _ in range(2)] == ["asleep"] * 2
     family = psutil.Process(script.pid).children(recursive=True)

@@ -1,6 +1,8 @@
 """Kernel: what a run leaves on disk: its folder, rows and logs; and a run that is shown again from them."""
 
+import io
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -153,6 +155,8 @@ class Log:
     def _write(self, line: str) -> None:
         with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
             tqdm.write(f"[rank {self.rank}] {line}")
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe or a file, as a job's log is; a notebook's sends itself
+                sys.stdout.flush()
 
 
 def occupy(folder: str | os.PathLike) -> Path:

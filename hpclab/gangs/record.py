@@ -155,7 +155,7 @@ class Log:
     def _write(self, line: str) -> None:
         with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
             tqdm.write(f"[rank {self.rank}] {line}")
-            if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe or a file, as a job's log is; a notebook's sends itself
+            if isinstance(sys.stdout, io.TextIOWrapper):  # it may be a pipe, or a job's log; a notebook's sends itself
                 sys.stdout.flush()
 
 

@@ -146,7 +146,7 @@ def test_a_connect_that_fails_leaves_nothing():
 
 def test_another_scheduler_gets_nothing_before_a_launch():
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         hpclab.connect(cluster.scheduler_address, security=False) as client,
     ):
         before = set(zygotes_alive())

@@ -58,7 +58,7 @@ def test_hooks_run():
         async def closing(self):
             self.seen += ("closing",)
 
-    options = {"dashboard": False, "host": "127.0.0.1", "port": 0}
+    options = {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1", "port": 0}
     with Seen(scheduler={"cls": "distributed.Scheduler", "options": options}) as cluster:
         cluster.sync(cluster.correct_soon)
     seen = list(cluster.seen)

@@ -108,13 +108,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--launches", type=int, default=200, help="of hpclab alone, for its worst")
     parser.add_argument("--python", type=Path, default=Path(".venv-peers/bin/python"))
+    parser.add_argument("--against", nargs="*", default=["torchrun", *SERVED], choices=["torchrun", *SERVED])
     options = parser.parse_args()
     python = options.python.absolute()
     with tempfile.TemporaryDirectory() as folder, hpclab.connect(workers=2) as client:
         os.chdir(folder)
         measure(ours(client), 6)  # the zygote imports torch, once
-        servers = {name: Server(python, name) for name in SERVED}
-        cases = {"hpclab": ours(client), "torchrun": torchrun(python)} | servers
+        servers = {name: Server(python, name) for name in SERVED if name in options.against}
+        cases = {"hpclab": ours(client)} | servers
+        if "torchrun" in options.against:
+            cases["torchrun"] = torchrun(python)
         found: dict[str, list[dict]] = {name: [] for name in cases}
         for turn in range(options.rounds):
             for name in random.Random(turn).sample(list(cases), len(cases)):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distributed import Client, Future
@@ -15,7 +14,7 @@ from distributed import Client, Future
 from hpclab.gangs import wire
 from hpclab.gangs.errors import note
 from hpclab.gangs.progress import GangProgress, HangError
-from hpclab.gangs.scheduler import Booking, Ledger, aside, consult, send
+from hpclab.gangs.scheduler import Ledger, aside, consult, send
 from hpclab.gangs.wire import RankOutcome, RankPlace
 from hpclab.gangs.worker import supervise
 
@@ -60,10 +59,10 @@ class Attempt:
 
     Attributes
     ----------
-    number : int
-        0 for the first attempt of a run.
     places : list of RankPlace
         By rank.
+    number : int
+        0 for the first attempt of a run.
     outcomes : dict of int to RankOutcome
         Of the ranks that have ended, or were given up.
     hang : HangError or None
@@ -73,25 +72,23 @@ class Attempt:
         Whether any rank has reported a row.
     """
 
-    def __init__(self, client: Client, booking: Booking, settings: RunSettings, number: int, places: list[RankPlace]):
+    def __init__(self, client: Client, places: list[RankPlace], hang_after: float | None):
         self.client = client
-        self.run = booking.run
-        self.ranks = booking.ranks
-        self.number = number
         self.places = places
+        self.run, self.number = places[0].run, places[0].attempt
         self.outcomes: dict[int, RankOutcome] = {}
         self.calls: dict[int, int] = {}
         self.hang: HangError | None = None
         self.reported = False
         self.deadline = math.inf
         self._futures: list[Future] = []
-        self._batches = [0] * booking.ranks
+        self._batches = [0] * len(places)
         self._stopping = False
         self._expires = ""
         """Whose job ends, and when, once that is near."""
         self._agreed = False
         self._ending = False
-        self._progress = GangProgress(settings.hang_after, lambda: self.order(wire.ShowStack()))
+        self._progress = GangProgress(hang_after, lambda: self.order(wire.ShowStack()))
 
     def start(self, payload: bytes, ended: Callable[[RankOutcome], None]) -> None:
         """Have the workers start the ranks; what becomes of each is told in a thread of its own."""
@@ -236,9 +233,8 @@ class Attempt:
 
     def lost(self) -> bool:
         """Whether it ended early since something beneath it went away: a rank's process, a worker, a host, a job."""
-        if self.expired():
-            return True
-        return self.hang is None and (first := self._first()) is not None and first[1].type in LOST
+        first = self._first()
+        return bool(self.expired()) or (self.hang is None and first is not None and first[1].type in LOST)
 
     def failed_at(self) -> float:
         """When it failed, in seconds since the epoch."""
@@ -253,7 +249,7 @@ class Attempt:
         if self.hang is not None or first is None:
             return self.hang or RankError(f"run {self.run} broke off.")
         outcome, failure = first
-        error = _error(outcome, failure, self.ranks)
+        error = _error(outcome, failure, len(self.places))
         for rank, other in sorted(self._failures().items()):
             if other.consequence and rank != outcome.rank and other.type != "Stopped":
                 note(error, f"In consequence, rank {rank}: {other.type}: {' '.join(other.message.split())[:300]}")
@@ -264,7 +260,8 @@ class Attempt:
 
     def values(self) -> list[Any]:
         """What the ranks returned, by rank."""
-        return [unpickle(self.outcomes[rank].value, f"the return value of rank {rank}") for rank in range(self.ranks)]
+        outcomes = sorted(self.outcomes.items())
+        return [unpickle(outcome.value, f"the return value of rank {rank}") for rank, outcome in outcomes]
 
     def _failures(self) -> dict[int, wire.Failed]:
         return {rank: outcome.failure for rank, outcome in self.outcomes.items() if outcome.failure}
@@ -289,45 +286,6 @@ class Attempt:
             self.deadline = time.monotonic() + SAVE_SECONDS
 
 
-def plan(
-    booking: Booking,
-    folder: Path,
-    settings: RunSettings,
-    seats: wire.Seated,
-    attempt: int,
-    launched: float,
-    ahead: float,
-) -> list[RankPlace]:
-    """The places of an attempt's ranks, on the seats that the ledger gave; `launched` and `ahead` as in `RankPlace`."""
-    hosts = seats.hosts
-    nodes = list(dict.fromkeys(hosts))
-    return [
-        RankPlace(
-            run=booking.run,
-            attempt=attempt,
-            folder=str(folder),
-            rank=rank,
-            ranks=len(hosts),
-            worker=worker,
-            local_rank=hosts[:rank].count(hosts[rank]),
-            local_ranks=hosts.count(hosts[rank]),
-            node=nodes.index(hosts[rank]),
-            nodes=len(nodes),
-            main=hosts[0],
-            threads=booking.threads,
-            launched=launched,
-            clock=seats.clock,
-            ahead=ahead,
-            store=seats.store and f"{seats.store}-{attempt}",
-            init=settings.init,
-            memory=settings.memory or memory,
-            worker_memory=memory,
-            resume=settings.resume,
-        )
-        for rank, (worker, memory) in enumerate(zip(seats.workers, seats.memory, strict=True))
-    ]
-
-
 def _outcome(future: Future, place: RankPlace) -> RankOutcome:
     """The outcome that a task brought back, or one that says why there is none."""
     try:
@@ -342,7 +300,7 @@ def _outcome(future: Future, place: RankPlace) -> RankOutcome:
 def _lost(place: RankPlace, why: str, kind: str = "WorkerLost", consequence: bool = False) -> RankOutcome:
     """The outcome of a rank that can't bring one."""
     failure = wire.Failed(type=kind, message=why, consequence=consequence)
-    return RankOutcome(place.rank, place.worker, place.attempt, failure=failure)
+    return RankOutcome(place.rank, place.worker, failure=failure)
 
 
 def unpickle(body: bytes, what: str) -> Any:

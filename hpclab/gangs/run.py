@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,13 +17,13 @@ from tqdm import tqdm
 
 from hpclab import machine
 from hpclab.gangs import errors, wire
-from hpclab.gangs.attempt import Attempt, RankError, RunSettings, plan
+from hpclab.gangs.attempt import Attempt, RankError, RunSettings
 from hpclab.gangs.record import Log as Log
 from hpclab.gangs.record import Record as Record
 from hpclab.gangs.record import occupy as occupy
 from hpclab.gangs.record import open_run as open_run
 from hpclab.gangs.scheduler import Booking, Ledger, consult, topic
-from hpclab.gangs.wire import RankOutcome
+from hpclab.gangs.wire import RankPlace
 from hpclab.gangs.worker import ON_DEMAND
 from hpclab.rows import line
 
@@ -258,10 +257,6 @@ class Run(Record):
         if self._attempt is not None:
             self._attempt.order(order, rank)
 
-    def _end_rank(self, outcome: RankOutcome) -> None:
-        if self._attempt is not None and outcome.attempt == self._attempt.number:
-            self._attempt.end(outcome)
-
     def _hear(self, event: bytes) -> None:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
         first, *messages = wire.decode(event)
@@ -301,17 +296,43 @@ class Run(Record):
         self._launched = self._launched or time.time()
         self._emulated |= seats.emulated
         self._gone -= set(seats.workers) if before else set()  # a worker that came back at its old address
-        booking = replace(self._booking, ranks=len(seats.workers))
         if seats.clock != machine.boot():
             with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
                 self._ahead = machine.ahead(lambda: self._client.run_on_scheduler(time.time))
-        places = plan(booking, self.folder, self._settings, seats, number, self._launched, self._ahead)
-        self._attempt = Attempt(self._client, booking, self._settings, number, places)
+        attempt = self._attempt = Attempt(self._client, self._places(seats, number), self._settings.hang_after)
         self.status = "running"
-        first = _first_row(booking, self._launched) if before is None else self._restart(before, self._attempt)
-        self._write(first | seats.machine)
-        self._attempt.start(self._payload, lambda outcome: self._inbox.put(partial(self._end_rank, outcome)))
-        self._attempt.lose(self._gone)
+        self._write((self._first_row() if before is None else self._restart(before, attempt)) | seats.machine)
+        attempt.start(self._payload, lambda outcome: self._inbox.put(partial(attempt.end, outcome)))
+        attempt.lose(self._gone)
+
+    def _places(self, seats: wire.Seated, number: int) -> list[RankPlace]:
+        """The places of an attempt's ranks, on the seats that the ledger gave."""
+        hosts, nodes = seats.hosts, list(dict.fromkeys(seats.hosts))
+        return [
+            RankPlace(
+                run=self.name,
+                attempt=number,
+                folder=str(self.folder),
+                rank=rank,
+                ranks=len(hosts),
+                worker=worker,
+                local_rank=hosts[:rank].count(hosts[rank]),
+                local_ranks=hosts.count(hosts[rank]),
+                node=nodes.index(hosts[rank]),
+                nodes=len(nodes),
+                main=hosts[0],
+                threads=self._booking.threads,
+                launched=self._launched,
+                clock=seats.clock,
+                ahead=self._ahead,
+                store=seats.store and f"{seats.store}-{number}",
+                init=self._settings.init,
+                memory=self._settings.memory or memory,
+                worker_memory=memory,
+                resume=self._settings.resume,
+            )
+            for rank, (worker, memory) in enumerate(zip(seats.workers, seats.memory, strict=True))
+        ]
 
     def _goes_on(self) -> bool:
         """Whether what ended the attempt is a reason for another."""
@@ -357,13 +378,19 @@ class Run(Record):
                 raise
             return None  # the client has gone, and is cut off soon
 
+    def _first_row(self) -> dict:
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self._launched))
+        row = {"kind": "run", "run": self.name, "started": started}
+        return row | {"ranks": self._booking.ranks, "threads": self._booking.threads}
+
     def _restart(self, before: Attempt, after: Attempt) -> dict:
         """The row that tells of a new attempt."""
+        ranks = len(after.places)
         cause = errors.message(before.blame()).rstrip(".")
         if not self.quiet and ON_DEMAND not in cause:
             with suppress(OSError, ValueError):
-                tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} goes on, with {after.ranks} ranks.")
-        row = {"kind": "restart", "run": self.name, "attempt": after.number, "ranks": after.ranks, "cause": cause}
+                tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} goes on, with {ranks} ranks.")
+        row = {"kind": "restart", "run": self.name, "attempt": after.number, "ranks": ranks, "cause": cause}
         return row | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
 
     def _write(self, row: dict) -> None:
@@ -450,8 +477,3 @@ def _words(error: BaseException) -> str:
     notes = getattr(error, "__notes__", None)
     texts = [errors.printable(str(text)) for text in notes] if isinstance(notes, list) else []
     return "\n".join([f"{type(error).__name__}: {errors.message(error)}", *texts])
-
-
-def _first_row(booking: Booking, launched: float) -> dict:
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(launched))
-    return {"kind": "run", "run": booking.run, "started": started, "ranks": booking.ranks, "threads": booking.threads}

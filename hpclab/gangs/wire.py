@@ -366,7 +366,6 @@ class RankOutcome:
 
     rank: int
     host: str
-    attempt: int = 0
     value: bytes = b""
     failure: Failed | None = None
     batches: int = 0

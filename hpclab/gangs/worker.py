@@ -62,7 +62,7 @@ def supervise(place: RankPlace, payload: bytes) -> RankOutcome:
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     inbox = open_inbox(place.run, place.rank, place.attempt)
-    outcome = RankOutcome(place.rank, machine.node(), place.attempt)
+    outcome = RankOutcome(place.rank, machine.node())
     ahead = 0.0
     try:
         for folder in {Path(worker.local_directory), *(Path(file).parent for file in [place.store] if file)}:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -63,42 +64,39 @@ def supervise(place: RankPlace, payload: bytes) -> RankOutcome:
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     inbox = open_inbox(place.run, place.rank, place.attempt)
     outcome = RankOutcome(place.rank, machine.node())
-    ahead = 0.0
+    stacks = Path(worker.local_directory, f"{place.run}-{place.attempt}-{place.rank}.stacks")
+    process, ahead = None, 0.0
     try:
-        for folder in {Path(worker.local_directory), *(Path(file).parent for file in [place.store] if file)}:
-            _private.restore(folder)
+        for folder in filter(None, {worker.local_directory, os.path.dirname(place.store)}):
+            _private.restore(Path(folder))
         ahead = _ahead(place, worker)
         process = start(_environment(place, worker.address), worker.scheduler.address)
+        supervisor = _Supervisor(place, outcome, worker, process, inbox, ahead, stacks)
+        supervisor.feed(payload)
+        while supervisor.take():
+            if _cancelled(worker, key):
+                process.kill()
+        process.kill()
+        supervisor.close(process.wait())
     except ZygoteDied as error:
         outcome.failure = wire.Failed(type="RankDied", message=str(error))
-    except (RuntimeError, OSError) as error:
-        outcome.failure = wire.Failed(type="NotStarted", message=_with_remedy("could not start", error))
-    else:
-        try:
-            supervisor = _Supervisor(place, outcome, worker, process, inbox, ahead)
-            supervisor.feed(payload)
-            while supervisor.take():
-                if _cancelled(worker, key):
-                    process.kill()
-            process.kill()
-            supervisor.close(process.wait())
-        except (RuntimeError, OSError) as error:  # no more threads, or files of the worker's that have gone
-            message = _with_remedy("was ended, since its worker can't go on", error)
-            outcome.failure = wire.Failed(type="BrokeOff", message=message)
-        finally:
-            process.kill()
+    except (RuntimeError, OSError) as error:  # such as no more threads, or files of the worker's that have gone
+        kind, what = "BrokeOff", "was ended, since its worker can't go on"
+        if process is None:
+            kind, what = "NotStarted", "could not start"
+        message = ". ".join(filter(None, [f"{what}: {error}", machine.remedy(error)])).rstrip(".")
+        outcome.failure = wire.Failed(type=kind, message=message)
     finally:
+        if process is not None:
+            process.kill()
         del inboxes[place.run, place.rank, place.attempt]
         _values.pop((place.run, place.rank), None)
-        for file in [place.store] * (place.rank == 0 and bool(place.store)) + [_stacks(place, worker)]:
-            Path(file).unlink(missing_ok=True)
+        stacks.unlink(missing_ok=True)
+        if place.rank == 0 and place.store:
+            Path(place.store).unlink(missing_ok=True)
     if outcome.failure is not None:
         outcome.failure.time -= ahead  # which failure was the first is told by one clock
     return outcome
-
-
-def _with_remedy(what: str, error: Exception) -> str:
-    return ". ".join(filter(None, [f"{what}: {error}", machine.remedy(error)])).rstrip(".")
 
 
 def fetch(run: str) -> dict[int, bytes]:
@@ -106,55 +104,53 @@ def fetch(run: str) -> dict[int, bytes]:
     return {rank: _values.pop((name, rank)) for name, rank in list(_values) if name == run}
 
 
+@dataclass(eq=False)
 class _Supervisor:
     """Carries what a rank says to the kernel, in batches, and the kernel's orders to it; keeps how it ended."""
 
-    def __init__(
-        self,
-        place: RankPlace,
-        outcome: RankOutcome,
-        worker: Worker,
-        process: Process,
-        inbox: queue.SimpleQueue,
-        ahead: float,
-    ) -> None:
-        self.place = place
-        self.outcome = outcome
-        self.worker = worker
-        self.process = process
-        self.inbox = inbox
-        """Orders, records and texts as they come in; the error of what is none; None at the end of a stream."""
-        self.ahead = ahead
-        """Seconds by which the clock here is ahead of the kernel's."""
-        self.batch: list[wire.Message] = []
-        self.text_room = threading.Semaphore(TEXTS)
-        self.row_room = threading.Semaphore(ROWS)
-        self.orders: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
-        self.sent = 0.0
-        self.pause = BATCH_SECONDS
-        self.streams = 2
-        self.cooperates = False
+    place: RankPlace
+    outcome: RankOutcome
+    worker: Worker
+    process: Process
+    inbox: queue.SimpleQueue
+    """Orders, records and texts as they come in; the error of what is none; None at the end of a stream."""
+    ahead: float
+    """Seconds by which the clock here is ahead of the kernel's."""
+    stacks: Path
+    """File that the rank's stack is written to on demand."""
+    stack_end: int = 0
+    """Characters of it that were read."""
+    batch: list[wire.Message] = field(default_factory=list)
+    text_room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(TEXTS))
+    row_room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(ROWS))
+    orders: queue.SimpleQueue[wire.Message | None] = field(default_factory=queue.SimpleQueue)
+    sent: float = 0.0
+    pause: float = BATCH_SECONDS
+    streams: int = 2
+    cooperates: bool = False
+    returned: bool = False
+    """Whether the rank's function has returned."""
+    ended: bool = False
+    """Whether the rank said how it ended."""
+    ended_by_kernel: bool = False
+    on_demand: bool = False
+    """Whether it was killed to see what follows."""
+    deadline: float = math.inf
+    """When the streams are given up, or a rank that was interrupted."""
+
+    def __post_init__(self) -> None:
+        self.progress = RankProgress(self.process.pid)
         self.notice = _notice()
         """When the rank is to hear that its job ends."""
-        self.returned = False
-        """Whether the rank's function has returned."""
-        self.ended = False
-        """Whether the rank said how it ended."""
-        self.ended_by_kernel = False
-        self.on_demand = False
-        """Whether it was killed to see what follows."""
-        self.deadline = math.inf
-        """When the streams are given up, or a rank that was interrupted."""
-        self.progress = RankProgress(process.pid)
-        self.stack_end = 0
-        """Characters of the file of stacks that were read."""
 
     def feed(self, payload: bytes) -> None:
         """Hand the rank its work, and start the threads that listen to it."""
-        stacks, path = _stacks(self.place, self.worker), import_path()
-        self.orders.put(wire.Work(place=self.place, ahead=self.ahead, stacks=stacks, sys_path=path, body=payload))
-        for work in (self._read_records, self._read_text, self._write):
-            threading.Thread(target=work, daemon=True).start()
+        work = wire.Work(
+            place=self.place, ahead=self.ahead, stacks=str(self.stacks), sys_path=import_path(), body=payload
+        )
+        self.orders.put(work)
+        for carry in (self._read_records, self._read_text, self._write):
+            threading.Thread(target=carry, daemon=True).start()
 
     def take(self) -> bool:
         """Take what has come in; False when the rank has ended and all it said is here."""
@@ -176,22 +172,19 @@ class _Supervisor:
             self.outcome.failure = wire.Failed(type="RankDied", message=cause)
 
     def _take(self, message: wire.Message | Exception | None) -> None:
-        if message is None:
-            self.streams -= 1
-        elif isinstance(message, Exception):
-            self._break(message)
-        elif isinstance(message, wire.Order):
-            self._obey(message)
-        else:
-            try:
-                self._hear(message)
-            except (TypeError, ValueError) as error:
-                self._break(error)
-
-    def _break(self, error: Exception) -> None:
-        """End a rank that can't be understood."""
-        self._end(wire.Failed(type="BrokenRecord", message=f"{BROKEN} ({error!r})"))
-        self.process.kill()
+        try:
+            match message:
+                case None:
+                    self.streams -= 1
+                case Exception():
+                    raise message
+                case wire.Order():
+                    self._obey(message)
+                case _:
+                    self._hear(message)
+        except (KeyError, TypeError, ValueError) as error:  # the rank can't be understood
+            self._end(wire.Failed(type="BrokenRecord", message=f"{BROKEN} ({error!r})"))
+            self.process.kill()
 
     def _end(self, failure: wire.Failed | None) -> None:
         self.outcome.failure, self.ended = failure, True
@@ -233,14 +226,12 @@ class _Supervisor:
     async def _find_others(self, question: wire.Ask) -> None:
         """Put a rank's question about the others to the scheduler's ledger, and hand it the answer."""
         place = self.place
+        ask = self.worker.scheduler.hpclab_rendezvous
         try:
-            answer = await self.worker.scheduler.hpclab_rendezvous(
-                run=place.run, attempt=place.attempt, question=wire.encode(question)
-            )
+            [answer] = wire.decode(await ask(run=place.run, attempt=place.attempt, question=wire.encode(question)))
         except Exception as error:
-            self.orders.put(wire.Answer(to=question.number, error=f"{type(error).__name__}: {error}"))
-        else:
-            self.orders.put(wire.decode(answer)[0])
+            answer = wire.Answer(to=question.number, error=f"{type(error).__name__}: {error}")
+        self.orders.put(answer)
 
     def _obey(self, order: wire.Order) -> None:
         match order:
@@ -288,11 +279,10 @@ class _Supervisor:
 
     def _stack(self) -> str:
         """The main thread's Python stack; asked for by a signal, since a rank that hangs answers nothing else."""
-        file = Path(_stacks(self.place, self.worker))
-        if not file.exists() or not self.process.dump():
+        if not self.stacks.exists() or not self.process.dump():
             return "(this system can't show it)"
         time.sleep(0.1)
-        text = file.read_text(errors="replace")[self.stack_end :]
+        text = self.stacks.read_text(errors="replace")[self.stack_end :]
         self.stack_end += len(text)
         lines = [line for line in text.splitlines() if not OURS.search(line)]
         if self.returned:
@@ -360,11 +350,6 @@ def _environment(place: RankPlace, address: str) -> dict[str, str]:
     if interface := _interface(address):
         env["GLOO_SOCKET_IFNAME"] = interface
     return env
-
-
-def _stacks(place: RankPlace, worker: Worker) -> str:
-    """File that a rank's stack is written to on demand."""
-    return f"{worker.local_directory}/{place.run}-{place.attempt}-{place.rank}.stacks"
 
 
 def _interface(address: str) -> str | None:

@@ -15,7 +15,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import cloudpickle
 from distributed import Client
 from IPython import get_ipython
 from IPython.core.error import UsageError
@@ -24,7 +23,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from hpclab._arguments import plain, whole_number
 from hpclab.gangs import wire
 from hpclab.gangs.attempt import unpickle
-from hpclab.gangs.launch import check_pickles, check_size, launch
+from hpclab.gangs.launch import check_size, launch, pickled
 from hpclab.gangs.progress import waits, with_source
 from hpclab.gangs.run import Run
 from hpclab.gangs.scheduler import aside, send
@@ -195,11 +194,7 @@ class Gang:
         ValueError
             If they would take the memory of a worker.
         """
-        try:
-            body = cloudpickle.dumps(values)
-        except Exception:
-            check_pickles(values)
-            raise
+        body = pickled(values, values)
         check_size(self._client, len(body), self.ranks, "these values")
         self._ask("", body=body)
 
@@ -240,20 +235,13 @@ class Gang:
         name = name or f"<ranks run {number}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         python = code if pull else _python(code)
+        order = wire.RunCell(
+            cell=number, name=name, source=code, code=python, pull=pull, on=sorted(picked), group=0, body=body
+        )
         with self._lock:
             self._check()
-            return _Cell(self, number, picked).follow(
-                wire.RunCell(
-                    cell=number,
-                    name=name,
-                    source=code,
-                    code=python,
-                    pull=pull,
-                    on=sorted(picked),
-                    group=self._group,
-                    body=body,
-                )
-            )
+            order.group = self._group
+            return _Cell(self, order).follow()
 
     def _order(self, order: wire.Order) -> None:
         """Give all ranks an order, after those that were given before."""
@@ -285,10 +273,10 @@ class Gang:
 class _Cell:
     """One cell at work: what its ranks printed and answered, and where they stand if that is asked."""
 
-    def __init__(self, gang: Gang, number: int, picked: set[int]):
+    def __init__(self, gang: Gang, order: wire.RunCell):
         self.gang = gang
-        self.number = number
-        self.left = picked.copy()
+        self.order = order
+        self.left = set(order.on)
         """Ranks that have not answered."""
         self.answers: dict[int, wire.Answered] = {}
         self.failures: dict[int, wire.CellFailed] = {}
@@ -298,10 +286,10 @@ class _Cell:
         """Where ranks stood that had to be interrupted."""
         self.lines = _Lines()
 
-    def follow(self, order: wire.RunCell) -> dict[int, wire.Answered]:
+    def follow(self) -> dict[int, wire.Answered]:
         """Give the order, show what the ranks print until all have answered, and return the answers."""
         try:
-            self.gang._order(order)
+            self.gang._order(self.order)
             looked = time.monotonic()
             while self.left:
                 self.hear()
@@ -331,9 +319,9 @@ class _Cell:
                 self.stacks[rank] = message.text
             case wire.Printed():
                 self.lines.take(rank, message.text)
-            case wire.Answered() if message.cell == self.number:
+            case wire.Answered() if message.cell == self.order.cell:
                 self.answers[rank] = message
-            case wire.CellFailed() if message.cell == self.number:
+            case wire.CellFailed() if message.cell == self.order.cell:
                 self.failures[rank] = message
         self.left -= self.answers.keys() | self.failures.keys()
         self.lines.show(self.left)
@@ -344,7 +332,7 @@ class _Cell:
         stacks = self.stacks = {}
         self.gang._group += 1
         self.gang._order(wire.ShowStack())
-        self.gang._order(wire.Interrupt(cell=self.number))
+        self.gang._order(wire.Interrupt(cell=self.order.cell))
         deadline = time.monotonic() + LEAVE_SECONDS
         while self.left and time.monotonic() < deadline:
             self.hear()

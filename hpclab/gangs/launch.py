@@ -129,21 +129,17 @@ def launch(
     max_restarts = whole_number("max_restarts", max_restarts, least=0)
     ranks = gang_size(client, ranks, threads, oversubscribe)
     threads = whole_number("threads", threads)
-    payload = _pickle(function, args)
+    if not callable(function):
+        raise TypeError(f"function (={function!r}) must be callable.")
+    named = {"function": function} | {f"args[{i}]": arg for i, arg in enumerate(args)}
+    payload = pickled((function, args), named)
     check_size(client, len(payload), ranks, "the function and its arguments")
     title = str(name or getattr(function, "__name__", type(function).__name__))
     title = re.sub(r"[^\w.=-]+", "-", title).strip("-").encode()[:TITLE_BYTES].decode(errors="ignore")
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     booking = Booking(run, client.id, ranks, threads, oversubscribe, goes_on=max_restarts > 0)
-    settings = RunSettings(
-        init,
-        None if memory is None else size("memory", memory),
-        hang_after,
-        wait,
-        max_restarts,
-        _sizes(ranks, min_ranks),
-        _resumable(resume),
-    )
+    limit = None if memory is None else size("memory", memory)
+    settings = RunSettings(init, limit, hang_after, wait, max_restarts, _sizes(ranks, min_ranks), _resumable(resume))
     return Run(client, booking, settings, payload, Path(folder or Path("results", run)))
 
 
@@ -188,13 +184,12 @@ def _resumable(folder: str | os.PathLike | None) -> str | None:
     return str(path)
 
 
-def _pickle(function: Callable, args: tuple) -> bytes:
-    if not callable(function):
-        raise TypeError(f"function (={function!r}) must be callable.")
+def pickled(content: object, parts: dict[str, Any]) -> bytes:
+    """Pickle what is sent to the ranks, or raise a TypeError that names the first of its parts that can't be."""
     try:
-        return cloudpickle.dumps((function, args))
+        return cloudpickle.dumps(content)
     except Exception:
-        check_pickles({"function": function} | {f"args[{i}]": arg for i, arg in enumerate(args)})
+        check_pickles(parts)
         raise
 
 

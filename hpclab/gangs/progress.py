@@ -124,7 +124,8 @@ class GangProgress:
 
 def waits(stack: str) -> bool:
     """Whether the innermost call of a stack, with its line of code, is one that waits for other ranks."""
-    return bool(_WAITS.search(_innermost(stack)))
+    first, _, rest = stack.partition("\n")
+    return bool(_WAITS.search(first + rest.partition("\n")[0] * rest.startswith("    ")))
 
 
 def with_source(stack: str) -> str:
@@ -136,9 +137,3 @@ def with_source(stack: str) -> str:
             source = linecache.getline(frame["file"], int(frame["line"])).strip()
             lines += [f"    {source}"] * bool(source)
     return "\n".join(lines)
-
-
-def _innermost(stack: str) -> str:
-    """The first frame of a stack, with its line of code."""
-    first, _, rest = stack.partition("\n")
-    return first + rest.partition("\n")[0] * rest.startswith("    ")

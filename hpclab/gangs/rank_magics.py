@@ -6,9 +6,7 @@ find on a rank. IPython itself is imported only for what needs it, since each ra
 
 import ast
 import codecs
-import gc
 import inspect
-import itertools
 import os
 import re
 import shutil
@@ -17,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -29,6 +28,7 @@ END_SECONDS = 0.5
 """How long a command that was interrupted may take to end."""
 REPEAT = 7
 """How often %timeit measures, as IPython does."""
+LOOP = "def timed(_times, _clock):\n    _began = _clock()\n    for _ in _times: pass\n    return _clock() - _began"
 SECRET = re.compile("key|token|secret|passw", re.IGNORECASE)
 """Names of variables whose values %env doesn't show."""
 
@@ -133,17 +133,9 @@ class Shell:
         loops, names = chosen["n"], _names(frame)
         if cell is not None:
             self.execute(_at_its_line(code, frame), frame.f_code.co_filename, names)
-        inner = _loop(cell if cell is not None else _at_its_line(code, frame), frame.f_code.co_filename, names)
-        runs, collects = [], gc.isenabled()
-        gc.disable()
-        try:
-            for _ in range(chosen.get("r", REPEAT)):
-                started = time.perf_counter()
-                inner(itertools.repeat(None, loops))
-                runs.append((time.perf_counter() - started) / loops)
-        finally:
-            if collects:
-                gc.enable()
+        timer = timeit.Timer()
+        timer.inner = _loop(cell if cell is not None else _at_its_line(code, frame), frame.f_code.co_filename, names)  # type: ignore[attr-defined]
+        runs = [seconds / loops for seconds in timer.repeat(chosen.get("r", REPEAT), loops)]
         mean, deviation = statistics.fmean(runs), statistics.pstdev(runs)
         basis = f"(mean and std. dev. of {len(runs)} runs, {loops:,} loops each)"
         print(f"{_seconds(mean)} ± {_seconds(deviation)} per loop {basis}")
@@ -264,9 +256,9 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _loop(code: str, name: str, names: dict) -> Callable:
-    """Code as the body of a function's loop, since names are found faster there."""
-    tree = ast.parse("def timed(times):\n    for _ in times:\n        pass")
-    tree.body[0].body[0].body = ast.parse(code, name).body or [ast.Pass()]  # type: ignore[attr-defined]
+    """Code as the body of the loop that `timeit.Timer` calls, whose own would lose the lines of a cell."""
+    tree = ast.parse(LOOP)
+    tree.body[0].body[1].body = ast.parse(code, name).body or [ast.Pass()]  # type: ignore[attr-defined]
     made: dict = {}
     exec(compile(ast.fix_missing_locations(tree), name, "exec"), names, made)
     return made["timed"]

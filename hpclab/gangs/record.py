@@ -68,10 +68,7 @@ class Record:
             return "".join(f"[rank {number}]\n{self.logs(number)}" for number in range(self.ranks))
         self._check_rank(rank)
         file = self.folder / f"rank-{rank}.log"
-        if not file.exists():
-            return ""
-        with open(file, encoding="utf-8", newline="") as text:
-            return text.read()
+        return file.read_bytes().decode() if file.exists() else ""
 
     def tail(self, rank: int, lines: int, size: int = 4096) -> list[str]:
         """Newest lines that a rank printed, of the last `size` bytes; of a progress bar its last state."""

@@ -155,15 +155,8 @@ class Process:
         """End it, and all that it started."""
         raise NotImplementedError
 
-    def interrupt(self) -> None:
-        """Raise KeyboardInterrupt in it, where the system can."""
-        self._signal("SIGINT")
-
-    def dump(self) -> bool:
-        """Have it write its stack; False where the system can't."""
-        return self._signal("SIGUSR1")
-
-    def _signal(self, name: str) -> bool:
+    def send_signal(self, name: str) -> bool:
+        """Send it SIGINT, which raises KeyboardInterrupt, or SIGUSR1, for its stack; False where the system can't."""
         if sys.platform == "win32" or self.poll() is not None:
             return False
         with suppress(ProcessLookupError):
@@ -199,42 +192,40 @@ def start(env: dict[str, str], cluster: str) -> Process:
 
 class _Forked(Process):
     def __init__(self, env: dict[str, str], cluster: str):
-        self.zygote = call_zygote(cluster)
-        cwd = os.getcwd()
-        pipes = _pipes(3)  # of the rank's standard streams
-        theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
-        self.stdin, self.stdout, self.stderr = (
-            os.fdopen(pipes[0][1], "wb"),
-            os.fdopen(pipes[1][0], "rb"),
-            os.fdopen(pipes[2][0], "rb"),
-        )
         self.returncode: int | None = None
-        with os.fdopen(os.memfd_create("hpclab-order"), "wb") as order:  # an environment may exceed any message
-            order.write(json.dumps({"env": env, "cwd": cwd, "cpus": machine.affinity()}).encode())
-            order.flush()
-            answer = self._ask([os.dup(order.fileno()), *theirs])
-        if "pid" not in answer:
-            for stream in (self.zygote, self.stdin, self.stdout, self.stderr):
-                stream.close()
-            whose = f"the zygote of host {socket.gethostname()}"
-            if "error" not in answer:
-                last = "; ".join(filter(None, ["the worker's log has its last words", _namesakes.blame()]))
-                raise ZygoteDied(f"had no start: {whose} ended before it was ready; {last}")
-            what = f"{whose} can't fork ranks: {answer['error']}"
-            raise OSError(answer["errno"], what) if "errno" in answer else RuntimeError(what)
-        self.pid = answer["pid"]
+        order = {"env": env, "cwd": os.getcwd(), "cpus": machine.affinity()}
+        with ExitStack() as theirs, ExitStack() as ours:  # of the files; a rank that starts keeps both
+            self.zygote = ours.enter_context(call_zygote(cluster))
+            file = theirs.enter_context(os.fdopen(os.memfd_create("hpclab-order"), "wb"))
+            file.write(json.dumps(order).encode())  # an environment may exceed any message
+            file.flush()
+            fds, streams = [file.fileno()], []
+            for mode in ("wb", "rb", "rb"):
+                reads, writes = os.pipe()
+                fds.append(reads if mode == "wb" else writes)
+                theirs.callback(os.close, fds[-1])
+                streams.append(ours.enter_context(os.fdopen(writes if mode == "wb" else reads, mode)))
+            self.stdin, self.stdout, self.stderr = streams
+            self.pid = self._ask(fds)
+            ours.pop_all()
 
-    def _ask(self, fds: list[int]) -> dict:
+    def _ask(self, fds: list[int]) -> int:
+        """Have the zygote fork a rank that gets these files, the order and its standard streams; its process id."""
+        whose = f"the zygote of host {socket.gethostname()}"
         try:
             socket.send_fds(self.zygote, [FORK_ORDER], fds)
-            return json.loads(self.zygote.recv(MESSAGE_BYTES) or "{}")
+            answer = json.loads(self.zygote.recv(MESSAGE_BYTES) or "{}")
         except ConnectionError:
-            return {}
+            answer = {}
         except OSError as error:
-            return {"error": str(error)}
-        finally:
-            for fd in fds:
-                os.close(fd)
+            answer = {"error": str(error)}
+        if "pid" in answer:
+            return answer["pid"]
+        if "error" not in answer:
+            last = "; ".join(filter(None, ["the worker's log has its last words", _namesakes.blame()]))
+            raise ZygoteDied(f"had no start: {whose} ended before it was ready; {last}")
+        what = f"{whose} can't fork ranks: {answer['error']}"
+        raise OSError(answer["errno"], what) if "errno" in answer else RuntimeError(what)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -295,17 +286,3 @@ class _Standby(Process):
                 os.killpg(self.pid, signal.SIGKILL)
         else:
             self.popen.kill()
-
-
-def _pipes(count: int) -> list[tuple[int, int]]:
-    """Read end and write end of some pipes; of none if there can't be all."""
-    made: list[tuple[int, int]] = []
-    try:
-        while len(made) < count:
-            made.append(os.pipe())
-    except OSError:
-        for ends in made:
-            for fd in ends:
-                os.close(fd)
-        raise
-    return made

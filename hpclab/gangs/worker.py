@@ -245,7 +245,7 @@ class _Supervisor:
                 self.batch.append(wire.Stack(text=self._stack()))
             case wire.Stop() if not self.cooperates:
                 self.ended_by_kernel = not self.ended
-                self.process.interrupt()
+                self.process.send_signal("SIGINT")
                 self.deadline = time.monotonic() + GRACE_SECONDS
             case wire.Expire():
                 if self.cooperates:
@@ -279,7 +279,7 @@ class _Supervisor:
 
     def _stack(self) -> str:
         """The main thread's Python stack; asked for by a signal, since a rank that hangs answers nothing else."""
-        if not self.stacks.exists() or not self.process.dump():
+        if not self.stacks.exists() or not self.process.send_signal("SIGUSR1"):
             return "(this system can't show it)"
         time.sleep(0.1)
         text = self.stacks.read_text(errors="replace")[self.stack_end :]

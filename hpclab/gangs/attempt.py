@@ -225,7 +225,7 @@ class Attempt:
 
     def at_fault(self) -> bool:
         """Whether a rank failed by itself, not in consequence of something else."""
-        return self.hang is not None or not all(failure.consequence for failure in self._failures().values())
+        return self.hang is not None or not all(failure.consequence for failure, _ in self._failures())
 
     def expired(self) -> str:
         """Why its ranks ended early, all at one step, if they did so before a job's end; or nothing."""
@@ -233,26 +233,25 @@ class Attempt:
 
     def lost(self) -> bool:
         """Whether it ended early since something beneath it went away: a rank's process, a worker, a host, a job."""
-        first = self._first()
-        return bool(self.expired()) or (self.hang is None and first is not None and first[1].type in LOST)
+        causes = self._failures()[:1] if self.hang is None else []
+        return bool(self.expired()) or any(failure.type in LOST for failure, _ in causes)
 
     def failed_at(self) -> float:
         """When it failed, in seconds since the epoch."""
-        first = self._first()
-        return first[1].time if first else time.time()
+        return next((failure.time for failure, _ in self._failures()), time.time())
 
     def blame(self) -> BaseException:
         """The error of the rank that failed first; what followed from it counts only if nothing else is known."""
-        first = self._first()
+        failures = self._failures()
         if why := self.expired():
             return RankError(why)
-        if self.hang is not None or first is None:
+        if self.hang is not None or not failures:
             return self.hang or RankError(f"run {self.run} broke off.")
-        outcome, failure = first
+        (failure, outcome), *others = failures
         error = _error(outcome, failure, len(self.places))
-        for rank, other in sorted(self._failures().items()):
-            if other.consequence and rank != outcome.rank and other.type != "Stopped":
-                note(error, f"In consequence, rank {rank}: {other.type}: {' '.join(other.message.split())[:300]}")
+        for other, its in sorted(others, key=lambda pair: pair[1].rank):
+            if other.consequence and other.type != "Stopped":
+                note(error, f"In consequence, rank {its.rank}: {other.type}: {' '.join(other.message.split())[:300]}")
         returned = [rank for rank, outcome in self.outcomes.items() if not outcome.failure]
         if returned and failure.consequence and failure.traceback:
             note(error, f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
@@ -263,16 +262,10 @@ class Attempt:
         outcomes = sorted(self.outcomes.items())
         return [unpickle(outcome.value, f"the return value of rank {rank}") for rank, outcome in outcomes]
 
-    def _failures(self) -> dict[int, wire.Failed]:
-        return {rank: outcome.failure for rank, outcome in self.outcomes.items() if outcome.failure}
-
-    def _first(self) -> tuple[RankOutcome, wire.Failed] | None:
-        """The outcome that is to blame, and its failure."""
-        failures = self._failures()
-        if not failures:
-            return None
-        first = min(failures, key=lambda rank: (failures[rank].consequence, failures[rank].time, rank))
-        return self.outcomes[first], failures[first]
+    def _failures(self) -> list[tuple[wire.Failed, RankOutcome]]:
+        """All failures, each with its outcome; the one that is to blame comes first."""
+        failures = [(outcome.failure, outcome) for outcome in self.outcomes.values() if outcome.failure]
+        return sorted(failures, key=lambda pair: (pair[0].consequence, pair[0].time, pair[1].rank))
 
     def _agree(self) -> None:
         """Once all ranks that are left have told how often they asked, have them end at the call after the furthest.

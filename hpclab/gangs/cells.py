@@ -62,7 +62,8 @@ class Values(dict):
     """What the last line of a cell gave, as text by rank; shown with equal ones as one."""
 
     def __repr__(self) -> str:
-        return "\n".join(f"{_label(ranks)} {_indented(text, ranks)}" for text, ranks in _folded(self).items())
+        blocks = [(f"{_label(ranks)} ", text) for text, ranks in _folded(self).items()]
+        return "\n".join(label + text.replace("\n", "\n" + " " * len(label)) for label, text in blocks)
 
 
 def gang(
@@ -464,8 +465,3 @@ def _label(ranks: Iterable[int]) -> str:
     ends = [rank for rank in numbers if rank + 1 not in numbers]
     spans = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
     return f"[rank{'s' * (len(numbers) > 1)} {','.join(spans)}]"
-
-
-def _indented(text: str, ranks: list[int]) -> str:
-    """Text whose further lines stand below its first, which a label is in front of."""
-    return text.replace("\n", "\n" + " " * (len(_label(ranks)) + 1))

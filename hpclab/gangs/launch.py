@@ -17,8 +17,7 @@ import cloudpickle
 from dask.utils import format_bytes
 from distributed import Client
 
-from hpclab._arguments import plain, size
-from hpclab._arguments import whole_number as whole_number
+from hpclab._arguments import plain, size, whole_number
 from hpclab.gangs.attempt import RunSettings
 from hpclab.gangs.run import Run
 from hpclab.gangs.scheduler import Booking, Ledger, consult

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,7 @@ from tqdm import tqdm
 from hpclab import machine
 from hpclab.gangs import errors, wire
 from hpclab.gangs.attempt import Attempt, RankError, RunSettings
-from hpclab.gangs.record import Log as Log
-from hpclab.gangs.record import Record as Record
-from hpclab.gangs.record import occupy as occupy
+from hpclab.gangs.record import Log, Record, occupy
 from hpclab.gangs.record import open_run as open_run
 from hpclab.gangs.scheduler import Booking, Ledger, consult, topic
 from hpclab.gangs.wire import RankPlace
@@ -351,21 +349,20 @@ class Run(Record):
         self.status = "recovering"
         self._fruitless = 0 if self._attempt.reported else self._fruitless + 1
         if self._fruitless > 1:
-            first, most = PAUSE_SECONDS
-            self._pause(min(most, first * 2 ** (min(self._fruitless, 10) - 2)))
-        started = time.monotonic()
-        patience = math.inf if self._settings.wait else ROOM_SECONDS
-        while (waited := time.monotonic() - started) < patience and not self._stopping and not self._is_cut_off():
+            shortest, longest = PAUSE_SECONDS
+            for _ in self._waiting(min(longest, shortest * 2 ** (min(self._fruitless, 10) - 2))):
+                pass
+        for waited in self._waiting(math.inf if self._settings.wait else ROOM_SECONDS):
             if seats := self._reseat(patient=waited < RETURN_SECONDS):
                 return seats
-            self._take(AGAIN_SECONDS)
         return None
 
-    def _pause(self, seconds: float) -> None:
-        """Wait before what has failed at once, again and again, is tried once more."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self._stopping and not self._is_cut_off():
-            self._take(min(left, AGAIN_SECONDS))
+    def _waiting(self, seconds: float) -> Iterator[float]:
+        """Take in what happens for some time, if the run isn't stopped; yields, again and again, how long it has."""
+        started = time.monotonic()
+        while (waited := time.monotonic() - started) < seconds and not self._stopping and not self._is_cut_off():
+            yield waited
+            self._take(min(seconds - waited, AGAIN_SECONDS))
 
     def _reseat(self, patient: bool) -> wire.Seated | None:
         """Seats that there are now, if any; if `patient`, only for as many ranks as before."""
@@ -429,14 +426,13 @@ class Run(Record):
             _alive.pop(self.name, None)
 
     def _conclude(self) -> None:
-        attempt = self._attempt
-        at_fault = attempt is not None and attempt.at_fault()
-        agreed = attempt is not None and bool(attempt.calls)
-        expired = attempt is not None and bool(attempt.expired())
-        if expired or (self._stopping and not self._broken and not at_fault and (self._failed() or agreed)):
-            self.status = "stopped"
-        else:
-            self.status = "failed" if self._failed() else "finished"
+        attempt, failed = self._attempt, self._failed()
+        stopped = self._stopping and not self._broken
+        if attempt is not None:
+            stopped = bool(attempt.expired()) or (
+                stopped and not attempt.at_fault() and (failed or bool(attempt.calls))
+            )
+        self.status = "stopped" if stopped else "failed" if failed else "finished"
 
     def _end(self) -> dict:
         """The last row of a run."""

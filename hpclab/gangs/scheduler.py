@@ -148,17 +148,10 @@ class Ledger(SchedulerPlugin):
         machine is."""
         self.asked: dict[str, float] = {}
         """Since when others have been to tell."""
-        self.given_up: dict[str, float] = {}
-        """When workers didn't end their ranks in time; until they are heard again, nobody is seated there."""
-        self.expiring: set[str] = set()
-        """Workers that end soon."""
+        self.shunned: dict[str, float] = {}
+        """Workers under which nobody is seated until they are heard after this time; of one that ends soon, never."""
         self.keys: dict[str, _Keys] = {}
         """By run: what the ranks of its newest attempt tell each other."""
-
-    def subscribe(self, booking: Booking) -> None:
-        """Send the gang's kernel what is said on its topic, and keep no more than the last, of up to a megabyte."""
-        self.scheduler.subscribe_topic(topic(booking.run), booking.client)
-        _dask.keep_newest_event(self.scheduler, topic(booking.run))
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Take in which CPUs a worker may use; called by Dask for whatever anybody says."""
@@ -182,8 +175,7 @@ class Ledger(SchedulerPlugin):
         return {
             Seat(address, worker.host, pool[:2]): worker.nthreads
             for address, worker in self.scheduler.workers.items()
-            if worker.status == Status.running and address not in self.expiring
-            if worker.last_seen > self.given_up.get(address, 0)
+            if worker.status == Status.running and worker.last_seen > self.shunned.get(address, 0)
             if (pool := self.pools.get(address)) is not None
         }
 
@@ -206,7 +198,9 @@ class Ledger(SchedulerPlugin):
             self.queue.append(booking)
         self.advance()
         if booking.run in self.gangs or wait:
-            self.subscribe(booking)
+            # The gang's kernel hears its topic, of which no more than the last event is kept: up to a megabyte.
+            self.scheduler.subscribe_topic(topic(booking.run), booking.client)
+            _dask.keep_newest_event(self.scheduler, topic(booking.run))
             return self.seated(booking) if booking.run in self.gangs else wire.Queued(place=len(self.queue))
         self.queue.remove(booking)
         return RuntimeError(self.busy(booking))
@@ -221,11 +215,12 @@ class Ledger(SchedulerPlugin):
 
     def expire(self, worker: str) -> None:
         """Seat nobody any more under a worker whose job ends soon."""
-        self.expiring.add(worker)
+        self.shunned[worker] = math.inf
 
     def give_up(self, workers: Iterable[str]) -> None:
         """Seat nobody under workers that hang, for as long as they do."""
-        self.given_up |= dict.fromkeys(self.scheduler.workers.keys() & set(workers), time.time())
+        for worker in self.scheduler.workers.keys() & set(workers):
+            self.shunned[worker] = max(time.time(), self.shunned.get(worker, 0))
 
     def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> wire.Seated | None:
         """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room, if any.
@@ -308,10 +303,8 @@ class Ledger(SchedulerPlugin):
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Tell the gangs that have ranks there; called by Dask when a worker has gone."""
-        self.pools.pop(worker, None)
-        self.asked.pop(worker, None)
-        self.given_up.pop(worker, None)
-        self.expiring.discard(worker)
+        for known in (self.pools, self.asked, self.shunned):
+            known.pop(worker, None)
         for gang in self.gangs.values():
             if worker in gang.workers():
                 self._tell(gang, wire.Lost(worker=worker))

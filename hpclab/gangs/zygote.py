@@ -21,8 +21,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,8 +61,10 @@ def main(path: str, listener: int, owner: int | None = None) -> None:
                 os.unlink(path)
 
     lease = None if owner is None else socket.socket(fileno=owner)
-    with _watched(lease, clean):
-        error = _preload()
+    if lease is not None:
+        _watch(lease, clean)
+    error = _preload()
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # from here on the zygote hears of a lease's end as of all else
     zygote = Zygote(socket.socket(fileno=listener), lease, error)
     try:
         zygote.serve()
@@ -71,12 +73,8 @@ def main(path: str, listener: int, owner: int | None = None) -> None:
         clean()
 
 
-@contextmanager
-def _watched(lease: socket.socket | None, clean: Callable[[], None]) -> Iterator[None]:
+def _watch(lease: socket.socket, clean: Callable[[], None]) -> None:
     """Leave at once if a lease ends while this process imports; told by a signal, as it may have no second thread."""
-    if lease is None:
-        yield
-        return
     import fcntl  # Windows has none, and no zygotes
 
     def leave(*_: Any) -> None:
@@ -84,14 +82,10 @@ def _watched(lease: socket.socket | None, clean: Callable[[], None]) -> Iterator
             clean()
             os._exit(0)
 
-    flags = fcntl.fcntl(lease, fcntl.F_GETFL)
     signal.signal(signal.SIGIO, leave)
     fcntl.fcntl(lease, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(lease, fcntl.F_SETFL, flags | os.O_ASYNC)
+    fcntl.fcntl(lease, fcntl.F_SETFL, fcntl.fcntl(lease, fcntl.F_GETFL) | os.O_ASYNC)
     leave()  # should it have ended before
-    yield
-    fcntl.fcntl(lease, fcntl.F_SETFL, flags)
-    signal.signal(signal.SIGIO, signal.SIG_IGN)  # one may be under way
 
 
 class Zygote:

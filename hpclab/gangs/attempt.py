@@ -15,7 +15,6 @@ from hpclab.gangs import wire
 from hpclab.gangs.errors import note
 from hpclab.gangs.progress import GangProgress, HangError
 from hpclab.gangs.scheduler import Ledger, aside, consult, send
-from hpclab.gangs.wire import RankOutcome, RankPlace
 from hpclab.gangs.worker import supervise
 
 log = logging.getLogger(__name__)
@@ -59,11 +58,11 @@ class Attempt:
 
     Attributes
     ----------
-    places : list of RankPlace
+    places : list of wire.RankPlace
         By rank.
     number : int
         0 for the first attempt of a run.
-    outcomes : dict of int to RankOutcome
+    outcomes : dict of int to wire.RankOutcome
         Of the ranks that have ended, or were given up.
     hang : HangError or None
     calls : dict of int to int
@@ -72,11 +71,11 @@ class Attempt:
         Whether any rank has reported a row.
     """
 
-    def __init__(self, client: Client, places: list[RankPlace], hang_after: float | None):
+    def __init__(self, client: Client, places: list[wire.RankPlace], hang_after: float | None):
         self.client = client
         self.places = places
         self.run, self.number = places[0].run, places[0].attempt
-        self.outcomes: dict[int, RankOutcome] = {}
+        self.outcomes: dict[int, wire.RankOutcome] = {}
         self.calls: dict[int, int] = {}
         self.hang: HangError | None = None
         self.reported = False
@@ -90,7 +89,7 @@ class Attempt:
         self._ending = False
         self._progress = GangProgress(hang_after, lambda: self.order(wire.ShowStack()))
 
-    def start(self, payload: bytes, ended: Callable[[RankOutcome], None]) -> None:
+    def start(self, payload: bytes, ended: Callable[[wire.RankOutcome], None]) -> None:
         """Have the workers start the ranks; what becomes of each is told in a thread of its own."""
         self._futures = [
             self.client.submit(
@@ -136,7 +135,7 @@ class Attempt:
                 case wire.Stuck() | wire.Stack():
                     self._progress.hear(rank, message)
 
-    def end(self, outcome: RankOutcome) -> None:
+    def end(self, outcome: wire.RankOutcome) -> None:
         """Take in how a rank ended; after a failure end the others: at once, or when its cause had time to show."""
         if outcome.rank in self.outcomes:
             return
@@ -262,7 +261,7 @@ class Attempt:
         outcomes = sorted(self.outcomes.items())
         return [unpickle(outcome.value, f"the return value of rank {rank}") for rank, outcome in outcomes]
 
-    def _failures(self) -> list[tuple[wire.Failed, RankOutcome]]:
+    def _failures(self) -> list[tuple[wire.Failed, wire.RankOutcome]]:
         """All failures, each with its outcome; the one that is to blame comes first."""
         failures = [(outcome.failure, outcome) for outcome in self.outcomes.values() if outcome.failure]
         return sorted(failures, key=lambda pair: (pair[0].consequence, pair[0].time, pair[1].rank))
@@ -279,7 +278,7 @@ class Attempt:
             self.deadline = time.monotonic() + SAVE_SECONDS
 
 
-def _outcome(future: Future, place: RankPlace) -> RankOutcome:
+def _outcome(future: Future, place: wire.RankPlace) -> wire.RankOutcome:
     """The outcome that a task brought back, or one that says why there is none."""
     try:
         if future.status != "cancelled":
@@ -290,10 +289,10 @@ def _outcome(future: Future, place: RankPlace) -> RankOutcome:
     return _lost(place, f"was lost with its worker ({cause})", consequence=future.status == "cancelled")
 
 
-def _lost(place: RankPlace, why: str, kind: str = "WorkerLost", consequence: bool = False) -> RankOutcome:
+def _lost(place: wire.RankPlace, why: str, kind: str = "WorkerLost", consequence: bool = False) -> wire.RankOutcome:
     """The outcome of a rank that can't bring one."""
     failure = wire.Failed(type=kind, message=why, consequence=consequence)
-    return RankOutcome(place.rank, place.worker, failure=failure)
+    return wire.RankOutcome(place.rank, place.worker, failure=failure)
 
 
 def unpickle(body: bytes, what: str) -> Any:
@@ -304,7 +303,7 @@ def unpickle(body: bytes, what: str) -> Any:
         raise RankError(f"{what} can't be unpickled here: {error!r}") from error
 
 
-def _error(outcome: RankOutcome, failure: wire.Failed, ranks: int) -> BaseException:
+def _error(outcome: wire.RankOutcome, failure: wire.Failed, ranks: int) -> BaseException:
     who = f"rank {outcome.rank} of {ranks} on {outcome.host}"
     if not failure.traceback:
         return RankError(f"{who} {failure.message}.")

@@ -62,8 +62,7 @@ class Values(dict):
     """What the last line of a cell gave, as text by rank; shown with equal ones as one."""
 
     def __repr__(self) -> str:
-        blocks = [(f"{_label(ranks)} ", text) for text, ranks in _folded(self).items()]
-        return "\n".join(label + text.replace("\n", "\n" + " " * len(label)) for label, text in blocks)
+        return "\n".join(_labelled(self))
 
 
 def gang(
@@ -350,18 +349,16 @@ class _Cell:
         where = dict.fromkeys(self.answers, "had ended")
         where |= {rank: f"had raised {failure.summary}" for rank, failure in self.failures.items()}
         where |= {rank: f"stood in {place}" for rank, place in self.stood.items()}
-        lines = [f"{_label(ranks)} {text}" for text, ranks in _folded(where).items()]
-        return "\n".join(["the ranks keep their variables, and get a new process group.", *lines])
+        return "\n".join(["the ranks keep their variables, and get a new process group.", *_labelled(where)])
 
     def blame(self) -> str:
         """The failure that came first, whose it is, and what followed from it."""
         failures = self.failures.values()
         cause = min(failures, key=lambda failure: (failure.interrupted, failure.consequence, failure.time))
         same = [rank for rank, failure in self.failures.items() if failure.traceback == cause.traceback]
-        lines = [f"{_label(same)}\n{cause.traceback.rstrip()}"]
         also = {rank: f"raised {failure.summary}" for rank, failure in self.failures.items() if rank not in same}
         also |= {rank: f"waited in vain in {place}" for rank, place in self.stood.items()}
-        lines += [f"{_label(ranks)} {text}" for text, ranks in _folded(also).items()]
+        lines = [f"{_label(same)}\n{cause.traceback.rstrip()}", *_labelled(also)]
         shell = get_ipython()
         if shell is not None and (name := cause.missing) in shell.user_ns:
             lines.append(f"{name} is a name of the notebook, not of the ranks: gang.push({name}={name})")
@@ -446,12 +443,13 @@ def _place(file: str, line: int) -> str:
     return f"{file}, line {line}: {linecache.getline(file, line).strip()}"
 
 
-def _folded(texts: dict[int, str]) -> dict[str, list[int]]:
-    """Ranks by what they say."""
+def _labelled(texts: dict[int, str]) -> list[str]:
+    """What ranks say, each text once behind the ranks that say it; its further lines stand below its first."""
     folded: dict[str, list[int]] = {}
     for rank in sorted(texts):
         folded.setdefault(texts[rank], []).append(rank)
-    return folded
+    labels = {text: f"{_label(ranks)} " for text, ranks in folded.items()}
+    return [label + text.replace("\n", "\n" + " " * len(label)) for text, label in labels.items()]
 
 
 def _label(ranks: Iterable[int]) -> str:

@@ -94,33 +94,27 @@ class Warmth(WorkerPlugin):
                 lease.shutdown(socket.SHUT_RDWR)
 
     def _keep(self, cluster: str) -> None:
-        pause, most = BACKOFF_SECONDS
-        while not self.closed.is_set():
-            started = time.monotonic()
-            with suppress(OSError), ExitStack() as stack:
-                self._lease(cluster, stack)
-                lost = False
-                while not self.closed.is_set():
-                    if self._has_ended():
-                        self.leases.pop().close()
-                        lost = True
-                        if not self.leases:
-                            break
-                        continue  # with those of zygotes that live, and after a while another
-                    with suppress(OSError):  # the folder has gone: the old leases stay, ranks may be at work under them
-                        if lost or not socket_of(cluster).exists():
-                            self._lease(cluster, stack)
-                            lost = False
-            self.leases = []
-            pause = BACKOFF_SECONDS[0] if time.monotonic() - started > most else min(2 * pause, most)
-            self.closed.wait(pause)
+        """Hold a lease on the zygote that can be called now, beside those on others, under which ranks may be at work.
 
-    def _lease(self, cluster: str, stack: ExitStack) -> None:
-        """Take a lease on the zygote that can be called now."""
-        lease = stack.enter_context(call_zygote(cluster))
-        lease.settimeout(LOOK_SECONDS)
-        lease.send(b"lease")
-        self.leases.append(lease)
+        One that has died is replaced, and one whose socket has gone gets a successor.
+        """
+        (pause, longest), lost = BACKOFF_SECONDS, True
+        while not self.closed.is_set():
+            with suppress(OSError):  # none can be started, such as since the folder of sockets has gone
+                if lost or not socket_of(cluster).exists():
+                    started = time.monotonic()
+                    self.leases.append(call_zygote(cluster))
+                    self.leases[-1].settimeout(LOOK_SECONDS)
+                    self.leases[-1].send(b"lease")
+                    lost = False
+                if not self._has_ended():
+                    continue
+                self.leases.pop().close()
+                lost = True
+            pause = BACKOFF_SECONDS[0] if time.monotonic() - started > longest else min(2 * pause, longest)
+            self.closed.wait(pause)
+        for lease in self.leases:
+            lease.close()
 
     def _has_ended(self) -> bool:
         """Wait a while for the end of the newest lease, or of its zygote, which says nothing else."""

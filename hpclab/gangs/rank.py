@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from hpclab.gangs import rank_end, wire
 
@@ -52,7 +52,7 @@ class Context:
         self.main = threading.get_ident()
         self.writing = self.postponed = False
         """Whether the main thread writes a record, and whether it was interrupted meanwhile."""
-        self.interrupt: Callable[[], None] = _interrupt
+        self.interrupt: Callable[[], object] = functools.partial(signal.default_int_handler, signal.SIGINT, None)
         """What an interrupt does, in the main thread."""
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         """Orders for what runs here."""
@@ -168,10 +168,6 @@ class Context:
             while self.stopping and self.stop_at is None:
                 self.stop.wait()
             return self.stop_at is not None and self.calls >= self.stop_at
-
-
-def _interrupt() -> NoReturn:
-    raise KeyboardInterrupt
 
 
 _context: Context | None = None

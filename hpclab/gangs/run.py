@@ -21,7 +21,6 @@ from hpclab.gangs.attempt import Attempt, RankError, RunSettings
 from hpclab.gangs.record import Log, Record, occupy
 from hpclab.gangs.record import open_run as open_run
 from hpclab.gangs.scheduler import Booking, Ledger, consult, topic
-from hpclab.gangs.wire import RankPlace
 from hpclab.gangs.worker import ON_DEMAND
 from hpclab.rows import line
 
@@ -303,11 +302,11 @@ class Run(Record):
         attempt.start(self._payload, lambda outcome: self._inbox.put(partial(attempt.end, outcome)))
         attempt.lose(self._gone)
 
-    def _places(self, seats: wire.Seated, number: int) -> list[RankPlace]:
+    def _places(self, seats: wire.Seated, number: int) -> list[wire.RankPlace]:
         """The places of an attempt's ranks, on the seats that the ledger gave."""
         hosts, nodes = seats.hosts, list(dict.fromkeys(seats.hosts))
         return [
-            RankPlace(
+            wire.RankPlace(
                 run=self.name,
                 attempt=number,
                 folder=str(self.folder),

@@ -27,7 +27,6 @@ from hpclab.gangs.host import BINDING, MALLOC, import_path
 from hpclab.gangs.process import Process, ZygoteDied, inboxes, open_inbox, start
 from hpclab.gangs.progress import RankProgress
 from hpclab.gangs.scheduler import topic
-from hpclab.gangs.wire import RankOutcome, RankPlace
 
 BATCH_SECONDS = 0.1
 """Rows and prints travel in batches of this length; each batch costs the scheduler about a millisecond."""
@@ -57,13 +56,13 @@ _values: dict[tuple[str, int], bytes] = {}
 """What ranks of interactive gangs were asked for, by run and rank, until it is fetched."""
 
 
-def supervise(place: RankPlace, payload: bytes) -> RankOutcome:
+def supervise(place: wire.RankPlace, payload: bytes) -> wire.RankOutcome:
     """Run one rank from start to end; the Dask task of a rank."""
     worker = get_worker()
     key = worker.get_current_task()
     secede()  # the gang holds CPUs by the ledger; a thread of the worker would keep others' gangs and tasks out
     inbox = open_inbox(place.run, place.rank, place.attempt)
-    outcome = RankOutcome(place.rank, machine.node())
+    outcome = wire.RankOutcome(place.rank, machine.node())
     stacks = Path(worker.local_directory, f"{place.run}-{place.attempt}-{place.rank}.stacks")
     process, ahead = None, 0.0
     try:
@@ -108,8 +107,8 @@ def fetch(run: str) -> dict[int, bytes]:
 class _Supervisor:
     """Carries what a rank says to the kernel, in batches, and the kernel's orders to it; keeps how it ended."""
 
-    place: RankPlace
-    outcome: RankOutcome
+    place: wire.RankPlace
+    outcome: wire.RankOutcome
     worker: Worker
     process: Process
     inbox: queue.SimpleQueue
@@ -317,7 +316,7 @@ class _Supervisor:
                 self.process.stdin.flush()
 
 
-def _ahead(place: RankPlace, worker: Worker) -> float:
+def _ahead(place: wire.RankPlace, worker: Worker) -> float:
     """Seconds by which the clock of this machine is ahead of the kernel's."""
     if place.clock == machine.boot():
         return -place.ahead
@@ -325,7 +324,7 @@ def _ahead(place: RankPlace, worker: Worker) -> float:
     return machine.ahead(lambda: sync(worker.loop, ask, callback_timeout=CLOCK_SECONDS)) - place.ahead
 
 
-def _environment(place: RankPlace, address: str) -> dict[str, str]:
+def _environment(place: wire.RankPlace, address: str) -> dict[str, str]:
     # What job queues export of the worker's own place would mislead the libraries in a rank.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name not in BINDING}
     env |= MALLOC | {

@@ -11,7 +11,7 @@ import asyncio
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -150,8 +150,8 @@ class Ledger(SchedulerPlugin):
         """Since when others have been to tell."""
         self.shunned: dict[str, float] = {}
         """Workers under which nobody is seated until they are heard after this time; of one that ends soon, never."""
-        self.keys: dict[str, _Keys] = {}
-        """By run: what the ranks of its newest attempt tell each other."""
+        self.keys: defaultdict[tuple[str, int], _Keys] = defaultdict(_Keys)
+        """By run and attempt: what its ranks tell each other."""
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Take in which CPUs a worker may use; called by Dask for whatever anybody says."""
@@ -277,8 +277,8 @@ class Ledger(SchedulerPlugin):
         """Free a gang's seats, or its place in the queue."""
         self.gangs.pop(run, None)
         self.queue = [gang for gang in self.queue if gang.run != run]
-        if run in self.keys:
-            self.keys.pop(run).close()
+        for attempt in [attempt for name, attempt in self.keys if name == run]:
+            self.keys.pop((run, attempt)).close()
         _dask.forget_topic(self.scheduler, topic(run), TOPIC_SECONDS)
         self.advance()
 
@@ -290,16 +290,9 @@ class Ledger(SchedulerPlugin):
         """Answer a rank that looks for the others of its gang; called by its worker."""
         if run not in self.gangs:
             raise LookupError(f"run {run} has ended")
-        keys = self.keys.get(run)
-        if keys is None or keys.attempt < attempt:
-            if keys is not None:
-                keys.close()
-            keys = self.keys[run] = _Keys(attempt)
-        if keys.attempt > attempt:
-            raise LookupError(f"attempt {attempt} of run {run} has ended")
         [asked] = wire.decode(question)
         assert isinstance(asked, wire.Ask)
-        return wire.encode(await keys.answer(asked))
+        return wire.encode(await self.keys[run, attempt].answer(asked))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Tell the gangs that have ranks there; called by Dask when a worker has gone."""
@@ -446,8 +439,7 @@ class _Room:
 class _Keys:
     """What the ranks of one attempt tell each other to meet: keys and values, which others wait for."""
 
-    def __init__(self, attempt: int):
-        self.attempt = attempt
+    def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.changed = asyncio.Event()
         self.closed = False
@@ -482,7 +474,7 @@ class _Keys:
                 while not self.values.keys() >= set(asked.keys):
                     await self.changed.wait()
                     if self.closed:
-                        raise LookupError("the attempt has ended")
+                        raise LookupError("its run has ended")
         answer.body = self.values.get(key, b"")
         return answer
 

@@ -48,7 +48,7 @@ class Context:
         self.lock = threading.Lock()
         self.pid = os.getpid()
         self.turn: int | None = None
-        """File that processes lock in turn before they write a record, once this one has been forked."""
+        """File that this process and its forks lock in turn before they write a record, where they can share one."""
         self.main = threading.get_ident()
         self.writing = self.postponed = False
         """Whether the main thread writes a record, and whether it was interrupted meanwhile."""
@@ -108,16 +108,14 @@ class Context:
     def share(self, turn: int) -> None:
         """Have forks of this process take turns with it; no thread of it is in the middle of a record when it forks."""
 
-        def go_on() -> None:
-            self.turn = turn
-            self.lock.release()
-
         def begin() -> None:
-            self.turn, self.lock = turn, threading.Lock()
+            self.lock = threading.Lock()
             self.inherited = self.records  # kept, as its end would write what is left in it, and close the pipe
             self.records = os.fdopen(self.records.fileno(), "wb", closefd=False)
 
-        os.register_at_fork(before=lambda: self.lock.acquire(), after_in_parent=go_on, after_in_child=begin)
+        self.turn = turn
+        take, give_back = (lambda: self.lock.acquire()), (lambda: self.lock.release())  # of this lock or a fork's own
+        os.register_at_fork(before=take, after_in_parent=give_back, after_in_child=begin)
 
     def obey(self, orders: Iterator[wire.Message]) -> None:
         """Take orders until the owner has gone; then end this process, and all that it started."""
@@ -132,7 +130,7 @@ class Context:
                         self.stop_at = order.calls
                         self.stop.notify_all()
                     case wire.Answer():
-                        self.answers[order.to].put(order)
+                        self.answers.pop(order.to).put(order)
                     case _:
                         self.inbox.put(order)
         if hasattr(os, "killpg"):
@@ -146,10 +144,7 @@ class Context:
         question.number = next(self.numbers)
         answer = self.answers[question.number] = queue.SimpleQueue()
         self.send(question)
-        try:
-            return answer.get()
-        finally:
-            del self.answers[question.number]
+        return answer.get()
 
     def beat(self) -> None:
         """Show for ever that Python runs here."""

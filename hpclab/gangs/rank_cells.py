@@ -188,11 +188,10 @@ class _Cells:
 
     def cut(self) -> None:
         """Shut the connections of the process groups, so that what waits for them fails."""
-        with suppress(FileNotFoundError):
-            for number, connection in _connections():
-                if number not in self.spared:
-                    with suppress(OSError):  # the other side was faster
-                        connection.shutdown(socket.SHUT_RDWR)
+        for number, connection in _connections():
+            if number not in self.spared:
+                with suppress(OSError):  # the other side was faster
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def leave(self) -> None:
         """Leave the cell; if an interrupt finds none any more, go on."""
@@ -304,8 +303,8 @@ class _Store(dist.Store):
 
 
 def _connections() -> Iterator[tuple[int, socket.socket]]:
-    """This process's TCP connections, each with a number of its own; FileNotFoundError where a system doesn't tell."""
-    for fd in os.listdir("/dev/fd"):
+    """This process's TCP connections, each with a number of its own; none where a system doesn't tell, as Windows."""
+    for fd in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
         with suppress(OSError):  # it has gone meanwhile, or was never connected
             status = os.fstat(int(fd))
             if not stat.S_ISSOCK(status.st_mode):

@@ -69,15 +69,14 @@ def failure(error: BaseException, place: wire.RankPlace, file: str) -> wire.Fail
         traceback=printable(_traceback(error, file)),
         consequence=is_consequence(error),
     )
-    try:
+    # Else the kernel raises a RankError with this traceback; the error's own code may do anything, such as exit.
+    with suppress(BaseException):
         import cloudpickle
 
         body = cloudpickle.dumps(error)
         pickle.loads(body)
         if len(body) <= LARGEST_ERROR:
             failed.body = body
-    except BaseException:  # its own code may do anything, such as exit
-        failed.body = b""  # the kernel then raises a RankError with this traceback
     return failed
 
 

@@ -446,11 +446,10 @@ class Run(Record):
 
     def _leave(self) -> None:
         """Give the seats back."""
-        if self._client.status != "running":
-            return  # the ledger sees it go
-        with suppress(Exception):  # a client that has closed: the ledger saw it go
-            self._client.unsubscribe_topic(topic(self.name))
-            consult(self._client, Ledger.release, self.name)
+        with suppress(Exception):  # of a client that goes just now; the ledger sees it go
+            if self._client.status == "running":
+                self._client.unsubscribe_topic(topic(self.name))
+                consult(self._client, Ledger.release, self.name)
 
     def _blame(self) -> BaseException:
         if self._broken is not None:

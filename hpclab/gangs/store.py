@@ -10,7 +10,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -40,7 +39,8 @@ class GangStore(dist.Store):
         self.ask = ask
 
     def _ask(self, do: wire.Do, *keys: str, value: str | bytes = b"", expected: str = "") -> wire.Answer:
-        answer = self.ask(wire.Ask(do=do, keys=list(keys), expected=expected, body=_bytes(value)))
+        body = value.encode() if isinstance(value, str) else bytes(value)
+        answer = self.ask(wire.Ask(do=do, keys=list(keys), expected=expected, body=body))
         if answer.error:
             raise dist.DistStoreError(f"the scheduler doesn't answer this rank: {answer.error}")
         return answer
@@ -67,7 +67,8 @@ class GangStore(dist.Store):
 
     def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
         """Set a key if its value is the expected one, or "" and it isn't there; return its value then."""
-        return self._ask(wire.Do.COMPARE_SET, key, value=desired, expected=_text(expected)).body
+        text = expected if isinstance(expected, str) else bytes(expected).decode("latin-1")
+        return self._ask(wire.Do.COMPARE_SET, key, value=desired, expected=text).body
 
     def delete_key(self, key: str) -> bool:
         """Remove a key; whether it was there."""
@@ -117,11 +118,3 @@ def _reach(here: dict, there: dict) -> None:
             f" {there['host']}, port {there['port']}: {error}. Ranks connect at any port that a host gives programs, on"
             f" {there['node']} {there['ports']}; a firewall must let these through between the hosts."
         ) from None
-
-
-def _bytes(value: Any) -> bytes:
-    return value.encode() if isinstance(value, str) else bytes(value)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else bytes(value).decode("latin-1")

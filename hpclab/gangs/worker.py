@@ -9,7 +9,6 @@ import os
 import queue
 import re
 import signal
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -354,10 +353,9 @@ def _environment(place: wire.RankPlace, address: str) -> dict[str, str]:
 def _interface(address: str) -> str | None:
     """Name of the network interface that owns the worker's address, so that gloo neither guesses nor looks up names."""
     host = wire.host_of(address)
-    loopback = host.startswith("127.")  # all of 127.0.0.0/8 is there, and only 127.0.0.1 listed
+    listed = {host, "127.0.0.1"} if host.startswith("127.") else {host}  # of all of 127.0.0.0/8 only the first is
     for name, owned in psutil.net_if_addrs().items():
-        mine = [a.address for a in owned if a.family in (socket.AF_INET, socket.AF_INET6)]
-        if host in mine or (loopback and "127.0.0.1" in mine):
+        if not listed.isdisjoint(entry.address for entry in owned):
             return name
     return None
 

@@ -191,6 +191,7 @@ WRONG = [
     ("!sleep 1 &", "OSError: !sleep 1 & would be left behind; start what goes on with subprocess.Popen."),
     ("input('name')", "EOFError: input('name') can't ask on a rank; ask in a cell without %%ranks"),
     ("%time y = = 3", "line 1\n    y = = 3\n        ^\nSyntaxError: invalid syntax"),
+    ("1\n%timeit -n 1 1 / 0", "line 2, in timed\n    %timeit -n 1 1 / 0\nZeroDivisionError"),
     ("1\nnowhere?", "line 2, in <module>\n    nowhere?\nNameError: name 'nowhere' is not defined"),
     ("breakpoint()", "RuntimeError: breakpoint() can't ask on a rank"),
     ("class Odd:\n    def __repr__(self): 1 / 0\nOdd()", "line 2, in __repr__\n"),

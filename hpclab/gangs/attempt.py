@@ -246,13 +246,14 @@ class Attempt:
             return RankError(why)
         if self.hang is not None or not failures:
             return self.hang or RankError(f"run {self.run} broke off.")
-        (failure, outcome), *others = failures
-        error = _error(outcome, failure, len(self.places))
-        for other, its in sorted(others, key=lambda pair: pair[1].rank):
-            if other.consequence and other.type != "Stopped":
-                note(error, f"In consequence, rank {its.rank}: {other.type}: {' '.join(other.message.split())[:300]}")
+        (cause, culprit), *others = failures
+        error = _error(culprit, cause, len(self.places))
+        for failure, outcome in sorted(others, key=lambda pair: pair[1].rank):
+            if failure.consequence and failure.type != "Stopped":
+                words = " ".join(failure.message.split())[:300]
+                note(error, f"In consequence, rank {outcome.rank}: {failure.type}: {words}")
         returned = [rank for rank, outcome in self.outcomes.items() if not outcome.failure]
-        if returned and failure.consequence and failure.traceback:
+        if returned and cause.consequence and cause.traceback:
             note(error, f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
         return error
 

@@ -58,9 +58,9 @@ def give(run: str, encoded: bytes, rank: int | None = None, attempt: int = 0) ->
     with _lock:
         if isinstance(order, wire.End):
             _ended.append((run, attempt))
-        there = list(inboxes.items())
-    for (name, number, of), inbox in there:
-        if (name, of) == (run, attempt) and rank in (None, number):
+        supervised = list(inboxes.items())
+    for (name, number, of_attempt), inbox in supervised:
+        if (name, of_attempt) == (run, attempt) and rank in (None, number):
             inbox.put(order)
 
 

@@ -173,7 +173,7 @@ def in_cells(frames: Iterable[traceback.FrameSummary], *others: str) -> list[tra
     kept: list[traceback.FrameSummary] = []
     magic = False
     for frame in frames:
-        if frame.filename in (__file__, ast.__file__, *others):
+        if frame.filename in (__file__, ast.__file__, timeit.__file__, *others):
             magic = True
             continue
         if magic and kept and (kept[-1].filename, kept[-1].lineno) == (frame.filename, frame.lineno):

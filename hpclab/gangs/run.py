@@ -256,22 +256,22 @@ class Run(Record):
 
     def _hear(self, event: bytes) -> None:
         """Take in what a worker or the scheduler's ledger says on the run's topic."""
-        first, *messages = wire.decode(event)
-        if not isinstance(first, wire.Batch):
-            self._hear_scheduler(first)
+        head, *messages = wire.decode(event)
+        if not isinstance(head, wire.Batch):
+            self._hear_scheduler(head)
             return
         for message in messages:
             if isinstance(message, wire.Text):
-                self._logs[first.rank].take(message.body.decode(), shown=not self.quiet)
+                self._logs[head.rank].take(message.body.decode(), shown=not self.quiet)
             elif isinstance(message, wire.Emulated):
                 self._emulated = True
         source = "emulated" if self._emulated else "measured"
         self._take_rows([message.parse(source) for message in messages if isinstance(message, wire.Row)])
-        if self._attempt is not None and first.attempt == self._attempt.number:
-            self._attempt.hear(first.rank, messages)
+        if self._attempt is not None and head.attempt == self._attempt.number:
+            self._attempt.hear(head.rank, messages)
         for message in messages:
             if isinstance(message, wire.FromCell | wire.Stack):
-                self.said.put((first.rank, message))  # last: what a cell reported is here before its answer
+                self.said.put((head.rank, message))  # last: what a cell reported is here before its answer
 
     def _hear_scheduler(self, news: wire.Message) -> None:
         match news:

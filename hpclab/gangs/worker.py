@@ -266,10 +266,10 @@ class _Supervisor:
         if not self.batch:
             return
         batch, self.batch, self.pause = self.batch, [], BATCH_SECONDS
-        first = wire.Batch(rank=self.place.rank, attempt=self.place.attempt)
+        head = wire.Batch(rank=self.place.rank, attempt=self.place.attempt)
         # As bytes: msgpack takes no whole number beyond 64 bits, and no text that isn't UTF-8, and what it doesn't take
         # breaks the worker's connection for good.
-        self.worker.log_event(topic(self.place.run), b"".join(map(wire.encode, [first, *batch])))
+        self.worker.log_event(topic(self.place.run), b"".join(map(wire.encode, [head, *batch])))
         self.outcome.batches += 1
         for room, kind in ((self.text_room, wire.Text), (self.row_room, wire.Row)):
             if count := sum(isinstance(message, kind) for message in batch):

@@ -216,7 +216,8 @@ def _run(command: str, take: Callable[[str], Any]) -> int:
     """Run a command in the system's shell, hand on what it prints as it comes, and return its exit code."""
     if command.rstrip().endswith("&"):
         raise OSError(f"!{command} would be left behind; start what goes on with subprocess.Popen.")
-    process = subprocess.Popen(
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with subprocess.Popen(
         command,
         shell=True,
         executable=shutil.which(os.environ.get("SHELL", "sh")) if os.name == "posix" else None,
@@ -224,19 +225,15 @@ def _run(command: str, take: Callable[[str], Any]) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},  # a Python that prints into a pipe would keep its lines
-    )
-    assert process.stdout is not None
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    try:
-        while chunk := os.read(process.stdout.fileno(), 1 << 16):
-            take(decoder.decode(chunk))
-        take(decoder.decode(b"", final=True))
-        return process.wait()
-    except BaseException:
-        _end(process)
-        raise
-    finally:
-        process.stdout.close()
+    ) as process:
+        try:
+            while chunk := os.read(process.stdout.fileno(), 1 << 16):  # type: ignore[union-attr]
+                take(decoder.decode(chunk))
+            take(decoder.decode(b"", final=True))
+            return process.wait()
+        except BaseException:
+            _end(process)
+            raise
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -22,7 +22,7 @@ from distributed.utils import sync
 
 from hpclab import _private, machine
 from hpclab.gangs import wire
-from hpclab.gangs.host import BINDING, MALLOC, import_path
+from hpclab.gangs.host import MALLOC, import_path, unbound
 from hpclab.gangs.process import Process, ZygoteDied, inboxes, open_inbox, start
 from hpclab.gangs.progress import RankProgress
 from hpclab.gangs.scheduler import topic
@@ -325,29 +325,24 @@ def _ahead(place: wire.RankPlace, worker: Worker) -> float:
 
 def _environment(place: wire.RankPlace, address: str) -> dict[str, str]:
     # What job queues export of the worker's own place would mislead the libraries in a rank.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name not in BINDING}
-    env |= MALLOC | {
-        "OMP_NUM_THREADS": str(place.threads),
-        "OPENBLAS_NUM_THREADS": str(place.threads),
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.ranks),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_ranks),
-        "GROUP_RANK": str(place.node),
-        "GROUP_WORLD_SIZE": str(place.nodes),
+    env = {name: value for name, value in unbound(os.environ).items() if not name.startswith("SLURM_")} | MALLOC
+    numbers = {
+        "OMP_NUM_THREADS": place.threads,
+        "OPENBLAS_NUM_THREADS": place.threads,
+        "RANK": place.rank,
+        "WORLD_SIZE": place.ranks,
+        "LOCAL_RANK": place.local_rank,
+        "LOCAL_WORLD_SIZE": place.local_ranks,
+        "GROUP_RANK": place.node,
+        "GROUP_WORLD_SIZE": place.nodes,
     }
     if not place.init:
-        env |= {
-            "ROLE_NAME": "default",
-            "ROLE_RANK": str(place.rank),
-            "ROLE_WORLD_SIZE": str(place.ranks),
-            "TORCHELASTIC_MAX_RESTARTS": "0",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            "TORCHELASTIC_RUN_ID": place.run,
-        }
+        env |= {"ROLE_NAME": "default", "TORCHELASTIC_RUN_ID": place.run}
+        numbers |= {"ROLE_RANK": place.rank, "ROLE_WORLD_SIZE": place.ranks}
+        numbers |= {"TORCHELASTIC_MAX_RESTARTS": 0, "TORCHELASTIC_RESTART_COUNT": 0}
     if interface := _interface(address):
         env["GLOO_SOCKET_IFNAME"] = interface
-    return env
+    return env | {name: str(number) for name, number in numbers.items()}
 
 
 def _interface(address: str) -> str | None:

@@ -55,13 +55,13 @@ def show(
     buttons = None if controls is None else display(controls, display_id=True)
     display_id, _older = _newest.get(key, (uuid4().hex, None))
     handle = display(sendable(first), display_id=display_id)
-    this = _newest[key] = display_id, handle
+    entry = _newest[key] = display_id, handle
 
     def newest() -> bool:
-        return _newest.get(key) is this
+        return _newest.get(key) is entry
 
     def live() -> None:
-        follow(lambda new: put(handle, new), page, ended, news=news, most=most, current=newest)
+        follow(lambda latest: put(handle, latest), page, ended, news=news, most=most, current=newest)
         if newest():  # else the entry is another's; one that comes just now is of what has ended, and ends by itself
             _newest.pop(key, None)
         if controls is not None:
@@ -100,7 +100,7 @@ def follow(
     current : callable, optional
         Whether to go on; where not, nothing more is drawn.
     """
-    shown, good, due = "", "", 0.0
+    shown, last_good, due = "", "", 0.0
     while current():
         over = ended()  # asked before the page is drawn, so that what came last is on the last page
         if not over and (time.monotonic() < due or (news is not None and not news.is_set())):
@@ -110,13 +110,13 @@ def follow(
             news.clear()  # before the page is drawn, so that what comes meanwhile is drawn next
         started = time.monotonic()
         try:
-            new = good = page()
+            latest = last_good = page()
         except Exception as error:
             over = over or ended()  # a page that fails since its subject has just ended tells of no trouble
-            new = good if over and good else trouble(error)
-        if new != shown and current():  # it may have been replaced while it was drawn
-            update(new)
-            shown = new
+            latest = last_good if over and last_good else trouble(error)
+        if latest != shown and current():  # it may have been replaced while it was drawn
+            update(latest)
+            shown = latest
         if over:
             return
         due = time.monotonic() + pause(started, most)

@@ -408,11 +408,11 @@ class _Transformer(TransformerManager):
     """IPython's own, but that lines keep their numbers: a command of several lines leaves empty ones behind."""
 
     def do_one_token_transform(self, lines: list[str]) -> tuple[bool, list[str]]:
-        changed, new = super().do_one_token_transform(lines)
-        if (fewer := len(lines) - len(new)) > 0:
-            end = 1 + next(place for place, line in enumerate(new) if line != lines[place])
-            new = [*new[:end], *["\n"] * fewer, *new[end:]]
-        return changed, new
+        changed, transformed = super().do_one_token_transform(lines)
+        if (fewer := len(lines) - len(transformed)) > 0:
+            end = 1 + next(place for place, line in enumerate(transformed) if line != lines[place])
+            transformed = [*transformed[:end], *["\n"] * fewer, *transformed[end:]]
+        return changed, transformed
 
 
 def _python(code: str, above: int = 0) -> str:

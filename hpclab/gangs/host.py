@@ -51,10 +51,10 @@ class KernelZygote:
     def __init__(self) -> None:
         path = _private.folder() / uuid.uuid4().hex[:16]
         self.env = {SHARED: f"{os.getpid()}:{path}"}
-        self._lifeline, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lifeline, zygotes_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with its, machine.every_cpu(), _private.locked(path.parent) as handle:
-                process = _start(path, _address(path, handle), os.environ | HASHES, its)
+            with zygotes_end, machine.every_cpu(), _private.locked(path.parent) as handle:
+                process = _start(path, _address(path, handle), os.environ | HASHES, zygotes_end)
             threading.Thread(target=process.wait, name="hpclab-zygote", daemon=True).start()  # which leaves no zombie
         except BaseException:
             self._lifeline.close()

@@ -224,12 +224,13 @@ class _Forked(Process):
     def poll(self) -> int | None:
         if self.returncode is None:
             try:
-                said = self.zygote.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
+                reply = self.zygote.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return None
             except ConnectionError:
-                said = b""
-            self.returncode = json.loads(said)["returncode"] if said else -signal.SIGKILL  # its ranks die with a zygote
+                reply = b""
+            # Without a reply the zygote has died, and its ranks with it.
+            self.returncode = json.loads(reply)["returncode"] if reply else -signal.SIGKILL
         return self.returncode
 
     def kill(self) -> None:

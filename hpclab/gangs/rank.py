@@ -142,9 +142,9 @@ class Context:
         if os.getpid() != self.pid:
             raise RuntimeError("a process that a rank has forked can't ask for the other ranks; the rank itself can.")
         question.number = next(self.numbers)
-        answer = self.answers[question.number] = queue.SimpleQueue()
+        reply = self.answers[question.number] = queue.SimpleQueue()
         self.send(question)
-        return answer.get()
+        return reply.get()
 
     def beat(self) -> None:
         """Show for ever that Python runs here."""

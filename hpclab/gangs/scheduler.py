@@ -311,8 +311,8 @@ class Ledger(SchedulerPlugin):
 
     def wrong(self, booking: Booking) -> str:
         """What forbids this gang, however long it waited; "" if nothing does."""
-        there, silent = self.running(), self._silent()
-        if not there:
+        workers, silent = self.running(), self._silent()
+        if not workers:
             return silent or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
         cpus = sum(self.cpus().values())
         if booking.oversubscribe:
@@ -321,12 +321,12 @@ class Ledger(SchedulerPlugin):
         most = self.most(booking.threads)
         if booking.ranks <= most:
             return ""
-        need, hosts = booking.ranks * booking.threads, len({seat.host for seat in there})
+        need, hosts = booking.ranks * booking.threads, len({seat.host for seat in workers})
         ways = [f"ranks<={most}"] * (most > 0) + [f"connect(workers={need})"] * (need <= cpus)
-        here = f"{len(there)} workers" + f" on {hosts} hosts" * (hosts > 1)
+        cluster = f"{len(workers)} workers" + f" on {hosts} hosts" * (hosts > 1)
         return (
             f"ranks (={booking.ranks}) with threads (={booking.threads}) take {need} CPUs; this cluster gives a gang"
-            f" {self.most()} ({here}, {cpus} CPUs); use"
+            f" {self.most()} ({cluster}, {cpus} CPUs); use"
             f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(silent)}{silent}"
         )
 
@@ -356,15 +356,15 @@ class Ledger(SchedulerPlugin):
         All on the fullest host that takes it, else on as few hosts as do. One that oversubscribes takes the emptiest,
         and CPUs that others have.
         """
-        there = self.running()
-        room = _Room(there, {} if booking.oversubscribe else self.cpus(), booking.threads)
+        workers = self.running()
+        room = _Room(workers, {} if booking.oversubscribe else self.cpus(), booking.threads)
         for other in beside:
             for seat in other.seats:
                 if seat.worker in self.scheduler.workers or other.goes_on:  # else it is free
                     room.take(seat, other.threads)
-        names = {seat: str(self.scheduler.workers[seat.worker].name) for seat in there}
+        names = {seat: str(self.scheduler.workers[seat.worker].name) for seat in workers}
         hosts = sorted(
-            dict.fromkeys(seat.host for seat in sorted(there, key=names.__getitem__)), key=room.on, reverse=True
+            dict.fromkeys(seat.host for seat in sorted(workers, key=names.__getitem__)), key=room.on, reverse=True
         )
         fitting = [host for host in hosts if room.on(host) >= booking.ranks]
         if fitting and not booking.oversubscribe:
@@ -374,7 +374,7 @@ class Ledger(SchedulerPlugin):
             for _ in range(min(room.on(host), booking.ranks - len(seats))):
                 seats.append(room.least(host))
                 room.take(seats[-1], booking.threads)
-        while booking.oversubscribe and there and len(seats) < booking.ranks:
+        while booking.oversubscribe and workers and len(seats) < booking.ranks:
             seats.append(room.least())
             room.take(seats[-1], booking.threads)
         return sorted(seats, key=lambda seat: (hosts.index(seat.host), names[seat]))

@@ -82,17 +82,15 @@ class Attempt:
         self.deadline = math.inf
         self._futures: list[Future] = []
         self._batches = [0] * len(places)
-        self._stopping = False
+        self._stopping = self._agreed = self._ending = False
         self._expires = ""
         """Whose job ends, and when, once that is near."""
-        self._agreed = False
-        self._ending = False
         self._progress = GangProgress(hang_after, lambda: self.order(wire.ShowStack()))
 
     def start(self, payload: bytes, ended: Callable[[wire.RankOutcome], None]) -> None:
         """Have the workers start the ranks; what becomes of each is told in a thread of its own."""
-        self._futures = [
-            self.client.submit(
+        for place in self.places:
+            future = self.client.submit(
                 supervise,
                 place,
                 payload,
@@ -102,9 +100,7 @@ class Attempt:
                 pure=False,
                 retries=0,
             )
-            for place in self.places
-        ]
-        for place, future in zip(self.places, self._futures, strict=True):
+            self._futures.append(future)
             # Brought here in a thread of its own: its worker may die meanwhile, and then it never comes.
             future.add_done_callback(lambda future, place=place: aside(lambda: ended(_outcome(future, place))))
 
@@ -178,7 +174,7 @@ class Attempt:
             self._expires = f"the walltime of rank {rank}'s worker {worker} is over at {at}"
             self.order(wire.Expire())
         with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
-            consult(self.client, Ledger.expire, worker)
+            consult(self.client, Ledger.shun, [worker], True)
 
     def end_all(self) -> None:
         """Have the workers end the ranks that are left; asked again after a while, let go of those who didn't."""
@@ -197,7 +193,7 @@ class Attempt:
             self.client.cancel(self._futures, force=True)
             if self._ending and self.client.status == "running":
                 left = self.left()
-                consult(self.client, Ledger.give_up, [place.worker for place in self.places if place.rank in left])
+                consult(self.client, Ledger.shun, [place.worker for place in self.places if place.rank in left], False)
         for place in self.places:
             why = "did not end when it was told to, and was given up"
             self.outcomes.setdefault(place.rank, _lost(place, why, "Unreachable", consequence=True))

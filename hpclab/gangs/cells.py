@@ -7,7 +7,7 @@ import queue
 import re
 import threading
 import time
-from collections import defaultdict, deque
+from collections import ChainMap, defaultdict, deque
 from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -205,9 +205,7 @@ class Gang:
         fetching = aside(partial(self._client.run, fetch, self._run.name, workers=workers))
         while futures.wait([fetching], FOLD_SECONDS).not_done:
             self._check()  # a worker that has gone would be tried for long
-        values: dict[int, bytes] = {}
-        for of_worker in fetching.result().values():
-            values |= of_worker
+        values = ChainMap(*fetching.result().values())  # of all workers
         return [unpickle(values[rank], f"the value of rank {rank}") for rank in sorted(answers)]
 
     def close(self) -> None:

@@ -70,11 +70,8 @@ class Run(Record):
         self._file: TextIO
         self._ended = threading.Event()
         self._lock = threading.RLock()
-        self._stopping = False
-        self._emulated = False
-        self._connected = time.monotonic()
-        self._cut_off = False
-        self._reminded = time.monotonic()
+        self._stopping = self._emulated = self._cut_off = False
+        self._connected = self._reminded = time.monotonic()
         self._gone: set[str] = set()
         self._fruitless = 0
         """Attempts in a row that ended before they had reported anything."""

@@ -96,7 +96,7 @@ def _answer(question: Callable[..., Any], args: tuple, dask_scheduler: Scheduler
         ledger = Ledger(dask_scheduler)
         dask_scheduler.add_plugin(ledger)
         dask_scheduler.handlers["hpclab_rendezvous"] = ledger.rendezvous
-        dask_scheduler.handlers["hpclab_clock"] = ledger.clock
+        dask_scheduler.handlers["hpclab_clock"] = lambda: time.time()  # asked by workers on other machines
     known = question not in SEATING or not ledger.unknown()
     return known, question(ledger, *args) if known else None
 
@@ -213,14 +213,10 @@ class Ledger(SchedulerPlugin):
         """The machines of all workers that run, as `machine.together` has them."""
         return machine.together(self.pools[seat.worker] for seat in self.running())
 
-    def expire(self, worker: str) -> None:
-        """Seat nobody any more under a worker whose job ends soon."""
-        self.shunned[worker] = math.inf
-
-    def give_up(self, workers: Iterable[str]) -> None:
-        """Seat nobody under workers that hang, for as long as they do."""
+    def shun(self, workers: Iterable[str], for_good: bool) -> None:
+        """Seat nobody under workers: for good, as their jobs end soon, or for as long as they hang."""
         for worker in self.scheduler.workers.keys() & set(workers):
-            self.shunned[worker] = max(time.time(), self.shunned.get(worker, 0))
+            self.shunned[worker] = max(math.inf if for_good else time.time(), self.shunned.get(worker, 0))
 
     def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> wire.Seated | None:
         """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room, if any.
@@ -281,10 +277,6 @@ class Ledger(SchedulerPlugin):
             self.keys.pop((run, attempt)).close()
         _dask.forget_topic(self.scheduler, topic(run), TOPIC_SECONDS)
         self.advance()
-
-    async def clock(self) -> float:
-        """The time here; asked by workers on other machines."""
-        return time.time()
 
     async def rendezvous(self, run: str, attempt: int, question: bytes) -> bytes:
         """Answer a rank that looks for the others of its gang; called by its worker."""

@@ -1,6 +1,7 @@
 """Worker and kernel: whether ranks get on. One that hangs in a collective still beats: only progress tells a hang."""
 
 import linecache
+import math
 import re
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ class RankProgress:
     def __init__(self, pid: int):
         self.pid = pid
         self.cpu = self.children_cpu = 0.0
-        self.looked = self.alive = self.renewed = time.monotonic()
+        self.looked = self.renewed = time.monotonic()
+        self.alive = math.inf  # until its first beat it starts: a process that still imports torch can't beat
 
     def beat(self) -> None:
         """Its Python runs."""

@@ -243,6 +243,8 @@ class _Standby(Process):
 
     ready: ClassVar["list[_Standby]"] = []
     lock = threading.Lock()
+    watcher: ClassVar["subprocess.Popen | None"] = None
+    """Kills those that are alive when this worker has ended."""
 
     def __init__(self) -> None:
         self.popen = subprocess.Popen(
@@ -255,6 +257,8 @@ class _Standby(Process):
         )
         self.pid = self.popen.pid
         self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr  # type: ignore
+        self.watched = True
+        self._tell_watcher()
 
     @classmethod
     def prepare(cls) -> None:
@@ -266,18 +270,34 @@ class _Standby(Process):
     def take(cls, env: dict[str, str]) -> "_Standby":
         """Give the one that is ready an environment, and start the next."""
         with cls.lock:
-            standby = cls.ready.pop() if cls.ready else cls()
+            standby, *cls.ready = [standby for standby in cls.ready if standby.poll() is None] or [cls()]
         standby.stdin.write(json.dumps(env).encode() + b"\n")
         standby.stdin.flush()
         threading.Thread(target=cls.prepare, daemon=True).start()
         return standby
 
     def poll(self) -> int | None:
-        return self.popen.poll()
+        code = self.popen.poll()
+        if code is not None and self.watched:
+            self.watched = False
+            self._tell_watcher()
+        return code
 
     def kill(self) -> None:
         if hasattr(os, "killpg"):
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, of a group that has ended
                 os.killpg(self.pid, signal.SIGKILL)
         else:
             self.popen.kill()
+
+    def _tell_watcher(self) -> None:
+        """Say that this one has started, or ended."""
+        if _Standby.watcher is None:
+            _Standby.watcher = subprocess.Popen(
+                [sys.executable, "-c", zygote_code("watch_over_ranks()")],
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+            )
+        with suppress(OSError):  # somebody has killed it
+            _Standby.watcher.stdin.write(f"{self.pid}\n".encode())  # type: ignore[union-attr]

@@ -203,10 +203,29 @@ def stand_by() -> None:
         raise ImportError(error)
     os.environ.clear()
     os.environ.update(json.loads(line))
+    if sys.platform == "linux":
+        _show_rank()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the worker ignores it, and so would this process
     from hpclab.gangs import rank
 
     rank.main()
+
+
+def watch_over_ranks() -> None:
+    """Without fork: outlive a worker, and then kill the ranks that it had.
+
+    A rank sees by itself that its worker has ended, but not one that holds the GIL, or was stopped.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    alive: set[int] = set()
+    for line in sys.stdin:
+        alive ^= {int(line)}  # told when it starts, and when it has ended
+    for pid in alive:
+        with suppress(OSError):  # it has ended meanwhile
+            if sys.platform == "win32":
+                os.kill(pid, signal.SIGTERM)  # there as final as SIGKILL, and there are no groups
+            else:
+                os.killpg(pid, signal.SIGKILL)
 
 
 def _preload() -> str | None:
@@ -243,7 +262,7 @@ def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
         os.chdir(order["cwd"])
         with suppress(OSError):  # CPUs that were taken away meanwhile
             os.sched_setaffinity(0, order["cpus"])
-        _prctl(PR_SET_NAME, f"hpclab-rank-{order['env']['RANK']}".encode())  # how ps shows it
+        _show_rank()
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also ends one that holds the GIL
         if os.getppid() == parent:
@@ -258,6 +277,11 @@ def _become_rank(order: dict, fds: list[int], parent: int) -> NoReturn:
             traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _show_rank() -> None:
+    """Have ps and the like show this process as a rank."""
+    _prctl(PR_SET_NAME, f"hpclab-rank-{os.environ['RANK']}".encode())
 
 
 def _prctl(option: int, value: Any) -> None:

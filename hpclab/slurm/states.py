@@ -13,9 +13,13 @@ ENDED = {
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
 """States of jobs that have ended; of one that is COMPLETING, processes still end, and squeue doesn't say as what."""
+IN_USE = {"idle", "mixed", "allocated", "completing"}
+"""States of nodes that jobs can have. Slurm 24.11 keeps the reason why one had been drained till the next job on it."""
 NEVER_SECONDS = 365 * 86400
 """What Slurm gives a job where there is no limit."""
 _MARK = "\x1f"  # no name holds it
+_FLAGS = "*~#!%$@^-"
+"""What sinfo adds to a node's state, such as a "*" where it doesn't answer."""
 _WIDTH = 255
 _NODE = """
     node=nodelist address=nodeaddr state=statelong reason=reason since_s=timestamp cpus=cpusstate cpus_used=cpusstate
@@ -52,7 +56,9 @@ def nodes(run: Run) -> list[dict]:
             known["partitions"] = ",".join(sorted([*known["partitions"].split(","), row["partitions"]]))
             continue
         allocated, _idle, _other, total = row["cpus"].split("/")
-        row |= {"cpus": total, "cpus_used": allocated, "reason": None if row["reason"] == "none" else row["reason"]}
+        row |= {"cpus": total, "cpus_used": allocated}
+        if row["reason"] == "none" or row["state"].rstrip(_FLAGS) in IN_USE:
+            row |= {"reason": None, "since_s": ""}
         numbers = ("since_s", "cpus", "cpus_used", "memory_mb", "memory_used_mb")
         rows[row["node"]] = row | {name: _number(row[name]) for name in numbers}
     return list(rows.values())

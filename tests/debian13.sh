@@ -27,7 +27,9 @@ inside touch .venv/.ready
 if [ $# -gt 0 ]; then
     inside .venv/bin/python -m pytest "$@"
 else
-    inside make --no-print-directory test-quick
-    inside .venv/bin/python -m pytest -n auto tests/test_gang.py tests/test_gangs.py tests/test_slurm.py
+    status=0 # of both: the second says how it went also where the first has failed
+    inside make --no-print-directory test-quick || status=$?
+    inside .venv/bin/python -m pytest -n auto tests/test_gang.py tests/test_gangs.py tests/test_slurm.py || status=$?
+    exit "$status"
 fi
 INSIDE

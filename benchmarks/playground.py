@@ -11,7 +11,7 @@ import time
 from IPython.display import HTML
 
 import hpclab
-from hpclab.playground import Playground
+from hpclab.course.playground import Playground
 from hpclab.tables import Table
 
 

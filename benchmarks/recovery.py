@@ -12,7 +12,8 @@ import tempfile
 import torch
 
 import hpclab
-from hpclab import chaos, rows
+from hpclab import rows
+from hpclab.course import chaos
 from hpclab.tables import Table
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hpclab.cluster import connect as connect
     from hpclab.course.check import check as check
     from hpclab.course.logbook import progress as progress
+    from hpclab.course.racing import race as race
     from hpclab.gangs.attempt import RankError as RankError
     from hpclab.gangs.cells import CellError as CellError
     from hpclab.gangs.cells import CellInterrupt as CellInterrupt
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from hpclab.gangs.record import open_run as open_run
     from hpclab.gangs.run import Run as Run
     from hpclab.network import Network as Network
-    from hpclab.racing import race as race
     from hpclab.training.start import train as train
 
 _HOME = {
@@ -44,7 +44,7 @@ _HOME = {
     "connect": "cluster",
     "gang": "gangs.cells",
     "launch": "gangs.launch",
-    "race": "racing",
+    "race": "course.racing",
     "open_run": "gangs.record",
     "progress": "course.logbook",
     "report": "gangs.rank",
@@ -90,13 +90,16 @@ _MODULES = (
 _MOVED = {
     "bottlenecks": "course.bottlenecks",
     "cards": "cluster.card",
+    "chaos": "course.chaos",
     "compiler": "course.compiler",
     "demo": "course.demo",
     "exercises": "course.check",
     "grading": "course.grading",
     "launcher": "gangs.launch",
     "logbook": "course.logbook",
+    "playground": "course.playground",
     "predictions": "course.predictions",
+    "racing": "course.racing",
     "ratios": "course.ratios",
     "roofline": "course.roofline",
     "runs": "gangs.run",

@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.core.formatters import DisplayFormatter
 
-from hpclab import figures, laws, plots, racing, rows, tasks, views
+from hpclab import figures, laws, plots, rows, tasks, views
+from hpclab.course import racing
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
 

@@ -16,9 +16,9 @@ LAYERS = (
     "data figures laws models plots",
     "queues views",
     "gangs slurm",
-    "chaos checkpoint cluster forecast network timeline",
+    "checkpoint cluster forecast network timeline",
     "scaling training",
-    "playground racing study",
+    "study",
     "course doctor",
     "cli",
 )

@@ -14,8 +14,9 @@ import pytest
 from conftest import no_rank_left, until
 
 import hpclab
-from hpclab import live, models, playground
+from hpclab import live, models
 from hpclab.cluster import card as cards
+from hpclab.course import playground
 
 SMALL = {"steps": 30, "seed": 1}
 

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import hpclab
-from hpclab import chaos, checkpoint, plots, views
+from hpclab import checkpoint, plots, views
 from hpclab import rows as from_rows
+from hpclab.course import chaos
 
 STEPS = 30
 KILLS = int(os.environ.get("HPCLAB_KILLS", "3"))

@@ -7,8 +7,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 import hpclab
-from hpclab import laws, plots, racing, scaling, study
+from hpclab import laws, plots, scaling, study
 from hpclab import rows as from_rows
+from hpclab.course import racing
 from hpclab.network import Network
 
 

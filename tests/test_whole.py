@@ -13,8 +13,8 @@ from dask.utils import parse_bytes
 import hpclab
 from hpclab import machine, queues, scaling
 from hpclab._arguments import clock, plain, seconds, size, whole_number
-from hpclab.chaos import Chaos
 from hpclab.cluster import client
+from hpclab.course.chaos import Chaos
 from hpclab.gangs import launch
 from hpclab.slurm.conf import SlurmSettings
 

@@ -20,7 +20,7 @@ def balanced(labels: np.ndarray, per_class: int, shards: int, seed: int) -> np.n
 
 
 def main(folder: Path) -> None:
-    splits = download.originals(data.cache() / "downloads", mirror=None, progress=True)
+    splits = download.originals(mirror=None, progress=True)
     subset = {}
     for split, per_class, shards in (("train", 1_000, 2), ("test", 200, 1)):
         images, labels = splits[split]

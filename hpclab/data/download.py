@@ -7,8 +7,7 @@ import hashlib
 import zlib
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -36,13 +35,11 @@ FACTS = {
 TIMEOUT = 20  # seconds without a byte
 
 
-def originals(downloads: Path, mirror: str | None, progress: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def originals(mirror: str | None, progress: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Images (N, 28, 28) and labels (N,), uint8, of train and test, in the publisher's order.
 
     Parameters
     ----------
-    downloads : Path
-        Folder for downloads; what an interrupted one left there is used.
     mirror : str or None
         Address or folder that is tried first.
     progress : bool
@@ -56,7 +53,7 @@ def originals(downloads: Path, mirror: str | None, progress: bool) -> dict[str, 
     sources = [*([mirror] if mirror else []), str(DEBIAN), *PUBLISHED]
 
     def get(kind: str) -> np.ndarray:
-        return _original(f"{kind}-ubyte.gz", sources, downloads, progress)
+        return _original(f"{kind}-ubyte.gz", sources, progress)
 
     return {
         split: (get(f"{prefix}-images-idx3"), get(f"{prefix}-labels-idx1"))
@@ -64,10 +61,10 @@ def originals(downloads: Path, mirror: str | None, progress: bool) -> dict[str, 
     }
 
 
-def read(path: Path, sha256: str) -> np.ndarray:
+def read(packed: bytes, sha256: str) -> np.ndarray:
     """Array of a gzipped idx file; ValueError if its bytes are not those with this checksum."""
     try:
-        raw = gzip.decompress(path.read_bytes())
+        raw = gzip.decompress(packed)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"damaged gzip file ({error})") from None
     if hashlib.sha256(raw).hexdigest() != sha256:
@@ -77,55 +74,33 @@ def read(path: Path, sha256: str) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def _original(file: str, sources: list[str], downloads: Path, progress: bool) -> np.ndarray:
+def _original(file: str, sources: list[str], progress: bool) -> np.ndarray:
     reasons = []
     for source in sources:
         try:
-            if not source.startswith(("http://", "https://")):
-                return read(Path(source).expanduser() / file, SHA256[file])
-            return _download(f"{source.rstrip('/')}/{file}", downloads / f"{file}.part", SHA256[file], progress)
+            if source.startswith(("http://", "https://")):
+                packed = _download(f"{source.rstrip('/')}/{file}", progress)
+            else:
+                packed = (Path(source).expanduser() / file).read_bytes()
+            return read(packed, SHA256[file])
         except (OSError, HTTPException, ValueError) as error:
             reasons.append(f"{source}: {error}")
     way_out = "Install Debian's dataset-fashion-mnist, or give mirror=, an address or folder of the four .gz files."
     raise ConnectionError("\n  ".join([f"{file} can't be had from any source.", *reasons, way_out]))
 
 
-def _download(url: str, part: Path, sha256: str, progress: bool) -> np.ndarray:
-    """Download to `part`, check, read; the source is asked again for as long as it brings us further."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        part.touch()
-        start = part.stat().st_size
-        try:
-            _append(url, part, start, progress)
-            return read(part, sha256)
-        except ValueError:
-            part.unlink()
-            if not start:  # else the first bytes may have been another source's
-                raise
-        except (OSError, HTTPException):
-            if part.stat().st_size <= start:
-                raise
-
-
-def _append(url: str, part: Path, start: int, progress: bool) -> None:
-    """Add to `part` what it lacks beyond its first `start` bytes. fsspec would begin anew each time."""
+def _download(url: str, progress: bool) -> bytes:
     from tqdm.auto import tqdm
 
-    try:
-        response = urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=TIMEOUT)
-    except HTTPError as error:
-        if error.code == 416:  # nothing beyond: the file is complete, or the checksum will tell
-            return
-        raise
-    if response.status != 206:  # a server without Range sends all of it again
-        start = 0
-    with response, part.open("r+b") as file:
-        file.seek(start)
-        total = start + response.length if response.length else None
-        look = {"desc": part.stem, "unit": "B", "unit_scale": True, "disable": not progress}
-        with tqdm(total=total, initial=start, **look) as bar:
+    packed = bytearray()
+    with urlopen(url, timeout=TIMEOUT) as response:
+        look = {"desc": Path(url).name, "unit": "B", "unit_scale": True, "disable": not progress}
+        with tqdm(total=response.length, **look) as bar:
             while chunk := response.read1(1 << 16):  # what has come, and not all that was asked for
-                bar.update(file.write(chunk))
-        if response.length:
-            raise ConnectionError(f"the connection ended after {file.tell():,} of {total:,} bytes")
+                packed += chunk
+                bar.update(len(chunk))
+        if response.length:  # what http.client still waits for
+            raise ConnectionError(
+                f"the connection ended after {len(packed):,} of {len(packed) + response.length:,} bytes"
+            )
+    return bytes(packed)

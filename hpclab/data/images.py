@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import reprlib
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -166,8 +165,8 @@ def fetch(
 ) -> Path:
     """The full Fashion-MNIST: 60,000 + 10,000 images, 55 MB, in the publisher's order.
 
-    Taken from Debian's package if that is installed, else downloaded; the next call resumes an interrupted
-    download. The data set appears under its final name whole or not at all.
+    Taken from Debian's package if that is installed, else downloaded. The data set appears under its final name, whole
+    or not at all.
 
     Parameters
     ----------
@@ -195,15 +194,13 @@ def fetch(
     target = Path(to if to is not None else cache() / _FULL).expanduser().absolute()
     if not _present(target):
         _writable(target.parent)
-        downloads = cache() / "downloads"
         try:
-            splits = download.originals(downloads, mirror or os.environ.get("HPCLAB_DATA_MIRROR"), progress)
+            splits = download.originals(mirror or os.environ.get("HPCLAB_DATA_MIRROR"), progress)
             with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as partial:
                 shards.write(Path(partial) / _FULL, splits, name=_FULL, **download.FACTS).rename(target)
-        except OSError:  # right if another process was faster, and took its downloads away
+        except OSError:  # right if another process was faster
             if not _present(target):
                 raise
-        shutil.rmtree(downloads, ignore_errors=True)
     return target
 
 

@@ -4,6 +4,7 @@ Importing this package loads neither torch nor dask: each name below loads what 
 """
 
 import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -108,6 +109,8 @@ _MOVED = {
     "widgets": "course.widgets",
 }
 """Where modules are whose paths of 0.1.0 stay."""
+MOVED_NAMES = {"hpclab.plots": dict.fromkeys(("grain", "ratios", "recovery", "roofline", "tasks"), "course.plots")}
+"""Where names are that stay to be had from the module that they were in at 0.1.0."""
 IN_RANKS = (
     *(f"{__name__}.gangs.{name}" for name in ("buckets", "rank", "rank_cells", "rank_magics", "store")),
     *(f"{__name__}.{name}" for name in ("models", "training.entry", "training.loop")),
@@ -136,6 +139,17 @@ def loaded(name: str) -> object:
         if why := _namesakes.blame(format_exc()):
             error.add_note(why)
         raise
+
+
+def later(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__`, for names that are in other modules of ours: these load when a name is first used."""
+
+    def __getattr__(name: str) -> Any:
+        if name in homes:
+            return getattr(loaded(homes[name]), name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}.")
+
+    return __getattr__
 
 
 def __dir__() -> list[str]:

@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "lab":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        own = {name: value for name, value in vars(options).items() if name not in ("command", "verb", "run")}
-        options.run(**own, **({"rest": rest} if options.command == "lab" else {}))
+        settings = {name: value for name, value in vars(options).items() if name not in ("command", "verb", "run")}
+        options.run(**settings, **({"rest": rest} if options.command == "lab" else {}))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -171,12 +171,12 @@ def _grade(folder: str, csv: str | None, seed: str | None, time: float, memory: 
     if file and not file.parent.is_dir():
         raise ValueError(f"--csv (={csv}) lies in no folder that is there.")
 
-    def told(row: dict) -> None:
+    def announce(row: dict) -> None:
         print(f"{row['submission']}: {row['exercise']} {row['verdict']}", file=sys.stderr, flush=True)
 
     skip = (file,) if file else ()
     options |= {"seed": seed or "", "time_s": time, "memory": size("--memory", memory)}
-    rows = grading.grade(folder, skip=skip, told=told, **options)
+    rows = grading.grade(folder, skip=skip, told=announce, **options)
     print(f"{rows}\n\n{grading.totals(rows)}")
     if file:
         grading.write(rows, file)
@@ -218,9 +218,9 @@ def _slurm_up(folder: str | None, **settings: Any) -> None:
     """
     from hpclab import slurm
 
-    there = slurm.find(folder)
-    if there and (there.owner is None or folder):
-        raise RuntimeError(f"a private Slurm is up already, in {there.folder}; end it with: hpclab slurm down")
+    running = slurm.find(folder)
+    if running and (running.owner is None or folder):
+        raise RuntimeError(f"a private Slurm is up already, in {running.folder}; end it with: hpclab slurm down")
     up = slurm.start(**settings, folder=folder, detached=True)
     print(f"A private Slurm of {len(up.addresses)} nodes is up in {up.folder}. Use it in a shell of its own:\n")
     print("  hpclab slurm shell\n\nor in this one, after\n")

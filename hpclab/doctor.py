@@ -38,7 +38,7 @@ def examine(quick: bool = False) -> Table:
     ]
     if not quick:
         findings.append((_("Chinese font"), *_font()))
-    return Table({_("what"): what, _("found"): found, _("remark"): remark} for what, found, remark in findings)
+    return Table({_("what"): subject, _("found"): value, _("remark"): remark} for subject, value, remark in findings)
 
 
 def advice() -> str:

@@ -102,8 +102,8 @@ class Workload:
         sizes = [weight.nbytes for weight in module.parameters() if weight.requires_grad]
         frozen = sum(weight.nbytes for weight in module.parameters() if not weight.requires_grad)
         buckets = _buckets(sizes[::-1])
-        own = {"bucket_bytes": buckets[-1], "buckets": len(buckets), "memory_bytes": 4 * sum(sizes) + frozen}
-        return cls(compute_s, sum(sizes), **own | fields)
+        defaults = {"bucket_bytes": buckets[-1], "buckets": len(buckets), "memory_bytes": 4 * sum(sizes) + frozen}
+        return cls(compute_s, sum(sizes), **defaults | fields)
 
     def fits(self, memory_bytes: float) -> bool:
         """Whether a rank with so much memory can do it."""
@@ -370,8 +370,8 @@ def calibrate(
     )
     best = guess(solution.x)
     slopes = _slopes(best, names, logs, link_error)
-    own, link = slopes[:, :-1], slopes[:, -1]
-    if np.linalg.matrix_rank(own * scale, tol=1e-6) < len(names):
+    of_fields, of_link = slopes[:, :-1], slopes[:, -1]
+    if np.linalg.matrix_rank(of_fields * scale, tol=1e-6) < len(names):
         counts = ", ".join(f"{count:g}" for count in sorted({*ranks}))
         raise ValueError(
             f"fitted (={', '.join(names)}) can't be told apart at ranks {counts}: measure at more numbers of ranks, up"
@@ -381,8 +381,8 @@ def calibrate(
     if noise is None:
         freedom = float(len(ranks) - len(names))
         noise = math.sqrt(float(solution.fun @ solution.fun) / freedom)
-    inverse = np.linalg.inv((own * scale).T @ (own * scale)) * np.outer(scale, scale)
-    shift = np.append(inverse @ own.T @ link, -1.0) * link_error
+    inverse = np.linalg.inv((of_fields * scale).T @ (of_fields * scale)) * np.outer(scale, scale)
+    shift = np.append(inverse @ of_fields.T @ of_link, -1.0) * link_error
     covariance = np.asarray(inverse * noise**2, dtype=np.float64)
     return Forecast(best, links[-1], ranks, measured_s, noise, freedom, names, link_error, covariance, shift)
 

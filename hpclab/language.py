@@ -67,8 +67,8 @@ def cjk_font() -> str | None:
     """Name of a font on this machine that has Chinese characters; None if there is none."""
     from matplotlib import font_manager
 
-    there = set(font_manager.get_font_names())
-    return next((font for font in CJK_FONTS if font in there), None)
+    installed = set(font_manager.get_font_names())
+    return next((font for font in CJK_FONTS if font in installed), None)
 
 
 @cache

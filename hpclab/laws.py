@@ -290,8 +290,8 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
         )
     best = _solve(form, n, x, relative)
     unit = 1.0 if relative else float(x.max())
-    left = _residuals(x, form.value(n, *best), relative) / unit
-    squares = float(left @ left)
+    residuals = _residuals(x, form.value(n, *best), relative) / unit
+    squares = float(residuals @ residuals)
     freedom = size - parameters
     spread = _root(_jacobian(form, n, best, relative) / unit) * math.sqrt(squares / freedom)
     errors = np.linalg.norm(spread, axis=0)
@@ -424,12 +424,12 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
     fits = [fit(law, n, x, noise, level) for law in ("linear", "amdahl", "usl") if _enough(law, n)]
     if len(counts) < COUNTS:
         start = 2 * most
-        more = [start * 2**step for step in range(max(COUNTS - len(counts), 3 if most < 8 else 1))]
+        further = [start * 2**step for step in range(max(COUNTS - len(counts), 3 if most < 8 else 1))]
         why = (
             f"{len(counts)} different counts up to {most} can't tell laws apart that part company further out."
-            f" Measure also at {', '.join(map(str, more))}, and each count at least twice."
+            f" Measure also at {', '.join(map(str, further))}, and each count at least twice."
         )
-        return LawVerdict(None, why, more, fits)
+        return LawVerdict(None, why, further, fits)
     if len(n) < POINTS:
         why = f"{len(n)} measurements can't tell a law from its noise; {POINTS} can. Measure each count at least twice."
         return LawVerdict(None, why, [int(count) for count in counts], fits)
@@ -464,16 +464,16 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
 def _misfit(fit: LawFit) -> float:
     """Chance, if the law is true, that ln n and its square explain so much of what it leaves; an F test."""
     relative = fit.noise == "relative"
-    left = _residuals(fit.x, fit(fit.n), relative)
+    residuals = _residuals(fit.x, fit(fit.n), relative)
     slopes = _jacobian(_LAWS[fit.law], fit.n, list(fit.values.values()), relative)
     unit = 1.0 if relative else fit(fit.n)
     bends = np.stack([np.log(fit.n) * unit, np.log(fit.n) ** 2 * unit], axis=1)
-    more = _alike(np.hstack([slopes, bends]))[0]
-    rest = left - more @ np.linalg.lstsq(more, left, rcond=None)[0]
-    extra, freedom = bends.shape[1], len(left) - more.shape[1]
-    floor = len(left) * EXACT**2 * float(np.square(unit).mean())
-    gain = (left @ left - rest @ rest) / extra
-    return float(scipy.special.fdtrc(extra, freedom, gain / ((rest @ rest + floor) / freedom)))
+    columns = _alike(np.hstack([slopes, bends]))[0]
+    unexplained = residuals - columns @ np.linalg.lstsq(columns, residuals, rcond=None)[0]
+    extra, freedom = bends.shape[1], len(residuals) - columns.shape[1]
+    floor = len(residuals) * EXACT**2 * float(np.square(unit).mean())
+    gain = (residuals @ residuals - unexplained @ unexplained) / extra
+    return float(scipy.special.fdtrc(extra, freedom, gain / ((unexplained @ unexplained + floor) / freedom)))
 
 
 def _width(largest: LawFit, n: float) -> float:
@@ -504,16 +504,24 @@ class _Law:
     """At which size each parameter is felt, given the largest n and x."""
 
 
-def _usl_start(order: int) -> Callable[[Array, Array], Array]:
-    """N / X is linear in 1 / g, sigma / g and kappa / g."""
+def _of_usl(*upper: float) -> _Law:
+    """The USL with its first parameters alone, given the largest value of each; the others are 0."""
+    count = len(upper)
 
-    def start(n: Array, x: Array) -> Array:
-        columns = np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1)[:, :order] * (x / n)[:, None]
+    def start(n: Array, x: Array) -> Array:  # n / x is linear in 1 / g, sigma / g and kappa / g
+        columns = np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1)[:, :count] * (x / n)[:, None]
         shares = _nonnegative(columns)
         first = max(shares[0], 1e-6 * (n / x).min())
         return np.concatenate([[1 / first], shares[1:] / first])
 
-    return start
+    return _Law(
+        ("g", "sigma", "kappa")[:count],
+        upper,
+        lambda n, g, sigma=0.0, kappa=0.0: g * usl(n, sigma, kappa),
+        lambda n, *at: _usl_slopes(n, *at)[:count],
+        start,
+        lambda n, x: (x, 1 / n, 1 / n**2)[:count],
+    )
 
 
 def _usl_slopes(n: Array, g: float, sigma: float = 0.0, kappa: float = 0.0) -> list[Array]:
@@ -551,23 +559,9 @@ def _root(jacobian: Array) -> Array:
 
 
 _LAWS = {
-    "linear": _Law(("g",), (np.inf,), lambda n, g: g * n, lambda n, g: [n], _usl_start(1), lambda n, x: (x,)),
-    "amdahl": _Law(
-        ("g", "sigma"),
-        (np.inf, 1.0),
-        lambda n, g, sigma: g * usl(n, sigma, 0.0),
-        lambda n, *at: _usl_slopes(n, *at)[:2],
-        _usl_start(2),
-        lambda n, x: (x, 1 / n),
-    ),
-    "usl": _Law(
-        ("g", "sigma", "kappa"),
-        (np.inf,) * 3,
-        lambda n, g, sigma, kappa: g * usl(n, sigma, kappa),
-        _usl_slopes,
-        _usl_start(3),
-        lambda n, x: (x, 1 / n, 1 / n**2),
-    ),
+    "linear": _of_usl(np.inf),
+    "amdahl": _of_usl(np.inf, 1.0),
+    "usl": _of_usl(np.inf, np.inf, np.inf),
     "gustafson": _Law(
         ("g", "sigma"),
         (np.inf, 1.0),

@@ -141,9 +141,9 @@ def ahead(ask: Callable[[], float]) -> float:
     trips = []
     for _ in range(TRIPS):
         sent = time.time()
-        there = ask()
+        their_time = ask()
         back = time.time()
-        trips.append((back - sent, (sent + back) / 2 - there))
+        trips.append((back - sent, (sent + back) / 2 - their_time))
     took, gap = min(trips)
     return gap if abs(gap) > took / 2 else 0.0
 
@@ -220,12 +220,12 @@ def every_cpu() -> Iterator[None]:
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
-    own = os.sched_getaffinity(0)
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, affinity())
     try:
         yield
     finally:
-        os.sched_setaffinity(0, own)
+        os.sched_setaffinity(0, before)
 
 
 def _cpu_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float:
@@ -265,8 +265,8 @@ def _cgroups(controller: str, proc: str, root: str) -> Iterator[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         mount = Path(root, controllers)
-        own = mount / path.strip("/")
-        for folder in (own, *own.parents):
+        cgroup = mount / path.strip("/")
+        for folder in (cgroup, *cgroup.parents):
             if folder.is_relative_to(mount):
                 yield folder
 

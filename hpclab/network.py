@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ FLOOR = 2.0
 """How many times as slow as this machine's own all-reduce an emulated one must be: less would be the machine's time."""
 SLOTS = 1024
 """All-reduces of which the ranks' times are kept; no rank is ever further ahead of another."""
+WARM_ROUNDS = 3
+"""Rounds of all-reduces that aren't counted when they are timed."""
 SPIN_SECONDS = 2e-4
 """How long before its end a wait no longer sleeps: a sleep is some tenths of a millisecond too long."""
 
@@ -200,14 +202,8 @@ class _Link:
         import torch
         import torch.distributed as dist
 
-        own = []
-        tensor = torch.zeros(nbytes // 4)
-        for _ in range(12):
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_reduce(tensor)
-            own.append(time.perf_counter() - start)
-        floor = torch.tensor(statistics.median(own[2:]))
+        seconds = allreduce_seconds([nbytes] * (WARM_ROUNDS + 10))
+        floor = torch.tensor(statistics.median(seconds[WARM_ROUNDS:]))
         dist.all_reduce(floor, dist.ReduceOp.MAX)
         asked, least = float(self.network.allreduce_s(nbytes, self.ranks)), FLOOR * floor.item()
         if asked < least:
@@ -224,38 +220,53 @@ class _Link:
 
         self.ready[self.rank, self.count % SLOTS] = time.perf_counter()
         work = dist.all_reduce(bucket.buffer(), async_op=True)
-        done: torch.futures.Future = torch.futures.Future()
-        self.queue.put((self.count, bucket.buffer(), work, done))
+        future: torch.futures.Future = torch.futures.Future()
+        self.queue.put((self.count, bucket.buffer(), work, future))
         self.count += 1
-        return done
+        return future
 
     def _serve(self) -> None:
         while True:
-            number, gradients, work, done = self.queue.get()
+            number, gradients, work, future = self.queue.get()
             try:
                 work.wait()  # from here on all ranks have told when they were ready
                 start = max(self.free, self.ready[:, number % SLOTS].max())
                 self.free = start + float(self.network.allreduce_s(gradients.nbytes, self.ranks))
                 gradients.div_(self.size)
                 _wait_until(self.free - self.handover)
-                done.set_result(gradients)
+                future.set_result(gradients)
             except Exception as error:
-                done.set_exception(error)
+                future.set_exception(error)
+
+
+def allreduce_seconds(sizes: Iterable[int]) -> list[float]:
+    """Seconds that this rank is in each all-reduce of so many bytes, one after the other, each begun together."""
+    import torch
+    import torch.distributed as dist
+
+    seconds = []
+    for size in sizes:
+        tensor = torch.zeros(size // 4)
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(tensor)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def _handover_s() -> float:
     """Seconds from the end of one thread's wait until another, which waits for its result as DDP does, goes on."""
     import torch
 
-    done: torch.futures.Future = torch.futures.Future()
+    future: torch.futures.Future = torch.futures.Future()
     end = time.perf_counter() + 2 * SPIN_SECONDS
 
     def serve() -> None:
         _wait_until(end)
-        done.set_result(None)
+        future.set_result(None)
 
     threading.Thread(target=serve).start()
-    done.wait()
+    future.wait()
     return time.perf_counter() - end
 
 

@@ -1,6 +1,7 @@
 """Figures of rows: each takes rows and gives a matplotlib Axes, and says on it where its rows come from.
 
-Without an `ax` they draw in a `figures.Figure`, which also says what it shows in words.
+Without an `ax` they draw in a `figures.Figure`, which also says what it shows in words. Those that
+one notebook draws are in `course.plots`, and can be had here, too.
 """
 
 import math
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from hpclab import figures
+from hpclab import MOVED_NAMES, figures, later
 from hpclab.figures import COLOURS, HATCHES, Values, cloud, curve, finish, look
 from hpclab.language import translate_drawn as _
-from hpclab.rows import attempts, grouped, kept, some, source, span
+from hpclab.rows import grouped, kept, some, source, span
 
 if TYPE_CHECKING:
     from hpclab.laws import LawFit
@@ -24,6 +25,8 @@ MEASURES = ("step", "time_s", "step_s", "data_s", "compute_s", "wait_s", "cpu_s"
 """What figures and tables of steps compute with."""
 LARGEST = 1e300
 """Beyond, matplotlib's own arithmetic overflows."""
+
+__getattr__ = later(__name__, MOVED_NAMES[__name__])
 
 
 def loss(runs: dict[str, list[dict]], ax: Axes | None = None, *, ghosts: dict[str, list[dict]] | None = None) -> Axes:
@@ -112,15 +115,15 @@ def law(rows: list[dict], fit: "LawFit", forecast: list[dict] | None = None, ax:
     counts = [row["ranks"] for row in rows]
     words = [_cloud(ax, rows, counts, [row["samples_per_s"] for row in rows])]
     n = np.geomspace(min(counts), max([*counts, *(row["ranks"] for row in forecast)]), 100)
-    band = _band(ax, n, *fit.band(n), 1)
+    band = draw_band(ax, n, *fit.band(n), 1)
     ax.plot(n, fit(n), color=COLOURS[1], linestyle="--", label=_("{law} with its band", law=fit.law))
     words.append(curve(fit.law, n, fit(n)) + band)
     if forecast:
         names = ("ranks", "samples_per_s", "samples_per_s_low", "samples_per_s_high")
         at, rates, low, high = (np.array([row[name] for row in forecast]) for name in names)
-        band = _band(ax, at, low, high, 2)
+        band = draw_band(ax, at, low, high, 2)
         words.append(_line(ax, _("forecast"), at, rates, **look(2)) + band)
-    _logarithmic(ax, "{x:g}", "{x:,.0f}", base=2)
+    logarithmic(ax, "{x:g}", "{x:,.0f}", base=2)
     return finish(ax, rows + forecast, _("ranks"), _("samples a second"), words)
 
 
@@ -142,7 +145,7 @@ def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: A
         ranks, low, high = (columns[column] for column in ("ranks", "efficiency_low", "efficiency_high"))
         style = look(place)
         if len(curves) == 1:
-            band = _band(ax, ranks, low, high, place)
+            band = draw_band(ax, ranks, low, high, place)
         else:
             ax.plot([ranks[-1] * 1.08 ** (place + 1)] * 2, [low[-1], high[-1]], color=style["color"], marker="_")
             band = _ends(low, high)
@@ -151,7 +154,7 @@ def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: A
         star: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none", "zorder": 5}
         points = [[row[name] for row in measured] for name in ("ranks", "efficiency")]
         words.append(_cloud(ax, measured, *points, **star))
-    _logarithmic(ax, "{x:g}", base=2)
+    logarithmic(ax, "{x:g}", base=2)
     ax.set_ylim(0, 1.1)
     return finish(ax, [{"source": "forecast"}, *(measured or [])], _("ranks"), _("efficiency"), words)
 
@@ -173,14 +176,14 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
         "straggle_s": _("waiting for others"),
         "data_s": _("data"),
     }
-    left, longest = np.zeros(len(rows)), max(1e3 * row["step_s"] for row in rows)
+    starts, longest = np.zeros(len(rows)), max(1e3 * row["step_s"] for row in rows)
     for place, (measure, title) in enumerate(titles.items()):
         width = np.array([1e3 * (row[measure] or 0.0) for row in rows])
-        ax.barh(names, width, left=left, label=title, **_bar(place))
+        ax.barh(names, width, left=starts, label=title, **_bar(place))
         for bar, value in enumerate(width):
             if value > 0.05 * longest:
-                ax.annotate(f"{value:.3g}", (left[bar] + value / 2, bar), ha="center", va="center", color="white")
-        left += width
+                ax.annotate(f"{value:.3g}", (starts[bar] + value / 2, bar), ha="center", va="center", color="white")
+        starts += width
     ax.invert_yaxis()
     words = [_shares(row["rank"], {title: row[measure] for measure, title in titles.items()}) for row in rows]
     finish(ax, rows, _("milliseconds of a step"), _("rank"), words)
@@ -205,7 +208,7 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
         "all-reduce": _("all-reduce of a bucket"),
     }
     rows = some(rows, "span")
-    ranks = _tracks(ax, rows, "rank", "name", titles, below="all-reduce")
+    ranks = draw_tracks(ax, rows, "rank", "name", titles, below="all-reduce")
     words = [
         _shares(rank, {title: sum(duration for _start, duration in bars[name]) for name, title in titles.items()})
         for rank, bars in ranks.items()
@@ -213,114 +216,6 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
     finish(ax, rows, _("milliseconds"), "", words)
     return figures.legend_above(ax, columns=3)
-
-
-def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
-    """Draw how far a run has come, second by second: an attempt a line, and what was lost with each.
-
-    Parameters
-    ----------
-    rows : list of dict
-        As from ``Run.rows`` of `train`.
-    """
-    some(rows, "step")
-    ax = figures.axes(ax)
-    titles = {
-        "kept": _("steps that count"),
-        "lost": _("steps that were lost"),
-        "failure": _("failure"),
-        "restart": _("until the next attempt's first step"),
-    }  # each is named once
-    looks: dict[str, dict[str, Any]] = {
-        "kept": look(0) | {"marker": ""},
-        "lost": look(1) | {"marker": "", "linewidth": 2.5},
-        "failure": {"color": "black", "marker": "X", "linestyle": "none"},
-    }
-    words = []
-    for row in attempts(rows):
-        steps = sorted((step["time_s"], step["step"] + 1) for step in rows if _is_of_rank_0(step, row["attempt"]))
-        done = row["first"] + row["kept"]
-        parts = {
-            "kept": [point for point in steps if point[1] <= done],
-            "lost": [point for point in steps if point[1] >= done] if row["first"] + len(steps) > done else [],
-        }
-        for name, points in parts.items():
-            if len(points) > 1:
-                ax.plot(*zip(*points, strict=True), label=titles.pop(name, None), **looks[name])
-        values = {"number": row["attempt"] + 1, "lost": row["last"] + 1 - done}
-        line = _("attempt {number}: steps {first} to {last}, {lost} of them lost", **row | values)
-        if row["cause"] is not None:
-            ends = row["end_s"], row["end_s"] + row["restart_s"]
-            ax.axvspan(*ends, color="0.85", linewidth=0, label=titles.pop("restart", None))
-            ax.plot(row["end_s"], row["last"] + 1, label=titles.pop("failure", None), **looks["failure"])
-            line += f" ({row['cause']})"
-        words.append(line)
-    return finish(ax, rows, _("seconds since the launch"), _("steps done"), words)
-
-
-def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
-    """Draw what each worker did when: a bar a task.
-
-    Parameters
-    ----------
-    rows : list of dict
-        As from `tasks.spans`.
-    """
-    ax = figures.axes(ax)
-    titles = {"compute": _("computing"), "transfer": _("fetching what a task needs")}
-    rows = some(rows, "task")
-    workers = _tracks(ax, rows, "worker", "action", titles)
-    words = []
-    for worker, bars in workers.items():
-        busy = figures.number(1e3 * sum(duration for _start, duration in bars["compute"]))
-        line = _(
-            "worker {worker}: computing for {busy} ms, tasks: {tasks}",
-            worker=worker,
-            busy=busy,
-            tasks=len(bars["compute"]),
-        )
-        words.append(line)
-    ax.set_yticks(range(len(workers)), [_("worker {worker}", worker=worker) for worker in workers])
-    finish(ax, rows, _("milliseconds"), "", words)
-    return figures.legend_above(ax, columns=2)
-
-
-def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax: Axes | None = None) -> Axes:
-    """Draw the seconds of the same work against the size of its tasks, and a law with its band and its knee.
-
-    Parameters
-    ----------
-    rows : list of dict
-        As from `tasks.sweep`.
-    fit : laws.LawFit
-        As from `laws.fit_alpha_beta`, of the seconds against the number of tasks. Its knee is where handing out takes
-        as long as all the rest.
-    unseen : list of dict, optional
-        Rows that the law hasn't seen, to look whether it foretells them.
-    """
-    ax = figures.axes(ax)
-    rows = sorted(some(rows, "grain"), key=lambda row: (row["tasks"], row["duration_s"]))
-    unseen = some(unseen, "grain") if unseen else []
-    if len(works := {row["items"] for row in [*rows, *unseen]}) > 1:
-        raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one.")
-    items, words = works.pop(), []
-    for place, (word, some_rows) in enumerate({_("measured"): rows, _("not seen by the law"): unseen}.items()):
-        if some_rows:
-            sizes, seconds = zip(*((items / row["tasks"], row["duration_s"]) for row in some_rows), strict=True)
-            ax.plot(sizes, seconds, alpha=0.7, label=word, **figures.points(place))
-            words.append(cloud(word, sizes, seconds))
-    n = np.geomspace(max(2, min(fit.n)), max(row["tasks"] for row in rows + unseen), 100)
-    band = _band(ax, items / n, *fit.band(n, new=True), 2)
-    ax.plot(items / n, fit(n), color=COLOURS[2], label=_("alpha + beta x tasks, and its band for one more run"))
-    words.append(curve(_("the law"), items / n, fit(n)) + band)
-    knee = items * fit.values["beta"] / fit.values["alpha"] if fit.values["alpha"] else float("inf")
-    if knee < items:
-        ax.axvline(knee, color="black", linestyle=":", label=_("as long to hand out as to work"))
-        words.append(_("as long to hand out as to work: tasks of {knee}", knee=figures.number(knee)))
-    _logarithmic(ax, "{x:,g}", "{x:g}")
-    finish(ax, rows, _("items in a task"), _("seconds for all"), words)
-    ax.legend(fontsize="small", edgecolor="none", framealpha=0.9)
-    return figures.set_font(ax)
 
 
 def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) -> Axes:
@@ -391,60 +286,6 @@ def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = N
     ax.set_xscale("log" if size.min() > 0 else "symlog")
     ax.set_yscale("log")
     return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), words)
-
-
-def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
-    """Ratios with their intervals, one below the other; rows are those of `ratios.paired`.
-
-    Parameters
-    ----------
-    label : str
-        What is over what.
-    """
-    ax = figures.subplots(size=(6.4, 0.8 + 0.6 * len(rows)))[1] if ax is None else ax
-    for place, row in enumerate(rows):
-        ends = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
-        ax.errorbar(row["ratio"], place, xerr=ends, capsize=4, **figures.points(0))
-    ax.set_yticks(range(len(rows)), [row["measure"] for row in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.axvline(1, color="black", linestyle=":")
-    words = [f"{row['measure']}: {row['ratio']:.4g} ({row['low']:.4g}-{row['high']:.4g})" for row in rows]
-    return finish(ax, rows, label, "", words)
-
-
-def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
-    """Draw the rate of operations against their intensity, below the two ceilings of this machine.
-
-    Parameters
-    ----------
-    rows : list of dict
-        As from `roofline.measure`.
-    ceiling : dict
-        As from `roofline.ceilings`, with as many threads.
-    """
-    ax = figures.subplots(size=(8, 4.2))[1] if ax is None else ax
-    peak, bandwidth, ridge = ceiling["flops_per_s"], ceiling["bytes_per_s"], ceiling["ridge"]
-    rows = some(rows, "roofline")
-    intensities = [*(row["intensity"] for row in rows), ridge]
-    x = np.geomspace(min(intensities) / 2, max(intensities) * 4, 200)
-    label = _("the lower of both ceilings")
-    ax.plot(x, np.minimum(peak, bandwidth * x) / 1e9, color="black", label=label)
-    ax.axvline(ridge, color="0.5", linestyle=":", label=_("ridge"))
-    values = {"peak": figures.number(peak / 1e9), "bandwidth": figures.number(bandwidth / 1e9)}
-    words = [_("ceilings: {peak} Gflop/s and {bandwidth} GB/s", **values) + f", {_('ridge')} {figures.number(ridge)}"]
-    for place, row in enumerate(rows):
-        rate, roof = row["flops_per_s"], min(peak, bandwidth * row["intensity"])
-        values = {"name": row["name"], "rate": figures.number(rate / 1e9), "share": f"{rate / roof:.0%}"}
-        values |= {"intensity": figures.number(row["intensity"])}
-        words.append(_("{name}: {rate} Gflop/s at {intensity} flop a byte, {share} of the roof", **values))
-        style = figures.points(place) | {"markersize": 9}
-        if place >= len(figures.MARKERS):  # its marker is taken: hollow
-            style |= {"markerfacecolor": "white", "markeredgewidth": 2}
-        ax.plot(row["intensity"], rate / 1e9, label=row["name"], zorder=3, **style)
-    _logarithmic(ax, "{x:,g}", "{x:,g}")
-    finish(ax, [*rows, ceiling], _("intensity (flop a byte)"), _("Gflop/s"), words)
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
-    return figures.set_font(ax)
 
 
 class _Drawable(list):
@@ -553,11 +394,6 @@ def _ideal(ax: Axes, values: list[float]) -> Axes:
     return figures.set_font(ax)
 
 
-def _is_of_rank_0(row: dict, attempt: int) -> bool:
-    """Whether a row is a step of an attempt's rank 0."""
-    return row["kind"] == "step" and (row["attempt"], row["rank"]) == (attempt, 0)
-
-
 def _bar(place: int) -> dict[str, Any]:
     return {"facecolor": COLOURS[place], "hatch": HATCHES[place % len(HATCHES)], "edgecolor": "white"}
 
@@ -575,7 +411,7 @@ def _cloud(ax: Axes, rows: list[dict], x: Values, y: Values, **style: Any) -> st
     return cloud(word, x, y)
 
 
-def _band(ax: Axes, x: Values, low: Values, high: Values, place: int) -> str:
+def draw_band(ax: Axes, x: Values, low: Values, high: Values, place: int) -> str:
     """Draw a band, in the colour of the line at this place, and say where it ends."""
     ax.fill_between(x, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
     return _ends(low, high)
@@ -585,7 +421,7 @@ def _ends(low: Values, high: Values) -> str:
     return _(", its band from {low} to {high}", low=figures.number(low[-1]), high=figures.number(high[-1]))
 
 
-def _logarithmic(ax: Axes, x: str, y: str = "", base: float = 10) -> None:
+def logarithmic(ax: Axes, x: str, y: str = "", base: float = 10) -> None:
     """Give the first axis, or both, a logarithmic scale with numbers of these formats."""
     ax.set_xscale("log", base=base)
     ax.xaxis.set_major_formatter(x)
@@ -594,7 +430,7 @@ def _logarithmic(ax: Axes, x: str, y: str = "", base: float = 10) -> None:
         ax.yaxis.set_major_formatter(y)
 
 
-def _tracks(
+def draw_tracks(
     ax: Axes, rows: list[dict], owner: str, kind: str, titles: dict[str, str], below: str = ""
 ) -> dict[Any, dict]:
     """Draw a track of bars in time for each owner, such as a rank; those of the kind `below` are narrow.

@@ -94,8 +94,7 @@ def _place(request: Request, account: str = "account") -> dict[str, Any]:
 def _slurm(request: Request) -> dict[str, Any]:
     # Mebibytes: dask-jobqueue would ask 3 GiB for 2.1, which no node may have. And a lost job is submitted anew at once
     # (`cluster.jobs`); Slurm's own way takes two minutes.
-    own = {"job_mem": f"{request.bytes // 2**20}M", "job_extra_directives": ["--no-requeue"]}
-    return _place(request) | own
+    return _place(request) | {"job_mem": f"{request.bytes // 2**20}M", "job_extra_directives": ["--no-requeue"]}
 
 
 def _pbs(request: Request) -> dict[str, Any]:
@@ -127,8 +126,7 @@ def _lsf(request: Request) -> dict[str, Any]:
 def _oar(request: Request) -> dict[str, Any]:
     # Each site has its own property for a node's memory: it configures that, or users give a directive '-p ...'.
     memory = dask.config.get("jobqueue.oar.memory-per-core-property-name") or "not_applicable"
-    own = {"resource_spec": request.resources, "memory_per_core_property_name": memory}
-    return _place(request, "project") | own
+    return _place(request, "project") | {"resource_spec": request.resources, "memory_per_core_property_name": memory}
 
 
 def _htcondor(request: Request) -> dict[str, Any]:
@@ -193,8 +191,8 @@ def request(where: str, profile: Mapping[str, Any], options: Mapping[str, Any]) 
 
 
 def _refuse_unknown(where: str, wishes: dict[str, Any]) -> None:
-    own = QUEUES[wishes["kind"]].own.split()
-    names = [option.name for option in fields(Request) if option.name not in _OWN or option.name in own]
+    specific = QUEUES[wishes["kind"]].own.split()
+    names = [option.name for option in fields(Request) if option.name not in _OWN or option.name in specific]
     for name, value in wishes.items():
         if name not in names:
             defaults = Request(kind=wishes["kind"])
@@ -342,10 +340,10 @@ def check_folder(kind: str, folder: Path) -> Path:
         If it can't.
     """
     path = folder.absolute()
-    odd = re.search(r"[\n\\]", str(path)) if kind == "slurm" else _ODD.search(str(path))
-    if odd:
+    sign = re.search(r"[\n\\]", str(path)) if kind == "slurm" else _ODD.search(str(path))
+    if sign:
         raise ValueError(
-            f"folder (={str(path)!r}) of the jobs' logs holds {odd[0]!r}, which {kind} may read as something else; use"
+            f"folder (={str(path)!r}) of the jobs' logs holds {sign[0]!r}, which {kind} may read as something else; use"
             " folder= with the path of one that doesn't."
         )
     return path
@@ -355,14 +353,14 @@ def job_options(request: Request, folder: str | Path) -> dict[str, Any]:
     """Return arguments of `job_class` for a request with logs in a folder; the rest is up to Dask's configuration."""
     jobqueue()
     site = dask.config.get(f"jobqueue.{request.kind}")
-    own = {name: value for name, value in QUEUES[request.kind].translate(request).items() if value is not None}
+    specific = {name: value for name, value in QUEUES[request.kind].translate(request).items() if value is not None}
     if request.kind == "oar":  # dask-jobqueue leaves its logs in the working folder
-        own["job_extra_directives"] = [f"-O {folder}/hpclab-%jobid%.out", f"-E {folder}/hpclab-%jobid%.err"]
+        specific["job_extra_directives"] = [f"-O {folder}/hpclab-%jobid%.out", f"-E {folder}/hpclab-%jobid%.err"]
     # A worker's own web server is not encrypted: only its node may reach it.
     arguments = [*site["worker-extra-args"], "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
     if request.kind == "slurm":  # a virtual node of `hpclab.slurm` has an address of its own
         arguments.append("${HPCLAB_NODE_ADDRESS:+--host $HPCLAB_NODE_ADDRESS}")
-    ends = [f"export {machine.ENDS}=$(($(date +%s) + {request.seconds}))"] if "walltime" in own else []
+    ends = [f"export {machine.ENDS}=$(($(date +%s) + {request.seconds}))"] if "walltime" in specific else []
     if request.kind in ("pbs", "moab"):  # others start jobs where they were submitted, and so find modules there
         ends.append('cd "$PBS_O_WORKDIR"')
     quiet = {f"DASK_{name.replace('.', '__').upper()}": value for name, value in QUIET.items()}
@@ -380,8 +378,8 @@ def job_options(request: Request, folder: str | Path) -> dict[str, Any]:
         "worker_extra_args": arguments,
         "job_script_prologue": [*ends, *site["job-script-prologue"], *request.prologue, *env],
     }
-    directives: Any = [*own.pop("job_extra_directives", []), *request.directives]
+    directives: Any = [*specific.pop("job_extra_directives", []), *request.directives]
     if request.kind == "htcondor":
         directives = dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in directives)
-        return {**common, **own, "job_extra_directives": {**site["job-extra-directives"], **directives}}
-    return {**common, **own, "job_extra_directives": [*site["job-extra-directives"], *directives]}
+        return {**common, **specific, "job_extra_directives": {**site["job-extra-directives"], **directives}}
+    return {**common, **specific, "job_extra_directives": [*site["job-extra-directives"], *directives]}

@@ -192,9 +192,9 @@ def attempts(rows: list[dict]) -> list[dict]:
         steps = [row for row in all_steps if row["attempt"] == attempt]
         kept_steps = [row for row in steps if row["step"] < ends[attempt]]
         saved = [row for row in rows if row["kind"] == "checkpoint" and row["attempt"] == attempt]
-        start_s = min(row["time_s"] - (row.get("step_s") or 0.0) for row in steps)
+        start_s, last_s = span(steps)
         failure = next((restarts[later] for later in sorted(restarts) if later > attempt), None)
-        end_s = max(row["time_s"] for row in steps) if failure is None else failure["failed_s"]
+        end_s = last_s if failure is None else failure["failed_s"]
         kept_s = max((row["time_s"] for row in kept_steps), default=start_s)
         summaries.append(
             {

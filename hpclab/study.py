@@ -115,8 +115,8 @@ def sections(rows: list[dict]) -> list[str]:
         "weak": _("Weak scaling: the batch of each rank stays"),
     }
     for regime, title in titles.items():
-        if kept := [row for row in trials if row["regime"] == regime]:
-            parts += _section(title, *_regime(kept))
+        if of_regime := [row for row in trials if row["regime"] == regime]:
+            parts += _section(title, *_regime(of_regime))
     if messages := [row for row in rows if row["kind"] == "allreduce"]:
         parts += _section(_("The network"), *_network(messages))
         parts += _forecast(rows, trials, messages)

@@ -9,11 +9,13 @@ import itertools
 import os
 import pickle
 import random
+import shutil
 import time
 import uuid
 import warnings
 import zipfile
 import zlib
+from collections import ChainMap
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -78,21 +80,21 @@ def save(state: dict[str, Any], step: int) -> None:
     what it gives later to `restore`, and the result to ``set_state_dict``. With
     ``StateDictOptions(full_state_dict=True, cpu_offload=True)`` for both, rank 0 gathers and writes it all.
     """
-    step = whole_number("step", step, least=0)
     if not _rank.in_gang():
+        whole_number("step", step, least=0)
         return
     started = time.perf_counter()
-    rest, sharded = shards.split(state)
+    unsharded, sharded = shards.split(state)
     token = uuid.uuid4().hex[:8]
-    every = _exchange({"step": step, "random": _random_state(), "sharded": [*sharded], "token": token})
-    held = {"state": rest, "random": [of_rank["random"] for of_rank in every], "step": _agreed_step(every)}
-    if any(of_rank["sharded"] for of_rank in every):
-        held["shards"] = _write_shards(sharded, every, held["step"])
+    gathered = _exchange({"step": step, "random": _random_state(), "sharded": [*sharded], "token": token})
+    saved = {"state": unsharded, "random": [of_rank["random"] for of_rank in gathered], "step": _agreed_step(gathered)}
+    if any(of_rank["sharded"] for of_rank in gathered):
+        saved["shards"] = _write_shards(sharded, gathered, saved["step"])
 
     def write_file() -> None:
         if _place()[0] == 0:
-            nbytes = _write_file(held)
-            _rank.report(kind="checkpoint", step=step, save_s=time.perf_counter() - started, nbytes=nbytes)
+            nbytes = _write_file(saved)
+            _rank.report(kind="checkpoint", step=saved["step"], save_s=time.perf_counter() - started, nbytes=nbytes)
 
     # All wait here, so that their next step isn't charged with rank 0's writing, and hear how it went: one that went on
     # alone after an error would wait for the others for ever.
@@ -129,57 +131,55 @@ def restore(state: dict[str, Any] | None = None) -> dict[str, Any] | None:
     rank, ranks = _place()
     paths = _exchange([str(path) for folder in folders for path in in_folder(folder / "checkpoints")])[0]
     for path in paths:
-        held, reading = _read_for_all(path, rank, ranks)
-        if wrong := _differences(_exchange(reading)):
-            warnings.warn(f"checkpoint {path} can't be read ({wrong}); the one before it is tried.", stacklevel=2)
+        saved, reading = _read_for_all(path, rank, ranks)
+        if why := _differences(_exchange(reading)):
+            warnings.warn(f"checkpoint {path} can't be read ({why}); the one before it is tried.", stacklevel=2)
             continue
-        assert held is not None
+        assert saved is not None
         if rank == 0:
-            _rank.report(kind="resume", step=held["step"], checkpoint=path)
-        if len(held["random"]) == ranks:
-            _set_random_state(held["random"][rank])
-        return shards.join(Path(path).parent, held, like=shards.split(state)[1])["state"]
+            _rank.report(kind="resume", step=saved["step"], checkpoint=path)
+        if len(saved["random"]) == ranks:
+            _set_random_state(saved["random"][rank])
+        return shards.join(Path(path).parent, saved, like=shards.split(state)[1])["state"]
     if paths:
         raise OSError(f"none of the checkpoints {', '.join(paths)} can be read; without `resume`, a run begins anew.")
     return None
 
 
-def _agreed_step(every: list[dict]) -> int:
+def _agreed_step(gathered: list[dict]) -> int:
     """The step that all ranks have done."""
-    steps = [of_rank["step"] for of_rank in every]
-    if wrong := [step for step in steps if not isinstance(step, int | np.integer) or step < 0]:
-        raise ValueError(f"step (={wrong[0]!r}) must be a whole number >= 0.")
+    steps = [whole_number("step", of_rank["step"], least=0) for of_rank in gathered]
     if len(set(steps)) > 1:
         by_rank = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(steps))
         raise ValueError(f"step differs by rank ({by_rank}); every rank must call save after the same step.")
-    return int(steps[0])
+    return steps[0]
 
 
-def _write_shards(sharded: dict[shards.Keys, torch.Tensor], every: list[dict], step: int) -> dict[str, Any]:
+def _write_shards(sharded: dict[shards.Keys, torch.Tensor], gathered: list[dict], step: int) -> dict[str, Any]:
     """Have all ranks write their shards; returns what the checkpoint's file says of them."""
-    places = every[0]["sharded"]
-    for rank, of_rank in enumerate(every):
+    places = gathered[0]["sharded"]
+    for rank, of_rank in enumerate(gathered):
         if other := set(places) ^ set(of_rank["sharded"]):
             raise ValueError(f"state{shards.where(other)} is sharded on rank 0 or on rank {rank}, not on both.")
     _together(_check_shared)
-    folder = _rank.run_folder() / "checkpoints" / f"step-{step:08d}-{every[0]['token']}.shards"
+    folder = _rank.run_folder() / "checkpoints" / f"step-{step:08d}-{gathered[0]['token']}.shards"
     sums = _together(lambda: shards.write(folder, [sharded[keys] for keys in places], _place()[0]))
-    return {"folder": folder.name, "places": places, "sums": {name: crc for own in sums for name, crc in own.items()}}
+    return {"folder": folder.name, "places": places, "sums": dict(ChainMap(*sums))}
 
 
-def _write_file(held: dict[str, Any]) -> int:
+def _write_file(saved: dict[str, Any]) -> int:
     """Write rank 0's state, and what every rank told; returns the bytes of the checkpoint."""
     _check_shared()
-    check_kinds(held["state"], "state")
-    path = write(_rank.run_folder() / "checkpoints", held["step"], held)
+    check_kinds(saved["state"], "state")
+    path = write(_rank.run_folder() / "checkpoints", saved["step"], saved)
     nbytes = path.stat().st_size
-    own = held["shards"]["folder"] if "shards" in held else ""
+    named = saved["shards"]["folder"] if "shards" in saved else ""
     for folder in path.parent.glob("step-*.shards"):
         step = folder.name.rpartition("-")[0]
-        if folder.name == own:
+        if folder.name == named:
             nbytes += sum(file.stat().st_size for file in folder.iterdir())
         elif step == path.stem or not folder.with_name(f"{step}.pt").exists():  # written again, or left by a failure
-            shards.remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     return nbytes
 
 
@@ -188,13 +188,13 @@ def _read_for_all(path: str, rank: int, ranks: int) -> tuple[dict[str, Any] | No
     ends = time.monotonic() + LAG_SECONDS
     _await_file(Path(path), ends)
     try:
-        held = read(path)
-        for file in shards.files(Path(path).parent, held):
+        saved = read(path)
+        for file in shards.files(Path(path).parent, saved):
             _await_file(file, ends)
-        shards.check(Path(path).parent, held, rank, ranks)
+        shards.check(Path(path).parent, saved, rank, ranks)
         with zipfile.ZipFile(path) as parts:
             sums = zlib.crc32(repr([(part.filename, part.CRC) for part in parts.infolist()]).encode())
-        return held, {"sums": sums}
+        return saved, {"sums": sums}
     except Exception as error:
         return None, {"error": str(error)}
 
@@ -206,14 +206,14 @@ def _await_file(path: Path, ends: float) -> None:
         time.sleep(0.1)
 
 
-def _differences(every: list[dict]) -> str:
+def _differences(gathered: list[dict]) -> str:
     """Why the ranks can't all go on from a checkpoint, from what each told of it; empty if they can."""
-    errors = {rank: reading["error"] for rank, reading in enumerate(every) if "error" in reading}
-    if len(errors) == len(every):
+    errors = {rank: reading["error"] for rank, reading in enumerate(gathered) if "error" in reading}
+    if len(errors) == len(gathered):
         return errors[0]
     if errors:
         return "; ".join(f"on rank {rank}: {error}" for rank, error in errors.items())
-    other = [str(rank) for rank, reading in enumerate(every) if reading["sums"] != every[0]["sums"]]
+    other = [str(rank) for rank, reading in enumerate(gathered) if reading["sums"] != gathered[0]["sums"]]
     return f"on rank {', '.join(other)} another file has its name than on rank 0" if other else ""
 
 
@@ -223,9 +223,9 @@ def _exchange(value: Any) -> list[Any]:
     if ranks == 1:
         return [value]
     if dist.is_initialized():
-        every: list[Any] = [None] * ranks
-        dist.all_gather_object(every, value)
-        return every
+        gathered: list[Any] = [None] * ranks
+        dist.all_gather_object(gathered, value)
+        return gathered
     store = dist.PrefixStore(f"checkpoint-{next(_exchanges)}", _rank.store())
     store.set(str(rank), pickle.dumps(value))  # type: ignore[arg-type]  # torch's stubs take only str
     return [pickle.loads(store.get(str(other))) for other in range(ranks)]

@@ -60,9 +60,9 @@ def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
     finally:
         with suppress(OSError):  # it would hide the first error, and the next write takes the same name
             part.unlink(missing_ok=True)
-    there = in_folder(folder)
-    place = there.index(path)
-    for other in there[:place] + there[place + KEPT :]:
+    checkpoints = in_folder(folder)
+    place = checkpoints.index(path)
+    for other in checkpoints[:place] + checkpoints[place + KEPT :]:
         other.unlink(missing_ok=True)
     return path
 
@@ -83,9 +83,9 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         If it is damaged: each file of a checkpoint has a checksum, or one of each of its parts.
     """
     path = Path(path).expanduser()
-    held = read(path)
-    shards.check(path.parent, held)
-    return shards.join(path.parent, held)
+    saved = read(path)
+    shards.check(path.parent, saved)
+    return shards.join(path.parent, saved)
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:

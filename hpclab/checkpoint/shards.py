@@ -6,7 +6,6 @@ unpickles the list of what is where, which would run any code that it holds.
 """
 
 import pickle
-import shutil
 import sys
 import warnings
 import zlib
@@ -46,10 +45,10 @@ def split(state: Any) -> tuple[Any, dict[Keys, torch.Tensor]]:
         return None
 
     try:
-        rest = _mapped(state, take_out)
+        unsharded = _mapped(state, take_out)
     except RecursionError:  # one that holds itself is refused when it is written, on all ranks
         return state, {}
-    return (rest, sharded) if sharded else (state, sharded)
+    return (unsharded, sharded) if sharded else (state, sharded)
 
 
 def write(folder: Path, tensors: list[torch.Tensor], rank: int) -> dict[str, int]:
@@ -66,24 +65,24 @@ def write(folder: Path, tensors: list[torch.Tensor], rank: int) -> dict[str, int
         dcp.save(_numbered(tensors), storage_writer=dcp.FileSystemWriter(folder))
     except dcp.CheckpointException as error:
         raise OSError(f"the shards of checkpoint {folder} can't be written: {error}") from error
-    own = [*folder.glob(f"__{rank}_*"), *[folder / ".metadata"] * (rank == 0)]
-    return {path.name: _sum(path) for path in own}
+    paths = [*folder.glob(f"__{rank}_*"), *[folder / ".metadata"] * (rank == 0)]
+    return {path.name: _sum(path) for path in paths}
 
 
-def files(folder: Path, held: dict[str, Any]) -> list[Path]:
+def files(folder: Path, saved: dict[str, Any]) -> list[Path]:
     """Paths of the files of shards of a checkpoint, by what its own file holds."""
-    said = _description(held)
-    return [folder / Path(said["folder"]).name / name for name in sorted(said["sums"])] if said else []
+    listing = _description(saved)
+    return [folder / Path(listing["folder"]).name / name for name in sorted(listing["sums"])] if listing else []
 
 
-def check(folder: Path, held: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
+def check(folder: Path, saved: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
     """Raise an OSError if a file of shards is damaged or missing; of several ranks each looks at a part of them."""
-    for path in files(folder, held)[rank::ranks]:
-        if _sum(path) != held["shards"]["sums"][path.name]:
+    for path in files(folder, saved)[rank::ranks]:
+        if _sum(path) != saved["shards"]["sums"][path.name]:
             raise OSError(f"checkpoint {path.parent} is damaged: {path.name} has another checksum")
 
 
-def join(folder: Path, held: dict[str, Any], like: dict[Keys, torch.Tensor] | None = None) -> dict[str, Any]:
+def join(folder: Path, saved: dict[str, Any], like: dict[Keys, torch.Tensor] | None = None) -> dict[str, Any]:
     """What a checkpoint holds with its sharded tensors: filled into those of a state, if it has any, else whole.
 
     Raises
@@ -91,16 +90,16 @@ def join(folder: Path, held: dict[str, Any], like: dict[Keys, torch.Tensor] | No
     ValueError
         If the state has other sharded tensors than were written, or of other shapes.
     """
-    said = _description(held)
-    if not said:
-        return held
+    listing = _description(saved)
+    if not listing:
+        return saved
     import torch.distributed.checkpoint as dcp
 
-    places = [tuple(keys) for keys in said["places"]]
-    reader = _reader(folder / Path(said["folder"]).name)
+    places = [tuple(keys) for keys in listing["places"]]
+    reader = _reader(folder / Path(listing["folder"]).name)
     if not like:
-        there = reader.read_metadata().state_dict_metadata.items()
-        tensors = {number: torch.empty(tensor.size, dtype=tensor.properties.dtype) for number, tensor in there}
+        entries = reader.read_metadata().state_dict_metadata.items()
+        tensors = {number: torch.empty(tensor.size, dtype=tensor.properties.dtype) for number, tensor in entries}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -112,13 +111,8 @@ def join(folder: Path, held: dict[str, Any], like: dict[Keys, torch.Tensor] | No
             dcp.load(_numbered([like[keys] for keys in places]), storage_reader=reader)
         except dcp.CheckpointException as error:
             raise ValueError(f"this state can't be filled from checkpoint {folder}: {error}") from error
-    state = _mapped(held["state"], lambda keys, value: like.get(keys, value))
-    return {name: part for name, part in held.items() if name != "shards"} | {"state": state}
-
-
-def remove(folder: Path) -> None:
-    """Remove the shards of a checkpoint whose file has gone."""
-    shutil.rmtree(folder, ignore_errors=True)
+    state = _mapped(saved["state"], lambda keys, value: like.get(keys, value))
+    return {name: part for name, part in saved.items() if name != "shards"} | {"state": state}
 
 
 def where(places: Iterable[Keys]) -> str:
@@ -126,10 +120,10 @@ def where(places: Iterable[Keys]) -> str:
     return "".join(f"[{key!r}]" for key in min(places, key=repr))
 
 
-def _description(held: Any) -> dict[str, Any] | None:
+def _description(saved: Any) -> dict[str, Any] | None:
     """What a checkpoint's own file says of its shards, if `save` wrote it, and some."""
-    written = isinstance(held, dict) and held.keys() == {"state", "random", "step", "shards"}
-    return held["shards"] if written else None
+    written = isinstance(saved, dict) and saved.keys() == {"state", "random", "step", "shards"}
+    return saved["shards"] if written else None
 
 
 def _mapped(value: Any, change: Callable[[Keys, Any], Any], keys: Keys = ()) -> Any:

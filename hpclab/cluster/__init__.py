@@ -4,7 +4,7 @@ import gc
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from hpclab import loaded
+from hpclab import later, loaded
 
 if TYPE_CHECKING:
     from distributed import Security
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hpclab.gangs.host import KernelZygote
     from hpclab.slurm.private import Slurm
 
-_IN_CLIENT = ("GUARD", "REGISTER_SECONDS", "ClusterClient", "IgnoreInterrupt")
+__getattr__ = later(__name__, dict.fromkeys(("ClusterClient", "IgnoreInterrupt"), "cluster.client"))
 
 
 def connect(
@@ -107,9 +107,3 @@ def _client() -> Any:
     finally:
         if collects:
             gc.enable()
-
-
-def __getattr__(name: str) -> object:
-    if name in _IN_CLIENT:
-        return getattr(_client(), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")

@@ -76,8 +76,8 @@ def start(
     zygote: "KernelZygote | None",
 ) -> ClusterClient:
     """Start a cluster or join one, as `hpclab.cluster.connect` tells, which has started the zygote of a local one."""
-    mine = {"workers": workers, "memory": memory}
-    wishes = {name: value for name, value in mine.items() if value is not None}
+    sizing = {"workers": workers, "memory": memory}
+    wishes = {name: value for name, value in sizing.items() if value is not None}
     if not isinstance(where, str) or (where != "local" and "://" not in where):
         return _submit(where, security, wishes | options)
     for name, value in options.items():
@@ -139,9 +139,8 @@ def _main_is_unguarded() -> bool:
 
 
 def _submit(where: "str | Slurm", security: Security | bool, options: dict[str, Any]) -> ClusterClient:
-    from hpclab.cluster import (
-        jobs,  # its import lets dask-jobqueue put a template into the user's configuration of Dask
-    )
+    # Here, as this import lets dask-jobqueue put a template into the user's configuration of Dask.
+    from hpclab.cluster import jobs
 
     cluster = jobs.submit(where, security, options)
     try:
@@ -183,7 +182,7 @@ def _join(address: str, wishes: dict[str, Any], security: Security | bool) -> Cl
 
 def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
     """Check the wish against the machine, and return workers and bytes a worker."""
-    there = machine.memory()
+    total = machine.memory()
     most = machine.most()
     try:
         workers = machine.fits() if workers is None else whole_number("workers", workers)
@@ -192,16 +191,16 @@ def _fit(workers: int | None, memory: int | str | None) -> tuple[int, int]:
     if workers > most:
         raise ValueError(
             f"workers (={workers}) need {format_bytes(machine.RANK_MEMORY)} each, and the notebook"
-            f" {format_bytes(machine.BASE_MEMORY)}: more than the {format_bytes(there)} of this machine;"
+            f" {format_bytes(machine.BASE_MEMORY)}: more than the {format_bytes(total)} of this machine;"
             f" use workers<={most}."
         )
     if memory is None:
-        return workers, there // workers
+        return workers, total // workers
     limit = size("memory", memory)
-    if limit * workers > there or limit < LEAST_MEMORY:
+    if limit * workers > total or limit < LEAST_MEMORY:
         raise ValueError(
             f"memory (={memory!r}) for each of {workers} workers must be at least {format_bytes(LEAST_MEMORY)}, which a"
-            f" worker takes idle, and at most {format_bytes(there // workers)}, a share of the {format_bytes(there)} of"
+            f" worker takes idle, and at most {format_bytes(total // workers)}, a share of the {format_bytes(total)} of"
             " this machine."
         )
     return workers, limit

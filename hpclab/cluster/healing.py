@@ -131,7 +131,7 @@ class LocalCluster(Tended, distributed.LocalCluster):
         """When next, at the earliest."""
         self._why = ""
         """What the last error was."""
-        self._told = False
+        self._warned = False
         env, pages = zygote.env if zygote else {}, Pages()
         with dask.config.set(pages.config):
             super().__init__(worker_class=PatientNanny, env=env, scheduler_kwargs=pages.options, **options)
@@ -148,9 +148,9 @@ class LocalCluster(Tended, distributed.LocalCluster):
     async def _look(self) -> None:
         if not self._up:  # an error of the first start is its caller's
             return
-        here = {worker.name for worker in self.scheduler.workers.values()}
+        present = {worker.name for worker in self.scheduler.workers.values()}
         for name, nanny in list(self.workers.items()):
-            if name in here or nanny.starting or name not in self.worker_spec:
+            if name in present or nanny.starting or name not in self.worker_spec:
                 self._left.pop(name, None)
             elif self._lost(name, nanny):
                 await self._bury(name, nanny)
@@ -186,13 +186,13 @@ class LocalCluster(Tended, distributed.LocalCluster):
     def _tell(self) -> None:
         """Say once that workers don't start, until they do."""
         tries = max([self._tries, *(nanny.tries for nanny in self.workers.values())])
-        if tries >= TRIES and not self._told:
+        if tries >= TRIES and not self._warned:
             logger.warning(
                 "a worker on this machine has failed to start %d times in a row%s; what it wrote may tell why. It is"
                 " tried again, less and less often.",
                 *(tries - 1, self._why),
             )
-        self._told = tries >= TRIES
+        self._warned = tries >= TRIES
 
 
 def backoff(tries: int) -> float:

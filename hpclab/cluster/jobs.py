@@ -63,11 +63,11 @@ def submit(where: str | Slurm, security: Security | bool, options: Mapping[str, 
                 f"where (={where!r}) needs {QUEUES[request.kind].command}, which isn't on this machine."
             )
         cache = platformdirs.user_cache_path("hpclab", ensure_exists=True)
-        own = _temporary(f"jobs-{socket.gethostname()}-", cache, stack)
-        folder = own if request.folder is None else Path(request.folder).expanduser()
+        own_folder = _temporary(f"jobs-{socket.gethostname()}-", cache, stack)
+        folder = own_folder if request.folder is None else Path(request.folder).expanduser()
         folder = queues.check_folder(request.kind, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        certificates = _on_disk(tls.temporary() if security is True else security, own) if security else None
+        certificates = _on_disk(tls.temporary() if security is True else security, own_folder) if security else None
         if virtual:  # a virtual node's disk is this machine's, where what a killed worker left would stay
             scratch = _temporary("jobs-", _private.folder(), stack)
             request = replace(request, env={"TMPDIR": str(scratch), **request.env})
@@ -92,21 +92,21 @@ def _reach(request: Request, where: str | Slurm, stack: ExitStack) -> tuple[Mapp
         private = slurm.start(nodes=request.workers, cpus=request.cores, memory=request.bytes)
         env = stack.enter_context(private).env
     try:
-        there = site.nodes(env)
+        nodes = site.nodes(env)
     except OSError as error:
         if env is not None:
             raise ConnectionError(f"where (={where!r}) doesn't answer: {error}; stop it, and start another.") from None
         none = isinstance(error, ConnectionError) and NO_SLURM in str(error)
-        own = slurm.find() if none else None  # where the site has one, another is never taken without a word
-        if own is None:
+        private_slurm = slurm.find() if none else None  # where the site has one, another is never taken without a word
+        if private_slurm is None:
             raise ConnectionError(
                 f"where (={where!r}): no Slurm answers here ({error}); private=True starts one on this machine."
             ) from None
-        env = own.env
-        there = site.nodes(env)
-    site.check(request, request.queue or dask.config.get("jobqueue.slurm.queue", None), there)
-    virtual = all(node.address.startswith("127.") for node in there)
-    return env, "127.0.0.1" if virtual else _facing([node.address for node in there[:LOOK_UPS]]), virtual
+        env = private_slurm.env
+        nodes = site.nodes(env)
+    site.check(request, request.queue or dask.config.get("jobqueue.slurm.queue", None), nodes)
+    virtual = all(node.address.startswith("127.") for node in nodes)
+    return env, "127.0.0.1" if virtual else _facing([node.address for node in nodes[:LOOK_UPS]]), virtual
 
 
 def _facing(hosts: list[str]) -> str | None:
@@ -124,10 +124,10 @@ def _facing(hosts: list[str]) -> str | None:
 
 def _temporary(prefix: str, base: Path, stack: ExitStack) -> Path:
     """Make a folder for this user alone that goes in the end, and remove those of processes that were killed."""
-    for left in base.iterdir():
-        owner = re.fullmatch(rf"{re.escape(prefix)}(\d+)-\w+", left.name)
+    for leftover in base.iterdir():
+        owner = re.fullmatch(rf"{re.escape(prefix)}(\d+)-\w+", leftover.name)
         if owner and not psutil.pid_exists(int(owner[1])):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=base))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -216,18 +216,18 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         wanted, timeout = self.request.workers, self.request.timeout
         until = None if timeout is None else time.monotonic() + timeout
         with tqdm(total=wanted, desc="workers", unit="worker", leave=False) as bar:
-            while (here := len(self.scheduler.workers)) < wanted:
+            while (came := len(self.scheduler.workers)) < wanted:
                 standing = self.standing()
                 if self.trouble:
                     raise RuntimeError(self.trouble)
                 if until is not None and time.monotonic() > until:
                     raise TimeoutError(
-                        f"{here} of {wanted} workers came within timeout (={timeout}) seconds: {standing}. All jobs are"
+                        f"{came} of {wanted} workers came within timeout (={timeout}) seconds: {standing}. All jobs are"
                         " cancelled now; use a longer timeout=, or ask for less."
                         + self._log([*self._buried, *self._ids()])
                     )
-                if (bar.n, bar.postfix) != (here, standing):
-                    bar.n = here
+                if (bar.n, bar.postfix) != (came, standing):
+                    bar.n = came
                     bar.set_postfix_str(standing)
                 time.sleep(0.05)
             bar.n = wanted  # else tqdm leaves it in the notebook, red, as a failure
@@ -235,12 +235,12 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
 
     def standing(self) -> str:
         """What the jobs of missing workers wait for, such as "job 12 is 4th in the queue, PENDING (Resources)"."""
-        here = {worker.name for worker in list(self.scheduler.workers.values())}
+        present = {worker.name for worker in list(self.scheduler.workers.values())}
         places = self.places or {}
         alike: dict[str, list[str]] = {}
-        for job in sorted(self._ids(without=here), key=lambda job: (len(job), job)):
+        for job in sorted(self._ids(without=present), key=lambda job: (len(job), job)):
             alike.setdefault(str(places.get(job, "submitted")), []).append(job)
-        words = [f"job{'s' * (len(some) > 1)} {', '.join(some)}: {place}" for place, some in alike.items()]
+        words = [f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)}: {place}" for place, jobs in alike.items()]
         words += [f"the queue doesn't answer ({self._silence})"] * bool(self._silence)
         return "; ".join(words) or "submitting jobs"
 
@@ -251,9 +251,9 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
     async def _look(self) -> None:
         """Ask where jobs stand, and replace those that are lost."""
         now = time.monotonic()
-        here = {worker.name for worker in self.scheduler.workers.values()}
-        away = {name: job for name, job in self.workers.items() if name not in here and name in self.worker_spec}
-        for name in here:
+        present = {worker.name for worker in self.scheduler.workers.values()}
+        away = {name: job for name, job in self.workers.items() if name not in present and name in self.worker_spec}
+        for name in present:
             life = self._lives.setdefault(name, _Life())
             life.came, life.left = life.came or now, None
         if away and self._ask_places is not None:
@@ -305,9 +305,9 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
 
     def _log(self, jobs: Iterable[str]) -> str:
         """End of the logs of some jobs."""
-        own = [re.compile(rf"(?<!\d){re.escape(job)}(?!\d)") for job in jobs]  # job 1 is not job 12
-        there = filter(Path.is_file, self.folder.glob("[!.]*"))
-        files = [file for file in there if any(job.search(file.name) for job in own)]
+        patterns = [re.compile(rf"(?<!\d){re.escape(job)}(?!\d)") for job in jobs]  # job 1 is not job 12
+        logs = filter(Path.is_file, self.folder.glob("[!.]*"))
+        files = [file for file in logs if any(job.search(file.name) for job in patterns)]
         files.sort(key=lambda file: file.stat().st_mtime)
         lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
         return "\nThe end of its log:\n" * bool(lines) + "\n".join(lines[-LOG_LINES:])
@@ -339,8 +339,8 @@ def _job_class(kind: str, env: Mapping[str, str] | None) -> type:
     prefix = ""
     if env is not None:
         without = [f"--unset={name}" for name in os.environ if name not in env]
-        other = [f"{name}={value}" for name, value in env.items() if os.environ.get(name) != value]
-        prefix = shlex.join(["env", *without, *other]) + " "
+        changed = [f"{name}={value}" for name, value in env.items() if os.environ.get(name) != value]
+        prefix = shlex.join(["env", *without, *changed]) + " "
 
     class Job(base):
         submit_command = prefix + base.submit_command

@@ -75,13 +75,13 @@ def nodes(env: Mapping[str, str] | None) -> list[Node]:
     OSError
         If no Slurm answers; the message has its words.
     """
-    there = []
+    listed = []
     for row in fields(partial(_ask, env), ["sinfo", "--Node"], _NODE):
         memory = int(row["memory"]) * 2**20 if int(row["memory"]) > 1 else math.inf  # 1: Slurm's default
         limits = {"cpus": int(row["cpus"]), "memory": memory, "limit": seconds(row["limit"]) or math.inf}
         name = row["partition"].rstrip("*")
-        there.append(Node(**row | limits | {"partition": name, "default": name != row["partition"]}))
-    return there
+        listed.append(Node(**row | limits | {"partition": name, "default": name != row["partition"]}))
+    return listed
 
 
 def places(env: Mapping[str, str] | None) -> dict[str, Standing]:
@@ -93,19 +93,19 @@ def places(env: Mapping[str, str] | None) -> dict[str, Standing]:
         As `nodes`.
     """
     ask = partial(fields, partial(_ask, env), wanted=_JOB)
-    mine = ask(["squeue", f"--user={os.getuid()}", "--states=all"])
+    jobs = ask(["squeue", f"--user={os.getuid()}", "--states=all"])
     numbers: dict[tuple[str, str], int] = {}  # of jobs that wait, from 1 in each partition
-    if partitions := {row["partition"] for row in mine if row["state"] == "PENDING"}:
+    if partitions := {row["partition"] for row in jobs if row["state"] == "PENDING"}:
         ahead: Counter[str] = Counter()
         for row in ask(["squeue", "--states=PENDING", f"--partition={','.join(partitions)}", "--sort=-p,i"]):
             ahead[row["partition"]] += 1
             numbers[row["partition"], row["job"]] = ahead[row["partition"]]
     return {
-        row["job"]: Standing(row["state"], row["reason"], numbers.get((row["partition"], row["job"]))) for row in mine
+        row["job"]: Standing(row["state"], row["reason"], numbers.get((row["partition"], row["job"]))) for row in jobs
     }
 
 
-def check(request: Request, queue: str | None, there: list[Node]) -> None:
+def check(request: Request, queue: str | None, available: list[Node]) -> None:
     """Refuse what could never start.
 
     Raises
@@ -113,10 +113,10 @@ def check(request: Request, queue: str | None, there: list[Node]) -> None:
     ValueError
         If partition, walltime, cores, memory or number of workers are more than there is; the message says what is.
     """
-    names = sorted({node.partition for node in there})
+    names = sorted({node.partition for node in available})
     if unknown := [name for name in (queue or "").split(",") if name and name not in names]:
         raise ValueError(f"queue (={unknown[0]!r}) must be a partition of this Slurm: {', '.join(names)}.")
-    chosen = [node for node in there if (node.partition in queue.split(",") if queue else node.default)]
+    chosen = [node for node in available if (node.partition in queue.split(",") if queue else node.default)]
     if not chosen:
         raise ValueError(f"queue (={queue!r}) must be given, as this Slurm has no default: {', '.join(names)}.")
     where = ",".join(dict.fromkeys(node.partition for node in chosen))
@@ -140,15 +140,15 @@ def check(request: Request, queue: str | None, there: list[Node]) -> None:
         )
 
 
-def _ask(env: Mapping[str, str] | None, words: list[str], **more: str) -> str:
+def _ask(env: Mapping[str, str] | None, words: list[str], **variables: str) -> str:
     """Run one of Slurm's commands, with more in its environment; returns what it prints."""
     command = words[0]
     conf = (env or {}).get("SLURM_CONF")
     if conf and not os.path.exists(conf):  # Slurm itself would look for others, for a long time
         raise ConnectionError(f"its settings, {conf}, have gone")
     try:
-        own = {**(os.environ if env is None else env), **more}
-        done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        environment = {**(os.environ if env is None else env), **variables}
+        process = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except (FileNotFoundError, NotADirectoryError):  # the latter if PATH names what is no folder
         raise FileNotFoundError(f"{command} is not installed") from None
     except OSError as error:  # "Permission denied" also if PATH names a folder that this user can't enter
@@ -157,6 +157,6 @@ def _ask(env: Mapping[str, str] | None, words: list[str], **more: str) -> str:
         raise FileNotFoundError(f"{command} is nowhere on PATH where it can be run ({error.strerror})") from None
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command} gave no answer in {PATIENCE_SECONDS} s") from None
-    if done.returncode:
-        raise ConnectionError(done.stderr.strip() or f"{command} failed ({done.returncode})")
-    return done.stdout
+    if process.returncode:
+        raise ConnectionError(process.stderr.strip() or f"{command} failed ({process.returncode})")
+    return process.stdout

@@ -30,7 +30,7 @@ def temporary() -> Security:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hpclab")])
     now = datetime.now(UTC)
-    made = (
+    signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -41,7 +41,7 @@ def temporary() -> Security:
         .sign(key, hashes.SHA256())
     )
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    certificate = made.public_bytes(pem).decode()
+    certificate = signed.public_bytes(pem).decode()
     secret = key.private_bytes(pem, pkcs8, serialization.NoEncryption()).decode()
     files = {"tls_ca_file": certificate}
     for role in ("client", "scheduler", "worker"):

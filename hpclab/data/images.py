@@ -135,8 +135,8 @@ class Images:
         shard = np.searchsorted(self._ends, numbers, side="right")
         pixels = np.empty((*numbers.shape, *self.shape), np.uint8)  # (B, C, H, W)
         for s in np.unique(shard):
-            here = shard == s
-            pixels[here] = self._shards[s][numbers[here] - self._ends[s]]  # negative: from the shard's end
+            inside = shard == s
+            pixels[inside] = self._shards[s][numbers[inside] - self._ends[s]]  # negative: from the shard's end
         return np.divide(pixels, 255, dtype=np.float32), self.labels[numbers]
 
     def __repr__(self) -> str:

@@ -53,8 +53,8 @@ def write(
     arrays = {split: (np.asarray(images), np.asarray(labels)) for split, (images, labels) in splits.items()}
     for split, pair in arrays.items():
         _check(*pair, f"images of split {split!r}", f"labels of split {split!r}")
-    every = np.concatenate([labels for _, labels in arrays.values()])
-    least, most = int(every.min()), int(every.max())
+    all_labels = np.concatenate([labels for _, labels in arrays.values()])
+    least, most = int(all_labels.min()), int(all_labels.max())
     names = [*map(str, range(most + 1) if classes is None else classes)]
     if least < 0 or most >= len(names):
         raise ValueError(f"labels go from {least} to {most}; needed: 0 to {len(names) - 1}, of classes {names}.")

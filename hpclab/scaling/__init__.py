@@ -1,17 +1,13 @@
 """Sweeps over numbers of ranks, and what they prove."""
 
-from hpclab.scaling.collectives import WARM_ROUNDS as WARM_ROUNDS
 from hpclab.scaling.collectives import allreduce as allreduce
 from hpclab.scaling.collectives import network as network
-from hpclab.scaling.judge import IDEAL as IDEAL
-from hpclab.scaling.judge import NOISY as NOISY
 from hpclab.scaling.judge import fit as fit
 from hpclab.scaling.judge import regime as regime
 from hpclab.scaling.judge import remarks as remarks
 from hpclab.scaling.judge import summary as summary
 from hpclab.scaling.judge import verdict as verdict
 from hpclab.scaling.sweeps import sweep as sweep
-from hpclab.scaling.trials import LEAST_STEPS as LEAST_STEPS
 from hpclab.scaling.trials import split as split
 from hpclab.scaling.trials import throughput as throughput
 from hpclab.scaling.trials import trial as trial

@@ -1,7 +1,6 @@
 """The network between ranks: all-reduces measured, and the link that explains them."""
 
 import math
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,11 +9,8 @@ from distributed import Client
 from hpclab import laws
 from hpclab.gangs.launch import launch, whole_number
 from hpclab.gangs.rank import report
-from hpclab.network import Network
+from hpclab.network import WARM_ROUNDS, Network, allreduce_seconds
 from hpclab.rows import machine, some
-
-WARM_ROUNDS = 3
-"""Rounds of all-reduces that aren't counted."""
 
 
 def allreduce(
@@ -63,17 +59,8 @@ def allreduce(
 
 def _time_allreduce(sizes: tuple[int, ...], repeats: int) -> None:
     """What each rank runs: reports its seconds of each all-reduce, once all are done."""
-    import torch
-    import torch.distributed as dist
-
     order = sizes * (repeats + WARM_ROUNDS)
-    seconds = []
-    for size in order:
-        tensor = torch.zeros(size // 4)
-        dist.barrier()
-        start = time.perf_counter()
-        dist.all_reduce(tensor)
-        seconds.append(time.perf_counter() - start)
+    seconds = allreduce_seconds(order)
     for step in range(len(sizes) * WARM_ROUNDS, len(order)):
         report(kind="allreduce", step=step, nbytes=order[step], duration_s=seconds[step])
 

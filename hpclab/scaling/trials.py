@@ -75,7 +75,7 @@ def trial(rows: list[dict]) -> dict:
 def throughput(rows: list[dict]) -> float:
     """Samples a second that a training run took in, over all ranks, tests and the warm-up left out."""
     steps = _warm(rows)
-    seconds = max(sum(row["step_s"] for row in mine) for mine in grouped(steps, "rank").values())
+    seconds = max(sum(row["step_s"] for row in group) for group in grouped(steps, "rank").values())
     return sum(row["samples"] for row in steps) / seconds
 
 
@@ -131,10 +131,10 @@ def split(rows: list[dict]) -> list[dict]:
     if len(ranks := grouped(steps, "rank")) == 1:
         shortest = dict.fromkeys(shortest, 0.0)
     splits = []
-    for rank, mine in ranks.items():
-        comm = statistics.fmean(shortest[row["step"]] for row in mine) if waits else None
-        straggle = None if comm is None else statistics.fmean(row["wait_s"] for row in mine) - comm
-        means = {name: _mean(mine, name) for name in ("step_s", "data_s", "compute_s")}
+    for rank, group in ranks.items():
+        comm = statistics.fmean(shortest[row["step"]] for row in group) if waits else None
+        straggle = None if comm is None else statistics.fmean(row["wait_s"] for row in group) - comm
+        means = {name: _mean(group, name) for name in ("step_s", "data_s", "compute_s")}
         splits.append({"kind": "split", "rank": rank, **means, "comm_s": comm, "straggle_s": straggle})
     return [row | {"source": source(rows)} for row in splits]
 
@@ -152,7 +152,9 @@ def _jitter(steps: list[dict]) -> float | None:
         return statistics.pstdev(row["step_s"] for row in steps)
     if not all("wait_s" in row for row in steps):
         return None
-    return statistics.fmean(statistics.pstdev(row["step_s"] - row["wait_s"] for row in mine) for mine in ranks.values())
+    return statistics.fmean(
+        statistics.pstdev(row["step_s"] - row["wait_s"] for row in group) for group in ranks.values()
+    )
 
 
 def _warm(rows: list[dict]) -> list[dict]:

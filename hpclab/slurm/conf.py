@@ -183,8 +183,8 @@ def _conf(
         lost_seconds=LOST_SECONDS,
         kill_seconds=KILL_SECONDS,
     )
-    for (name, address), own in zip(homes.items(), ports, strict=True):
-        text += f"NodeName={name} NodeAddr={address} Port={own} CPUs={settings.cpus} RealMemory={memory}\n"
+    for (name, address), node_port in zip(homes.items(), ports, strict=True):
+        text += f"NodeName={name} NodeAddr={address} Port={node_port} CPUs={settings.cpus} RealMemory={memory}\n"
     for number, (name, options) in enumerate(settings.partitions.items()):
         standard = {"Nodes": ",".join(homes), "Default": "NO" if number else "YES", "State": "UP"}
         standard |= {"MaxTime": settings.walltime} if settings.walltime else {}

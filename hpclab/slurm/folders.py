@@ -19,8 +19,8 @@ PATIENCE_SECONDS = 30
 
 def home() -> Path:
     """This user's private folder; one in /tmp if Slurm can't read the name of that where TMPDIR says."""
-    there = _private.folder()
-    return there if _readable(there / "slurm-12345678") or not os.access("/tmp", os.W_OK) else _private.folder("/tmp")
+    folder = _private.folder()
+    return folder if _readable(folder / "slurm-12345678") or not os.access("/tmp", os.W_OK) else _private.folder("/tmp")
 
 
 def _readable(folder: Path) -> bool:

@@ -217,11 +217,11 @@ class Slurm:
 
     def _run(self, command: list[str], input: str | None = None, cwd: str | Path | None = None, **env: str) -> str:
         self._check()
-        done = subprocess.run(command, env=self.env | env, cwd=cwd, input=input, capture_output=True, text=True)
-        if done.returncode:
+        process = subprocess.run(command, env=self.env | env, cwd=cwd, input=input, capture_output=True, text=True)
+        if process.returncode:
             self._check()
-            raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()}")
-        return done.stdout
+            raise RuntimeError(f"{' '.join(command)} failed ({process.returncode}): {process.stderr.strip()}")
+        return process.stdout
 
     def _check(self, *daemons: str) -> None:
         """Raise an error that says why daemons don't run; by default, those that a Slurm can't do without."""
@@ -302,7 +302,7 @@ def start(
     """
     settings = SlurmSettings(nodes, cpus, memory, scheduler, walltime, partitions or {"main": {}})
     paths = programs.find()
-    for left in reversed(range(ATTEMPTS)):
+    for tries_left in reversed(range(ATTEMPTS)):
         slurm = _keep(settings, paths, folder, detached)
         try:
             _boot(slurm)
@@ -310,7 +310,7 @@ def start(
         except BaseException as error:
             slurm.stop()
             shutil.rmtree(slurm.folder, ignore_errors=True)
-            if not left or TAKEN not in str(error):
+            if not tries_left or TAKEN not in str(error):
                 raise
     return slurm
 
@@ -324,12 +324,12 @@ def find(folder: str | Path | None = None) -> Slurm | None:
         That of the one wanted, if `start` was given one. Default: of several, one that was started detached is
         preferred, then the newest.
     """
-    there = []
+    running = []
     for path in [Path(folder).expanduser().absolute()] if folder else folders.own():
         with suppress(FileNotFoundError):  # it has just ended
             if folders.kept(path):
-                there.append(Slurm(path))
-    return max(there, key=lambda slurm: (slurm.owner is None, slurm.started_s), default=None)
+                running.append(Slurm(path))
+    return max(running, key=lambda slurm: (slurm.owner is None, slurm.started_s), default=None)
 
 
 def _keep(settings: SlurmSettings, paths: dict[str, str], wanted: str | Path | None, detached: bool) -> Slurm:
@@ -352,10 +352,10 @@ def _keep(settings: SlurmSettings, paths: dict[str, str], wanted: str | Path | N
 def _boot(slurm: Slurm) -> None:
     """Start the daemons, each when what it needs is there."""
 
-    def bring_up(names: list[str], there: Callable[[], bool]) -> None:
+    def bring_up(names: list[str], ready: Callable[[], bool]) -> None:
         def up() -> bool:
             slurm._check(*names)
-            return there()
+            return ready()
 
         slurm._call("start", *names)
         slurm._until(up, f"{', '.join(names)} to be up")

@@ -39,8 +39,8 @@ def install_line() -> str:
 def _which(program: str) -> str | None:
     """Path of a program; not that of a private Slurm's own `srun`, which whoever uses one has first on the PATH."""
     path = os.environ.get("PATH", "").split(os.pathsep)
-    others = [place for place in path if not os.path.exists(f"{place}/../slurmd.conf")]
-    return shutil.which(program, path=os.pathsep.join([*others, *SBIN]))
+    folders = [place for place in path if not os.path.exists(f"{place}/../slurmd.conf")]
+    return shutil.which(program, path=os.pathsep.join([*folders, *SBIN]))
 
 
 def _nss_wrapper() -> str | None:

@@ -48,10 +48,10 @@ class Job:
         from hpclab import models
 
         model = getattr(models, self.model) if isinstance(self.model, str) else self.model
-        made = model if isinstance(model, nn.Module) else model()
-        if not isinstance(made, nn.Module):
-            raise TypeError(not_a_module(made))
-        return made
+        module = model if isinstance(model, nn.Module) else model()
+        if not isinstance(module, nn.Module):
+            raise TypeError(not_a_module(module))
+        return module
 
 
 def not_a_module(model: object) -> str:

@@ -112,9 +112,9 @@ class _Replica:
         return loss
 
     def _restore(self, state: dict) -> None:
-        for name, own in self._recipe().items():
-            if state[name] != own:
-                raise ValueError(f"resume has {name} {state[name]}, this run {own}; they must be the same.")
+        for name, value in self._recipe().items():
+            if state[name] != value:
+                raise ValueError(f"resume has {name} {state[name]}, this run {value}; they must be the same.")
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
@@ -151,8 +151,8 @@ class _Replica:
 
     def _due(self) -> bool:
         """Whether it is time for a checkpoint; the end of an epoch has its own, after the test."""
-        every = self.job.checkpoint_every
-        return every is not None and self.step % every == 0 and not self._epoch_ends()
+        interval = self.job.checkpoint_every
+        return interval is not None and self.step % interval == 0 and not self._epoch_ends()
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -1,0 +1,178 @@
+"""Figures that one notebook draws, as those of `hpclab.plots`, from where they can be had, too."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from hpclab import figures
+from hpclab.figures import COLOURS, cloud, curve, finish, look
+from hpclab.language import translate_drawn as _
+from hpclab.plots import draw_band, draw_tracks, logarithmic
+from hpclab.rows import attempts, some
+
+if TYPE_CHECKING:
+    from hpclab.laws import LawFit
+
+
+def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw what each worker did when: a bar a task.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `tasks.spans`.
+    """
+    ax = figures.axes(ax)
+    titles = {"compute": _("computing"), "transfer": _("fetching what a task needs")}
+    rows = some(rows, "task")
+    workers = draw_tracks(ax, rows, "worker", "action", titles)
+    words = []
+    for worker, bars in workers.items():
+        busy = figures.number(1e3 * sum(duration for _start, duration in bars["compute"]))
+        line = _(
+            "worker {worker}: computing for {busy} ms, tasks: {tasks}",
+            worker=worker,
+            busy=busy,
+            tasks=len(bars["compute"]),
+        )
+        words.append(line)
+    ax.set_yticks(range(len(workers)), [_("worker {worker}", worker=worker) for worker in workers])
+    finish(ax, rows, _("milliseconds"), "", words)
+    return figures.legend_above(ax, columns=2)
+
+
+def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the seconds of the same work against the size of its tasks, and a law with its band and its knee.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `tasks.sweep`.
+    fit : laws.LawFit
+        As from `laws.fit_alpha_beta`, of the seconds against the number of tasks. Its knee is where handing out takes
+        as long as all the rest.
+    unseen : list of dict, optional
+        Rows that the law hasn't seen, to look whether it foretells them.
+    """
+    ax = figures.axes(ax)
+    rows = sorted(some(rows, "grain"), key=lambda row: (row["tasks"], row["duration_s"]))
+    unseen = some(unseen, "grain") if unseen else []
+    if len(works := {row["items"] for row in [*rows, *unseen]}) > 1:
+        raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one.")
+    items, words = works.pop(), []
+    for place, (word, some_rows) in enumerate({_("measured"): rows, _("not seen by the law"): unseen}.items()):
+        if some_rows:
+            sizes, seconds = zip(*((items / row["tasks"], row["duration_s"]) for row in some_rows), strict=True)
+            ax.plot(sizes, seconds, alpha=0.7, label=word, **figures.points(place))
+            words.append(cloud(word, sizes, seconds))
+    n = np.geomspace(max(2, min(fit.n)), max(row["tasks"] for row in rows + unseen), 100)
+    band = draw_band(ax, items / n, *fit.band(n, new=True), 2)
+    ax.plot(items / n, fit(n), color=COLOURS[2], label=_("alpha + beta x tasks, and its band for one more run"))
+    words.append(curve(_("the law"), items / n, fit(n)) + band)
+    knee = items * fit.values["beta"] / fit.values["alpha"] if fit.values["alpha"] else float("inf")
+    if knee < items:
+        ax.axvline(knee, color="black", linestyle=":", label=_("as long to hand out as to work"))
+        words.append(_("as long to hand out as to work: tasks of {knee}", knee=figures.number(knee)))
+    logarithmic(ax, "{x:,g}", "{x:g}")
+    finish(ax, rows, _("items in a task"), _("seconds for all"), words)
+    ax.legend(fontsize="small", edgecolor="none", framealpha=0.9)
+    return figures.set_font(ax)
+
+
+def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
+    """Ratios with their intervals, one below the other; rows are those of `ratios.paired`.
+
+    Parameters
+    ----------
+    label : str
+        What is over what.
+    """
+    ax = figures.subplots(size=(6.4, 0.8 + 0.6 * len(rows)))[1] if ax is None else ax
+    for place, row in enumerate(rows):
+        ends = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
+        ax.errorbar(row["ratio"], place, xerr=ends, capsize=4, **figures.points(0))
+    ax.set_yticks(range(len(rows)), [row["measure"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.axvline(1, color="black", linestyle=":")
+    words = [f"{row['measure']}: {row['ratio']:.4g} ({row['low']:.4g}-{row['high']:.4g})" for row in rows]
+    return finish(ax, rows, label, "", words)
+
+
+def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
+    """Draw the rate of operations against their intensity, below the two ceilings of this machine.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `roofline.measure`.
+    ceiling : dict
+        As from `roofline.ceilings`, with as many threads.
+    """
+    ax = figures.subplots(size=(8, 4.2))[1] if ax is None else ax
+    peak, bandwidth, ridge = ceiling["flops_per_s"], ceiling["bytes_per_s"], ceiling["ridge"]
+    rows = some(rows, "roofline")
+    intensities = [*(row["intensity"] for row in rows), ridge]
+    x = np.geomspace(min(intensities) / 2, max(intensities) * 4, 200)
+    label = _("the lower of both ceilings")
+    ax.plot(x, np.minimum(peak, bandwidth * x) / 1e9, color="black", label=label)
+    ax.axvline(ridge, color="0.5", linestyle=":", label=_("ridge"))
+    values = {"peak": figures.number(peak / 1e9), "bandwidth": figures.number(bandwidth / 1e9)}
+    words = [_("ceilings: {peak} Gflop/s and {bandwidth} GB/s", **values) + f", {_('ridge')} {figures.number(ridge)}"]
+    for place, row in enumerate(rows):
+        rate, roof = row["flops_per_s"], min(peak, bandwidth * row["intensity"])
+        values = {"name": row["name"], "rate": figures.number(rate / 1e9), "share": f"{rate / roof:.0%}"}
+        values |= {"intensity": figures.number(row["intensity"])}
+        words.append(_("{name}: {rate} Gflop/s at {intensity} flop a byte, {share} of the roof", **values))
+        style = figures.points(place) | {"markersize": 9}
+        if place >= len(figures.MARKERS):  # its marker is taken: hollow
+            style |= {"markerfacecolor": "white", "markeredgewidth": 2}
+        ax.plot(row["intensity"], rate / 1e9, label=row["name"], zorder=3, **style)
+    logarithmic(ax, "{x:,g}", "{x:,g}")
+    finish(ax, [*rows, ceiling], _("intensity (flop a byte)"), _("Gflop/s"), words)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+    return figures.set_font(ax)
+
+
+def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw how far a run has come, second by second: an attempt a line, and what was lost with each.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from ``Run.rows`` of `train`.
+    """
+    some(rows, "step")
+    ax = figures.axes(ax)
+    titles = {
+        "kept": _("steps that count"),
+        "lost": _("steps that were lost"),
+        "failure": _("failure"),
+        "restart": _("until the next attempt's first step"),
+    }  # each is named once
+    looks: dict[str, dict[str, Any]] = {
+        "kept": look(0) | {"marker": ""},
+        "lost": look(1) | {"marker": "", "linewidth": 2.5},
+        "failure": {"color": "black", "marker": "X", "linestyle": "none"},
+    }
+    words = []
+    for row in attempts(rows):
+        own = [step for step in rows if step["kind"] == "step" and step["attempt"] == row["attempt"]]
+        steps = sorted((step["time_s"], step["step"] + 1) for step in own if step["rank"] == 0)
+        done = row["first"] + row["kept"]
+        parts = {
+            "kept": [point for point in steps if point[1] <= done],
+            "lost": [point for point in steps if point[1] >= done] if row["first"] + len(steps) > done else [],
+        }
+        for name, points in parts.items():
+            if len(points) > 1:
+                ax.plot(*zip(*points, strict=True), label=titles.pop(name, None), **looks[name])
+        values = {"number": row["attempt"] + 1, "lost": row["last"] + 1 - done}
+        line = _("attempt {number}: steps {first} to {last}, {lost} of them lost", **row | values)
+        if row["cause"] is not None:
+            ends = row["end_s"], row["end_s"] + row["restart_s"]
+            ax.axvspan(*ends, color="0.85", linewidth=0, label=titles.pop("restart", None))
+            ax.plot(row["end_s"], row["last"] + 1, label=titles.pop("failure", None), **looks["failure"])
+            line += f" ({row['cause']})"
+        words.append(line)
+    return finish(ax, rows, _("seconds since the launch"), _("steps done"), words)

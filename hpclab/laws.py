@@ -447,9 +447,10 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
     width = _width(largest, reach)
     if not width <= TOLERANCE:
         repeats = math.ceil(min(width / TOLERANCE, MOST_REPEATS) ** 2)
+        share = f"{width:.0%}" if width < 10 else "more than 1000%"  # beyond that it no longer matters how wide
         often = f"each count {repeats} times as often, or also" if repeats <= MOST_REPEATS else "further out,"
         why = (
-            f"the measurements leave {_share(width)} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
+            f"the measurements leave {share} either way at {reach:g} workers, more than {TOLERANCE:.0%}."
             f" Measure {often} at {2 * most}."
         )
         return LawVerdict(None, why, [2 * most], fits)
@@ -482,11 +483,6 @@ def _width(largest: LawFit, n: float) -> float:
     return float((high - low)[0] / 2 / largest([n])[0])
 
 
-def _share(width: float) -> str:
-    """A width in words; beyond some it no longer matters how wide."""
-    return f"{width:.0%}" if width < 10 else "more than 1000%"
-
-
 @dataclass(frozen=True)
 class _Law:
     """A law as the fit needs it; all parameters are at least 0."""
@@ -514,20 +510,19 @@ def _of_usl(*upper: float) -> _Law:
         first = max(shares[0], 1e-6 * (n / x).min())
         return np.concatenate([[1 / first], shares[1:] / first])
 
+    def slopes(n: Array, g: float, sigma: float = 0.0, kappa: float = 0.0) -> list[Array]:
+        below = 1 + sigma * (n - 1) + kappa * n * (n - 1)
+        by_sigma = -g * n * (n - 1) / below**2
+        return [n / below, by_sigma, by_sigma * n][:count]
+
     return _Law(
         ("g", "sigma", "kappa")[:count],
         upper,
         lambda n, g, sigma=0.0, kappa=0.0: g * usl(n, sigma, kappa),
-        lambda n, *at: _usl_slopes(n, *at)[:count],
+        slopes,
         start,
         lambda n, x: (x, 1 / n, 1 / n**2)[:count],
     )
-
-
-def _usl_slopes(n: Array, g: float, sigma: float = 0.0, kappa: float = 0.0) -> list[Array]:
-    below = 1 + sigma * (n - 1) + kappa * n * (n - 1)
-    by_sigma = -g * n * (n - 1) / below**2
-    return [n / below, by_sigma, by_sigma * n]
 
 
 def _gustafson_start(n: Array, x: Array) -> Array:

@@ -1,7 +1,6 @@
 """A network that one can dial: what averaging gradients over it costs, and its emulation inside real training."""
 
 import dataclasses
-import mmap
 import os
 import queue
 import statistics
@@ -284,10 +283,8 @@ def _shared(rank: int, shape: tuple[int, int]) -> Array:
         handle, path[0] = tempfile.mkstemp()
         os.close(handle)
     dist.broadcast_object_list(path, src=0)
-    with open(path[0], "r+b") as file:
-        os.truncate(file.fileno(), 8 * shape[0] * shape[1])
-        memory = mmap.mmap(file.fileno(), 0)
+    shared = np.memmap(path[0], np.float64, "r+", shape=shape)  # each rank makes the file as long as need be
     dist.barrier()
     if rank == 0:
         os.unlink(path[0])
-    return np.frombuffer(memory, dtype=np.float64).reshape(shape)
+    return shared

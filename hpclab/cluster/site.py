@@ -140,7 +140,7 @@ def check(request: Request, queue: str | None, available: list[Node]) -> None:
         )
 
 
-def _ask(env: Mapping[str, str] | None, words: list[str], **variables: str) -> str:
+def _ask(env: Mapping[str, str] | None, *words: str, **variables: str) -> str:
     """Run one of Slurm's commands, with more in its environment; returns what it prints."""
     command = words[0]
     conf = (env or {}).get("SLURM_CONF")

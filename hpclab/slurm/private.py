@@ -82,7 +82,7 @@ class Slurm:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(self, *words: object, input: str | None = None, cwd: str | Path | None = None) -> str:
+    def run(self, *words: object, input: str | None = None, cwd: str | Path | None = None, **env: str) -> str:
         """Run a command of Slurm's against it, and return what it prints.
 
         Parameters
@@ -93,13 +93,21 @@ class Slurm:
             Text for its standard input, such as a job's script for ``sbatch``.
         cwd : path, optional
             Where it runs; default: here.
+        **env : str
+            Further variables of its environment.
 
         Raises
         ------
         RuntimeError
             If it fails, with what it said; or if this Slurm isn't up, with the end of its log.
         """
-        return self._run([str(word) for word in words], input=input, cwd=cwd)
+        self._check()
+        command = [str(word) for word in words]
+        process = subprocess.run(command, env=self.env | env, cwd=cwd, input=input, capture_output=True, text=True)
+        if process.returncode:
+            self._check()
+            raise RuntimeError(f"{' '.join(command)} failed ({process.returncode}): {process.stderr.strip()}")
+        return process.stdout
 
     def nodes(self) -> list[dict]:
         """All nodes; one row each.
@@ -111,7 +119,7 @@ class Slurm:
             "*" after it: it doesn't answer), ``reason`` and ``since_s`` of a state that someone set (epoch), ``cpus``,
             ``cpus_used``, ``memory_mb``, ``memory_used_mb`` (of 2**20 bytes), ``partitions``.
         """
-        return states.nodes(self._run)
+        return states.nodes(self.run)
 
     def jobs(self) -> list[dict]:
         """All jobs since the start, the ended ones too; one row each, by their number.
@@ -130,7 +138,7 @@ class Slurm:
         Slurm forgets none here within a year, and takes no more than 100,000. Its own log of those that have ended is
         ``completed`` in `folder`.
         """
-        return states.jobs(self._run)
+        return states.jobs(self.run)
 
     def kill(self, node: str) -> None:
         """Let a node fail, as by a loss of power: its slurmd and all processes of jobs on it end at once.
@@ -214,14 +222,6 @@ class Slurm:
     def _state(self, node: str) -> list[str]:
         """What Slurm's controller holds of a node, such as "DOWN" and "DRAIN"; sinfo mixes it up with other nodes'."""
         return self.run("scontrol", "--oneliner", "show", "node", node).split(" State=")[1].split()[0].split("+")
-
-    def _run(self, command: list[str], input: str | None = None, cwd: str | Path | None = None, **env: str) -> str:
-        self._check()
-        process = subprocess.run(command, env=self.env | env, cwd=cwd, input=input, capture_output=True, text=True)
-        if process.returncode:
-            self._check()
-            raise RuntimeError(f"{' '.join(command)} failed ({process.returncode}): {process.stderr.strip()}")
-        return process.stdout
 
     def _check(self, *daemons: str) -> None:
         """Raise an error that says why daemons don't run; by default, those that a Slurm can't do without."""

@@ -44,7 +44,7 @@ def fields(run: Run, command: list[str], wanted: str) -> list[dict]:
     """
     names, theirs = zip(*(pair.split("=") for pair in wanted.split()), strict=True)
     form = ",".join(f"{name}:{_WIDTH}{_MARK}" for name in theirs)
-    lines = run([*command, "--noheader", "-O", form], SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
+    lines = run(*command, "--noheader", "-O", form, SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
     return [dict(zip(names, map(str.strip, line.split(_MARK)), strict=True)) for line in lines]
 
 

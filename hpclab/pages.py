@@ -20,6 +20,7 @@ th, td { text-align: left; padding: .25rem .75rem; border-bottom: 1px solid #ddd
 <h1>{{ title }}</h1>
 {{ body | safe }}
 """
+HEADING = "<h2>{{ text }}</h2>"
 
 
 def html(template: str, **values: Any) -> str:

@@ -17,7 +17,7 @@ from hpclab.figures import Figure, source_word
 from hpclab.gangs.record import occupy
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
-from hpclab.pages import html
+from hpclab.pages import HEADING, html
 from hpclab.pages import page as page
 from hpclab.rows import some
 from hpclab.tables import Table, markup
@@ -144,7 +144,7 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def _section(title: str, *parts: str) -> list[str]:
-    return [html("<h2>{{ title }}</h2>", title=title), *parts]
+    return [html(HEADING, text=title), *parts]
 
 
 def _regime(trials: list[dict]) -> list[str]:

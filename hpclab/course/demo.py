@@ -1,6 +1,5 @@
 """The main job, in a minute: look at the machine, race 1 rank against 2, measure, and leave a page of it."""
 
-import html
 import itertools
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from hpclab.gangs.launch import whole_number
 from hpclab.gangs.record import occupy
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
+from hpclab.pages import HEADING, html
 from hpclab.rows import line
 from hpclab.tables import Table, markup
 from hpclab.training.start import train
@@ -107,9 +107,13 @@ def _figure(race: racing.Race, measured: list[dict]) -> Figure:
 def _page(place: Path, findings: Table, race: racing.Race, table: Table, shown: Figure) -> None:
     parts = [
         shown.picture(),
-        f"<h2>{_('The measurement')}</h2>{markup(table)}",
-        f"<h2>{_('The race')}</h2>{markup(race.table())}<p>{html.escape(race.verdict())}</p>",
-        f"<h2>{_('This machine')}</h2>{markup(findings)}",
-        f"<p>{_('All rows:')} <a href='rows.jsonl'>rows.jsonl</a></p>",
+        html(HEADING, text=_("The measurement")),
+        markup(table),
+        html(HEADING, text=_("The race")),
+        markup(race.table()),
+        html("<p>{{ verdict }}</p>", verdict=race.verdict()),
+        html(HEADING, text=_("This machine")),
+        markup(findings),
+        html("<p>{{ text }} <a href='rows.jsonl'>rows.jsonl</a></p>", text=_("All rows:")),
     ]
     (place / "index.html").write_text(study.page("hpclab: " + _("1 rank against 2"), parts), encoding="utf-8")

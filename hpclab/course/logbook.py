@@ -1,6 +1,5 @@
 """Which exercises passed in a working copy of the course, and when: kept in its folder, and sent nowhere."""
 
-import html
 import json
 import os
 import re
@@ -12,8 +11,10 @@ from pathlib import Path
 
 from hpclab import data
 from hpclab.course.copy import MANIFEST, slug
+from hpclab.course.submissions import check_cell
 from hpclab.language import language
 from hpclab.language import translate as _
+from hpclab.pages import html
 from hpclab.rows import append, lines
 from hpclab.tables import Table, markup
 
@@ -62,9 +63,9 @@ class Progress:
         return f"{self._headline()}\n\n{self._path_rows()}\n\n{self._notebook_rows()}"
 
     def _repr_html_(self) -> str:
-        headline = html.escape(self._headline())
-        tables = f"{markup(self._path_rows())}<br>{markup(self._notebook_rows())}"
-        return f'<div class="hpclab-progress"><p><strong>{headline}</strong></p>{tables}</div>'
+        page = '<div class="hpclab-progress"><p><strong>{{ headline }}</strong></p>{{ paths }}<br>{{ notebooks }}</div>'
+        paths, books = markup(self._path_rows()), markup(self._notebook_rows())
+        return html(page, headline=self._headline(), paths=paths, notebooks=books)
 
     def _headline(self) -> str:
         if self.folder is None:
@@ -144,13 +145,13 @@ def notebooks(course: Path) -> Iterator[dict]:
     ------
     dict
         ``notebook``, ``slug``, ``title``, ``minutes`` (None if it doesn't say), and ``exercises``: the ids of what
-        its graded cells check, in their order.
+        its check cells ask for, in their order.
     """
     for path in sorted(course.glob("*.ipynb")):
         translated = path.parent / "zh" / path.name
         edition = translated if language() == "zh" and translated.exists() else path
         cells = json.loads(edition.read_text("utf-8"))["cells"]
-        graded = [_source(cell) for cell in cells if cell["metadata"].get("nbgrader", {}).get("grade")]
+        checks = filter(None, (check_cell(_source(cell)) for cell in cells if cell["cell_type"] == "code"))
         first = _source(cells[0]) if cells else ""
         minutes = re.search(r"^\| *(?:minutes|用时) *\|\D*(\d+)", first, re.MULTILINE)
         yield {
@@ -158,7 +159,7 @@ def notebooks(course: Path) -> Iterator[dict]:
             "slug": slug(path.name),
             "title": first.partition("\n")[0].removeprefix("# "),
             "minutes": int(minutes[1]) if minutes else None,
-            "exercises": re.findall(r"hpclab\.check\(\s*[\"']([^\"']+)", "\n".join(graded)),
+            "exercises": [check.exercise for check in checks],
         }
 
 
@@ -199,6 +200,5 @@ class _Link:
         return f"{self.title} ({self.name})"
 
     def __html__(self) -> str:
-        title, here = html.escape(self.title), (self.name, f"../{self.name}")
-        file = next((path for path in here if Path(path).is_file()), None)
-        return f'<a href="{html.escape(file)}">{title}</a>' if file else title
+        file = next((path for path in (self.name, f"../{self.name}") if Path(path).is_file()), None)
+        return html('<a href="{{ file }}">{{ title }}</a>' if file else "{{ title }}", file=file, title=self.title)

@@ -1,7 +1,6 @@
 """Predictions with intervals, written down before the run; their score afterwards; and a report of both."""
 
 import hashlib
-import html
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpclab.language import translate as _
+from hpclab.pages import HEADING, html
 from hpclab.rows import append, lines, some
 from hpclab.tables import Table, markup
 
@@ -266,19 +266,20 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
     )
     mean = _("Mean score: {score:.2f}", score=total(scores))
     measured = some(rows, "trial")
+    terms = "<dl>{% for name, text in meaning.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>"
     parts = [
-        f"<h2>{_('Written before the run')}</h2>",
+        html(HEADING, text=_("Written before the run")),
         markup(Table([written])),
-        f'<p style="overflow-wrap: anywhere">sha256: {html.escape(entry["sha256"])}</p>',
-        "<dl>" + "".join(f"<dt>{html.escape(n)}</dt><dd>{html.escape(t)}</dd>" for n, t in meaning.items()) + "</dl>",
-        f"<h2>{_('Predicted and measured')}</h2>",
+        html('<p style="overflow-wrap: anywhere">sha256: {{ sha256 }}</p>', sha256=entry["sha256"]),
+        html(terms, meaning=meaning),
+        html(HEADING, text=_("Predicted and measured")),
         figure(scores, measured).picture(),
         markup(table(scores)),
-        f"<p><strong>{mean}</strong></p>",
+        html("<p><strong>{{ mean }}</strong></p>", mean=mean),
         *study.sections([row for row in rows if row.get("regime") != "setting"]),
     ]
     if trials:
-        parts += [f"<h2>{_('Other settings')}</h2>", markup(settings)]
+        parts += [html(HEADING, text=_("Other settings")), markup(settings)]
     place = Path(path).expanduser()
     place.write_text(study.page(_("Capstone: predict, then measure"), [*parts, study.carried(rows)]), "utf-8")
     return place

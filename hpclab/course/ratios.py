@@ -1,18 +1,18 @@
 """By how much one thing differs from another on a machine that drifts: ratios from measurements in turn."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hpclab.language import translate as _
-from hpclab.laws import quantile
+from hpclab.laws import LEVEL, quantile
 
 Measures = Mapping[str, Callable[[Any], float]]
 
 
-def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float = 0.95) -> list[dict]:
+def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float = LEVEL) -> list[dict]:
     """Measure two things in turn, and give the ratio of the other to the one, with an interval.
 
     Parameters
@@ -21,7 +21,7 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
         Each is called with `one` and with `other`, and returns a number above 0.
     rounds : int
         How often, >= 2; each round gives a ratio of its own, since machines drift.
-    level : float, default 0.95
+    level : float, default LEVEL
         Of the interval, by Student's t on the ratios' logarithms.
 
     Returns
@@ -37,19 +37,37 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
     """
     if rounds < 2:
         raise ValueError(f"rounds (={rounds}) must be >= 2, as one ratio has no interval.")
-    wide = quantile(level, rounds - 1) / np.sqrt(rounds)
-    logs: dict[str, list[float]] = {name: [] for name in measures}
+    ratios: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(rounds):
         for name, measure in measures.items():
             first, second = (one, other) if turn % 2 == 0 else (other, one)
             values = [measure(first), measure(second)][:: (-1) ** turn]
             if not min(values) > 0:
                 raise ValueError(f"measures[{name!r}] gave {min(values)!r}; a ratio needs numbers above 0.")
-            logs[name].append(float(np.log(values[1] / values[0])))
+            ratios[name].append(values[1] / values[0])
     return [
-        {"measure": name, **_ends(np.mean(log), wide * np.std(log, ddof=1)), "rounds": rounds, "source": "measured"}
-        for name, log in logs.items()
+        {"measure": name, **interval(ratios[name], level), "rounds": rounds, "source": "measured"} for name in measures
     ]
+
+
+def interval(ratios: Sequence[float] | np.ndarray, level: float = LEVEL) -> dict[str, float]:
+    """Geometric mean of ratios from two rounds or more, and the ends of its interval: `ratio`, `low`, `high`.
+
+    Parameters
+    ----------
+    ratios : array_like, shape (rounds,)
+        Each above 0.
+    level : float, default LEVEL
+        Of the interval, by Student's t on the ratios' logarithms.
+
+    Examples
+    --------
+    >>> interval([2.0, 2.0, 2.0])["low"].round(6)
+    np.float64(2.0)
+    """
+    logs = np.log(ratios)
+    half = quantile(level, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    return dict(zip(("ratio", "low", "high"), np.exp(logs.mean() + half * np.array([0, -1, 1])), strict=True))
 
 
 def sooner(cases: Mapping[str, Callable[[], Any]], baseline: Callable[[], Any], rounds: int, calls: int) -> list[dict]:
@@ -88,7 +106,3 @@ def told(row: dict) -> str:
     if row["low"] <= 1 <= row["high"]:
         return _("no difference shown ({low:.2f} to {high:.2f})", **ends)
     return _("{ratio:.2f} ({low:.2f} to {high:.2f})", ratio=row["ratio"], **ends)
-
-
-def _ends(middle: Any, half: Any) -> dict[str, Any]:
-    return {"ratio": np.exp(middle), "low": np.exp(middle - half), "high": np.exp(middle + half)}

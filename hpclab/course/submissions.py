@@ -245,7 +245,7 @@ def assignments(folder: Path) -> list[Assignment]:
     course = []
     for path in sorted(folder.glob("*.ipynb")):
         cells = _cells(read(path))
-        checks = {_id(cell): step for cell in cells if (step := _check(_text(cell))) is not None}
+        checks = {_id(cell): step for cell in cells if (step := check_cell(_text(cell))) is not None}
         if checks:
             course.append(Assignment(path.stem, [_id(cell) for cell in cells], checks))
     if not course:
@@ -349,7 +349,7 @@ def steps(notebook: dict, assignment: Assignment) -> list[Step]:
     codes = [cell for cell in _cells(notebook) if cell["cell_type"] == "code"]
     for number, cell in enumerate(codes, start=1):
         text = _text(cell)
-        theirs = _check(text)
+        theirs = check_cell(text)
         check = named.get(theirs.exercise) if theirs else None
         check = check or assignment.checks.get(_id(cell))
         if check is None:
@@ -382,7 +382,7 @@ def _id(cell: Any) -> str:
     return str(cell["metadata"].get("nbgrader", {}).get("grade_id") or cell.get("id", ""))
 
 
-def _check(code: str) -> Step | None:
+def check_cell(code: str) -> Step | None:
     """A check cell, cut into the code before `hpclab.check(...)` and the answer; None if it is no such cell."""
     if "check" not in code or len(code) > LONGEST_CHECK:
         return None

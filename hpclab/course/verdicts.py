@@ -1,6 +1,5 @@
 """What a check answers: a verdict with a reason; and how checks are named, and call what they check."""
 
-import html
 import os
 import random
 import signal
@@ -11,6 +10,14 @@ from typing import Any, NoReturn
 
 from hpclab.course import fork
 from hpclab.language import translate as _
+from hpclab.pages import html
+
+RESULT = (
+    '<div class="hpclab-result" role="status" data-status="{{ result.status }}" '
+    'style="border-left: 5px solid {{ colour }}; padding: 4px 10px">'
+    '<span aria-hidden="true" style="color: {{ colour }}">{{ symbol }}</span> '
+    "<strong>{{ label }}</strong>: {{ result.message }}</div>"
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         symbol, label, colour = self._look()
-        return (
-            f'<div class="hpclab-result" role="status" data-status="{self.status}" '
-            f'style="border-left: 5px solid {colour}; padding: 4px 10px">'
-            f'<span aria-hidden="true" style="color: {colour}">{symbol}</span> '
-            f"<strong>{label}</strong>: {html.escape(self.message)}</div>"
-        )
+        return html(RESULT, result=self, symbol=symbol, label=label, colour=colour)
 
     def _look(self) -> tuple[str, str, str]:
         """Symbol, label and colour (Okabe and Ito's, told apart by colour-blind readers)."""

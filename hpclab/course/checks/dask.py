@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpclab.course.ratios import interval
 from hpclab.course.verdicts import (
     Result,
     apart,
@@ -180,16 +181,15 @@ def _race_chunks(client: Any, cut: object, workers: int, count: int = 300, item_
 def _judge_race(spent: dict[str, list[float]]) -> Result:
     ratios = {}
     for name, baseline in {"items": _("a task for each item"), "workers": _("a task for each worker")}.items():
-        ratio, low, high = _ratio(spent[name], spent["yours"])
-        comparison = {"baseline": baseline, "ratio": ratio, "low": low, "high": high}
-        if high < 1:
+        comparison: dict[str, Any] = {"baseline": baseline, **interval(np.array(spent[name]) / spent["yours"])}
+        if comparison["high"] < 1:
             return failed(
                 _(
                     "In this run {baseline} took {ratio:.2f} times as long as your chunks: yours are slower.",
                     **comparison,
                 )
             )
-        if low < 1:
+        if comparison["low"] < 1:
             return inconclusive(
                 _(
                     "Good by the model, but in this run {baseline} took {low:.2f} to {high:.2f} times as long: the"
@@ -197,7 +197,7 @@ def _judge_race(spent: dict[str, list[float]]) -> Result:
                     **comparison,
                 )
             )
-        ratios[name] = f"{ratio:.1f} ({low:.1f}-{high:.1f})"
+        ratios[name] = "{ratio:.1f} ({low:.1f}-{high:.1f})".format(**comparison)
     return passed(
         _(
             "The serial result, and sooner: in turns with yours, a task for each item took {items} times as long, and a"
@@ -211,16 +211,6 @@ def _planted(items: Any, wait_s: float) -> list[int]:
     """Work on a chunk: its items' squares, after a wait."""
     time.sleep(wait_s)
     return [int(item) ** 2 for item in items]
-
-
-def _ratio(seconds: list[float], others: list[float]) -> tuple[float, float, float]:
-    """By how much one takes longer than another in the same turn: the mean ratio, and the ends of its interval."""
-    from hpclab import laws
-
-    logs = np.log(np.array(seconds) / others)
-    half = laws.quantile(laws.LEVEL, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
-    ratio, low, high = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
-    return float(ratio), float(low), float(high)
 
 
 @exercise("dask.bytes", forked=False)

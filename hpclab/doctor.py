@@ -25,7 +25,7 @@ def examine(quick: bool = False) -> Table:
     """
     facts = machine.describe()
     findings = [
-        (_("CPUs"), f"{facts['cpus']}", _limit(facts["cpus"], facts["cpus_host"])),
+        (_("CPUs"), f"{facts['cpus']}", _limit(facts["cpus"], facts["cpus_host"]) + _threads()),
         (_("memory"), f"{facts['memory_gb']} GB", _limit(facts["memory_gb"], facts["memory_host_gb"])),
         (_("system"), facts["system"], f"{facts['cpu']}, Python {facts['python']}"),
         ("torch", facts["torch"] or _("missing"), _gpus(quick) if facts["torch"] else "pip install torch"),
@@ -50,6 +50,13 @@ def _limit(usable: float, host: float) -> str:
     if usable < host:
         return _("the host has {host}; affinity, cgroup or ulimit allow less", host=host)
     return _("all of the host's")
+
+
+def _threads() -> str:
+    cores = machine.cores()
+    if cores is None or cores >= len(machine.affinity()):
+        return ""
+    return _("; hardware threads of {cores} cores: two of one core together are less than twice as fast", cores=cores)
 
 
 def _gpus(quick: bool) -> str:

@@ -28,6 +28,17 @@ def cpus() -> int:
     return max(1, min(len(affinity()), math.floor(_cpu_quota())))
 
 
+def cores(system: str = "/sys/devices/system/cpu") -> int | None:
+    """Cores behind the CPUs that this process may use; fewer than those where they are hardware threads.
+
+    None where the system doesn't tell. A virtual machine may hide it, and then shows a core for each hardware thread.
+    """
+    try:
+        return len({Path(f"{system}/cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in affinity()})
+    except OSError:
+        return None
+
+
 def cpu_pool() -> tuple[str, str, int]:
     """The machine, which of its CPUs this process may use, and their number.
 

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpclab"
 LAYERS = (
     "_arguments _dask _namesakes _private language live machine pages rows sites tables",
-    "data figures laws models plots",
+    "data figures laws models plots ratios",
     "queues views",
     "gangs slurm",
     "checkpoint cluster forecast network timeline",

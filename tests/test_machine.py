@@ -75,6 +75,18 @@ def test_affinity_counts():
     assert ask("machine.cpus()", "taskset", "-c", first) == "1"
 
 
+@pytest.mark.parametrize(("siblings", "cores"), [("{cpu}", 8), ("{core}", 4)], ids=["cores", "hardware threads"])
+def test_hardware_threads_of_a_core_are_one(tmp_path, monkeypatch, siblings, cores):
+    monkeypatch.setattr(machine, "affinity", lambda: list(range(8)))
+    assert machine.cores(str(tmp_path)) is None
+    for cpu in range(16):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(
+            siblings.format(cpu=cpu, core=f"{cpu - cpu % 2},{cpu - cpu % 2 + 1}")
+        )
+    assert machine.cores(str(tmp_path)) == cores
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v works on Linux")
 def test_ulimit_counts():
     assert ask("machine.memory()", "bash", "-c", 'ulimit -v 1500000; exec "$0" "$@"') == str(1500000 * 1024)

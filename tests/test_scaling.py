@@ -4,10 +4,12 @@ import functools
 import random
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from scipy import stats
 
 import hpclab
-from hpclab import laws, plots, scaling, study
+from hpclab import laws, plots, ratios, scaling, study
 from hpclab import rows as from_rows
 from hpclab.course import racing
 from hpclab.network import Network
@@ -207,6 +209,22 @@ def test_summary_pairs_the_rounds():
     assert (other["repeats"], other["speedup"]) == (1, pytest.approx(1.6)), "the round that both have"
     with pytest.raises(ValueError, match="rows hold no round with both 1 rank x 2 threads and the baseline"):
         scaling.summary([row for row in trials if (row["case"], row["repeat"]) in ((0, 0), (1, 2))])
+
+
+def test_paired_ratios_of_a_sweep_have_students_interval():
+    speeds = {1: [100, 50, 200, 80], 2: [180, 95, 390, 150]}
+    rows = [
+        trials([ranks], lambda _count, speed=speed: speed, kind="trial")[0] | {"case": ranks - 1, "repeat": repeat}
+        for ranks, all_speeds in speeds.items()
+        for repeat, speed in enumerate(all_speeds)
+    ]
+    (row,) = scaling.paired(rows)
+    low, high = stats.ttest_1samp(np.log(np.divide(speeds[2], speeds[1])), 0).confidence_interval(0.95)
+    assert [row["low"], row["high"]] == pytest.approx([np.exp(low), np.exp(high)])
+    assert (row["measure"], row["rounds"], row["source"]) == ("2 ranks", 4, "measured")
+    assert "no difference" not in ratios.told(row)
+    with pytest.raises(ValueError, match="rows hold 1 rounds of 2 ranks with the baseline; measure at least 2 in turn"):
+        scaling.paired([row for row in rows if row["ranks"] == 1 or row["repeat"] == 0])
 
 
 def test_sweep_interleaves(client):

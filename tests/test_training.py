@@ -179,6 +179,23 @@ def test_unused_parameters(client):
     assert hpclab.train(client, Half, "fashion_mnist", find_unused_parameters=True, **settings).result().weights
 
 
+def test_small_buckets_are_sent_during_the_backward_pass_and_change_no_weight(client):
+    """The linear layer's gradients come first; both convolutions' follow."""
+    settings = {"ranks": 2, "steps": 8, "trace": 2, "progress": False}
+    weights = []
+    for cap, order in ((None, "conv conv send"), (0.1, "send conv conv send")):
+        run = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", bucket_cap_mb=cap, **settings)
+        weights.append(run.result().weights)
+        events = json.loads((run.folder / "trace-0.json").read_text())["traceEvents"]
+        words = {"c10d::allreduce_": "send", "ConvolutionBackward0": "conv"}
+        events = sorted((event for event in events if event["name"] in words), key=lambda event: event["ts"])
+        assert " ".join(words[event["name"]] for event in events) == f"{order} {order}"
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight)
+    with pytest.raises(ValueError, match=r"bucket_cap_mb \(=0\) must be above 0, such as 0.1"):
+        hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=2, bucket_cap_mb=0)
+
+
 def test_a_model_by_name_is_the_class_of_that_name(client):
     public = {name for name, made in vars(hpclab.models).items() if getattr(made, "__module__", "") == "hpclab.models"}
     assert public == set(MODELS)

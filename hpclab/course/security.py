@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from distributed import Client, Security
 
 from hpclab.cluster import connect
-from hpclab.course.ratios import Measures, paired
 from hpclab.course.tasks import clock
+from hpclab.ratios import Measures, paired
 from hpclab.tables import Table
 
 PATIENCE_SECONDS = 10.0

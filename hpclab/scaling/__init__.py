@@ -3,6 +3,7 @@
 from hpclab.scaling.collectives import allreduce as allreduce
 from hpclab.scaling.collectives import network as network
 from hpclab.scaling.judge import fit as fit
+from hpclab.scaling.judge import paired as paired
 from hpclab.scaling.judge import regime as regime
 from hpclab.scaling.judge import remarks as remarks
 from hpclab.scaling.judge import summary as summary

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 
-from hpclab import laws
+from hpclab import laws, ratios
 from hpclab.rows import MACHINE, grouped, some, source
 
 COUNTS = ("ranks", "threads", "oversubscribe")
@@ -74,6 +74,42 @@ def summary(rows: list[dict]) -> list[dict]:
     """
     cases = _cases(rows)
     return [_summary(trials, cases[min(cases)]) | {"case": case} for case, trials in cases.items()]
+
+
+def paired(rows: list[dict], level: float = laws.LEVEL) -> list[dict]:
+    """How many times as fast as a sweep's first case each other one is, with an interval; drawn by `plots.ratios`.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `sweep`, of two rounds or more.
+    level : float, default laws.LEVEL
+        Of the interval, by Student's t on the logarithms of the ratios of each round.
+
+    Returns
+    -------
+    list of dict
+        One row a case but the first: ``measure`` (its label), ``ratio`` (the geometric mean of the rounds' ratios),
+        ``low``, ``high``, ``rounds``, ``source``, and the machine.
+
+    Raises
+    ------
+    ValueError
+        If a case shares fewer than two rounds with the first: one ratio has no interval.
+    """
+    cases = _cases(rows)
+    baseline = cases.pop(min(cases))
+    compared = []
+    for case in cases.values():
+        speedups, label = _speedups(case, baseline), case[0]["label"]
+        if len(speedups) < 2:
+            raise ValueError(
+                f"rows hold {len(speedups)} rounds of {label} with the baseline; measure at least 2 in turn."
+            )
+        known = {name: case[0][name] for name in MACHINE if name in case[0]}
+        ends = ratios.interval(speedups, level)
+        compared.append({"measure": label, **ends, "rounds": len(speedups), "source": source(case + baseline), **known})
+    return compared
 
 
 def remarks(rows: list[dict]) -> list[str]:

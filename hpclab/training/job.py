@@ -40,6 +40,8 @@ class Job:
     """Steps between checkpoints, besides those of each epoch."""
     find_unused_parameters: bool = False
     """Whether steps may leave parameters without a gradient."""
+    bucket_cap_mb: float | None = None
+    """MB of gradients that are averaged at once; None as DDP does by default."""
 
     def module(self) -> nn.Module:
         """The model, made if it isn't yet."""

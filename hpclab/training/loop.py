@@ -53,7 +53,9 @@ class _Replica:
         self.module = job.module()
         self.loss = job.loss or nn.functional.cross_entropy
         torch.manual_seed(job.seed + self.rank)
-        self.model = DistributedDataParallel(self.module, find_unused_parameters=job.find_unused_parameters)
+        self.model = DistributedDataParallel(
+            self.module, find_unused_parameters=job.find_unused_parameters, bucket_cap_mb=job.bucket_cap_mb
+        )
         if job.network is not None:
             job.network.attach(self.model)
         self.images = datasets.load(job.data, "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def train(
     trace: int = 0,
     checkpoint_every: int | None = None,
     find_unused_parameters: bool = False,
+    bucket_cap_mb: float | None = None,
     max_restarts: int = 0,
     min_ranks: int | None = None,
     resume: str | os.PathLike | None = None,
@@ -123,6 +125,10 @@ def train(
     find_unused_parameters : bool, default False
         Take a model of which a step may leave parameters unused, as DistributedDataParallel does with the argument of
         this name; without it such a model fails in its second step. It takes some time in each step.
+    bucket_cap_mb : float, optional
+        MB (2**20 bytes) of gradients that are averaged together, as DistributedDataParallel's argument of this name.
+        Smaller buckets are ready earlier, so more of their averaging hides behind the backward pass; each costs a
+        latency of its own. Default: DDP's, 1 MB for the first bucket and 25 MB for the others.
     max_restarts : int, default 0
         How often to go on from the newest checkpoint when a rank, a worker or a host is lost, or its job in a queue
         reaches its walltime. With as many ranks as before, the result is that of a run without losses, bit for bit.
@@ -165,10 +171,12 @@ def train(
     total = steps or epochs * steps_of_an_epoch
     if checkpoint_every is not None:
         checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
+    if bucket_cap_mb is not None and not 0 < bucket_cap_mb < math.inf:
+        raise ValueError(f"bucket_cap_mb (={bucket_cap_mb!r}) must be above 0, such as 0.1.")
     batch = batch_size * ranks
     job = Job(
         *(model, str(images.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
-        *(checkpoint_every, bool(find_unused_parameters)),
+        *(checkpoint_every, bool(find_unused_parameters), bucket_cap_mb),
     )
     sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)
     placing: dict[str, Any] = {"ranks": ranks, "threads": threads, "oversubscribe": oversubscribe, "wait": wait}

@@ -135,24 +135,28 @@ stage.run()
 #
 # **The same loss.** Two ranks with half a batch each, whose gradients are averaged, take the same step as one rank
 # with the whole batch. The curves differ in their seconds, not in their heights. (The small ripples differ, because
-# sums are rounded in another order. The notebook *cnn* makes that exact.)
+# sums are rounded in another order. That nothing else differs takes three conditions: equal halves, a loss that is a
+# mean, and a network without batch norm. The notebook *cnn* shows what happens without them.)
 #
-# **Sooner, but not twice.** If you have two CPUs, look at *times as fast*. What is missing to 2?
+# **Sooner, but not twice.** If you have two CPUs, look at *times as fast*. What keeps it below 2?
 #
 # - In each step the ranks wait for each other, and exchange 201 kB of gradients.
-# - Two busy CPUs share caches and memory, and also feed this notebook, the scheduler and your browser.
-# - *Start-up* isn't counted in *training*. Look at its column: for a training this short it matters more than anything
-#   else. That is Amdahl's law at work.
+# - Two busy CPUs share caches and memory, and also run this notebook, the scheduler and your browser.
+# - Your two "CPUs" may be one core. Cloud machines usually sell *hardware threads*: two of them share one core's arithmetic
+#   units, so both together are far from twice as fast as one. `hpclab.doctor.examine()` says so where the machine shows it.
+# - *Start-up* isn't counted in *training*. Look at its column, and compare it with the training. The first launch after
+#   `connect` is the slowest; later ones start from processes that have already loaded torch. No number of ranks makes
+#   start-up shorter, so its share grows as training gets faster: that is Amdahl's law at work.
 #
 # **One process with all threads** is the racer that many tutorials leave out. On a single machine, threads can be just
 # as good as ranks, and simpler. Ranks win when there is more than one machine, when Python itself is the bottleneck,
-# or when a step is too small to be cut into threads. Be honest to your reader: show both.
+# or when a step is too small to be cut into threads. Be honest with your readers: show both.
 #
 # **If you have one CPU**, the ranks took turns. The line marked *a CPU each* counts only the seconds in which a rank
 # was running: what two CPUs would show if talking cost nothing. It is *emulated*, and says so.
 #
-# **How sure are you?** Press *Race* twice more and compare the ratios. If they differ by a tenth, then a tenth is what
-# you may not claim. The notebook *scaling* teaches how to claim more.
+# **How sure are you?** Press *Race* twice more and compare the ratios. If they differ by 10 %, you cannot claim differences
+# below 10 %. The notebook *scaling* teaches how to claim more.
 
 # %% [markdown] id="close"
 # ## Close

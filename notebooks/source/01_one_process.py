@@ -245,8 +245,8 @@ learned = {name: [step() for _ in range(15)][-1] for name, step in learners.item
 hpclab.tables.Table({"step": name, "loss after 15 steps": f"{loss:.4f}"} for name, loss in learned.items())
 
 # %% [markdown] id="same-explain"
-# bf16 keeps 8 bits of each number's digits, so the last places of the loss differ; more than that should not. The weights
-# themselves stay in 32 bits.
+# A float32 has 24 significant bits, a bf16 only 8 of them: about two decimal digits. So the losses agree in their first
+# digits only. The weights themselves stay in 32 bits; only the products are taken in 16.
 
 # %% [markdown] id="bottleneck"
 # ## Exercise: name the bottleneck

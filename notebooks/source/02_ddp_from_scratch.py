@@ -235,8 +235,9 @@ alpha, beta = line.values["alpha"] / (2 * (RANKS - 1)), line.values["beta"] / (2
 print(f"a message: alpha {1e6 * alpha:.0f} microseconds, and {1e-9 / beta:.2f} GB a second (1 / beta)")
 
 # %% [markdown] id="time-explain"
-# **Explain.** Short vectors cost their latency, $2 (p - 1)$ times; that grows with the ranks, and no faster network
-# helps. So DDP gathers many small gradients into *buckets* of 25 MB before it sends them. On fewer CPUs than
+# **Explain.** Short vectors cost their latency, $2 (p - 1)$ times; that grows with the ranks, and more *bandwidth* doesn't
+# help. A network with a lower latency does, and so do fewer messages: DDP gathers many small gradients into *buckets* of
+# up to 25 MB before it sends them. On fewer CPUs than
 # ranks, most of $\alpha$ is the wait for one's turn, and the points scatter (that is why the figure says *emulated*).
 # Make `RANKS` as many as your CPUs, and run again: how much of it is left?
 #
@@ -300,8 +301,9 @@ else:
 # was summed once, by one rank, and the others have a copy. If every rank summed for itself, in its own order, the
 # weights would drift apart, a little more with every step, and nobody would notice.
 #
-# Why wasn't ours faster? DDP starts to send the last layers' gradients while it still computes those of the first; we
-# wait for all of them. The notebook *scaling* shows that overlap on a timeline.
+# Why does DDP not wait, as we do, until all gradients are there? Because it can send the last layers' gradients while it
+# still computes those of the first. *Can*: it sends full buckets only, and all gradients of this small network fit into one,
+# so here DDP sends as late as we do. The notebook *scaling* makes the buckets smaller, and shows the overlap on a timeline.
 
 # %% id="close"
 gang.close()

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import hpclab
 
-EPOCHS, REPEATS, STEPS = {"small": (1, 2, 15), "class": (2, 3, 20), "cluster": (10, 5, 200)}[SIZE]
+EPOCHS, REPEATS, STEPS = {"small": (1, 3, 15), "class": (2, 5, 20), "cluster": (10, 5, 200)}[SIZE]
 
 # %% [markdown] id="data"
 # ## The pictures
@@ -73,8 +73,48 @@ for step, chosen in enumerate(order[: 20 * 128].split(128)):
 # ranks start with the same weights, and take the same step with the same averaged gradient, then they *keep* the same
 # weights, without ever sending them.
 #
-# torch's `DistributedDataParallel` does the averaging while the backward pass still runs. `hpclab.train` puts it
-# around your model, deals out the pictures, and sends the rows of measurements here.
+# torch's `DistributedDataParallel` does the averaging. `hpclab.train` puts it around your model, deals out the pictures,
+# and sends the rows of measurements here.
+#
+# "The same gradient" holds on three conditions: the halves are equally large, the loss is a *mean* over the pictures, and no
+# layer looks at the batch as a whole. **Predict** which of these rows differ from the whole batch's gradient by more than
+# rounding.
+
+# %% id="conditions-do"
+pictures, classes = (torch.from_numpy(part) for part in images[list(range(128))])
+
+
+def gradient(net, part, reduction="mean"):
+    net.zero_grad()
+    cross_entropy(net(pictures[part]), classes[part], reduction=reduction).backward()
+    return torch.cat([weight.grad.flatten() for weight in net.parameters()])
+
+
+def distance(net, cut, reduction="mean"):
+    """Between the mean of two parts' gradients and the whole batch's, relative to the latter."""
+    whole, *parts = (gradient(net, part, reduction) for part in (slice(None), slice(0, cut), slice(cut, None)))
+    return float((sum(parts) / 2 - whole).norm() / whole.norm())
+
+
+normed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(784), torch.nn.Linear(784, 10))
+hpclab.tables.Table(
+    {"case": case, "relative difference": f"{distance(net, cut, reduction):.0e}"}
+    for case, net, cut, reduction in (
+        ("equal halves", hpclab.models.CNN(), 64, "mean"),
+        ("96 pictures and 32", hpclab.models.CNN(), 96, "mean"),
+        ("equal halves, a loss that is a sum", hpclab.models.CNN(), 64, "sum"),
+        ("equal halves, batch norm", normed, 64, "mean"),
+    )
+)
+
+# %% [markdown] id="conditions-explain"
+# **Explain.** The mean of two means is the mean of all only if both parts have the same size. A *sum* over the whole batch is
+# twice the mean of the two sums. And batch norm subtracts the mean of *its* batch: half a batch has another mean, so each
+# rank computes another function. (`torch.nn.SyncBatchNorm` has the ranks agree on the mean first.) `hpclab.train` deals out
+# equal parts and leaves out the rest; the course's CNN has no batch norm.
+
+# %% [markdown] id="connect-explain"
+# Now a cluster, and a function that trains on it:
 
 # %% id="connect"
 client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
@@ -120,10 +160,10 @@ hpclab.tables.Table(
 )
 
 # %% [markdown] id="same-explain"
-# **Explain.** Single precision keeps about seven digits, and a sum taken in another order is rounded otherwise. That is
-# all the difference there is. It isn't a fault of data parallelism: on one process with another number of threads you
-# would see the same. (With a large learning rate the early steps *amplify* such differences, as weather does. Then two
-# honest runs part visibly, and end equally good.)
+# **Explain.** Single precision keeps about seven digits, and a sum taken in another order is rounded differently. Under the
+# three conditions above that is all the difference there is. It isn't a fault of data parallelism: one process with another
+# number of threads shows the same. (A large learning rate *amplifies* such differences in the early steps, as weather does:
+# two correct runs part visibly, and end equally good.)
 
 # %% [markdown] id="sooner"
 # ## Sooner
@@ -141,8 +181,9 @@ print(race.verdict())
 # ## How sure?
 #
 # A race is one measurement on a machine that others use too. A **sweep** runs each case several times, in turn and in
-# shuffled order, so that a slow minute meets all cases alike. Each speed-up divides two runs of the *same* round. The
-# first steps aren't counted: they allocate memory and build the buckets of gradients.
+# shuffled order, so that a slow minute meets all cases alike. Each speed-up divides two runs of the *same* round: what slowed
+# both cancels. The interval is Student's, at 95 %, over the rounds. The first steps aren't counted: they allocate memory and
+# build the buckets of gradients.
 
 # %% id="measure-do"
 rows = hpclab.scaling.sweep(
@@ -152,25 +193,23 @@ rows = hpclab.scaling.sweep(
     repeats=REPEATS,
     progress=False,
 )
-summary = hpclab.scaling.summary(rows)
-figure, (left, right) = hpclab.figures.subplots(1, 2, size=(11, 4))
-hpclab.plots.throughput(summary, left)
-hpclab.plots.speedup(summary, right)
-hpclab.tables.Table(
-    {name: row[name] for name in ("label", "samples_per_s", "speedup", "speedup_low", "speedup_high", "efficiency")}
-    for row in summary
-)
+gains = hpclab.scaling.paired(rows)
+hpclab.plots.ratios(gains, "times as fast as 1 rank")
+hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.ratios.told(row)} for row in gains)
 
 # %% [markdown] id="measure-explain"
 # **Why wasn't it twice as fast?** Go through the suspects in order:
 #
 # - *Waiting for data*: the share of the step's time is in the rows (`data_share`).
-# - *Talking*: 201 kB of gradients a step, partly hidden behind the backward pass.
-# - *Sharing*: two busy CPUs share memory, caches, and this notebook's kernel, which draws.
+# - *Talking*: 201 kB of gradients a step. They all fit into one of DDP's buckets, which is full only when the backward pass
+#   ends, so none of it is hidden. (*scaling* shows how smaller buckets hide some.)
+# - *Sharing*: two busy CPUs share memory, caches, and this notebook's kernel, which draws. Hardware threads of one core even
+#   share its arithmetic units.
 # - *Smaller batches*: half a batch doesn't always take half the time.
 #
-# If the bars of two cases overlap, you haven't shown that they differ. With one CPU, nothing here can be sooner: the
-# rows say *emulated*.
+# An interval that holds 1 shows no difference. Few rounds make it wide, and rightly: bars from the lowest to the highest of
+# three runs would lie apart by chance once in ten times, and those of two runs once in three. To claim more, measure more
+# rounds. With one CPU, nothing here can be sooner: the rows say *emulated*.
 
 # %% id="data-share"
 {row["label"]: round(row["data_share"], 3) for row in rows}
@@ -180,7 +219,7 @@ hpclab.tables.Table(
 #
 # This rank's sampler deals out the pictures: each rank gets its share of one shuffled order. Below is how it is often
 # called, and it has a **bug** that never raises an error: something that should differ between epochs doesn't. The
-# model then sees the same batches in the same order again and again, and learns a little worse.
+# model then sees the same batches in the same order again and again, although the program asked for shuffling.
 #
 # `epoch_order(sampler, epoch)` shall return the list of pictures that this rank visits in that epoch. `sampler` is a
 # `torch.utils.data.DistributedSampler` that lives through all epochs. Mend it.
@@ -211,7 +250,8 @@ hpclab.check("cnn.order", epoch_order)
 # was, the weights move less far in an epoch: training looks slower, although each second does more.
 #
 # Write `scaled_lr(base_lr, base_batch, batch_size, ranks)`, so that one large step moves the weights as far as the
-# small steps that it replaces.
+# small steps that it replaces. The optimiser is SGD; this *linear* rule is its own. (Adam divides by the size of the
+# gradient, and is often scaled by the square root instead.)
 #
 # <details><summary>Hint</summary>
 #

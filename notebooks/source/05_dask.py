@@ -357,7 +357,7 @@ for where in reversed(clusters.values()):
 # - Independent pieces are *tasks*; what must talk is a *gang*. Both use the same workers.
 # - A graph is a plan. Compute together what shares work.
 # - A task costs a fixed time. It should take many times that, and there should be many more tasks than workers.
-# - Threads share memory and the GIL; processes have neither, and what they need is sent: so send it once.
+# - Threads share one memory and one GIL. Each process has its own of both, so what it needs must be sent: send it once.
 # - A queue costs waiting before, and nothing after.
 #
 # ### What breaks at scale

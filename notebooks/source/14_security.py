@@ -138,7 +138,8 @@ for name, read in {
 # - what a rank reports goes to its worker as JSON; your function, and what it returns, pass through the worker's code as bytes.
 #   Only the rank unpickles the function, which is yours, and only your notebook the value, which is your rank's.
 #
-# Dask's own messages *are* pickles. That is why its door must be shut before the first of them.
+# Dask's own messages are msgpack, a format like JSON, but they *carry* pickles: your functions, their arguments and their
+# results. Whoever may send a scheduler a task may run code. That is why its door must be shut before the first message.
 #
 # ## Where secrets leak
 #

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hpclab.course.ratios import interval
 from hpclab.course.verdicts import (
     Result,
     apart,
@@ -25,6 +24,7 @@ from hpclab.course.verdicts import (
     reject,
 )
 from hpclab.language import translate as _
+from hpclab.ratios import interval
 
 
 @contextmanager

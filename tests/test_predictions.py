@@ -100,11 +100,44 @@ def test_a_book_that_was_changed_is_found_out(change, tmp_path):
 
 
 def test_only_what_was_written_before_the_run_counts():
-    entries = [{"written": f"2026-01-01T12:0{minute}:00+0000", "name": minute} for minute in range(4)]
-    measured = [{"started": "2026-01-01T14:03:00+0200"}, {"started": "2026-01-01T14:02:30+0200"}]
-    assert predictions.before(entries, measured)["name"] == 2
-    with pytest.raises(ValueError, match=r"no prediction from before .*; measure anew"):
-        predictions.before(entries[3:], measured)
+    """And whoever has seen an earlier run is told so: run, look, rewrite and rerun can't be hidden."""
+    what = (
+        {"predicted": 0},
+        {"predicted": 1},
+        {"measures": "a"},
+        {"predicted": 3},
+        {"measures": "b"},
+        {"predicted": 5},
+    )
+    entries = [entry | {"written": f"2026-01-01T12:0{minute}:00+0000"} for minute, entry in enumerate(what)]
+    first = [{"started": "2026-01-01T14:03:30+0200"}, {"started": "2026-01-01T14:02:30+0200"}]
+    second = [{"started": "2026-01-01T14:04:00+0200"}]
+    entry = predictions.before(entries, first)
+    assert (entry["predicted"], entry["seen"]) == (1, 0)
+    entry = predictions.before(entries, second)
+    assert (entry["predicted"], entry["seen"]) == (3, 1)
+    for lacks in (entries[:2], entries[3:4] + entries[5:]):  # measured without having said so
+        with pytest.raises(ValueError, match=r"note no measurement that began before .*predictions.begin"):
+            predictions.before(lacks, second)
+
+
+def test_a_run_begins_after_a_prediction_and_stands_in_the_chain(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        predictions.begin("book", "results")
+    first = predictions.write("book", {"a": (1, 2)})
+    run = predictions.begin("book", tmp_path / "results")
+    assert predictions.write("book", {"a": (1, 2)}) == first, "the same again adds nothing, after a run either"
+    second = predictions.write("book", {"a": (1, 3)})
+    assert predictions.read("book") == [first, run, second]
+    assert (run["before"], second["before"]) == (first["sha256"], run["sha256"])
+    assert [row["content"] for row in predictions.history([first, run, second])] == [
+        "a: 1 - 2",
+        str(tmp_path / "results"),
+        "a: 1 - 3",
+    ]
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="holds no predictions; write them before you measure"):
+        predictions.begin("empty", "results")
 
 
 def test_a_huge_interval_and_a_bold_one_lose():
@@ -126,7 +159,10 @@ def test_the_report_is_one_file_with_all_in_it(tmp_path):
     found += [
         row | {"regime": "setting", "label": "far", "source": "emulated"} for row in found if row.get("ranks") == 2
     ][:1]
-    text = predictions.report(tmp_path / "r.html", entry, scores, found, {"strong": "two over one"}).read_text("utf-8")
+    run = predictions.begin("book", "later")
+    meaning = {"strong": "two over one"}
+    text = predictions.report(tmp_path / "r.html", entry, scores, found, meaning, [entry, run]).read_text("utf-8")
+    assert run["sha256"][:12] in text and "later" in text
     assert not re.search(r'(src|href)="(?!data:)', text), "it needs no other file"
     assert entry["sha256"] in text and entry["written"] in text and "two over one" in text
     assert text.count("<figcaption") == 5  # predictions, strong, weak, network, forecast

@@ -77,8 +77,8 @@ def write(path: str | os.PathLike, predicted: dict[str, tuple[float, float]], le
     """Write predictions down, at the end of a file that keeps all that were ever written, and return the new entry.
 
     Each entry has its time, and a hash over itself and the entry before: a later change of the file shows, in `read`.
-    (Who rewrites the whole file isn't found out; to prove it to others, tell them the hash before you measure.) The
-    same predictions again, with none in between, add nothing.
+    (Someone who writes the whole file anew isn't found out; to prove a prediction to others, tell them its hash before
+    you measure.) If the newest predictions are the same, nothing is added.
 
     Parameters
     ----------
@@ -99,21 +99,46 @@ def write(path: str | os.PathLike, predicted: dict[str, tuple[float, float]], le
     _probability(level)
     place = Path(path).expanduser()
     known = read(place) if place.exists() else []
-    if known and (known[-1]["predicted"], known[-1]["level"]) == (ends, level):
-        return known[-1]
-    entry = {
-        "predicted": ends,
-        "level": level,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "before": known[-1]["sha256"] if known else "",
-    }
+    newest = next((entry for entry in reversed(known) if "predicted" in entry), {"predicted": None, "level": None})
+    if (newest["predicted"], newest["level"]) == (ends, level):
+        return newest
+    return _chained(place, known, {"predicted": ends, "level": level})
+
+
+def begin(path: str | os.PathLike, folder: str | os.PathLike) -> dict:
+    """Note in a file of predictions that a measurement begins now, and return the entry; call it before you measure.
+
+    Parameters
+    ----------
+    path : path
+        Of the file.
+    folder : path
+        Where the measurement's rows will go.
+
+    Raises
+    ------
+    ValueError
+        If there are no predictions in the file yet, or it isn't as it was written.
+    FileNotFoundError
+        If there is no file.
+    """
+    place = Path(path).expanduser()
+    known = read(place)
+    if not any("predicted" in entry for entry in known):
+        raise ValueError(f"path (={str(path)!r}) holds no predictions; write them before you measure.")
+    return _chained(place, known, {"measures": os.fspath(folder)})
+
+
+def _chained(place: Path, known: list[dict], entry: dict) -> dict:
+    """Append an entry, with its time, and a hash over it and what is known already."""
+    entry |= {"written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "before": known[-1]["sha256"] if known else ""}
     entry["sha256"] = _digest(entry)
     append(place, entry)
     return entry
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """All predictions in a file, oldest first; a last line that was cut off, whose writing never ended, is none.
+    """All that `write` and `begin` noted in a file, oldest first; a last line whose writing never ended is none.
 
     Raises
     ------
@@ -132,19 +157,52 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def before(entries: list[dict], rows: list[dict]) -> dict:
-    """The newest predictions that were written before the first of these rows was measured.
+    """The newest predictions that were written before the measurement of these rows began.
+
+    Parameters
+    ----------
+    entries : list of dict
+        As from `read`.
+    rows : list of dict
+        What was measured.
+
+    Returns
+    -------
+    dict
+        The entry, and ``seen``: how many measurements had begun before it was written. Those aren't forecasts from
+        causes alone: the writer may have looked.
 
     Raises
     ------
     ValueError
-        If there are none: what is written afterwards is no prediction.
+        If no `begin` is noted from before the first row, or no prediction from before that: what is written
+        afterwards is no prediction.
     """
     started = min(datetime.fromisoformat(row["started"]) for row in rows)
     # Both clocks tell whole seconds; no run is over within the one in which it started.
     early = [entry for entry in entries if datetime.fromisoformat(entry["written"]) <= started]
-    if not early:
-        raise ValueError(f"entries hold no prediction from before {started}, when the measurement began; measure anew.")
-    return early[-1]
+    begun = [place for place, entry in enumerate(early) if "measures" in entry]
+    if not begun:
+        raise ValueError(
+            f"entries note no measurement that began before {started}, when the first row was measured; predict, call"
+            " predictions.begin(path, folder), and measure anew."
+        )
+    place = max(place for place in range(begun[-1]) if "predicted" in early[place])
+    return early[place] | {"seen": sum(run < place for run in begun)}
+
+
+def history(entries: list[dict]) -> Table:
+    """All that a file of predictions notes, to read: what was written when, and which measurement began when."""
+    return Table(
+        {
+            _("written"): entry["written"],
+            _("what"): _("measurement") if "measures" in entry else _("prediction"),
+            _("content"): entry.get("measures")
+            or "; ".join(f"{name}: {low:.3g} - {high:.3g}" for name, (low, high) in entry["predicted"].items()),
+            "sha256": entry["sha256"][:12],
+        }
+        for entry in entries
+    )
 
 
 def score(entry: dict, measured: dict[str, float]) -> list[dict]:
@@ -232,7 +290,14 @@ def figure(scores: list[dict], rows: Sequence[dict]) -> "Figure":
     return shown
 
 
-def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[dict], meaning: dict[str, str]) -> Path:
+def report(
+    path: str | os.PathLike,
+    entry: dict,
+    scores: list[dict],
+    rows: list[dict],
+    meaning: dict[str, str],
+    entries: list[dict] | None = None,
+) -> Path:
     """Write predictions, scores, and the study that judged them, as one page that needs no other file and no network.
 
     Parameters
@@ -246,6 +311,8 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
         Of the study, as `study.read` gives them; and trials in other settings, whose ``regime`` is "setting".
     meaning : dict of str to str
         What each prediction is about, by its name.
+    entries : list of dict, optional
+        All of the file of predictions, as from `read`, to be shown too.
     """
     from hpclab import study
 
@@ -253,6 +320,7 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
         _("written"): entry["written"],
         _("first measured"): min(row["started"] for row in some(rows, "trial")),
         _("level"): f"{entry['level']:.0%}",
+        _("measurements begun before it was written"): entry.get("seen", 0),
     }
     trials = [row for row in rows if row.get("regime") == "setting"]
     settings = Table(
@@ -280,6 +348,8 @@ def report(path: str | os.PathLike, entry: dict, scores: list[dict], rows: list[
     ]
     if trials:
         parts += [html(HEADING, text=_("Other settings")), markup(settings)]
+    if entries:
+        parts += [html(HEADING, text=_("All predictions and measurements")), markup(history(entries))]
     place = Path(path).expanduser()
     place.write_text(study.page(_("Capstone: predict, then measure"), [*parts, study.carried(rows)]), "utf-8")
     return place

@@ -1,8 +1,8 @@
 # %% [markdown] id="title"
 # # Capstone: predict, then measure
 #
-# **You will** say in numbers, with intervals, how a training scales before you have seen it, measure it, and be scored: by a
-# rule that neither a huge interval nor a bold one can cheat. One page remains, which you can hand in.
+# **You will** say in numbers, with intervals, how a training scales before you have seen it, measure it, and be scored by a
+# rule that rewards neither a huge interval nor a bold one. At the end you have one page, which you can hand in.
 #
 # | | |
 # |---|---|
@@ -31,7 +31,7 @@ REPEATS, STEPS = {"small": (2, 12), "class": (3, 12), "cluster": (10, 100)}[SIZE
 BATCH = 96
 
 # %% [markdown] id="score"
-# ## Exercise: a score that can't be cheated
+# ## Exercise: a score that rewards honesty
 #
 # A prediction without an interval says nothing of how far to believe it; one from zero to infinity is never wrong, and
 # useless. So an interval has a price: **its width**, and if the value lies outside, also something **for each unit by which
@@ -102,6 +102,7 @@ hpclab.tables.Table(
 # look at how busy this machine is, and for *far* the arithmetic. A ring of eight ranks sends 14 messages, one after the other,
 # in each step, and a step of two ranks takes some tens of milliseconds. **The intervals below are ours, and not very good.
 # Change them**, then run the cell: it adds them to a file, with the time, and a hash over them and all that came before.
+# `begin`, below, adds to the same file that a measurement starts, so that everybody sees what was written before what.
 
 # %% id="predict-do"
 predicted = {
@@ -116,12 +117,13 @@ predictions.write(book, predicted)
 # %% [markdown] id="measure"
 # ## Measure
 #
-# On this machine, or on any cluster: put `hpclab.connect("slurm", workers=2, ...)` here, and nothing else changes. The
+# On this machine, or on any cluster: use `hpclab.connect("slurm", workers=2, ...)`, and nothing else changes. The
 # cases run in turn, again and again, so that a drift of the machine meets all of them alike.
 
 # %% id="measure-do"
 client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
 folder = Path("results", time.strftime("%Y%m%d-%H%M%S") + "-capstone")
+predictions.begin(book, folder)
 page = study.measure(client, [2], folder, batch_size=BATCH, steps=STEPS, repeats=REPEATS, oversubscribe=True)
 rows = study.read(page)
 
@@ -140,7 +142,7 @@ rows += [
 # %% [markdown] id="judge"
 # ## Be judged
 #
-# The ratios are medians over the rounds. Only predictions from before the first run count: of several, the newest.
+# The ratios are medians over the rounds. Only predictions from before the measurement count: of several, the newest.
 
 # %% id="judge-do"
 trials = {regime: [row for row in rows if row.get("regime") == regime] for regime in ("strong", "weak", "setting")}
@@ -151,7 +153,8 @@ measured = {
     "computing": float(np.median([row["compute_s"] / row["step_s"] for row in both])),
     "far": scaling.summary(trials["setting"])[1]["speedup"],
 }
-entry = predictions.before(predictions.read(book), trials["strong"] + trials["weak"])
+entries = predictions.read(book)
+entry = predictions.before(entries, trials["strong"] + trials["weak"])
 scores = predictions.score(entry, measured)
 predictions.figure(scores, rows)
 
@@ -183,6 +186,12 @@ hpclab.tables.Table(
 #
 # One page with everything: what you wrote and when, what was measured, on what machine, the figures, the scores, and the rows
 # themselves. It needs no other file and no network: open it from the file browser, or hand it in.
+#
+# **Can it be cheated?** Measure, look, write better intervals, measure again: the score improves, but the page says how many
+# measurements had begun before those intervals were written, and lists them all. Changing or leaving out an entry breaks the
+# chain of hashes. What remains possible: to measure without `begin` and look, or to delete the file and start over. No file
+# on your own disk can rule that out. If it matters, give the hash of your prediction to somebody else before you measure, as
+# registered clinical trials do.
 
 # %% id="report-do"
 meaning = {
@@ -191,7 +200,7 @@ meaning = {
     "computing": "share of a two-rank step that is computing",
     "far": "two ranks on a ring of eight, 5 ms and 1 Gb/s, over this machine's network",
 }
-predictions.report(folder / "report.html", entry, scores, rows, meaning)
+predictions.report(folder / "report.html", entry, scores, rows, meaning, entries)
 
 # %% [markdown] id="close"
 # ## Close
@@ -204,6 +213,7 @@ client.close()
 #
 # - A prediction is a number, an interval, a level, and a time before the measurement.
 # - The interval score is proper: neither a huge interval nor a bold one wins in the long run.
+# - A prediction counts only if others can see that it came before the measurement.
 # - A miss is worth more than a hit: it names what you didn't know.
 #
 # ### What breaks at scale

@@ -30,31 +30,34 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import hpclab
 from hpclab import bottlenecks, figures, plots, ratios, roofline, timeline
+from hpclab.course import malloc
 
 ROUNDS, BATCH = {"small": (4, 32), "class": (5, 64), "cluster": (20, 128)}[SIZE]
 
 # %% [markdown] id="step"
 # ## One step
 #
-# The step of the notebook *cnn*, with its four parts named for the profiler, and with three switches that we need later.
-# All are off: one thread, and torch's defaults.
+# The step of the notebook *cnn*, with its four parts named for the profiler, and with five switches that we need later.
+# All are off: one thread, and the defaults of torch and of the C library.
 
 
 # %% id="step-do"
 class Step:
     """A training step of one process; each call takes the next batch."""
 
-    def __init__(self, threads=1, channels_last=False, bf16=False, compiled=False):
+    def __init__(self, threads=1, channels_last=False, bf16=False, compiled=False, keep_memory=False):
         torch.manual_seed(0)
         self.images = hpclab.data.load("fashion_mnist", "train")
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = hpclab.models.CNN().to(memory_format=self.layout)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02)
         self.forward = torch.compile(self.model) if compiled else self.model
-        self.threads, self.bf16, self.taken = threads, bf16, 0
+        self.threads, self.bf16, self.keep_memory, self.taken = threads, bf16, keep_memory, 0
 
     def __call__(self):
         torch.set_num_threads(self.threads)
+        if not malloc.missing():
+            malloc.keep(self.keep_memory)
         with record_function("data"):
             first = self.taken * BATCH % 9_000
             inputs, labels = (torch.from_numpy(part) for part in self.images[list(range(first, first + BATCH))])
@@ -108,7 +111,7 @@ plots.timeline(timeline.named(traced), ax)
 # %% [markdown] id="profile-explain"
 # **Explain.** The backward pass computes two gradients, that of the weights and that of the input, where the forward pass
 # computes one result: so it takes about twice as long, or more. Inside both, a few operations take nearly all of the
-# time: convolutions, pooling and their gradients. Who makes the optimiser twice as fast gains next to nothing. That is
+# time: convolutions, pooling and their gradients. Doubling the optimiser's speed gains almost nothing. That is
 # Amdahl's law, within one step.
 #
 # The profile says *where* the time goes. It doesn't say whether that is *much*: for that, we must know what the machine
@@ -117,7 +120,7 @@ plots.timeline(timeline.named(traced), ax)
 # %% [markdown] id="roof"
 # ## The roof
 #
-# A core can do so many floating-point operations a second, and memory can bring so many bytes a second. An operation that
+# A core has a maximum rate of floating-point operations, and memory a maximum rate of bytes. An operation that
 # does few operations with each byte waits for memory, however fast the core is. How many it does with a byte is its
 # **intensity**; and so its rate can't exceed
 #
@@ -159,13 +162,14 @@ hpclab.tables.Table(roofline.against(rows, ceiling))
 # - The ceilings are what *we* reached, not what the data sheet says; the machine may have been busy while we measured.
 
 # %% [markdown] id="levers"
-# ## Four switches
+# ## Five switches
 #
 # | switch | what changes |
 # |---|---|
 # | threads | each operation is cut in pieces, one for each CPU |
 # | channels last | the channels of a pixel lie side by side in memory, as the fastest convolutions want them |
 # | bf16 | products take numbers of 16 bits: half the bytes; where the CPU has instructions for it, faster arithmetic |
+# | keep memory | `malloc` keeps what the step has freed for the next step, where it would give it back to the system |
 # | compile | torch writes C++ for the network, fuses what it can, and compiles it |
 #
 # **Predict** for each: how many times as fast as the plain step? Is one of them *slower*?
@@ -180,6 +184,8 @@ switches = {
     "channels last": {"channels_last": True},
     "bf16": {"bf16": True},
 }
+if not malloc.missing():
+    switches["keep memory"] = {"keep_memory": True}
 gains = ratios.sooner({name: Step(**switch) for name, switch in switches.items()}, plain, ROUNDS, calls=2)
 
 
@@ -215,6 +221,11 @@ hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)
 # - *bf16*: without instructions for it (look for `bf16` among the flags that `lscpu` shows) a CPU must convert each number
 #   to 32 bits and back, and it may be many times *slower*. On a GPU, or on a server of the last years, the same
 #   line is a gain. A switch that is right elsewhere can be wrong here: measure.
+# - *keep memory*: a step allocates some megabytes for its results and frees them. By default glibc's `malloc` returns large
+#   blocks to the system; in the next step the system must clear and map each page anew. That can take as long as the
+#   arithmetic. hpclab sets `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` in every rank, so all racers of the other
+#   notebooks have this switch on, the ones with one rank too: no speed-up there comes from it. A script of your own
+#   doesn't have it unless you set them.
 # - *compile*: fusing saves bytes of small operations. If the large ones, which a library does, take all of the time, there
 #   is little to save.
 

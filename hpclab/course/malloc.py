@@ -1,0 +1,30 @@
+"""Whether the C library keeps the memory that a process has freed, or gives it back to the system."""
+
+import ctypes
+import platform
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt(3): free memory at the top beyond which it is given back; size from which on an
+allocation is mapped by itself, and unmapped when it is freed."""
+KEPT, DEFAULT = 2**30, 2**17
+"""Bytes: as hpclab sets both in every rank, and glibc's own 128 kB."""
+
+
+def missing() -> bool:
+    """Whether this system has another C library than glibc, whose malloc can't be set so."""
+    return platform.libc_ver()[0] != "glibc"
+
+
+def keep(kept: bool) -> None:
+    """Have malloc keep freed memory of this process from now on, or give it back as it does by default.
+
+    Raises
+    ------
+    OSError
+        If this isn't glibc; see `missing`.
+    """
+    if missing():
+        raise OSError("only glibc's malloc can be set so, and this is another C library.")
+    size = KEPT if kept else DEFAULT
+    for parameter in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(parameter, size)

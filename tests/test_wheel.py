@@ -72,7 +72,7 @@ def test_the_wheel_carries_the_data_and_the_course_and_no_sources_of_theirs(whee
     assert notebooks
     assert {path.relative_to(ROOT).as_posix() for path in notebooks + data} <= shared
     others = {name for name in shared if name.startswith("notebooks/") and not name.endswith(".ipynb")}
-    assert others == {"notebooks/glossary.md"}
+    assert others == {"notebooks/glossary.md", "notebooks/scripts/train_ddp.py", "notebooks/scripts/train_ddp.sh"}
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hpclab"}
     assert wheel.stat().st_size < 12e6
 

@@ -38,7 +38,7 @@ class Summary:
 
 
 def copy_course(folder: str | Path, course: Path | None = None) -> Summary:
-    """Bring the course's notebooks and their glossary into a folder, or up to date there.
+    """Bring the course's notebooks, their glossary and scripts into a folder, or up to date there.
 
     A file that is missing is added, one that is as it was delivered is updated. One that the reader changed
     stays; if the course has changed too, the new one lands beside it, once, as `00_start.new.ipynb` (and as
@@ -136,7 +136,9 @@ def _copy(course: Path, folder: Path) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary(folder)
     delivered = _read_manifest(folder)
-    for path in sorted([*course.glob("*.ipynb"), *course.glob("zh/*.ipynb"), *course.glob("glossary.md")]):
+    for path in sorted(
+        [*course.glob("*.ipynb"), *course.glob("zh/*.ipynb"), *course.glob("glossary.md"), *course.glob("scripts/*")]
+    ):
         _deliver(path.relative_to(course).as_posix(), path.read_bytes(), delivered, summary)
         _write(folder / MANIFEST, json.dumps(delivered, indent=1, sort_keys=True).encode())
     return summary

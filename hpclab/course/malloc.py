@@ -18,13 +18,10 @@ def missing() -> bool:
 def keep(kept: bool) -> None:
     """Have malloc keep freed memory of this process from now on, or give it back as it does by default.
 
-    Raises
-    ------
-    OSError
-        If this isn't glibc; see `missing`.
+    Changes nothing where the C library isn't glibc; see `missing`.
     """
     if missing():
-        raise OSError("only glibc's malloc can be set so, and this is another C library.")
+        return
     size = KEPT if kept else DEFAULT
     for parameter in (TRIM_THRESHOLD, MMAP_THRESHOLD):
         ctypes.CDLL(None).mallopt(parameter, size)

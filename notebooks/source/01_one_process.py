@@ -56,8 +56,7 @@ class Step:
 
     def __call__(self):
         torch.set_num_threads(self.threads)
-        if not malloc.missing():
-            malloc.keep(self.keep_memory)
+        malloc.keep(self.keep_memory)
         with record_function("data"):
             first = self.taken * BATCH % 9_000
             inputs, labels = (torch.from_numpy(part) for part in self.images[list(range(first, first + BATCH))])
@@ -105,8 +104,7 @@ hpclab.tables.Table(
 )
 
 # %% id="timeline-do"
-figure, ax = figures.subplots(size=(10, 2.2))
-plots.timeline(timeline.named(traced), ax)
+plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 
 # %% [markdown] id="profile-explain"
 # **Explain.** The backward pass computes two gradients, that of the weights and that of the input, where the forward pass
@@ -183,9 +181,8 @@ switches = {
     f"threads: {threads}": {"threads": threads},
     "channels last": {"channels_last": True},
     "bf16": {"bf16": True},
+    "keep memory": {"keep_memory": True},
 }
-if not malloc.missing():
-    switches["keep memory"] = {"keep_memory": True}
 gains = ratios.sooner({name: Step(**switch) for name, switch in switches.items()}, plain, ROUNDS, calls=2)
 
 
@@ -221,7 +218,7 @@ hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)
 # - *bf16*: without instructions for it (look for `bf16` among the flags that `lscpu` shows) a CPU must convert each number
 #   to 32 bits and back, and it may be many times *slower*. On a GPU, or on a server of the last years, the same
 #   line is a gain. A switch that is right elsewhere can be wrong here: measure.
-# - *keep memory*: a step allocates some megabytes for its results and frees them. By default glibc's `malloc` returns large
+# - *keep memory* (shows no difference where the C library isn't glibc): a step allocates some megabytes for its results and frees them. By default glibc's `malloc` returns large
 #   blocks to the system; in the next step the system must clear and map each page anew. That can take as long as the
 #   arithmetic. hpclab sets `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` in every rank, so all racers of the other
 #   notebooks have this switch on, the ones with one rank too: no speed-up there comes from it. A script of your own
@@ -300,10 +297,8 @@ def diagnose(programs):
             loads.append(loaded - begun)
             works.append(time.perf_counter() - loaded)
         flops, nbytes = roofline.count(program.work, batch)
-        if statistics.median(loads) > statistics.median(works):
-            names.append("data")
-        else:
-            names.append("compute" if flops / nbytes > ceiling["ridge"] else "memory")
+        work = "compute" if flops / nbytes > ceiling["ridge"] else "memory"
+        names.append("data" if statistics.median(loads) > statistics.median(works) else work)
     return names
     ### END SOLUTION
 
@@ -327,7 +322,8 @@ hpclab.check("one-process.bottleneck", diagnose)
 # - Left of the ridge more arithmetic is free, and fewer bytes are what helps; right of it, the other way round.
 # - One process has switches that cost a line each. Which of them helps is a property of the machine: measure in turn, give
 #   the interval, and say "no difference shown" where it holds 1.
-# - The baseline of every speed-up to come is this *tuned* process, not the plain one.
+# - The other notebooks compare with a process that keeps memory, and with one that also uses all threads; their other switches
+#   are off. If one of those helped above, say so beside any speed-up that you claim.
 #
 # ### What breaks at scale
 #

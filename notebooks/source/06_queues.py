@@ -7,7 +7,7 @@
 # | | |
 # |---|---|
 # | objectives | write a job script and an array; read the queue and a Gantt chart; say why a job waits, and what makes it start sooner; run a training on a queue as you would on your laptop |
-# | prerequisites | the notebooks *start* and *faults* |
+# | prerequisites | the notebooks *start* and *cnn* |
 # | minutes | 45 to read and do, 20 of them for the exercises; under 3 to run |
 # | needs | Linux with Slurm's programs (Debian, Ubuntu: `apt install slurm-wlm munge libnss-wrapper`; Binder has them), 2 CPUs, 1.5 GB of memory, no network, no root |
 #
@@ -20,6 +20,7 @@ SIZE = os.environ.get("HPCLAB_SIZE", "class")
 
 # %% id="imports"
 import functools
+import sys
 import time
 from pathlib import Path
 
@@ -192,15 +193,47 @@ ax = plots.gantt(site.jobs())
 # **Explain.** Nothing. Slurm saw its node down, and the job on it failed. hpclab asked for another worker, which Slurm gave
 # a place on the spare node, and the gang went on there from its last checkpoint: to the last bit as if nothing had been.
 # When a job's *walltime* is about to end, it goes the same way, with a checkpoint just before.
+#
+# ## Without hpclab
+#
+# Most sites have Slurm and torch, and no hpclab. `train_ddp.py` is what `hpclab.train` does, as a script of its own: open it in
+# the file browser, folder *scripts*. What `launch` told each rank, it must learn from its environment: its number, how many
+# ranks there are, and where they meet. This job script takes them from Slurm:
+
+# %% id="without-look"
+scripts = hpclab.data.share() / "notebooks" / "scripts"
+for name in ("train_ddp.py", "train_ddp.sh"):
+    Path(name).write_text((scripts / name).read_text())
+print(Path("train_ddp.sh").read_text())
+
+# %% [markdown] id="without-predict"
+# **Predict**: the same network, data, seed, batch and ranks, once by `hpclab.train` and once by `sbatch`. In which digit will
+# their losses differ?
+
+# %% id="without-do"
+settings = {"ranks": 2, "batch_size": 64, "steps": 20, "oversubscribe": True, "progress": False}
+rows = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", **settings).result().rows
+client.close()
+ours = sum(row["loss"] for row in rows if row.get("step") == 19) / 2
+
+variables = f"--export=ALL,PYTHON={sys.executable},STEPS=20"
+files = ["train_ddp.sh", str(hpclab.data.find("fashion_mnist"))]
+print(site.run("sbatch", "--wait", variables, "--output=ddp.out", *files))
+print(Path("ddp.out").read_text().splitlines()[-1], f"by sbatch; {ours:.6f} by hpclab.train")
+
+# %% [markdown] id="without-explain"
+# **Explain.** Nothing in the mathematics changed, so at most the rounding did. What hpclab adds is around it: the start, rows
+# and plots, errors with the rank that failed, checkpoints and restarts. With `torchrun --nproc-per-node=2 train_ddp.py DATA` the
+# script runs on a machine without Slurm. The page *What is below each call* of the documentation names such a counterpart for
+# every call, and tells how to get from your laptop to a site: ssh, modules, transfer, accounting.
 
 # %% id="close-do"
-client.close()
 site.stop()
 
 # %% [markdown] id="backfill-exercise"
 # ## Exercise: slip through
 #
-# The machine of above again (2 nodes, 2 CPUs each, backfill): *long* runs on one node and has asked for 3 minutes; *wide*
+# The same machine as before (2 nodes, 2 CPUs each, backfill): *long* runs on one node and has asked for 3 minutes; *wide*
 # waits for both. Your job simulates three molecules: `simulate` takes 2 seconds with one CPU, and it can't know more than one.
 # You have no right to set priorities. Write the options with which your job is done before *wide* starts.
 #
@@ -251,7 +284,7 @@ hpclab.check("queues.array", script)
 # - A job says what it needs, and for how long at most; the queue decides when it gets it.
 # - First come, first served leaves holes. Backfill fills them with jobs that are short *and say so*.
 # - Many small things are one array, with a limit that leaves room for others.
-# - A training on a queue is the same cell; nodes that die and walltimes that end cost what was done since the last
+# - A training on a queue is the same cell, or a script of 50 lines that reads its rank from the environment; nodes that die and walltimes that end cost what was done since the last
 #   checkpoint.
 #
 # ### What breaks at scale

@@ -14,8 +14,7 @@ import sys
 import tempfile
 
 import hpclab
-from hpclab import machine, scaling
-from hpclab.course import racing
+from hpclab import machine, racing, scaling
 from hpclab.gangs.worker import MALLOC
 from hpclab.tables import Table
 

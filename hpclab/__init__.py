@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hpclab.cluster import connect as connect
     from hpclab.course.check import check as check
     from hpclab.course.logbook import progress as progress
-    from hpclab.course.racing import race as race
     from hpclab.gangs.attempt import RankError as RankError
     from hpclab.gangs.cells import CellError as CellError
     from hpclab.gangs.cells import CellInterrupt as CellInterrupt
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from hpclab.gangs.record import open_run as open_run
     from hpclab.gangs.run import Run as Run
     from hpclab.network import Network as Network
+    from hpclab.racing import race as race
     from hpclab.training.start import train as train
 
 _HOME = {
@@ -45,9 +45,9 @@ _HOME = {
     "connect": "cluster",
     "gang": "gangs.cells",
     "launch": "gangs.launch",
-    "race": "course.racing",
     "open_run": "gangs.record",
     "progress": "course.logbook",
+    "race": "racing",
     "report": "gangs.rank",
     "restore": "checkpoint",
     "save": "checkpoint",
@@ -61,7 +61,6 @@ _COURSE = (
     "grading",
     "playground",
     "predictions",
-    "racing",
     "roofline",
     "security",
     "tasks",
@@ -83,6 +82,7 @@ _MODULES = (
     "network",
     "plots",
     "queues",
+    "racing",
     "ratios",
     "rows",
     "scaling",

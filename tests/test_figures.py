@@ -7,8 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.core.formatters import DisplayFormatter
 
-from hpclab import figures, laws, plots, rows, tasks, views
-from hpclab.course import racing
+from hpclab import figures, laws, plots, racing, rows, tasks, views
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
 

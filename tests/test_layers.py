@@ -18,7 +18,7 @@ LAYERS = (
     "gangs slurm",
     "checkpoint cluster forecast network timeline",
     "scaling training",
-    "study",
+    "racing study",
     "course doctor",
     "cli",
 )

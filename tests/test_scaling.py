@@ -9,9 +9,8 @@ import pytest
 from scipy import stats
 
 import hpclab
-from hpclab import laws, plots, ratios, scaling, study
+from hpclab import laws, plots, racing, ratios, scaling, study
 from hpclab import rows as from_rows
-from hpclab.course import racing
 from hpclab.network import Network
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from distributed import Client
 
-from hpclab import doctor, machine, models, plots, scaling, study
+from hpclab import doctor, machine, models, plots, racing, scaling, study
 from hpclab.cluster import connect
-from hpclab.course import racing
 from hpclab.figures import Figure, source_word
 from hpclab.gangs.launch import whole_number
 from hpclab.gangs.record import occupy

@@ -9,8 +9,7 @@ import numpy as np
 from distributed import Client
 from IPython.display import HTML, DisplayHandle, display
 
-from hpclab import plots
-from hpclab.course import racing
+from hpclab import plots, racing
 from hpclab.figures import Figure
 from hpclab.forecast import Forecast
 from hpclab.gangs.run import Run

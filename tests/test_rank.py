@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hpclab
-from hpclab.gangs import errors, rank
+from hpclab.gangs import errors, host, rank
 from hpclab.gangs import run as runs
 
 
@@ -415,6 +415,7 @@ def start_daemons(mark):
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not host.FORK, reason="needs the zygote: only a subreaper is told of what has left its parent")
 @pytest.mark.parametrize("end", ["return", "kill", "raise"])
 def test_what_a_rank_has_started_ends_with_it(client, end):
     mark = {"return": "6001", "kill": "6002", "raise": "6003"}[end]

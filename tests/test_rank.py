@@ -502,6 +502,7 @@ def test_what_dies_at_once_again_and_again_is_not_tried_without_pause(client, mo
     assert pauses == [0.5, 1.0], "the first is tried at once"
 
 
+@pytest.mark.skipif(not host.FORK, reason="without fork there is no zygote")
 def test_a_zygote_that_can_not_import_is_told_once(tmp_path):
     folder = tmp_path / "first"
     folder.mkdir()

@@ -32,7 +32,7 @@ class DoubleCNN(hpclab.models.CNN):
 
 def fit(client, model=hpclab.models.CNN, **settings):
     settings = {"ranks": 1, "batch_size": 128, "epochs": 1, "seed": 3, "progress": False} | settings
-    return hpclab.train(client, model, "fashion_mnist", **settings).result(120)
+    return hpclab.train(client, model, "fashion_mnist", **settings).result(600)
 
 
 def losses(rows):

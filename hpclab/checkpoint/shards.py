@@ -5,6 +5,7 @@ written last: so the checkpoint is there whole or not at all. One part of torch'
 unpickles the list of what is where, which would run any code that it holds.
 """
 
+import inspect
 import pickle
 import sys
 import warnings
@@ -102,7 +103,10 @@ def join(folder: Path, saved: dict[str, Any], like: dict[Keys, torch.Tensor] | N
         tensors = {number: torch.empty(tensor.size, dtype=tensor.properties.dtype) for number, tensor in entries}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+            alone = "no_dist" in inspect.signature(dcp.load).parameters
+            load = dcp.load if alone else dcp.load_state_dict  # of torch 2.6, whose other one needs all ranks
+            load(tensors, storage_reader=reader, no_dist=True)
         like = {keys: tensors[str(number)] for number, keys in enumerate(places)}
     elif other := like.keys() ^ set(places):
         raise ValueError(f"state{where(other)} is sharded in this state or in checkpoint {folder}, not in both.")
@@ -157,6 +161,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What has this name, if it belongs there."""
+        module = module.removesuffix("._local")  # Python 3.13 alone calls it pathlib._local
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in DESCRIPTION.get(module, ()):
             return super().find_class(module, name)

@@ -346,12 +346,16 @@ class Run(Record):
         self._fruitless = 0 if self._attempt.reported else self._fruitless + 1
         if self._fruitless > 1:
             shortest, longest = PAUSE_SECONDS
-            for _ in self._waiting(min(longest, shortest * 2 ** (min(self._fruitless, 10) - 2))):
-                pass
+            self._pause(min(longest, shortest * 2 ** (min(self._fruitless, 10) - 2)))
         for waited in self._waiting(math.inf if self._settings.wait else ROOM_SECONDS):
             if seats := self._reseat(patient=waited < RETURN_SECONDS):
                 return seats
         return None
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before what has failed at once, again and again, is tried once more."""
+        for _ in self._waiting(seconds):
+            pass
 
     def _waiting(self, seconds: float) -> Iterator[float]:
         """Take in what happens for some time, if the run isn't stopped; yields, again and again, how long it has."""

@@ -10,6 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 from distributed import Security
 
+from hpclab.cluster import steady
+
 SECONDS = 5.0
 """How long a scheduler may take to greet."""
 _ALERTS = {
@@ -46,7 +48,7 @@ def temporary() -> Security:
     files = {"tls_ca_file": certificate}
     for role in ("client", "scheduler", "worker"):
         files |= {f"tls_{role}_cert": certificate, f"tls_{role}_key": secret}
-    return Security(require_encryption=True, **files)
+    return steady.Security(require_encryption=True, **files)
 
 
 def refusal(address: str, security: Security | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import distributed
@@ -26,10 +27,10 @@ def _steady(arguments: dict[str, Any]) -> dict[str, Any]:
 class Socket(ssl.SSLSocket):
     """A socket that handshakes, reads and writes once more after an error that may be another one's.
 
-    Python doesn't clear OpenSSL's queue of errors, one a thread, before it calls OpenSSL (cpython#148594). What a
-    connection that was closed has left there is so raised by the next one that has nothing to read, though it is sound;
-    from OpenSSL 3.4 on, each session ticket that nobody took leaves some. A scheduler then drops a worker that has just
-    come. To raise clears the queue, so a sound connection goes on at the second call, and a broken one fails again.
+    OpenSSL keeps a queue of errors for each thread. Python doesn't clear it before it calls OpenSSL (cpython#148594),
+    nor, from 3.12.9 and 3.13.2 on, when it raises what the system told OpenSSL. With OpenSSL 3.4 or newer, what a
+    closed connection left there is so raised by the next one that has nothing to read, though that is sound: a
+    scheduler then drops a worker that has just come. Here the queue is cleared, and a broken one fails again.
     """
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
@@ -46,7 +47,26 @@ def _twice(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except OSError as error:
-        # As Python names what the system has told OpenSSL: by its number since 3.12.9 and 3.13.2, before as "SYS".
-        if not isinstance(error, ConnectionError) and getattr(error, "library", None) != "SYS":
+        if not _from_system(error):
             raise
-    return call(*arguments)
+    _clear_errors()
+    try:
+        return call(*arguments)
+    except OSError as error:
+        if _from_system(error):
+            _clear_errors()
+        raise
+
+
+def _from_system(error: OSError) -> bool:
+    """Whether OpenSSL had it from the system; Python names that by its number, before 3.12.9 and 3.13.2 as "SYS"."""
+    return isinstance(error, ConnectionError) or getattr(error, "library", None) == "SYS"
+
+
+_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _clear_errors() -> None:
+    """Clear this thread's queue of errors: what Python itself does where no cipher of a list is known."""
+    with suppress(ssl.SSLError):
+        _context.set_ciphers("none-of-that-name")

@@ -136,9 +136,8 @@ def _copy(course: Path, folder: Path) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary(folder)
     delivered = _read_manifest(folder)
-    for path in sorted(
-        [*course.glob("*.ipynb"), *course.glob("zh/*.ipynb"), *course.glob("glossary.md"), *course.glob("scripts/*")]
-    ):
+    patterns = ("*.ipynb", "zh/*.ipynb", "glossary.md", "scripts/*.py", "scripts/*.sh")  # and no __pycache__
+    for path in sorted(path for pattern in patterns for path in course.glob(pattern)):
         _deliver(path.relative_to(course).as_posix(), path.read_bytes(), delivered, summary)
         _write(folder / MANIFEST, json.dumps(delivered, indent=1, sort_keys=True).encode())
     return summary

@@ -99,7 +99,8 @@ print(hpclab.__file__, images.folder, x.shape, len(copy_course("mine").added), s
     assert Path(data) == Path(module).parent / "_share" / "data" / "fashion_mnist"
     assert shape == "(2, 1, 28, 28)"
     assert (tmp_path / "mine" / "glossary.md").is_file()
-    assert int(copied) == len(list((tmp_path / "mine").rglob("*.ipynb"))) + 1 > 1
+    assert sorted(path.name for path in (tmp_path / "mine" / "scripts").iterdir()) == ["train_ddp.py", "train_ddp.sh"]
+    assert int(copied) == len(list((tmp_path / "mine").rglob("*.ipynb"))) + 3 > 3
 
 
 def test_doctor(user):

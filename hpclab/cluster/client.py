@@ -14,9 +14,10 @@ from distributed import Client, Security, SpecCluster
 
 from hpclab import _namesakes, machine
 from hpclab._arguments import size, whole_number
+from hpclab.cluster import steady
 from hpclab.cluster.healing import LocalCluster, root
 from hpclab.cluster.interrupt import IgnoreInterrupt
-from hpclab.cluster.tls import refusal, temporary
+from hpclab.cluster.tls import refusal
 from hpclab.gangs.run import stop_all
 from hpclab.gangs.scheduler import Ledger, aside, consult
 from hpclab.queues import LEAST_MEMORY, QUIET
@@ -94,7 +95,7 @@ def start(
                 n_workers=workers,
                 threads_per_worker=1,
                 memory_limit=limit,
-                security=temporary() if security is True else security or None,
+                security=steady.Security.temporary() if security is True else security or None,
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
                 zygote=zygote,

@@ -100,7 +100,7 @@ _MOVED = {
     **{name: f"course.{name}" for name in ("demo", "logbook", *_COURSE)},
 }
 """Where modules are whose paths of 0.1.0 stay."""
-MOVED_NAMES = {"hpclab.plots": dict.fromkeys(("grain", "ratios", "recovery", "roofline", "tasks"), "course.plots")}
+MOVED_NAMES = {"hpclab.plots": dict.fromkeys(("grain", "recovery", "roofline", "tasks"), "course.plots")}
 """Where names are that stay to be had from the module that they were in at 0.1.0."""
 IN_RANKS = (
     *(f"{__name__}.gangs.{name}" for name in ("buckets", "rank", "rank_cells", "rank_magics", "store")),

@@ -288,6 +288,25 @@ def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = N
     return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), words)
 
 
+def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
+    """Ratios with their intervals, one below the other; rows are those of `ratios.paired`.
+
+    Parameters
+    ----------
+    label : str
+        What is over what.
+    """
+    ax = figures.subplots(size=(6.4, 0.8 + 0.6 * len(rows)))[1] if ax is None else ax
+    for place, row in enumerate(rows):
+        ends = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
+        ax.errorbar(row["ratio"], place, xerr=ends, capsize=4, **figures.points(0))
+    ax.set_yticks(range(len(rows)), [row["measure"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.axvline(1, color="black", linestyle=":")
+    words = [f"{row['measure']}: {row['ratio']:.4g} ({row['low']:.4g}-{row['high']:.4g})" for row in rows]
+    return finish(ax, rows, label, "", words)
+
+
 class _Drawable(list):
     """Rows that `drawable` has been through."""
 

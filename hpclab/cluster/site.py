@@ -140,14 +140,14 @@ def check(request: Request, queue: str | None, available: list[Node]) -> None:
         )
 
 
-def _ask(env: Mapping[str, str] | None, *words: str, **variables: str) -> str:
-    """Run one of Slurm's commands, with more in its environment; returns what it prints."""
+def _ask(cluster: Mapping[str, str] | None, *words: str, env: Mapping[str, str]) -> str:
+    """Run one of Slurm's commands in a cluster's environment, with more in it; returns what it prints."""
     command = words[0]
-    conf = (env or {}).get("SLURM_CONF")
+    conf = (cluster or {}).get("SLURM_CONF")
     if conf and not os.path.exists(conf):  # Slurm itself would look for others, for a long time
         raise ConnectionError(f"its settings, {conf}, have gone")
     try:
-        environment = {**(os.environ if env is None else env), **variables}
+        environment = {**(os.environ if cluster is None else cluster), **env}
         process = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except (FileNotFoundError, NotADirectoryError):  # the latter if PATH names what is no folder
         raise FileNotFoundError(f"{command} is not installed") from None

@@ -28,9 +28,9 @@ class Socket(ssl.SSLSocket):
     """A socket that handshakes, reads and writes once more after an error that may be another one's.
 
     OpenSSL keeps a queue of errors for each thread. Python doesn't clear it before it calls OpenSSL (cpython#148594),
-    nor, from 3.12.9 and 3.13.2 on, when it raises what the system told OpenSSL. With OpenSSL 3.4 or newer, what a
-    closed connection left there is so raised by the next one that has nothing to read, though that is sound: a
-    scheduler then drops a worker that has just come. Here the queue is cleared, and a broken one fails again.
+    and 3.13 not even when it raises what the system told OpenSSL. What a closed connection left there is so raised by
+    the next one that has nothing to read, though that is sound: a scheduler then drops a worker that has just come
+    (seen with Python 3.13.5 and OpenSSL 3.5.9). Here the queue is cleared, and a broken connection fails again.
     """
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
@@ -59,7 +59,7 @@ def _twice(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _from_system(error: OSError) -> bool:
-    """Whether OpenSSL had it from the system; Python names that by its number, before 3.12.9 and 3.13.2 as "SYS"."""
+    """Whether OpenSSL had it from the system: to newer Pythons that is one of its errors, to older ones "SYS"."""
     return isinstance(error, ConnectionError) or getattr(error, "library", None) == "SYS"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from distributed import Client
 
 from hpclab import doctor, machine, models, plots, racing, scaling, study
+from hpclab._arguments import whole_number
 from hpclab.cluster import connect
 from hpclab.figures import Figure, source_word
-from hpclab.gangs.launch import whole_number
 from hpclab.gangs.record import occupy
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _

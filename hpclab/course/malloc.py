@@ -3,10 +3,12 @@
 import ctypes
 import platform
 
+from hpclab.gangs.host import MALLOC
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3): free memory at the top beyond which it is given back; size from which on an
 allocation is mapped by itself, and unmapped when it is freed."""
-KEPT, DEFAULT = 2**30, 2**17
+KEPT, DEFAULT = int(MALLOC["MALLOC_TRIM_THRESHOLD_"]), 2**17
 """Bytes: as hpclab sets both in every rank, and glibc's own 128 kB."""
 
 

@@ -13,8 +13,9 @@ from distributed import Client
 from IPython.display import HTML, DisplayHandle, display
 
 from hpclab import live, plots, views
+from hpclab._arguments import whole_number
 from hpclab.figures import Figure
-from hpclab.gangs.launch import gang_size, whole_number
+from hpclab.gangs.launch import gang_size
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
 from hpclab.network import Network

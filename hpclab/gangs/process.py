@@ -258,7 +258,7 @@ class _Standby(Process):
         self.pid = self.popen.pid
         self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr  # type: ignore
         self.watched = True
-        self._tell_watcher()
+        self._tell_watcher(f"+{self.pid}")
 
     @classmethod
     def prepare(cls) -> None:
@@ -280,7 +280,7 @@ class _Standby(Process):
         code = self.popen.poll()
         if code is not None and self.watched:
             self.watched = False
-            self._tell_watcher()
+            self._tell_watcher(f"-{self.pid}")
         return code
 
     def kill(self) -> None:
@@ -290,8 +290,9 @@ class _Standby(Process):
         else:
             self.popen.kill()
 
-    def _tell_watcher(self) -> None:
-        """Say that this one has started, or ended."""
+    @staticmethod
+    def _tell_watcher(news: str) -> None:
+        """Say that a rank has started, "+1234", or ended, "-1234"."""
         if _Standby.watcher is None:
             _Standby.watcher = subprocess.Popen(
                 [sys.executable, "-c", zygote_code("watch_over_ranks()")],
@@ -300,4 +301,4 @@ class _Standby(Process):
                 start_new_session=True,
             )
         with suppress(OSError):  # somebody has killed it
-            _Standby.watcher.stdin.write(f"{self.pid}\n".encode())  # type: ignore[union-attr]
+            _Standby.watcher.stdin.write(f"{news}\n".encode())  # type: ignore[union-attr]

@@ -170,14 +170,15 @@ class _Supervisor:
             self.outcome.failure = wire.Failed(type="RankDied", message=cause)
 
     def _take(self, message: wire.Message | Exception | None) -> None:
+        if isinstance(message, wire.Order):  # an error of the kernel's order is none of the rank's
+            self._obey(message)
+            return
         try:
             match message:
                 case None:
                     self.streams -= 1
                 case Exception():
                     raise message
-                case wire.Order():
-                    self._obey(message)
                 case _:
                     self._hear(message)
         except (KeyError, TypeError, ValueError) as error:  # the rank can't be understood

@@ -219,7 +219,8 @@ def watch_over_ranks() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     alive: set[int] = set()
     for line in sys.stdin:
-        alive ^= {int(line)}  # told when it starts, and when it has ended
+        pid = int(line[1:])
+        alive = alive | {pid} if line.startswith("+") else alive - {pid}
     for pid in alive:
         with suppress(OSError):  # it has ended meanwhile
             if sys.platform == "win32":

@@ -7,7 +7,8 @@ from typing import Any
 from distributed import Client
 
 from hpclab import laws
-from hpclab.gangs.launch import launch, whole_number
+from hpclab._arguments import whole_number
+from hpclab.gangs.launch import launch
 from hpclab.gangs.rank import report
 from hpclab.network import WARM_ROUNDS, Network, allreduce_seconds
 from hpclab.rows import machine, some

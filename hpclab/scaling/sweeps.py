@@ -10,8 +10,8 @@ from typing import Any
 from distributed import Client
 from tqdm.auto import tqdm
 
-from hpclab._arguments import plain
-from hpclab.gangs.launch import gang_size, whole_number
+from hpclab._arguments import plain, whole_number
+from hpclab.gangs.launch import gang_size
 from hpclab.gangs.run import Run
 from hpclab.rows import append, label, read
 from hpclab.scaling.judge import COUNTS

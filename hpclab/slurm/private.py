@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,7 +82,13 @@ class Slurm:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(self, *words: object, input: str | None = None, cwd: str | Path | None = None, **env: str) -> str:
+    def run(
+        self,
+        *words: object,
+        input: str | None = None,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> str:
         """Run a command of Slurm's against it, and return what it prints.
 
         Parameters
@@ -93,7 +99,7 @@ class Slurm:
             Text for its standard input, such as a job's script for ``sbatch``.
         cwd : path, optional
             Where it runs; default: here.
-        **env : str
+        env : mapping of str to str, optional
             Further variables of its environment.
 
         Raises
@@ -103,7 +109,8 @@ class Slurm:
         """
         self._check()
         command = [str(word) for word in words]
-        process = subprocess.run(command, env=self.env | env, cwd=cwd, input=input, capture_output=True, text=True)
+        environment = {**self.env, **(env or {})}
+        process = subprocess.run(command, env=environment, cwd=cwd, input=input, capture_output=True, text=True)
         if process.returncode:
             self._check()
             raise RuntimeError(f"{' '.join(command)} failed ({process.returncode}): {process.stderr.strip()}")

@@ -33,7 +33,7 @@ _JOB = """
 """The fields of our rows, and what sinfo and squeue call each; see ``-O`` in their manuals."""
 
 Run = Callable[..., str]
-"""Runs a command, with further variables in its environment, and returns what it prints."""
+"""Runs a command, with further variables of its environment in `env`, and returns what it prints."""
 
 
 def fields(run: Run, command: list[str], wanted: str) -> list[dict]:
@@ -44,7 +44,7 @@ def fields(run: Run, command: list[str], wanted: str) -> list[dict]:
     """
     names, theirs = zip(*(pair.split("=") for pair in wanted.split()), strict=True)
     form = ",".join(f"{name}:{_WIDTH}{_MARK}" for name in theirs)
-    lines = run(*command, "--noheader", "-O", form, SLURM_TIME_FORMAT="%s").split(f"{_MARK}\n")[:-1]
+    lines = run(*command, "--noheader", "-O", form, env={"SLURM_TIME_FORMAT": "%s"}).split(f"{_MARK}\n")[:-1]
     return [dict(zip(names, map(str.strip, line.split(_MARK)), strict=True)) for line in lines]
 
 

@@ -15,7 +15,8 @@ from distributed import Client
 from tqdm.auto import tqdm
 
 from hpclab import data as datasets
-from hpclab.gangs.launch import check_pickles, gang_size, launch, whole_number
+from hpclab._arguments import whole_number
+from hpclab.gangs.launch import check_pickles, gang_size, launch
 from hpclab.gangs.run import Run
 from hpclab.network import Network
 from hpclab.training.entry import replicate

@@ -188,10 +188,10 @@ hpclab.tables.Table(
 # themselves. It needs no other file and no network: open it from the file browser, or hand it in.
 #
 # **Can it be cheated?** Measure, look, write better intervals, measure again: the score improves, but the page says how many
-# measurements had begun before those intervals were written, and lists them all. Changing or leaving out an entry breaks the
-# chain of hashes. What remains possible: to measure without `begin` and look, or to delete the file and start over. No file
-# on your own disk can rule that out. If it matters, give the hash of your prediction to somebody else before you measure, as
-# registered clinical trials do.
+# measurements had begun before those intervals were written, and lists them all. Changing an entry, or leaving one out from
+# among the others, breaks the chain of hashes. What remains possible: to measure without `begin` and look, to cut entries off
+# the *end* of the file, or to delete it and start over. No file on your own disk can rule that out. If it matters, give the
+# hash of your prediction to somebody else before you measure, as clinical trials are registered.
 
 # %% id="report-do"
 meaning = {

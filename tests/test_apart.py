@@ -29,23 +29,23 @@ def descendants() -> list[int]:
     return sorted(process.pid for process in psutil.Process().children(recursive=True))
 
 
-def descriptors() -> set[str]:
-    """Of pipes and files, as a fork has; sockets are of the tests' cluster, whose threads open some at any time."""
-    links = {}
+def pipes() -> set[str]:
+    """All that a check opens here; sockets, event loops and files are the tests' cluster's, whose threads open some."""
+    links = set()
     for number in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # that of the listing itself
-            links[number] = os.readlink(f"/proc/self/fd/{number}")
-    return {number for number, link in links.items() if not link.startswith("socket:")}
+            links.add(os.readlink(f"/proc/self/fd/{number}"))
+    return {link for link in links if link.startswith("pipe:")}
 
 
 @pytest.fixture
 def nothing_left():
-    """Neither a process, nor a zombie, nor a descriptor stays."""
+    """Neither a process, nor a zombie, nor a pipe stays."""
     check("cnn.learning_rate", lr)  # what a first check opens once and for all
-    before = descendants(), descriptors()
+    before = descendants(), pipes()
     yield
     assert descendants() == before[0]
-    assert descriptors() <= before[1]  # one of an earlier test may be closed only now
+    assert pipes() <= before[1]  # one of an earlier test may be closed only now
 
 
 @pytest.fixture

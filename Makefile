@@ -35,7 +35,7 @@ test-quick: $(READY) ## what is most worth knowing while one works, in some minu
 	@$(BIN)/python -m pytest -n auto $(QUICK) $(ARGS)
 
 long: $(READY) ## what takes longer than CI has; benchmarks/long.jsonl keeps its figures
-	@HPCLAB_KILLS=$(ROUNDS) $(BIN)/python -m pytest -n auto -m "long or rounds" --record benchmarks/long.jsonl $(ARGS)
+	@HPCLAB_KILLS=$(ROUNDS) $(BIN)/python -m pytest -n auto -m "long or rounds" -o faulthandler_timeout=3600 --record benchmarks/long.jsonl $(ARGS)
 
 lint: $(READY) ## style and types
 	@$(BIN)/ruff check .

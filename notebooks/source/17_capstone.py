@@ -6,10 +6,10 @@
 #
 # | | |
 # |---|---|
-# | objectives | predict from causes; say how sure you are; write a score that rewards honesty; measure strong and weak scaling on any cluster; report it so that others can check it |
-# | prerequisites | the notebooks *start*, *cnn* and *scaling* |
+# | objectives | predict from causes; say how sure you are; write a score that rewards honesty; measure scaling, another network and a failure, on workers that a queue started; report it so that others can check it |
+# | prerequisites | the notebooks *start*, *cnn*, *scaling*, *queues* and *faults* |
 # | minutes | 45 to read and do, 15 of them for the exercise; under 3 to run |
-# | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
+# | needs | 2 CPUs (with one, rows say *emulated*), 2 GB of memory, 2 ranks, no network; Slurm's programs for the queue, else the workers are started without one |
 #
 # Words that are new to you stand in the [glossary](glossary.md#forecast), in English and in Chinese.
 
@@ -19,15 +19,16 @@ import os
 SIZE = os.environ.get("HPCLAB_SIZE", "class")
 
 # %% id="imports"
+import functools
 import time
 from pathlib import Path
 
 import numpy as np
 
 import hpclab
-from hpclab import predictions, scaling, study
+from hpclab import predictions, scaling, slurm, study
 
-REPEATS, STEPS = {"small": (2, 12), "class": (3, 12), "cluster": (10, 100)}[SIZE]
+REPEATS, STEPS, LONG = {"small": (2, 12, 40), "class": (3, 12, 80), "cluster": (10, 100, 1000)}[SIZE]
 BATCH = 96
 
 # %% [markdown] id="score"
@@ -90,17 +91,21 @@ hpclab.tables.Table(
 # ## Predict
 #
 # The course's CNN will be trained by one rank and by two, with a batch of 96 pictures: of all ranks together (*strong*), and
-# of each (*weak*). Then two ranks will feel the network of a cluster that isn't here: eight ranks in a ring, with 5 ms a
-# message and 1 Gb/s. Four numbers will come out:
+# of each (*weak*). Then two ranks will feel the network of a cluster that isn't here, eight ranks in a ring, with 5 ms a
+# message and 1 Gb/s; train a CNN with half the channels; and lose a rank in the middle. Six numbers will come out:
 #
 # - **strong**: how many times as fast two ranks are as one, with the same batch in all;
 # - **weak**: how many times as many pictures a second two ranks take in as one does, with the same batch each, divided by 2;
 # - **computing**: which share of a two-rank step (weak) a rank computes, rather than waits or fetches data;
-# - **far**: how fast two ranks are on that network, over how fast they are on this machine's.
+# - **far**: how fast two ranks are on that network, over how fast they are on this machine's;
+# - **narrow**: how many times as many pictures a second two ranks take in with half the channels. (The second convolution
+#   then does a quarter of the operations.)
+# - **failure**: how many times as long a training takes if one of its two ranks is killed halfway. Every tenth step writes
+#   a checkpoint.
 #
-# Write down an interval for each that holds with probability 0.9. Take what you know: your results of *cnn* and *scaling*, a
-# look at how busy this machine is, and for *far* the arithmetic. A ring of eight ranks sends 14 messages, one after the other,
-# in each step, and a step of two ranks takes some tens of milliseconds. **The intervals below are ours, and not very good.
+# Write down an interval for each that holds with probability 0.9. Take what you know: your results of *cnn*, *scaling* and
+# *faults*, a look at how busy this machine is, and for *far* the arithmetic. A ring of eight ranks sends 14 messages, one after
+# the other, in each step, and a step of two ranks takes some tens of milliseconds. **The intervals below are ours, and not very good.
 # Change them**, then run the cell: it adds them to a file, with the time, and a hash over them and all that came before.
 # `begin`, below, adds to the same file that a measurement starts, so that everybody sees what was written before what.
 
@@ -110,6 +115,8 @@ predicted = {
     "weak": (0.5, 1.0),
     "computing": (0.5, 0.95),
     "far": (0.1, 0.6),
+    "narrow": (2.0, 4.0),
+    "failure": (1.0, 1.5),
 }
 book = Path("predictions.jsonl")
 predictions.write(book, predicted)
@@ -117,27 +124,48 @@ predictions.write(book, predicted)
 # %% [markdown] id="measure"
 # ## Measure
 #
-# On this machine, or on any cluster: use `hpclab.connect("slurm", workers=2, ...)`, and nothing else changes. The
-# cases run in turn, again and again, so that a drift of the machine meets all of them alike.
+# The workers are jobs of a private Slurm, if its programs are here. On a site leave out `private=True`, and nothing else
+# changes. The cases run in turn, again and again, so that a drift of the machine meets all of them alike.
+
+# %% id="connect"
+if slurm.missing():
+    client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
+else:
+    client = hpclab.connect("slurm", private=True, workers=2, memory="1GB")
 
 # %% id="measure-do"
-client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
 folder = Path("results", time.strftime("%Y%m%d-%H%M%S") + "-capstone")
 predictions.begin(book, folder)
 page = study.measure(client, [2], folder, batch_size=BATCH, steps=STEPS, repeats=REPEATS, oversubscribe=True)
 rows = study.read(page)
 
 
-def train(client, ranks, **settings):
+# %% id="settings-do"
+def train(client, ranks=2, channels=(32, 64), **settings):
+    model = functools.partial(hpclab.models.CNN, channels=channels)
     fixed = {"batch_size": BATCH, "steps": STEPS, "oversubscribe": True, "progress": False}
-    return hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=ranks, **fixed | settings)
+    return hpclab.train(client, model, "fashion_mnist", ranks=ranks, **fixed | settings)
 
 
 far = hpclab.Network(latency=5e-3, bandwidth=1e9, ranks=8)
-cases = [{"ranks": 2}, {"ranks": 2, "network": far}]
-rows += [
-    row | {"regime": "setting"} for row in scaling.sweep(client, train, cases=cases, repeats=REPEATS, progress=False)
-]
+cases = [{"ranks": 2}, {"ranks": 2, "network": far}, {"ranks": 2, "channels": (16, 32)}]
+trials = scaling.sweep(client, train, cases=cases, repeats=REPEATS, progress=False)
+rows += [row | {"regime": "setting"} for row in trials]
+
+
+# %% id="failure-do"
+def seconds(kill):
+    """From the first step to the last, of a training that loses a rank halfway, or none."""
+    run = train(client, steps=LONG, checkpoint_every=10, max_restarts=3)
+    while kill and len(run.rows) < LONG:  # two ranks: half of their rows
+        time.sleep(0.02)
+    if kill:
+        run.kill(1)
+    attempts = hpclab.rows.attempts(run.result().rows)
+    return attempts[-1]["end_s"] - attempts[0]["start_s"]
+
+
+slower = [seconds(kill=True) / seconds(kill=False) for _ in range(REPEATS)]
 
 # %% [markdown] id="judge"
 # ## Be judged
@@ -152,6 +180,8 @@ measured = {
     "weak": scaling.summary(trials["weak"])[1]["efficiency"],
     "computing": float(np.median([row["compute_s"] / row["step_s"] for row in both])),
     "far": scaling.summary(trials["setting"])[1]["speedup"],
+    "narrow": scaling.summary(trials["setting"])[2]["speedup"],
+    "failure": float(np.median(slower)),
 }
 entries = predictions.read(book)
 entry = predictions.before(entries, trials["strong"] + trials["weak"])
@@ -163,14 +193,16 @@ predictions.table(scores)
 
 # %% [markdown] id="judge-explain"
 # **Explain** each miss, and each interval that was needlessly wide: what did you not know, or not use? Then look at how three
-# others would have done: one who is never wrong, one who is sure of the textbook (twice as fast, nothing lost, and
-# arithmetic that forgets that computing goes on), and one who knew the answer to 10 %.
+# others would have done: one who is never wrong, one who is sure of the textbook (twice as fast, nothing lost, a quarter of
+# the operations in a quarter of the time, and arithmetic that forgets that computing goes on), and one who knew the answer to
+# 10 %.
 
 # %% id="others-do"
 others = {
     "you": entry["predicted"],
     "never wrong": dict.fromkeys(measured, (0.01, 100)),
-    "sure of the textbook": dict.fromkeys(measured, (0.99, 1.01)) | {"strong": (1.98, 2.02), "far": (0.1, 0.11)},
+    "sure of the textbook": dict.fromkeys(measured, (0.99, 1.01))
+    | {"strong": (1.98, 2.02), "far": (0.1, 0.11), "narrow": (3.9, 4.1)},
     "knew it to 10 %": {name: (value / 1.1, value * 1.1) for name, value in measured.items()},
 }
 tried = {
@@ -199,6 +231,8 @@ meaning = {
     "weak": "two ranks over one, the same batch each, divided by 2",
     "computing": "share of a two-rank step that is computing",
     "far": "two ranks on a ring of eight, 5 ms and 1 Gb/s, over this machine's network",
+    "narrow": "two ranks, half the channels over all of them",
+    "failure": "time of a training that loses a rank halfway, over one that loses none",
 }
 predictions.report(folder / "report.html", entry, scores, rows, meaning, entries)
 

@@ -16,7 +16,7 @@ from hpclab.figures import Figure, source_word
 from hpclab.gangs.launch import gang_size
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
-from hpclab.rows import source
+from hpclab.rows import attempts, source
 from hpclab.tables import Table
 from hpclab.training.start import Model, train
 
@@ -39,16 +39,22 @@ class Race:
     """Rows of each racer by its label, in the order of the start."""
 
     def trials(self) -> Rows:
-        """One row a racer; see `scaling.trial`."""
-        return [scaling.trial(rows) for rows in self.runs.values()]
+        """One row a racer; see `scaling.trial`.
+
+        ``train_s`` leaves out what failures cost; ``lost_s`` has it: the seconds from the last step that counts to the
+        first one of the next attempt.
+        """
+        return [_undisturbed(rows) for rows in self.runs.values()]
 
     def table(self) -> Table:
         """One row a racer, worded for showing."""
         trials = self.trials()
+        failed = any(trial["lost_s"] for trial in trials)
         return Table(
             {
                 _("racer"): trial["label"],
                 _("training (s)"): f"{trial['train_s']:.1f}",
+                **({_("lost to failures (s)"): f"{trial['lost_s']:.1f}"} if failed else {}),
                 _("times as fast"): f"{trials[0]['train_s'] / trial['train_s']:.2f}",
                 _("samples a second"): f"{trial['samples_per_s']:,.0f}",
                 _("start-up (s)"): f"{trial['start_s']:.1f}",
@@ -71,6 +77,13 @@ class Race:
             loss=last["loss"],
             other=first["loss"],
         )
+        for trial in trials:
+            if trial["lost_s"]:
+                words += " " + _(
+                    "{label} lost {seconds:.1f} s to failures; they are not counted, as the others had none.",
+                    label=trial["label"],
+                    seconds=trial["lost_s"],
+                )
         if last["source"] == "emulated":
             words += " " + _(
                 "This machine gives {cpus} CPU, so the ranks took turns on it, and no program could make them sooner."
@@ -160,6 +173,14 @@ def race(
 
     scaling.sweep(client, job, cases=racers(), repeats=1, seed=None, progress=False, watch=watch)
     return result
+
+
+def _undisturbed(rows: Rows) -> dict:
+    """A racer's trial, in whose time failures aren't counted."""
+    trial = scaling.trial(rows)
+    failed = any(row["kind"] == "restart" for row in rows)
+    lost_s = sum(row["lost_s"] + row["restart_s"] for row in attempts(rows)) if failed else 0.0
+    return trial | {"train_s": trial["train_s"] - lost_s, "lost_s": lost_s}
 
 
 def racers() -> list[dict]:

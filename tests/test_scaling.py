@@ -425,6 +425,23 @@ def test_race_tells_what_it_can(monkeypatch):
         racing.race(None, None, "", batch_size=7)
 
 
+def test_a_killed_racer_is_compared_by_its_undisturbed_seconds():
+    """Killed after step 10 of 15 with a checkpoint at 8, and 30 s until it went on: the time is that of no failure."""
+    whole = [row | {"attempt": 0, "ranks": 2} if row["kind"] == "step" else row for row in rows(ranks=2, step_s=0.1)]
+    at = {row["step"]: row["time_s"] for row in whole if row["kind"] == "step"}
+    before = [row for row in whole if row.get("step", 0) <= 10]
+    cause = {"kind": "restart", "attempt": 1, "ranks": 2, "cause": "killed", "failed_s": at[10] + 1.0, "time_s": 40.0}
+    delay = at[10] + 1.0 + 30.0 - at[7]
+    after = [row | {"attempt": 1, "time_s": row["time_s"] + delay} for row in whole if row.get("step", 0) >= 8]
+    race = racing.Race({"1 rank": rows(step_s=0.1), "2 ranks": [*before, cause, *after]})
+    first, last = race.trials()
+    assert last["train_s"] == pytest.approx(first["train_s"])
+    assert last["lost_s"] == pytest.approx(delay) and first["lost_s"] == 0
+    assert "2 ranks trained 1.00 times as fast as 1 rank" in race.verdict()
+    assert f"2 ranks lost {delay:.1f} s to failures" in race.verdict()
+    assert [row["lost to failures (s)"] for row in race.table()] == ["0.0", f"{delay:.1f}"]
+
+
 def summary():
     trials = []
     for repeat in range(3):

@@ -20,7 +20,7 @@ import pytest
 from conftest import ours, require, until
 
 from hpclab import cli, live, plots, slurm
-from hpclab.slurm import conf, programs
+from hpclab.slurm import conf, programs, states
 
 TEMPORARY = tempfile.gettempdir()
 NOBODY, STRANGER = 65534, 33
@@ -409,20 +409,55 @@ def test_it_shows_itself_as_text_without_a_kernel_and_says_when_it_has_ended(cap
     assert "has ended; start another" in capsys.readouterr().out
 
 
-def test_only_its_newest_view_follows(up, monkeypatch):
-    """Each costs time, and cells are run again and again."""
+class Shown:
+    """Stands in for a browser's place of an output."""
 
-    class Shown:
-        def __init__(self, page, display_id):
-            self.pages = [page.data]
+    def __init__(self, page, display_id):
+        self.pages = [page.data]
 
-        def update(self, page):
-            self.pages.append(page.data)
+    def update(self, page):
+        self.pages.append(page.data)
 
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The places at which something is shown."""
     shown = []
     monkeypatch.setattr(live, "SHARE", 1.0)  # on a loaded machine drawing takes long, and the rest ten times as long
     monkeypatch.setattr(live, "get_ipython", lambda: types.SimpleNamespace(kernel=None))
     monkeypatch.setattr(live, "display", lambda *args, **named: shown.append(Shown(*args, **named)) or shown[-1])
+    return shown
+
+
+def no_view_left():
+    return not [thread for thread in threading.enumerate() if thread.name == "hpclab-view"]
+
+
+@pytest.mark.parametrize("way", ["stop", "kill its keeper"])
+def test_what_stays_of_a_view_is_no_false_frame(shown, way):
+    """It says that it is over, and the job is running on a node in use: of one moment, though read by two commands."""
+    with slurm.start(nodes=1, cpus=1) as one:
+        job = submit(one, "sleep 600")
+        in_state(one, job, "RUNNING")
+        one._ipython_display_()
+        if way != "stop":
+            one._keeper.kill()
+    until(no_view_left)
+    page = shown[0].pages[-1]
+    assert "This Slurm has ended. So it was at" in page
+    assert "RUNNING" in page and "allocated" in page and "idle" not in page
+
+
+def test_nodes_and_jobs_are_of_one_moment(monkeypatch):
+    """A job that ends between the two commands is read again with the node that it has left."""
+    nodes, jobs = iter(["busy", "idle", "idle"]), iter(["running", "completed"])
+    monkeypatch.setattr(states, "nodes", lambda run: next(nodes))
+    monkeypatch.setattr(states, "jobs", lambda run: next(jobs))
+    assert states.together(None) == ("idle", "completed")
+
+
+def test_only_its_newest_view_follows(up, shown):
+    """Each costs time, and cells are run again and again."""
     first = slurm.find(up.folder)
     first._ipython_display_()
     up._ipython_display_()
@@ -431,7 +466,7 @@ def test_only_its_newest_view_follows(up, monkeypatch):
     until(lambda: "seen" in shown[1].pages[-1])
     assert "seen" not in shown[0].pages[-1]
     del live._newest[up.folder]
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "hpclab-view"])
+    until(no_view_left)
 
 
 def test_a_port_that_is_taken_meanwhile_is_no_end(monkeypatch):

@@ -1,8 +1,11 @@
 """The explorer's curves against closed forms; what it shows follows its sliders."""
 
+import types
+
 import matplotlib
 import numpy as np
 import pytest
+from conftest import no_rank_left, until
 from hpclab.widgets import Explorer, RaceStage
 
 from hpclab.forecast import Workload, calibrate
@@ -87,12 +90,39 @@ def test_what_can_not_be_drawn_is_shown_in_its_place(explorer):
 
 def test_a_race_that_can_not_begin_is_told_where_it_would_be(client):
     stage = RaceStage(client, "CNN", "fashion_mnist", batch_size=3)
-    stage.text = Place()
+    stage.note = Place()
     stage.button.click()
-    assert stage.text.shown[-1].data.startswith("<pre>ValueError: batch_size (=3) must be even")
-    assert not stage.button.disabled and stage.kill.disabled
+    until(lambda: stage.note.shown[-1].data.startswith("<pre>ValueError: batch_size (=3) must be even"))
+    until(lambda: not stage.button.disabled and stage.stop.disabled and stage.kill.disabled)
     with pytest.raises(ValueError, match="must be even"):
         stage.run()
+
+
+def test_a_race_of_a_closed_cluster_says_so_and_how_to_go_on():
+    closed = types.SimpleNamespace(status="closed")
+    stage = RaceStage(closed, "CNN", "fashion_mnist")
+    stage.note = Place()
+    stage.button.click()
+    until(lambda: stage.note.shown and "Run the cell with hpclab.connect again" in stage.note.shown[-1].data)
+    with pytest.raises(RuntimeError, match="The cluster is closed"):
+        stage.run()
+
+
+def test_each_race_is_stopped_and_no_two_run_at_once(client):
+    """A race that the button starts ends by Stop, again and again; what it has told stays as it was."""
+    stage = RaceStage(client, "CNN", "fashion_mnist", epochs=1000)
+    stage.note = Place()
+    for _turn in range(2):
+        stage.button.click()
+        until(lambda: stage.racer is not None and stage.racer.left())
+        with pytest.raises(RuntimeError, match="a race is under way"):
+            stage.run()
+        stage.stop.click()
+        assert stage.stop.description == "Stopping"
+        until(lambda: not stage.button.disabled)
+        assert stage.note.shown[-1].data.startswith("Stopped. Press the button")
+        assert stage.racer.status == "stopped" and stage.result is None
+    assert no_rank_left()
 
 
 def test_what_was_measured_stays_if_it_is_in_the_picture(explorer):

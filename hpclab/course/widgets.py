@@ -1,6 +1,7 @@
 """Controls of the notebooks. The kernel's state is the truth: with nobody clicking, Run All works and makes sense."""
 
 import dataclasses
+import threading
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,10 @@ from IPython.display import HTML, DisplayHandle, display
 from hpclab import plots, racing
 from hpclab.figures import Figure
 from hpclab.forecast import Forecast
+from hpclab.gangs.attempt import RankError
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
-from hpclab.live import answer_in_subshell, drawn, put, sendable, trouble
+from hpclab.live import answer_in_subshell, drawn, put, trouble
 from hpclab.network import Hierarchy, Network
 from hpclab.pages import html
 from hpclab.tables import Table, markup
@@ -24,9 +26,10 @@ from hpclab.training.start import Model
 class RaceStage:
     """A prediction to make, and a race to start by `run` or by the button, as often as one likes.
 
-    Shows a slider for the predicted speed-up, a button, and another that kills a rank of the racer on its way, which
-    goes on from its newest checkpoint. What a race shows is an ordinary output, below the button or
-    of the cell that called `run`; a later press of the button replaces it there.
+    Shows a slider for the predicted speed-up, and three buttons: one starts a race, one stops it, and one kills a rank
+    of the racer on its way, which goes on from its newest checkpoint. What a race shows is an ordinary output, below
+    the buttons or of the cell that called `run`; a later press of the button replaces it there. A race that a button
+    starts runs in a thread of its own, so the kernel is free meanwhile and Stop always answers.
 
     Parameters
     ----------
@@ -48,42 +51,92 @@ class RaceStage:
         )
         self.button = ipywidgets.Button(description=_("Race"), icon="flag-checkered", button_style="primary")
         self.button.on_click(lambda button: self._press())
+        self.stop = ipywidgets.Button(description=_("Stop"), icon="stop", button_style="warning", disabled=True)
+        self.stop.on_click(lambda button: self._stop())
         self.kill = ipywidgets.Button(description=_("Kill a rank"), icon="bolt", button_style="danger", disabled=True)
         self.kill.on_click(lambda button: self._kill())
-        answer_in_subshell(self.kill)
+        for control in (self.guess, self.button, self.stop, self.kill):
+            answer_in_subshell(control)
+        self.moved = False
+        """Whether anybody has predicted."""
+        self.guess.observe(lambda change: setattr(self, "moved", True), "value")
         self.racer: Run | None = None
+        self.stopping = False
         self.figure = racing.LiveFigure()
+        self.note: DisplayHandle | None = None
+        """Below the buttons."""
         self.text: DisplayHandle | None = None
+        self._racing = threading.Lock()
 
     def _ipython_display_(self) -> None:
-        display(ipywidgets.HBox([self.guess, self.button, self.kill]))
-        hint = display(HTML(_("Press the button, or run the next cell.")), display_id=True)
-        self.figure, self.text = racing.LiveFigure(hint), display(HTML(""), display_id=True)
+        display(ipywidgets.HBox([self.guess, self.button, self.stop, self.kill]))
+        self.note = display(HTML(_("Press the button, or run the next cell.")), display_id=True)
+        self._show_here()
 
     def run(self) -> None:
-        """Race, and show it as an output of this cell."""
-        self.figure = racing.LiveFigure()
-        self.text = None
+        """Race, and show it as an output of this cell.
+
+        Raises
+        ------
+        RuntimeError
+            If a race is under way already, or the cluster is closed.
+        """
+        if not self._racing.acquire(blocking=False):
+            raise RuntimeError("a race is under way; wait for its end, or stop it.")
+        self._show_here()
         self._race()
 
+    def _show_here(self) -> None:
+        """Make places for the figure and the text in the output of this cell."""
+        figure, self.text = (display(HTML(""), display_id=True) for _place in range(2))
+        self.figure = racing.LiveFigure(figure)
+
     def _press(self) -> None:
-        try:
-            self._race()
-        except Exception as error:  # what a callback raises goes to a log where nobody looks
-            if self.text is None:
-                raise
-            put(self.text, trouble(error))
+        """Race in a thread, and show there what it raises, since what a callback raises goes to a log."""
+
+        def race() -> None:
+            try:
+                self._race()
+            except Exception as error:
+                self._put(self.note, trouble(error))
+
+        if self._racing.acquire(blocking=False):  # a second press meanwhile starts no second race
+            threading.Thread(target=race, name="hpclab-race", daemon=True).start()
 
     def _race(self) -> None:
-        self.button.disabled, self.kill.disabled = True, False
+        """Race with the lock held, and free it."""
+        self.stopping, self.racer = False, None
+        self.button.disabled, self.stop.disabled, self.kill.disabled = True, False, False
         try:
+            if self.arguments[0].status in ("closing", "closed"):
+                raise RuntimeError(
+                    _("The cluster is closed. Run the cell with hpclab.connect again, then the one with this button.")
+                )
+            self._put(self.note, _("Racing; the picture grows below, or below the next cell."))
             self.result = racing.race(*self.arguments, show=self.figure, begin=self._follow, **self.settings)
             self._tell(self.result)
+            self._put(self.note, _("Press the button to race again."))
+        except RankError:
+            if not self.stopping:
+                raise
+            self._put(self.note, _("Stopped. Press the button to race again."))
         finally:
-            self.button.disabled, self.kill.disabled = False, True
+            self.button.disabled, self.stop.disabled, self.kill.disabled = False, True, True
+            self.button.description, self.stop.description = _("Race again"), _("Stop")
+            self._racing.release()
 
     def _follow(self, racer: Run) -> None:
         self.racer = racer
+        if self.stopping:
+            self._end()
+
+    def _stop(self) -> None:
+        self.stopping, self.stop.disabled, self.stop.description = True, True, _("Stopping")
+        self._end()
+
+    def _end(self) -> None:
+        if self.racer is not None:
+            threading.Thread(target=self.racer.stop, args=(True,), name="hpclab-stop", daemon=True).start()
 
     def _kill(self) -> None:
         if self.racer is not None and (left := self.racer.left()):
@@ -91,19 +144,14 @@ class RaceStage:
 
     def _tell(self, result: racing.Race) -> None:
         trials = result.trials()
-        measured = trials[0]["train_s"] / trials[-1]["train_s"]
-        page = html(
-            "{{ table }}<p><strong>{{ prediction }}</strong> {{ verdict }}</p>",
-            table=markup(result.table()),
-            prediction=_(
-                "You predicted {guess:.1f}; this race says {measured:.2f}.", guess=self.guess.value, measured=measured
-            ),
-            verdict=result.verdict(),
-        )
-        if self.text is None:
-            self.text = display(sendable(page), display_id=True)
-        else:
-            put(self.text, page)
+        values = {"guess": self.guess.value, "measured": trials[0]["train_s"] / trials[-1]["train_s"]}
+        predicted = _("You predicted {guess:.1f}; this race says {measured:.2f}.", **values) if self.moved else ""
+        page = "{{ table }}<p>{% if predicted %}<strong>{{ predicted }}</strong> {% endif %}{{ verdict }}</p>"
+        self._put(self.text, html(page, table=markup(result.table()), predicted=predicted, verdict=result.verdict()))
+
+    def _put(self, place: DisplayHandle | None, page: str) -> None:
+        if place is not None:
+            put(place, page)
 
 
 class Explorer:

@@ -64,6 +64,8 @@ class Slurm:
         self.started_s: float = facts["started_s"]
         self.addresses: dict[str, str] = facts["nodes"]
         self._port: int = facts["port"]
+        self.seen: tuple[list[dict], list[dict], float] | None = None
+        """Its nodes and jobs as a view showed them last, and when (seconds since the epoch)."""
         self._keeper: subprocess.Popen | None = None  # as far as this process started it
 
     @property
@@ -147,6 +149,16 @@ class Slurm:
         """
         return states.jobs(self.run)
 
+    def look(self) -> None:
+        """Read nodes and jobs of one moment, for `seen`.
+
+        Raises
+        ------
+        RuntimeError
+            If it has ended.
+        """
+        self.seen = (*states.together(self.run), time.time())
+
     def kill(self, node: str) -> None:
         """Let a node fail, as by a loss of power: its slurmd and all processes of jobs on it end at once.
 
@@ -198,6 +210,9 @@ class Slurm:
 
         If `start` was given the folder, then settings, logs and the completion log stay there.
         """
+        if self.seen is not None:  # a view follows it, and shows how it was at the end
+            with suppress(RuntimeError):  # it has ended already
+                self.look()
         try:
             self._call("stop")
         except (ConnectionError, FileNotFoundError):  # it has ended, or lost its folder

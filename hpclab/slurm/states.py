@@ -15,6 +15,8 @@ ENDED = {
 """States of jobs that have ended; of one that is COMPLETING, processes still end, and squeue doesn't say as what."""
 IN_USE = {"idle", "mixed", "allocated", "completing"}
 """States of nodes that jobs can have. Slurm 24.11 keeps the reason why one had been drained till the next job on it."""
+TRIES = 3
+"""How often nodes and jobs are read for one moment, on a Slurm that is never still."""
 NEVER_SECONDS = 365 * 86400
 """What Slurm gives a job where there is no limit."""
 _MARK = "\x1f"  # no name holds it
@@ -67,6 +69,17 @@ def nodes(run: Run) -> list[dict]:
 def jobs(run: Run) -> list[dict]:
     """See `hpclab.slurm.Slurm.jobs`."""
     return sorted(map(_job, fields(run, ["squeue", "-artall"], _JOB)), key=lambda row: row["job"])
+
+
+def together(run: Run) -> tuple[list[dict], list[dict]]:
+    """Nodes and jobs of one moment: they are read again if a node has changed meanwhile."""
+    before = nodes(run)
+    for _again in range(TRIES):
+        found, after = jobs(run), nodes(run)
+        if after == before:
+            break
+        before = after
+    return before, found
 
 
 def node_table(rows: list[dict]) -> Table:

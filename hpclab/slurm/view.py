@@ -1,9 +1,12 @@
 """A private Slurm as the output of a cell: its jobs in time, its nodes and jobs as tables."""
 
+import time
 from typing import Any
 
 from hpclab import live, plots
 from hpclab.figures import Figure
+from hpclab.language import translate as _
+from hpclab.pages import html
 from hpclab.slurm.states import job_table, node_table
 from hpclab.tables import markup
 
@@ -11,7 +14,7 @@ from hpclab.tables import markup
 def follow(slurm: Any) -> None:
     """Show a private Slurm as the output of a cell, and keep it up to date while it is up; without a kernel, as text.
 
-    When it has ended, or is shown elsewhere, the output stays as it was.
+    What stays when it has ended is how it was then. Shown elsewhere, it is drawn there alone.
     """
     try:
         if live.in_notebook():
@@ -23,10 +26,25 @@ def follow(slurm: Any) -> None:
 
 
 def queue(slurm: Any) -> str:
-    """A private Slurm as HTML."""
-    jobs = slurm.jobs()
+    """A private Slurm as HTML; of one that has ended, how it was then.
+
+    Raises
+    ------
+    RuntimeError
+        If it has ended, and was never seen.
+    """
+    try:
+        slurm.look()
+        head = []
+    except RuntimeError:
+        if slurm.seen is None:
+            raise
+        moment = time.strftime("%H:%M:%S", time.localtime(slurm.seen[2]))
+        text = _("This Slurm has ended. So it was at {time}; what ran then ended with it.", time=moment)
+        head = [html("<p>{{ text }}</p>", text=text)]
+    nodes, jobs, now = slurm.seen
     shown = Figure(figsize=(8.5, 1.2 + 0.22 * min(len(jobs), plots.JOBS)))
-    plots.gantt(jobs, shown.subplots())
+    plots.gantt(jobs, shown.subplots(), now=now)
     shown.set_layout_engine("constrained")
     parts = [shown.picture()] * bool(jobs)
-    return "\n".join([*parts, markup(node_table(slurm.nodes())), markup(job_table(jobs))])
+    return "\n".join([*head, *parts, markup(node_table(nodes)), markup(job_table(jobs))])

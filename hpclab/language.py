@@ -5,6 +5,7 @@ Use: `from hpclab.language import translate as _`, then `_("...")` with a litera
 
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -64,11 +65,25 @@ def translate_drawn(message: str, **values: object) -> str:
 
 @cache
 def cjk_font() -> str | None:
-    """Name of a font on this machine that has Chinese characters; None if there is none."""
+    """Name of a font on this machine that has Chinese characters; None if there is none.
+
+    matplotlib keeps a list of the fonts that were there when it first looked: a font that came later is added to it,
+    and one whose file has gone doesn't count.
+    """
     from matplotlib import font_manager
 
-    installed = set(font_manager.get_font_names())
-    return next((font for font in CJK_FONTS if font in installed), None)
+    fonts = font_manager.fontManager
+
+    def found() -> str | None:
+        there = {font.name for font in fonts.ttflist if os.path.exists(font.fname)}
+        return next((font for font in CJK_FONTS if font in there), None)
+
+    if font := found():
+        return font
+    for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
+        with suppress(RuntimeError, OSError):  # FreeType can't read it
+            fonts.addfont(path)
+    return found()
 
 
 @cache

@@ -173,7 +173,7 @@ def split(rows: list[dict], ax: Axes | None = None) -> Axes:
     titles = {
         "compute_s": _("computing"),
         "comm_s": _("communication"),
-        "straggle_s": _("waiting for others"),
+        "straggle_s": _("waiting for others") if len(rows) > 1 else _("waiting for a CPU"),
         "data_s": _("data"),
     }
     starts, longest = np.zeros(len(rows)), max(1e3 * row["step_s"] for row in rows)

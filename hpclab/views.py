@@ -142,7 +142,9 @@ def _rank(rank: int, steps: list[dict]) -> dict:
 def _spent(steps: list[dict]) -> dict[str, str]:
     """What the time of steps went into, as shares."""
     whole = sum(row.get("step_s") or 0.0 for row in steps)
-    titles = {"compute_s": _("computing"), "data_s": _("data"), "wait_s": _("talking and waiting")}
+    alone = all(row.get("ranks") == 1 for row in steps)  # then it can only have waited for a CPU
+    wait = _("waiting for a CPU") if alone else _("talking and waiting")
+    titles = {"compute_s": _("computing"), "data_s": _("data"), "wait_s": wait}
     return {
         title: f"{sum(row.get(name) or 0.0 for row in steps) / whole:.0%}"
         for name, title in titles.items()

@@ -1,13 +1,16 @@
 """What figures say in words, against the rows that they draw."""
 
+import dataclasses
 import random
 import re
 
 import matplotlib.pyplot as plt
 import pytest
+from conftest import require
 from IPython.core.formatters import DisplayFormatter
+from matplotlib import font_manager
 
-from hpclab import figures, laws, plots, racing, rows, tasks, views
+from hpclab import figures, language, laws, plots, racing, rows, tasks, views
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
 
@@ -76,7 +79,7 @@ FIGURES = {
     ),
     "split": (
         lambda: plots.split([ABOUT | {"rank": 0} | SPLIT]),
-        "rank 0: computing 20 ms, communication 3 ms, waiting for others 1 ms",
+        "rank 0: computing 20 ms, communication 3 ms, waiting for a CPU 1 ms",
     ),
     "timeline": (lambda: plots.timeline(SPANS), "rank 1: forward 10 ms, backward 10 ms, waiting"),
     "tasks": (
@@ -182,6 +185,26 @@ def test_tables_of_a_run_do_not_depend_on_the_order_of_its_rows():
     )
 
 
+def test_a_rank_alone_waits_for_a_cpu_and_talks_to_nobody():
+    row = {
+        "kind": "step",
+        "rank": 0,
+        "attempt": 0,
+        "step": 0,
+        "time_s": 1.0,
+        "step_s": 1.0,
+        "wait_s": 0.5,
+        "samples": 8,
+    }
+    assert views.ranks([row | {"ranks": 1}])[0]["waiting for a CPU"] == "50%"
+    assert "talking and waiting" not in views.ranks([row | {"ranks": 1}])[0]
+    two = [row | {"ranks": 2, "rank": rank} for rank in (0, 1)]
+    assert views.ranks(two)[0]["talking and waiting"] == "50%"
+    alone = plots.split([ABOUT | {"rank": 0} | SPLIT])
+    assert "waiting for a CPU 1 ms" in alone.figure.words()
+    plt.close("all")
+
+
 def test_pieces_of_different_work_are_not_drawn_as_one():
     with pytest.raises(ValueError, match=r"rows are of different work \(items: \[10000, 20000\]\)"):
         plots.grain(GRAIN, LINE, [GRAIN[0] | {"items": 20_000}])
@@ -218,3 +241,18 @@ def test_figures_name_all_machines_that_rows_are_of():
     assert summed == {name: run[name] for name in ("started", "torch")} | {
         name: other[name] for name in ("host", "hosts", "cpu", "cpus")
     }
+
+
+def test_a_font_that_is_newer_than_matplotlibs_list_is_found(monkeypatch):
+    """And one that the list has, but whose file has gone, isn't taken for one that is there."""
+    fonts = font_manager.fontManager
+    chinese = [font for font in fonts.ttflist if font.name in language.CJK_FONTS]
+    require(bool(chinese), "a font with Chinese characters")
+    gone = dataclasses.replace(chinese[0], name=language.CJK_FONTS[0], fname="/nowhere/gone.ttf")
+    files = {font.fname for font in chinese}
+    monkeypatch.setattr(fonts, "ttflist", [font for font in fonts.ttflist if font.fname not in files] + [gone])
+    language.cjk_font.cache_clear()
+    try:
+        assert language.cjk_font() in {font.name for font in chinese}
+    finally:
+        language.cjk_font.cache_clear()

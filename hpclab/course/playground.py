@@ -213,7 +213,10 @@ class Playground:
 
     def _table(self, rows: Rows) -> Table:
         runs = {self.label: rows} | self.before
-        return Table({_("run"): name} | views.gang(rows) for name, rows in runs.items() if stepped(rows))
+        told = [{_("run"): name} | views.gang(rows) for name, rows in runs.items() if stepped(rows)]
+        columns = dict.fromkeys(name for row in told for name in row)  # a rank alone waits for a CPU, others talk
+        last = {_("source"): columns.pop(_("source"), None)}
+        return Table(columns | last | row for row in told)
 
     def _ipython_display_(self) -> None:
         display(ipywidgets.VBox([*self.controls.values(), self.stop]))

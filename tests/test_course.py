@@ -16,6 +16,8 @@ from hpclab import cli
 from hpclab import course as course_module
 from hpclab.course import copy_course, open_lab
 
+AS_ROOT = ["--allow-root"] if getattr(os, "getuid", lambda: 1)() == 0 else []
+
 START = "00_start.ipynb"
 
 
@@ -200,7 +202,7 @@ def test_the_readers_own_settings_of_jupyterlab_win(monkeypatch, tmp_path):
     labapp = pytest.importorskip("jupyterlab.labapp")
     launched = []
     monkeypatch.setattr(labapp.LabApp, "launch_instance", launched.append)
-    own = ["--LabApp.default_url=/lab", "--port", "8899"]
+    own = ["--LabApp.default_url=/lab", "--port", "8899", *AS_ROOT]
     open_lab(tmp_path / "mine", own)
     assert launched == [[f"--ServerApp.root_dir={tmp_path / 'mine'}", *own]]
 
@@ -219,15 +221,33 @@ def test_the_index_opens_or_the_notebook_that_was_asked_for(monkeypatch, tmp_pat
     launched = []
     monkeypatch.setattr(labapp.LabApp, "launch_instance", launched.append)
     monkeypatch.setenv("HPCLAB_LANG", language)
-    cli.main(["lab", "--folder", str(tmp_path / "mine"), "--notebook", notebook, "--no-browser"])
+    cli.main(["lab", "--folder", str(tmp_path / "mine"), "--notebook", notebook, "--no-browser", *AS_ROOT])
     root, url = f"--ServerApp.root_dir={tmp_path / 'mine'}", f"--LabApp.default_url=/lab/tree/{opened}"
-    assert launched == [[root, url, "--no-browser"]]
+    assert launched == [[root, url, "--no-browser", *AS_ROOT]]
 
 
 def test_a_notebook_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     pytest.importorskip("jupyterlab")
     with pytest.raises(ValueError, match=r"notebook \(='scailing'\) isn't in .*; use one of capstone, cnn, .*scaling"):
-        open_lab(tmp_path / "mine", [], "scailing")
+        open_lab(tmp_path / "mine", AS_ROOT, "scailing")
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="needs root, whom Jupyter refuses")
+def test_root_is_refused_before_anything_is_copied(tmp_path, monkeypatch, capsys):
+    """Unless Jupyter's own configuration lets root in."""
+    labapp = pytest.importorskip("jupyterlab.labapp")
+    launched = []
+    monkeypatch.setattr(labapp.LabApp, "launch_instance", launched.append)
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path / "config"))
+    assert cli.main(["lab", "--folder", str(tmp_path / "mine")]) == 1
+    assert (
+        "you are root, which Jupyter refuses; in a container of your own, add --allow-root" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "mine").exists() and not launched
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "jupyter_server_config.json").write_text('{"ServerApp": {"allow_root": true}}')
+    assert cli.main(["lab", "--folder", str(tmp_path / "mine")]) == 0
+    assert (tmp_path / "mine").exists() and launched
 
 
 def eventually(attempt, *errors):
@@ -245,7 +265,7 @@ def test_open_lab_serves_the_copy_behind_a_token(tmp_path):
     from jupyter_server.serverapp import list_running_servers
 
     settings = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    arguments = ["--no-browser", *(["--allow-root"] if getattr(os, "getuid", int)() == 0 else [])]
+    arguments = ["--no-browser", *AS_ROOT]
     code = f"from hpclab.course import open_lab; open_lab({str(tmp_path / 'mine')!r}, {arguments!r})"
     log = tmp_path / "log"
     with log.open("w") as sink:

@@ -12,6 +12,8 @@ from hpclab.language import language
 
 INDEX = "00_index.ipynb"
 """The notebook that opens first: what there is, what is done, and what comes next."""
+SETTINGS = Path(__file__).with_name("lab")
+"""Jupyter's settings for readers of the course; their own choices in JupyterLab win."""
 MANIFEST = ".hpclab-course.json"
 """In the reader's folder: sha256 of each course file when it was last delivered."""
 
@@ -94,21 +96,43 @@ def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) ->
         If JupyterLab isn't installed.
     ValueError
         If there is no such notebook.
+    PermissionError
+        If Jupyter would refuse to run as root; nothing is copied then.
+
+    Notes
+    -----
+    What this JupyterLab leaves out for students, for authors ``jupyter lab`` has: nbgrader's menu, and questions about
+    news. It keeps the state of controls in notebooks, so that one which is opened again shows them.
     """
     try:
         from jupyterlab.labapp import LabApp
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("JupyterLab is missing; pip install jupyterlab ipywidgets") from error
+    if _refuses_root(arguments):
+        raise PermissionError("you are root, which Jupyter refuses; in a container of your own, add --allow-root.")
     copied = copy_course(folder)
     first = _find(notebook, copied.folder)
     print(copied, flush=True)
-    if hasattr(os, "getuid") and os.getuid() == 0 and "--allow-root" not in arguments:
-        print("You are root, which Jupyter refuses; in a container of your own, add --allow-root.", flush=True)
+    paths = os.environ.get("JUPYTER_CONFIG_PATH")
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, [str(SETTINGS), paths]))
     defaults = {"--ServerApp.root_dir": copied.folder, "--LabApp.default_url": f"/lab/tree/{quote(first)}"}
     chosen = {argument.split("=")[0] for argument in arguments}  # twice the same is an error in Jupyter
     settings = [f"{name}={value}" for name, value in defaults.items() if name not in chosen]
     # In this process: Ctrl-C and signals reach Jupyter itself, which then ends its kernels.
     LabApp.launch_instance([*settings, *arguments])
+
+
+def _refuses_root(arguments: list[str]) -> bool:
+    """Whether Jupyter would end as we are root, and neither an argument nor its configuration allows that."""
+    if getattr(os, "getuid", lambda: 1)() != 0 or any(
+        "allow-root" in word or "allow_root" in word for word in arguments
+    ):
+        return False
+    from jupyter_server.serverapp import ServerApp
+
+    server = ServerApp()
+    server.load_config_file()
+    return not server.allow_root
 
 
 def _find(notebook: str, folder: Path) -> str:

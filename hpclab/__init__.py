@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hpclab.checkpoint import save as save
     from hpclab.cluster import connect as connect
     from hpclab.course.check import check as check
+    from hpclab.course.guesses import came as came
+    from hpclab.course.guesses import predict as predict
     from hpclab.course.logbook import progress as progress
     from hpclab.gangs.attempt import RankError as RankError
     from hpclab.gangs.cells import CellError as CellError
@@ -41,11 +43,13 @@ _HOME = {
     "Network": "network",
     "RankError": "gangs.attempt",
     "Run": "gangs.run",
+    "came": "course.guesses",
     "check": "course.check",
     "connect": "cluster",
     "gang": "gangs.cells",
     "launch": "gangs.launch",
     "open_run": "gangs.record",
+    "predict": "course.guesses",
     "progress": "course.logbook",
     "race": "racing",
     "report": "gangs.rank",

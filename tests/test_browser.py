@@ -260,13 +260,13 @@ def move_a_slider(page):
 
 
 def test_the_race_button_replaces_the_race(page, lab, home):
-    """The reader predicts, presses, kills a rank of the last racer, and finds the new race where the old one was."""
+    """The reader moves the slider, presses, kills a rank of the last racer, and finds the new race where the old one was."""
     from playwright.sync_api import expect
 
     open_notebook(page, lab, "00_start.ipynb")
     page.locator(".jp-CodeCell").last.click()
     choose(page, "Run", "Run All Above Selected Cell")
-    wait_for(page, "document.body.innerText.includes('You predicted 1.0')", "first-race")
+    wait_for(page, "document.body.innerText.includes('One race is one measurement')", "first-race")
     look_at(page, "00_start.ipynb")
     page.locator(".jp-CodeCell").last.click()
     before = race_outputs(page)
@@ -279,7 +279,7 @@ def test_the_race_button_replaces_the_race(page, lab, home):
     wait_for(page, f"!{last_racer}", "second-race")
     wait_for(page, last_racer, "second-race")
     kill.click()
-    wait_for(page, "document.body.innerText.includes('You predicted 1.1')", "second-race")
+    wait_for(page, "document.body.innerText.includes('you wrote 1.1 times as fast')", "second-race")
     after = race_outputs(page)
     assert len(after) == len(before) == 1
     assert after != before
@@ -288,7 +288,7 @@ def test_the_race_button_replaces_the_race(page, lab, home):
 
 
 def race_outputs(page):
-    return page.locator(".jp-RenderedHTMLCommon p", has_text="You predicted").all_inner_texts()
+    return page.locator(".jp-RenderedHTMLCommon p", has_text="One race is one measurement").all_inner_texts()
 
 
 def write_notebook(home, name, sources):

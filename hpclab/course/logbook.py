@@ -1,4 +1,4 @@
-"""Which exercises passed in a working copy of the course, and when: kept in its folder, and sent nowhere."""
+"""Which exercises passed in a working copy of the course, and what was predicted: kept in its folder, sent nowhere."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpclab import data
+from hpclab.course import calibration
 from hpclab.course.copy import MANIFEST, slug
 from hpclab.course.submissions import check_cell
 from hpclab.language import language
@@ -19,7 +20,10 @@ from hpclab.rows import append, lines
 from hpclab.tables import Table, markup
 
 LOG = ".hpclab-progress.jsonl"
-"""In the reader's folder: a line for each exercise that passed. Lines are only ever added, so none is lost."""
+"""In the reader's folder: a line for each exercise that passed, each prediction, and the first result of what was
+predicted. Lines are only ever added, so none is lost."""
+KINDS = ({"exercise", "day"}, {"prediction", "value", "unit", "written"}, {"result", "value", "written"})
+"""What lines hold."""
 SHORT = ("start", "cnn", "scaling")
 """Notebooks of the path of 90 minutes."""
 DAY = (*SHORT, "one-process", "ddp-from-scratch", "queues", "faults", "deploy")
@@ -38,10 +42,13 @@ class Progress:
         ids), ``done`` (those that passed) and ``day`` (of the latest, or None).
     folder : Path or None
         The working copy; None outside of one, where nothing is remembered.
+    predictions : Table
+        How good the reader's predictions were, as from `calibration.table`; empty if there are none.
     """
 
     rows: list[dict]
     folder: Path | None
+    predictions: Table
 
     @property
     def done(self) -> int:
@@ -60,12 +67,14 @@ class Progress:
         return chosen | {_("a term"): self.rows}
 
     def __repr__(self) -> str:
-        return f"{self._headline()}\n\n{self._path_rows()}\n\n{self._notebook_rows()}"
+        tables = [self._path_rows(), self._notebook_rows(), *([self.predictions] if self.predictions else [])]
+        return "\n\n".join([self._headline(), *map(str, tables)])
 
     def _repr_html_(self) -> str:
-        page = '<div class="hpclab-progress"><p><strong>{{ headline }}</strong></p>{{ paths }}<br>{{ notebooks }}</div>'
-        paths, books = markup(self._path_rows()), markup(self._notebook_rows())
-        return html(page, headline=self._headline(), paths=paths, notebooks=books)
+        page = '<div class="hpclab-progress"><p><strong>{{ headline }}</strong></p>{{ paths }}<br>{{ notebooks }}'
+        page += "{% if predictions %}<br>{{ predictions }}{% endif %}</div>"
+        tables = {"paths": self._path_rows(), "notebooks": self._notebook_rows(), "predictions": self.predictions}
+        return html(page, headline=self._headline(), **{name: markup(table) for name, table in tables.items()})
 
     def _headline(self) -> str:
         if self.folder is None:
@@ -109,12 +118,13 @@ def progress(folder: str | Path | None = None, course: Path | None = None) -> Pr
         Folder with the course's notebooks, which say what exercises there are; default the bundled ones.
     """
     home = working_copy() if folder is None else Path(folder).expanduser()
-    passed = {} if home is None else _read(home / LOG)
+    written = [] if home is None else _read(home / LOG)
+    passed = _passed(written)
     rows = []
     for row in notebooks(course or data.share() / "notebooks"):
         done = [exercise for exercise in row["exercises"] if exercise in passed]
         rows.append(row | {"done": done, "day": max((passed[exercise] for exercise in done), default=None)})
-    return Progress([row for row in rows if row["exercises"]], home)
+    return Progress([row for row in rows if row["exercises"]], home, calibration.table(written))
 
 
 def remember(exercise_id: str) -> None:
@@ -122,14 +132,29 @@ def remember(exercise_id: str) -> None:
 
     What prevents it is told once, as a warning, and never raised: a check is worth more than its note.
     """
+    if exercise_id not in _passed(notes()):
+        note({"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")})
+
+
+def note(row: dict) -> None:
+    """Add a line to the log of this working copy, as `remember` does."""
     if "NBGRADER_EXECUTION" in os.environ:
         return
     try:
-        folder = working_copy()
-        if folder is not None and exercise_id not in _read(folder / LOG):
-            append(folder / LOG, {"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")}, mode=0o600)
+        if (folder := working_copy()) is not None:
+            append(folder / LOG, row, mode=0o600)
     except OSError as error:
         _warn_once(_("Your progress can't be remembered: {error}", error=error))
+
+
+def notes() -> list[dict]:
+    """All that is written in the log of this working copy; nothing while somebody grades."""
+    if "NBGRADER_EXECUTION" in os.environ:
+        return []
+    try:
+        return [] if (folder := working_copy()) is None else _read(folder / LOG)
+    except OSError:  # `note`, which comes next, has the same trouble, and tells it
+        return []
 
 
 def working_copy() -> Path | None:
@@ -167,20 +192,29 @@ def _source(cell: dict) -> str:
     return "".join(cell["source"])  # a text, or a list of lines
 
 
-def _read(log: Path) -> dict[str, str]:
-    """Day on which each exercise first passed."""
-    passed: dict[str, str] = {}
+def _read(log: Path) -> list[dict]:
+    """What is written in a log, oldest first."""
+    written = []
     try:
         for number, row in lines(log):
-            if row is None or not {"exercise", "day"} <= {*row}:
+            if row is None or not any(kind <= {*row} for kind in KINDS):
                 place = {"number": number, "file": log}
                 _warn_once(
                     _("Line {number} of {file} can't be read; it is left as it is, and the others count.", **place)
                 )
             else:
-                passed.setdefault(str(row["exercise"]), str(row["day"]))
+                written.append(row)
     except FileNotFoundError:
-        return {}
+        return []
+    return written
+
+
+def _passed(written: list[dict]) -> dict[str, str]:
+    """Day on which each exercise first passed."""
+    passed: dict[str, str] = {}
+    for row in written:
+        if "exercise" in row:
+            passed.setdefault(str(row["exercise"]), str(row["day"]))
     return passed
 
 

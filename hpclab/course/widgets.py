@@ -11,6 +11,7 @@ from distributed import Client
 from IPython.display import HTML, DisplayHandle, display
 
 from hpclab import plots, racing
+from hpclab.course import guesses
 from hpclab.figures import Figure
 from hpclab.forecast import Forecast
 from hpclab.gangs.attempt import RankError
@@ -29,13 +30,16 @@ class RaceStage:
     Shows a slider for the predicted speed-up, and three buttons: one starts a race, one stops it, and one kills a rank
     of the racer on its way, which goes on from its newest checkpoint. What a race shows is an ordinary output, below
     the buttons or of the cell that called `run`; a later press of the button replaces it there. A race that a button
-    starts runs in a thread of its own, so the kernel is free meanwhile and Stop always answers.
+    starts runs in a thread of its own, so the kernel is free meanwhile and Stop always answers. A slider
+    that nobody has moved predicts nothing.
 
     Parameters
     ----------
     client, model, data, **settings
         As for `racing.race`.
     """
+
+    PREDICTION = "start.race"
 
     def __init__(self, client: Client, model: Model, data: str, **settings: Any) -> None:
         self.arguments = (client, model, data)
@@ -108,6 +112,8 @@ class RaceStage:
         self.stopping, self.racer = False, None
         self.button.disabled, self.stop.disabled, self.kill.disabled = True, False, False
         try:
+            if self.moved:
+                guesses.predict(self.PREDICTION, self.guess.value, _("times as fast"))
             if self.arguments[0].status in ("closing", "closed"):
                 raise RuntimeError(
                     _("The cluster is closed. Run the cell with hpclab.connect again, then the one with this button.")
@@ -144,10 +150,14 @@ class RaceStage:
 
     def _tell(self, result: racing.Race) -> None:
         trials = result.trials()
-        values = {"guess": self.guess.value, "measured": trials[0]["train_s"] / trials[-1]["train_s"]}
-        predicted = _("You predicted {guess:.1f}; this race says {measured:.2f}.", **values) if self.moved else ""
-        page = "{{ table }}<p>{% if predicted %}<strong>{{ predicted }}</strong> {% endif %}{{ verdict }}</p>"
-        self._put(self.text, html(page, table=markup(result.table()), predicted=predicted, verdict=result.verdict()))
+        measured = trials[0]["train_s"] / trials[-1]["train_s"]
+        page = html(
+            "{{ table }}<p><strong>{{ predicted }}</strong> {{ verdict }}</p>",
+            table=markup(result.table()),
+            predicted=guesses.came(self.PREDICTION, measured),
+            verdict=result.verdict(),
+        )
+        self._put(self.text, page)
 
     def _put(self, place: DisplayHandle | None, page: str) -> None:
         if place is not None:

@@ -90,7 +90,7 @@ def row(name: str, runs: list[dict], base: list[dict]) -> dict:
     return {
         "launcher": name,
         "first step after (s)": spread(first, 3),
-        "times later than hpclab": spread(later, 1),
+        "times hpclab's": spread(later, 1),
         "steps a second": spread(speed, 1),
         "hpclab's steps over its": spread(slower, 2),
     }

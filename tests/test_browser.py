@@ -260,7 +260,7 @@ def move_a_slider(page):
 
 
 def test_the_race_button_replaces_the_race(page, lab, home):
-    """The reader moves the slider, presses, kills a rank of the last racer, and finds the new race where the old one was."""
+    """The reader predicts, presses, kills a rank of the last racer, and finds the new race where the old one was."""
     from playwright.sync_api import expect
 
     open_notebook(page, lab, "00_start.ipynb")

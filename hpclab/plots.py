@@ -130,7 +130,8 @@ def law(rows: list[dict], fit: "LawFit", forecast: list[dict] | None = None, ax:
 def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the efficiency that is forecast for many ranks, a line a case, and the points that were measured.
 
-    A line by itself has its band; of several, which would hide each other, the band at the end of each is drawn.
+    A line by itself has its band; of several, which would hide each other, the band at the end of each is drawn. Bands
+    end at 1, which no forecast exceeds.
 
     Parameters
     ----------
@@ -142,7 +143,8 @@ def forecasts(curves: dict[str, dict], measured: list[dict] | None = None, ax: A
     ax = figures.axes(ax)
     words = []
     for place, (name, columns) in enumerate(curves.items()):
-        ranks, low, high = (columns[column] for column in ("ranks", "efficiency_low", "efficiency_high"))
+        ranks = columns["ranks"]
+        low, high = (np.minimum(columns[f"efficiency_{end}"], 1.0) for end in ("low", "high"))
         style = look(place)
         if len(curves) == 1:
             band = draw_band(ax, ranks, low, high, place)

@@ -127,3 +127,25 @@ def test_each_race_is_stopped_and_no_two_run_at_once(client):
 
 def test_what_was_measured_stays_if_it_is_in_the_picture(explorer):
     assert [row["ranks"] for row in explorer.measured] == [1, 2]
+
+
+def test_a_star_that_no_curve_passes_is_explained(explorer):
+    """One measured far below every curve, and one that lies on a curve."""
+    curves = explorer.curves()
+    explorer.measured = [{"ranks": 1, "efficiency": 1.0}, {"ranks": 2, "efficiency": 0.05}]
+    remark = explorer.remark(curves)
+    assert "No curve passes the star at 2 ranks" in remark and "(0.05)" in remark
+    place = list(explorer.ranks).index(2)
+    explorer.measured[1]["efficiency"] = float(curves["tree"]["efficiency"][place])
+    assert explorer.remark(curves) == ""
+    explorer.measured = explorer.measured[:1]
+    assert explorer.remark(curves) == ""
+
+
+def test_sliders_and_columns_are_in_the_units_and_counts_that_people_use(explorer):
+    labels = [label for label, _value in explorer.sliders["latency"].options]
+    assert labels[:5] == ["1 µs", "2 µs", "5 µs", "10 µs", "20 µs"] and labels[-1] == "100 ms"
+    assert dict(explorer.sliders["latency"].options)["50 µs"] == 50e-6 == explorer.sliders["latency"].value
+    assert dict(explorer.sliders["bandwidth"].options)["1 Gb/s"] == 1e9 == explorer.sliders["bandwidth"].value
+    [row, *_] = explorer.table(explorer.curves())
+    assert [*row][1:] == ["1", "4", "16", "64", "256", "1024"]

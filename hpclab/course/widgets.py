@@ -188,8 +188,8 @@ class Explorer:
         work = known.workload
         sizes = sorted({work.samples, *(2**power for power in range(11))})
         sliders = {
-            "latency": ipywidgets.FloatLogSlider(50e-6, min=-6, max=-1, description=_("latency (s)")),
-            "bandwidth": ipywidgets.FloatLogSlider(1e9, min=7, max=12, description=_("bandwidth (bit/s)")),
+            "latency": _steps(range(-6, -1), {-6: "µs", -3: "ms"}, 50e-6, _("latency")),
+            "bandwidth": _steps(range(7, 12), {6: "Mb/s", 9: "Gb/s"}, 1e9, _("bandwidth")),
             "samples": ipywidgets.SelectionSlider(options=sizes, value=work.samples, description=_("samples a rank")),
             "overlap": ipywidgets.FloatSlider(work.overlap, min=0, max=1, step=0.05, description=_("overlap")),
             "per_node": ipywidgets.IntSlider(4, min=1, max=16, description=_("ranks a node")),
@@ -219,7 +219,7 @@ class Explorer:
             return
         curves = cache(self.curves)
         put(self.figure, drawn(lambda: self._picture(curves())))
-        put(self.text, drawn(lambda: markup(self.table(curves()))))
+        put(self.text, drawn(lambda: self._words(curves())))
 
     def _picture(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
         shown = Figure(figsize=(7, 4), layout="constrained")
@@ -227,12 +227,37 @@ class Explorer:
         return shown.picture()
 
     def table(self, curves: dict[str, dict[str, np.ndarray]]) -> Table:
-        """The figure in numbers: the efficiency at a few counts of ranks."""
-        places = np.unique(np.linspace(0, len(self.ranks) - 1, 5).round().astype(int))
+        """The figure in numbers: the efficiency at powers of two, and at the most ranks."""
+        powers = [2**power for power in range(0, 20, 2)]
+        places = np.flatnonzero(np.isin(self.ranks, [*powers, self.ranks[-1]]))
         return Table(
             {_("topology"): name}
             | {f"{columns['ranks'][place]:g}": f"{columns['efficiency'][place]:.2f}" for place in places}
             for name, columns in curves.items()
+        )
+
+    def _words(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
+        return html(
+            "{{ table }}{% if remark %}<p>{{ remark }}</p>{% endif %}",
+            table=markup(self.table(curves)),
+            remark=self.remark(curves),
+        )
+
+    def remark(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
+        """Why no curve passes what was measured on the most ranks; "" if one does, or nothing was."""
+        row = max(self.measured, key=lambda row: row["ranks"], default={"ranks": 1})
+        if row["ranks"] == 1:
+            return ""
+        place, value = np.searchsorted(self.ranks, row["ranks"]), row["efficiency"]
+        if any(found["efficiency_low"][place] <= value <= found["efficiency_high"][place] for found in curves.values()):
+            return ""
+        nearest = min((found["efficiency"][place] for found in curves.values()), key=lambda other: abs(other - value))
+        return _(
+            "No curve passes the star at {ranks} ranks: it was measured on this machine's own network and batch"
+            " ({value:.2f}), the curves are for those of the sliders (the nearest: {nearest:.2f}).",
+            ranks=row["ranks"],
+            value=value,
+            nearest=nearest,
         )
 
     def _ipython_display_(self) -> None:
@@ -240,3 +265,12 @@ class Explorer:
         self.figure = display(HTML(""), display_id=True)
         self.text = display(HTML(""), display_id=True)
         self.draw()
+
+
+def _steps(powers: range, units: dict[int, str], value: float, name: str) -> ipywidgets.SelectionSlider:
+    """A slider over 1, 2 and 5 times each power of ten and ten times the last, in the units that start at a power."""
+    options = []
+    for power, times in [*((power, times) for power in powers for times in (1, 2, 5)), (powers[-1] + 1, 1)]:
+        unit = max(start for start in units if start <= power)
+        options.append((f"{times * 10 ** (power - unit)} {units[unit]}", float(f"{times}e{power}")))
+    return ipywidgets.SelectionSlider(options=options, value=value, description=name)

@@ -100,7 +100,7 @@ def write(rows: list[dict], path: str | os.PathLike) -> Path:
 
 
 def sections(rows: list[dict]) -> list[str]:
-    """What the rows of a study show, as HTML: the machine, figures, laws, verdicts and a forecast; see `write`."""
+    """What the rows of a study show, as HTML: the verdict, the machine, figures, laws and a forecast; see `write`."""
     trials = sorted(some(rows, "trial"), key=lambda row: row["started"])
     plain = [row for row in trials if "regime" not in row]
     trials = [row | {"regime": row.get("regime") or scaling.regime(plain)} for row in trials]
@@ -109,14 +109,16 @@ def sections(rows: list[dict]) -> list[str]:
     for row in trials:  # those of a study that went on elsewhere have others
         machine = {"hosts": 1} | {name: row[name] for name in names if name in row}
         machines.setdefault(tuple(machine.values()), machine | {"started": row["started"]})
-    parts = _section(_("This machine"), markup(Table(machines.values())))
+    regimes = {name: [row for row in trials if row["regime"] == name] for name in ("strong", "weak")}
+    regimes = {name: of_regime for name, of_regime in regimes.items() if of_regime}
+    parts = _section(_("In short"), *(_headline(name, of_regime) for name, of_regime in regimes.items()))
+    parts += _section(_("This machine"), markup(Table(machines.values())))
     titles = {
         "strong": _("Strong scaling: the batch of all ranks stays"),
         "weak": _("Weak scaling: the batch of each rank stays"),
     }
-    for regime, title in titles.items():
-        if of_regime := [row for row in trials if row["regime"] == regime]:
-            parts += _section(title, *_regime(of_regime))
+    for regime, of_regime in regimes.items():
+        parts += _section(titles[regime], *_regime(of_regime))
     if messages := [row for row in rows if row["kind"] == "allreduce"]:
         parts += _section(_("The network"), *_network(messages))
         parts += _forecast(rows, trials, messages)
@@ -145,6 +147,28 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 def _section(title: str, *parts: str) -> list[str]:
     return [html(HEADING, text=title), *parts]
+
+
+def _headline(regime: str, trials: list[dict]) -> str:
+    """How much the most ranks gain; and of strong scaling, which law that shows."""
+    *_others, most = scaling.summary(trials)
+    values = {name: most[name] for name in ("label", "repeats", "speedup", "speedup_low", "speedup_high")}
+    messages = {
+        "strong": _(
+            "With {label} training is {speedup:.2f} times as fast ({speedup_low:.2f} to {speedup_high:.2f} in {repeats}"
+            " rounds; {source}).",
+            source=source_word(most["source"]),
+            **values,
+        ),
+        "weak": _(
+            "With {label}, each with a batch of its own, {speedup:.2f} times as many samples are seen in a second"
+            " ({speedup_low:.2f} to {speedup_high:.2f} in {repeats} rounds; {source}).",
+            source=source_word(most["source"]),
+            **values,
+        ),
+    }
+    law = scaling.verdict(trials) if regime == "strong" else ""
+    return html("<p><strong>{{ headline }}</strong> {{ law }}</p>", headline=messages[regime], law=law)
 
 
 def _regime(trials: list[dict]) -> list[str]:

@@ -57,6 +57,15 @@ def test_the_page_says_what_the_rows_prove(tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', text), "one file that needs no other"
 
 
+def test_the_page_begins_with_the_verdict():
+    """USL, sigma 0.05 and kappa 0.005 on 16 ranks: 16 / (1 + 0.75 + 1.2) = 5.42; Gustafson, sigma 0.1: 14.5."""
+    title, strong, weak, machine, *_rest = study.sections(rows())
+    assert "In short" in title and "This machine" in machine
+    assert "With 16 ranks training is 5.42 times as fast (5.42 to 5.42 in 3 rounds; measured)." in strong
+    assert "</strong> usl: the smallest law that no larger one beats" in strong
+    assert "14.50 times as many samples are seen in a second" in weak
+
+
 def test_the_page_draws_the_law_that_it_names(tmp_path):
     """Not the largest that fits; and where trials don't say their regime, their batches do."""
     found = [row for row in rows() if row.get("regime") == "strong"]

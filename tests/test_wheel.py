@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -121,5 +122,7 @@ def test_demo_leaves_rows_a_figure_and_a_page(user, tmp_path):
     assert "data:image/png;base64," in page
     assert "speed-up" in page
     assert "2 ranks" in page
+    [headline] = re.findall(r"<p><strong>(2 ranks: .* times as fast as 1 rank, .* The race says .*)</strong></p>", page)
+    assert headline in said and page.index(headline) < page.index("data:image/png")
     assert str(results / "index.html") in said
     assert no_rank_left()

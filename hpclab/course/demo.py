@@ -46,14 +46,15 @@ def demo(folder: str | None = None, epochs: int = 3, repeats: int = 2) -> Path:
         print(_("The measurement: {repeats} repeats of {steps} steps, in turn", repeats=repeats, steps=STEPS) + "\n")
         rows = _sweep(client, place, repeats)
     measured = scaling.summary(rows)
-    table = _compare(measured, race)
+    table, headline = _compare(measured, race), _headline(measured[-1], race)
     print(f"\n{table}\n")
     shown = _figure(race, measured)
     shown.savefig(place / "figure.png", dpi=120)
     raced = [row | {"kind": "race"} for row in race.trials()]  # not rounds of the sweep, which are of kind "trial"
     with open(place / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(line(row) for row in [*raced, *rows])
-    _page(place, findings, race, table, shown)
+    _page(place, findings, race, (headline, table), shown)
+    print(f"{headline}\n")
     print(_("Results: {folder}", folder=place / "index.html"))
     print(_("Next: hpclab lab opens the course; its first notebook lets you predict, and then race."))
     return place
@@ -95,6 +96,20 @@ def _compare(measured: list[dict], race: racing.Race) -> Table:
     )
 
 
+def _headline(most: dict, race: racing.Race) -> str:
+    """The result in a sentence, and why the race says another number."""
+    first, *_others, last = race.trials()
+    return _(
+        "{label}: {speedup:.2f} times as fast as {baseline}, the median of {repeats} rounds in turn"
+        " ({speedup_low:.2f} to {speedup_high:.2f}; {source}). The race says {raced:.2f}: it is one run of each, one after"
+        " the other, so whatever else the machine did is in it, and so are the tests between epochs.",
+        baseline=first["label"],
+        raced=first["train_s"] / last["train_s"],
+        source=source_word(most["source"]),
+        **{name: most[name] for name in ("label", "repeats", "speedup", "speedup_low", "speedup_high")},
+    )
+
+
 def _figure(race: racing.Race, measured: list[dict]) -> Figure:
     shown = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = shown.subplots(1, 2, width_ratios=(1.3, 1))
@@ -103,8 +118,10 @@ def _figure(race: racing.Race, measured: list[dict]) -> Figure:
     return shown
 
 
-def _page(place: Path, findings: Table, race: racing.Race, table: Table, shown: Figure) -> None:
+def _page(place: Path, findings: Table, race: racing.Race, measured: tuple[str, Table], shown: Figure) -> None:
+    headline, table = measured
     parts = [
+        html("<p><strong>{{ headline }}</strong></p>", headline=headline),
         shown.picture(),
         html(HEADING, text=_("The measurement")),
         markup(table),

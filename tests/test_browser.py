@@ -219,7 +219,10 @@ def test_the_index_shows_what_is_done_and_leads_on(page, lab, home, language):
 
     for log in (home / "course").rglob(logbook.LOG):
         log.unlink()
-    write_notebook(home, "solved.ipynb", ["import hpclab\nhpclab.check('start.gang', hpclab.machine.fits())"])
+    own = "def largest_gang(cpus, memory):\n"
+    own += "    return max(0, min(cpus, (memory - machine.BASE_MEMORY) // machine.RANK_MEMORY))\n"
+    lines = f"import hpclab\nfrom hpclab import machine\n{own}hpclab.check('start.gang', largest_gang)"
+    write_notebook(home, "solved.ipynb", [lines])
     open_notebook(page, lab, "solved.ipynb")
     choose(page, "Run", "Run All Cells")
     wait_for(page, "document.querySelector('.hpclab-result[data-status=pass]')", "solved")

@@ -31,10 +31,11 @@ from hpclab.course.checks import ddp_from_scratch, one_process
 FUNCTIONS = [
     *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
     *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step", "dask.chunk", "dask.bytes", "security.masks"),
+    "start.gang",
     "one-process.bottleneck",
     "capstone.score",
 ]
-EXERCISES = ["start.gang", "faults.state", "security.harden", "queues.array", "queues.backfill", *FUNCTIONS]
+EXERCISES = ["faults.state", "security.harden", "queues.array", "queues.backfill", *FUNCTIONS]
 
 
 def test_every_exercise_is_known_here():
@@ -120,11 +121,10 @@ def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
 
 
 def test_under_nbgrader_only_a_pass_returns(monkeypatch):
-    monkeypatch.setattr(machine, "fits", lambda: 2)
     monkeypatch.setenv("NBGRADER_EXECUTION", "validate")
-    assert check("start.gang", 2)
+    assert check("start.gang", largest_gang)
     with pytest.raises(AssertionError, match="isn't the largest"):
-        check("start.gang", 1)
+        check("start.gang", lambda cpus, memory: largest_gang(cpus, memory) - 1)
     with pytest.raises(AssertionError, match="Not answered yet"):
         check("start.gang", ...)
 
@@ -146,32 +146,42 @@ def test_messages_are_in_the_readers_language(monkeypatch):
     assert check("start.gang", ...).message == "尚未作答。"
 
 
-@pytest.fixture
-def shared_host(monkeypatch):
-    """16 CPUs in the host, 6 for us, memory for 4 ranks."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(machine, "cpus", lambda: 6)
-    monkeypatch.setattr(machine, "fits", lambda: 4)
+def largest_gang(cpus, memory):
+    return max(0, min(cpus, by_memory(memory)))
 
 
-def test_gang_passes_with_the_number_that_fits_here():
-    assert check("start.gang", machine.fits())
-    assert hpclab.check("start.gang", machine.fits())
+def by_memory(memory, base=machine.BASE_MEMORY):
+    return (memory - base) // machine.RANK_MEMORY
 
 
-def test_gang_names_each_misconception(shared_host):
-    messages = {answer: check("start.gang", answer).message for answer in (4, 16, 6, 5, 3, 0)}
-    assert len(set(messages.values())) == 6
-    assert "host's CPU count" in messages[16]
-    assert "memory" in messages[6]
-    assert "Too large" in messages[5]
-    assert "isn't the largest" in messages[3]
-    assert not any(str(number) in message for number, message in messages.items())  # no message gives a number away
+def test_gang_passes_with_the_solution():
+    assert check("start.gang", largest_gang)
+    assert hpclab.check("start.gang", lambda cpus, memory: np.int64(largest_gang(cpus, memory)))
 
 
-@pytest.mark.parametrize("answer", [True, 4.0, "4", [4], len])
-def test_gang_is_an_int(shared_host, answer):
-    assert "whole number of ranks" in check("start.gang", answer).message
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda cpus, memory: machine.fits(), "whatever machine"),
+        (lambda cpus, memory: machine.cpus(), "whatever machine"),
+        (lambda cpus, memory: os.cpu_count(), "whatever machine"),
+        (lambda cpus, memory: max(2, machine.fits()), "whatever machine"),
+        (lambda cpus, memory: cpus, "but not the memory"),
+        (lambda cpus, memory: by_memory(memory), "no CPU for themselves"),
+        (lambda cpus, memory: max(cpus, by_memory(memory)), "the looser one"),
+        (lambda cpus, memory: min(cpus, by_memory(memory, 0)), "the notebook and the scheduler"),
+        (lambda cpus, memory: min(cpus, by_memory(memory) + 1), "Rounded up"),
+        (lambda cpus, memory: max(1, min(cpus, by_memory(memory))), "for even one"),
+        (lambda cpus, memory: max(0, largest_gang(cpus, memory) - 1), "isn't the largest"),
+        (lambda cpus, memory: largest_gang(cpus, memory) + cpus, "is too large"),
+        (lambda cpus, memory: True, "whole number of ranks"),
+        (lambda cpus, memory: float(largest_gang(cpus, memory)), "whole number of ranks"),
+        (lambda cpus, memory: [4], "whole number of ranks"),
+    ],
+)
+def test_gang_names_each_misconception(answer, message):
+    result = check("start.gang", answer)
+    assert result.status == "fail" and message.lower() in result.message.lower(), result
 
 
 def order_solution(sampler, epoch):

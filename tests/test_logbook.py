@@ -28,15 +28,19 @@ def copy(tmp_path, monkeypatch):
     return tmp_path / "mine"
 
 
+def largest_gang(cpus: int, memory: int) -> int:
+    return max(0, min(cpus, (memory - machine.BASE_MEMORY) // machine.RANK_MEMORY))
+
+
 def log(copy) -> list[dict]:
     return [json.loads(line) for line in (copy / logbook.LOG).read_text().splitlines()]
 
 
 def test_a_pass_is_remembered_once_and_what_does_not_pass_is_not(copy):
-    assert not hpclab.check("start.gang", 0)
+    assert not hpclab.check("start.gang", len)
     assert not (copy / logbook.LOG).exists()
     for _ in range(2):
-        assert hpclab.check("start.gang", machine.fits())
+        assert hpclab.check("start.gang", largest_gang)
     (row,) = log(copy)
     assert row["exercise"] == "start.gang" and row["day"].count("-") == 2
     assert stat.S_IMODE((copy / logbook.LOG).stat().st_mode) == 0o600
@@ -51,7 +55,7 @@ def test_the_chinese_edition_writes_into_the_same_log(copy, monkeypatch):
 
 
 def test_outside_of_a_working_copy_nothing_is_written(tmp_path):
-    assert hpclab.check("start.gang", machine.fits())
+    assert hpclab.check("start.gang", largest_gang)
     assert list(tmp_path.rglob("*")) == []
     found = hpclab.progress()
     assert found.folder is None and found.done == 0 < found.exercises
@@ -60,7 +64,7 @@ def test_outside_of_a_working_copy_nothing_is_written(tmp_path):
 
 def test_who_grades_leaves_no_trace(copy, monkeypatch):
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
-    assert hpclab.check("start.gang", machine.fits())
+    assert hpclab.check("start.gang", largest_gang)
     assert not (copy / logbook.LOG).exists()
 
 
@@ -106,7 +110,7 @@ def test_a_broken_line_is_told_once_stays_and_costs_no_other(copy, broken):
     (copy / logbook.LOG).write_bytes(whole + broken)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        assert hpclab.check("start.gang", machine.fits())
+        assert hpclab.check("start.gang", largest_gang)
         assert (copy / logbook.LOG).read_bytes().startswith(whole + broken)
         assert hpclab.progress().done == 2
     whole_line = broken.endswith(b"\n")  # else its writer was killed, which is nobody's concern
@@ -117,16 +121,18 @@ def test_a_broken_line_is_told_once_stays_and_costs_no_other(copy, broken):
 def test_a_log_that_cannot_be_written_is_told_once_and_fails_no_check(copy):
     (copy / logbook.LOG).mkdir()
     with pytest.warns(UserWarning, match="Your progress can't be remembered: .*Is a directory"):
-        assert hpclab.check("start.gang", machine.fits())
-    assert hpclab.check("start.gang", machine.fits())
+        assert hpclab.check("start.gang", largest_gang)
+    assert hpclab.check("start.gang", largest_gang)
 
 
 @pytest.mark.skipif(not hasattr(os, "setuid"), reason="needs POSIX users")
 def test_a_folder_that_is_not_the_readers_fails_no_check():
     code = """
-import os, hpclab.exercises, hpclab.machine
+import os, hpclab.exercises
+from hpclab.machine import BASE_MEMORY, RANK_MEMORY
 os.getuid() or os.setuid(65534)
-print(hpclab.exercises.check("start.gang", hpclab.machine.fits()))
+largest_gang = lambda cpus, memory: max(0, min(cpus, (memory - BASE_MEMORY) // RANK_MEMORY))
+print(hpclab.exercises.check("start.gang", largest_gang))
 """
     with tempfile.TemporaryDirectory() as folder:  # not pytest's own, which others can't enter
         copy_course(folder)

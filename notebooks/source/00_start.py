@@ -38,31 +38,36 @@ EPOCHS = {"small": 1, "class": 3, "cluster": 10}[SIZE]
 hpclab.doctor.examine()
 
 # %% [markdown] id="gang"
-# ## Exercise: how large a gang fits here?
+# ## Exercise: how large a gang fits?
 #
 # In distributed training each process is called a **rank**, and the ranks that work together are a **gang**. Here each
 # rank uses one thread. It runs at full speed if it has a CPU for itself, and it runs at all if it has memory: about
 # `hpclab.machine.RANK_MEMORY` bytes a rank, beside `hpclab.machine.BASE_MEMORY` bytes for this notebook and the
 # scheduler.
 #
-# Set `largest` to the number of ranks of the largest gang that fits on *this* machine at full speed. Two functions
-# help: `hpclab.machine.cpus()` and `hpclab.machine.memory()` (bytes).
+# Write `largest_gang(cpus, memory)`. It returns the number of ranks of the largest gang that fits at full speed on *any*
+# machine, by the CPUs and the bytes of memory that you may use there; 0 where not even one rank fits. Your function is tried
+# on machines that you don't see: large and small ones, and some that are short of one thing only.
 #
 # <details><summary>Hint</summary>
 #
-# Two limits hold at once: a rank too many for either of them is a rank too many.
+# Two limits hold at once: a rank too many for either of them is a rank too many. What do you get for this machine, with
+# `hpclab.machine.cpus()` and `hpclab.machine.memory()`?
 #
 # </details>
 
+
 # %% id="gang-answer" exercise=true
-largest = ...
-### BEGIN SOLUTION
-by_memory = (hpclab.machine.memory() - hpclab.machine.BASE_MEMORY) // hpclab.machine.RANK_MEMORY
-largest = max(1, min(hpclab.machine.cpus(), by_memory))
-### END SOLUTION
+def largest_gang(cpus, memory):
+    ...
+    ### BEGIN SOLUTION
+    by_memory = (memory - hpclab.machine.BASE_MEMORY) // hpclab.machine.RANK_MEMORY
+    return max(0, min(cpus, by_memory))
+    ### END SOLUTION
+
 
 # %% id="gang-check" points=1
-hpclab.check("start.gang", largest)
+hpclab.check("start.gang", largest_gang)
 
 # %% [markdown] id="connect"
 # ## A cluster of your own

@@ -1,27 +1,78 @@
-"""Check of the notebook *start*: a gang that just fits this machine, by what this process may use of it."""
+"""Check of the notebook *start*: gangs that just fit planted machines."""
 
-import os
-
-import numpy as np
+from collections.abc import Iterator
+from operator import index
+from typing import Any
 
 from hpclab import machine
-from hpclab.course.verdicts import Result, exercise, failed, passed
+from hpclab.course.verdicts import Result, call, dice, exercise, failed, passed, reject
 from hpclab.language import translate as _
 
 
-@exercise("start.gang", forked=False)
-def _gang(answer: object) -> Result:
-    if isinstance(answer, bool) or not isinstance(answer, int | np.integer):
-        return failed(_("The answer is a whole number of ranks (an int), not {answer!r}.", answer=answer))
-    ranks, fits = int(answer), machine.fits()
-    if ranks == fits:
-        return passed(_("One rank more wouldn't fit, and one fewer would leave a part of this machine idle."))
-    if ranks < 1:
-        return failed(_("A gang has at least one rank."))
-    if ranks < fits:
-        return failed(_("It fits, but isn't the largest: a part of what you may use would stay idle."))
-    if ranks == machine.cpus():
-        return failed(_("The CPUs would do, but not the memory: each rank needs its own share of it."))
-    if ranks == os.cpu_count():
-        return failed(_("That is the host's CPU count. You share the host: how much of it is yours?"))
-    return failed(_("Too large: some of its ranks would wait for others, or run out of memory."))
+@exercise("start.gang")
+def _gang(largest_gang: object) -> Result:
+    machines = list(_machines())
+    answers = [_ranks(call(largest_gang, *one)) for one in machines]
+    if answers == [_largest(*one) for one in machines]:
+        return passed(_("One rank more fits on none of these machines, and one fewer leaves a part of each idle."))
+    if len(set(answers)) == 1:
+        return failed(_("One answer, whatever machine your function is asked about: use its arguments."))
+    for message, misconceived in _misconceptions(machines).items():
+        if answers == misconceived:
+            return failed(message)
+    for one, answer in zip(machines, answers, strict=True):
+        values = {"answer": answer, "cpus": one[0], "gib": one[1] / 2**30}
+        if answer < _largest(*one):
+            return failed(_("{cpus} CPUs and {gib:.1f} GiB: {answer} isn't the largest; a part stays idle.", **values))
+        if answer > _largest(*one):
+            return failed(
+                _(
+                    "{cpus} CPUs and {gib:.1f} GiB: {answer} is too large; ranks wait, or memory runs out.",
+                    **values,
+                )
+            )
+    raise AssertionError("an answer to each machine is the largest, too small or too large")
+
+
+def _machines() -> Iterator[tuple[int, int]]:
+    """CPUs and bytes: few CPUs, little memory (twice), room for one rank, room for none."""
+    hidden = dice("start.gang")
+    for cpus, ranks in ((4, 30), (48, 9), (16, 5), (8, 1), (2, 0)):
+        beyond = hidden.uniform(0.82, 0.95)  # so much of a rank that it is one if rounded, or without the base
+        yield cpus + hidden.randint(0, 2), machine.BASE_MEMORY + int((ranks + beyond) * machine.RANK_MEMORY)
+
+
+def _largest(cpus: int, memory: int) -> int:
+    """By counting up, as long as one more fits."""
+    ranks = 0
+    while ranks < cpus and machine.BASE_MEMORY + (ranks + 1) * machine.RANK_MEMORY <= memory:
+        ranks += 1
+    return ranks
+
+
+def _misconceptions(machines: list[tuple[int, int]]) -> dict[str, list[int]]:
+    """The message to each misconception, and the ranks that it gives for the machines."""
+    by_memory = [(memory - machine.BASE_MEMORY) / machine.RANK_MEMORY for _cpus, memory in machines]
+    cpus = [cpus for cpus, _memory in machines]
+    both = list(zip(cpus, by_memory, strict=True))
+    return {
+        _("The CPUs would do, but not the memory: each rank needs its own share of it."): cpus,
+        _("The memory would do, but some ranks have no CPU for themselves."): [int(ranks) for ranks in by_memory],
+        _("Both limits hold at once, and you took the looser one."): [max(cpus, int(ranks)) for cpus, ranks in both],
+        _("The notebook and the scheduler need memory, too, before the first rank does."): [
+            min(cpus, memory // machine.RANK_MEMORY) for cpus, memory in machines
+        ],
+        _("Rounded up: the last rank has only a part of its memory."): [
+            min(cpus, -int(-ranks // 1)) for cpus, ranks in both
+        ],
+        _("One rank, where there isn't memory for even one."): [max(1, min(cpus, int(ranks))) for cpus, ranks in both],
+    }
+
+
+def _ranks(returned: Any) -> int:
+    try:
+        if isinstance(returned, bool):
+            raise TypeError
+        return index(returned)
+    except TypeError:
+        reject(_("The function returns a whole number of ranks (an int), not {returned!r}.", returned=returned))

@@ -425,24 +425,53 @@ def test_a_step_names_each_misconception(answer, message):
     assert result.status == "fail" and message in result.message
 
 
-def young(save_s, mtbf, restart_s):
-    return (2 * save_s * mtbf) ** 0.5
+def next_interval(log, machines, failed=("node failure",), since="started_s", only=False, power=1, save=max):
+    """The interval for the next job; as given here the log is read right."""
+    attempts = [row for row in log if row["kind"] == "attempt"]
+    failures = [row for row in attempts if row["cause"] in failed]
+    uptime = sum(row["ended_s"] - row[since] for row in (failures if only else attempts))
+    saves = {}
+    for row in log:
+        if row["kind"] == "checkpoint":
+            saves.setdefault(row["attempt"], []).append(row["save_s"])
+    mtbf = uptime / len(failures) * (attempts[0]["machines"] / machines) ** power
+    return (2 * np.median([save(own) for own in saves.values()]) * mtbf) ** 0.5
+
+
+def reading(**wrong):
+    return lambda log, machines: next_interval(log, machines, **wrong)
+
+
+ENDS = ("node failure", "time limit", "preempted")
 
 
 @pytest.mark.parametrize(
     ("interval", "status", "says"),
     [
-        (young, "pass", "No other interval costs much less"),
-        (lambda save_s, mtbf, restart_s: young(save_s, mtbf, 0) - save_s, "pass", "No other"),
-        (lambda save_s, mtbf, restart_s: 10 * save_s, "fail", "fails less often gets the same"),
-        (lambda save_s, mtbf, restart_s: mtbf / 10, "fail", "takes longer to write gets the same"),
-        (lambda save_s, mtbf, restart_s: 600.0, "fail", "gets the same interval"),
-        (lambda save_s, mtbf, restart_s: young(save_s, mtbf, 0) / 3, "fail", "You write too often"),
-        (lambda save_s, mtbf, restart_s: 3 * young(save_s, mtbf, 0), "fail", "You write too seldom"),
-        (lambda save_s, mtbf, restart_s: save_s * mtbf, "fail", "You write too"),
-        (lambda save_s, mtbf, restart_s: 10**400, "fail", "a number above 0"),
-        (lambda save_s, mtbf, restart_s: -1, "fail", "a number above 0, not -1"),
-        (lambda save_s, mtbf, restart_s: [1, 2], "fail", r"not \[1, 2\]"),
+        (next_interval, "pass", "No other interval costs much less"),
+        (lambda *given: 0.75 * next_interval(*given), "pass", "No other"),
+        (reading(failed=ENDS), "fail", "look at the causes"),
+        (reading(since="submitted_s"), "fail", "What waits in a queue can't fail"),
+        (reading(only=True), "fail", "Attempts that didn't fail"),
+        (lambda log, m: next_interval(log, m, failed=ENDS, since="submitted_s"), "fail", "You write too"),
+        (lambda log, m: next_interval(log, m, since="submitted_s", save=np.mean), "fail", "You write too"),
+        (reading(power=0), "fail", "your job has more, or fewer"),
+        (reading(power=-1), "fail", "fail more often, not less"),
+        (reading(save=np.median), "fail", "its slowest rank"),
+        (reading(save=np.mean), "fail", "its slowest rank"),
+        (lambda log, machines: next_interval(log, 1), "fail", "the MTBF of one machine"),
+        (lambda log, machines: next_interval(log, machines) / 3, "fail", "You write too often"),
+        (lambda log, machines: 3 * next_interval(log, machines), "fail", "You write too seldom"),
+        (lambda log, machines: (2 * 0.01 * 5.0) ** 0.5, "fail", "One interval for every log"),
+        (lambda log, machines: (2 * 0.01 * 5.0 / machines) ** 0.5, "fail", "You write too often"),
+        (
+            lambda log, machines: np.median([row["save_s"] for row in log if row["kind"] == "checkpoint"]),
+            "fail",
+            "You write too often",
+        ),
+        (lambda log, machines: 10**400, "fail", "a number above 0"),
+        (lambda log, machines: -1, "fail", "a number above 0, not -1"),
+        (lambda log, machines: [1, 2], "fail", r"not \[1, 2\]"),
     ],
 )
 def test_checkpoint_intervals(interval, status, says):
@@ -857,7 +886,7 @@ def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
             lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g) / ranks,
             (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g), "The gradients are summed"),
         ),
-        "faults.interval": (young, (lambda *given: 3 * young(*given), "You write too seldom")),
+        "faults.interval": (next_interval, (reading(power=0), "your job has more, or fewer")),
         "faults.state": ((pack, unpack), ((functools.partial(pack, leave_out=["random"]), unpack), "Dropout draws")),
         "security.masks": (masking(), (masking(step=0), "Two steps have the same masks")),
     }

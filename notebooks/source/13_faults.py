@@ -187,22 +187,40 @@ hpclab.tables.Table(
 #
 # ## Exercise: the interval
 #
-# Write `interval(save_s, mtbf, restart_s)`, which returns the seconds of work between two checkpoints. Near the best will
-# do, for a laptop as for a supercomputer.
+# Nobody hands you a save time and an MTBF: a cluster keeps a log. Write `interval(log, machines)`, which reads the log of a
+# finished run and returns the seconds of work between two checkpoints for the *next* job, the same program on `machines`
+# machines. Near the best will do: a tenth more lost than necessary passes. The log is a list of rows of two kinds (times in
+# seconds):
+#
+# ```python
+# {"kind": "attempt", "attempt": 0, "machines": 64, "submitted_s": 0.0, "started_s": 9100.0, "ended_s": 20350.0,
+#  "cause": "preempted"}  # or "time limit", or "node failure"
+# {"kind": "checkpoint", "attempt": 0, "rank": 3, "save_s": 2.7}  # one row a rank
+# ```
+#
+# All ranks wait until a checkpoint is whole. The next job's machines are of the same kind: a checkpoint takes as long, and each
+# machine fails as often.
 #
 # <details><summary>Hint</summary>
 #
-# Write down what a second of work costs: a share of a checkpoint, and the chance of a failure times half an interval. Where
-# is the sum smallest?
+# An MTBF is a time divided by a number of failures. Which time, and which failures? And what does a rank do between its own
+# save and that of the last one?
 #
 # </details>
 
 
 # %% id="interval-answer" exercise=true
-def interval(save_s, mtbf, restart_s):
+def interval(log, machines):
     ...
     ### BEGIN SOLUTION
-    return (2 * save_s * mtbf) ** 0.5
+    attempts = [row for row in log if row["kind"] == "attempt"]
+    uptime = sum(row["machines"] * (row["ended_s"] - row["started_s"]) for row in attempts)
+    failures = sum(row["cause"] == "node failure" for row in attempts)
+    slowest = {}
+    for row in log:
+        if row["kind"] == "checkpoint":
+            slowest[row["attempt"]] = max(row["save_s"], slowest.get(row["attempt"], 0))
+    return (2 * np.median(list(slowest.values())) * uptime / failures / machines) ** 0.5
     ### END SOLUTION
 
 

@@ -1,5 +1,7 @@
-"""Checks of the notebook *faults*: intervals are priced by Daly's formula, and a resumed training by its bits."""
+"""Checks of the notebook *faults*: intervals read from planted logs, and a resumed training by its bits."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from operator import index
 from typing import Any
 
@@ -11,44 +13,101 @@ from hpclab.language import translate as _
 
 @exercise("faults.interval", imports=("scipy.optimize",))
 def _interval(interval: object) -> Result:
-    cases = [(5.0, 3600.0, 30.0), (60.0, 86400.0, 300.0), (0.01, 5.0, 0.3), (120.0, 3600.0, 600.0)]
+    logs = list(_logs())
+    answers = [_seconds(call(interval, log.rows, log.machines)) for log in logs]
+    if np.allclose(answers, answers[0]):
+        return failed(_("One interval for every log: it must come from the rows, and from the machines."))
+    costs = np.array([_cost(at, log.save_s, log.mtbf_s) - 1 for at, log in zip(answers, logs, strict=True)])
+    bests = np.array([_best_interval(log.save_s, log.mtbf_s) for log in logs])
+    least = np.array([_cost(best, log.save_s, log.mtbf_s) - 1 for best, log in zip(bests, logs, strict=True)])
+    if (costs <= 1.1 * least).all():
+        return passed(_("No other interval costs much less, for any of the jobs: you read their logs well."))
+    for misread in zip(*map(_misread, logs), strict=True):
+        if np.allclose(answers, [at for _message, at in misread], rtol=0.03):
+            return failed(misread[0][0])
+    worst = int(np.argmax(costs / least))
+    values = {"cost": costs[worst], "least": least[worst]}
+    return failed(
+        _("You write too often: {cost:.1%} of the work is spent on saves and failures; {least:.1%} would do.", **values)
+        if answers[worst] < bests[worst]
+        else _(
+            "You write too seldom, and each failure loses much: {cost:.1%} of the work is spent on saves and failures;"
+            " {least:.1%} would do.",
+            **values,
+        )
+    )
+
+
+@dataclass
+class _Log:
+    """Rows of a run of some machines, and what is true of a job on others: its machines, MTBF and seconds to save."""
+
+    rows: list[dict]
+    machines: int
+    mtbf_s: float
+    save_s: float
+
+
+def _logs() -> Iterator[_Log]:
+    """Runs of which few attempts failed, which waited long in a queue, and had one slow rank each."""
     hidden = dice("faults.interval")
-    cases = [(save_s, mtbf * hidden.uniform(0.8, 1.2), restart_s) for save_s, mtbf, restart_s in cases]
-    for save_s, mtbf, restart_s in cases:
-        seconds = _seconds(call(interval, save_s, mtbf, restart_s))
-        if np.isclose(seconds, _seconds(call(interval, 3 * save_s, mtbf, restart_s))):
-            return failed(_("A checkpoint that takes longer to write gets the same interval from you."))
-        if np.isclose(seconds, _seconds(call(interval, save_s, 3 * mtbf, restart_s))):
-            return failed(_("A machine that fails less often gets the same interval from you."))
-        best = _best_interval(save_s, mtbf, restart_s)
-        cost, least = (_cost(at, save_s, mtbf, restart_s) - 1 for at in (seconds, best))
-        if cost > 1.1 * least:
-            costs = {"mtbf": mtbf, "save": save_s, "cost": cost, "least": least}
-            return failed(
-                _(
-                    "You write too often: with a failure every {mtbf:g} s and {save:g} s to write, {cost:.1%} is"
-                    " spent; {least:.1%} would do.",
-                    **costs,
-                )
-                if seconds < best
-                else _(
-                    "You write too seldom, and each failure loses much: with one every {mtbf:g} s and {save:g} s to"
-                    " write, {cost:.1%} is spent; {least:.1%} would do.",
-                    **costs,
-                )
-            )
-    return passed(_("No other interval costs much less: neither for a laptop nor for a supercomputer."))
+    for recorded, machines, mtbf_s, save_s, wait, others in (
+        (64, 1024, 4e3, 20.0, 7.0, 1),  # seconds in the queue for one that runs, and other ends for one by a failure
+        (256, 32, 9e4, 60.0, 0.5, 8),
+        (16, 16, 2e4, 5.0, 0.2, 4),
+    ):
+        mtbf_s, save_s = mtbf_s * hidden.uniform(0.8, 1.2), save_s * hidden.uniform(0.8, 1.2)
+        failures = hidden.randint(6, 9)
+        uptime = failures * mtbf_s * machines / recorded
+        causes = ["node failure"] * failures + hidden.choices(("time limit", "preempted"), k=others * failures)
+        hidden.shuffle(causes)
+        lengths = [hidden.uniform(0.5, 1.5) for _cause in causes]
+        rows, clock = [], 0.0
+        for attempt, (cause, length) in enumerate(zip(causes, lengths, strict=True)):
+            start = clock + wait * uptime / len(causes)
+            end = start + uptime * length / sum(lengths)
+            times = {"submitted_s": clock, "started_s": start, "ended_s": end}
+            rows.append({"kind": "attempt", "attempt": attempt, "machines": recorded, **times, "cause": cause})
+            slow = hidden.randrange(8)
+            for rank in range(8):
+                own = {"rank": rank, "save_s": save_s if rank == slow else save_s * hidden.uniform(0.12, 0.18)}
+                rows.append({"kind": "checkpoint", "attempt": attempt, **own})
+            clock = end
+        yield _Log(rows, machines, mtbf_s, save_s)
 
 
-def _cost(interval: float, save_s: float, mtbf: float, restart_s: float) -> float:
-    """Expected time over the time without failures or checkpoints (Daly 2006, equation 13, for long runs)."""
-    return mtbf * np.exp(restart_s / mtbf) * np.expm1((interval + save_s) / mtbf) / interval
+def _misread(log: _Log) -> list[tuple[str, float]]:
+    """The message to each misreading of a log, and the interval that it gives by Young's formula."""
+    attempts = [row for row in log.rows if row["kind"] == "attempt"]
+    failures = [row for row in attempts if row["cause"] == "node failure"]
+    saves = [row["save_s"] for row in log.rows if row["kind"] == "checkpoint"]
+    ratio, count = log.machines / attempts[0]["machines"], len(failures)
+    lived = sum(row["ended_s"] - row["started_s"] for row in failures)
+    waiting = _("What waits in a queue can't fail: only time in which the machines ran counts.")
+    partly = _("Attempts that didn't fail were time without a failure, too: leave none of that time out.")
+    slowest = _("A checkpoint isn't done before its slowest rank is.")
+    readings = [
+        (_("Not every end is a failure: look at the causes."), log.save_s, log.mtbf_s * count / len(attempts)),
+        (waiting, log.save_s, attempts[-1]["ended_s"] / count / ratio),
+        (partly, log.save_s, lived / count / ratio),
+        (_("The log's MTBF is that of its machines; your job has more, or fewer."), log.save_s, log.mtbf_s * ratio),
+        (_("More machines fail more often, not less."), log.save_s, log.mtbf_s * ratio**2),
+        (_("That is the MTBF of one machine: any of yours can fail."), log.save_s, log.mtbf_s * log.machines),
+        (slowest, float(np.median(saves)), log.mtbf_s),
+        (slowest, float(np.mean(saves)), log.mtbf_s),
+    ]
+    return [(message, (2 * save_s * mtbf_s) ** 0.5) for message, save_s, mtbf_s in readings]
 
 
-def _best_interval(save_s: float, mtbf: float, restart_s: float) -> float:
+def _cost(interval: float, save_s: float, mtbf: float) -> float:
+    """Expected time over the time without failures or checkpoints (Daly 2006, equation 13, without restarts)."""
+    return mtbf * np.expm1((interval + save_s) / mtbf) / interval
+
+
+def _best_interval(save_s: float, mtbf: float) -> float:
     from scipy.optimize import minimize_scalar
 
-    return float(minimize_scalar(_cost, bounds=(save_s / 100, 10 * mtbf), args=(save_s, mtbf, restart_s)).x)
+    return float(minimize_scalar(_cost, bounds=(save_s / 100, 10 * mtbf), args=(save_s, mtbf)).x)
 
 
 def _seconds(returned: Any) -> float:

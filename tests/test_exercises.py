@@ -22,7 +22,7 @@ import torch
 from distributed import Security
 
 import hpclab
-from hpclab import data, laws, machine, roofline, slurm
+from hpclab import data, laws, machine, roofline, scaling, slurm
 from hpclab.course import bottlenecks, checks, verdicts
 from hpclab.course.check import check
 from hpclab.course.checks import dask as dask_checks
@@ -268,53 +268,87 @@ def test_learning_rate_names_each_misconception(answer, message):
     assert result.status == "fail" and message in result.message
 
 
-def curves_solution(n, x):
-    verdict = laws.choose(n, x)
+def points(rows, emulated=False, pooled=False):
+    """Counts and throughputs of the runs that count; or of all rows."""
+    runs = {}
+    for row in rows:
+        if emulated or row["source"] == "measured":
+            runs.setdefault((row["ranks"], row["run"], row["epoch"] if pooled else 0), []).append(row["samples_per_s"])
+    return [key[0] for key in runs], [np.mean(rates) for rates in runs.values()]
+
+
+def curves_solution(rows, weak=False, **which):
+    if not weak and scaling.regime(rows) == "weak":
+        return None, None
+    verdict = laws.choose(*points(rows, **which))
     return (verdict.law, verdict.fit.intervals["sigma"]) if verdict.identifiable else (None, None)
 
 
-def best_of_all(n, x):
-    found = min((laws.fit(law, n, x, "relative") for law in ("amdahl", "usl")), key=lambda one: one.aicc)
+def best_of_all(rows):
+    if scaling.regime(rows) == "weak":
+        return None, None
+    found = min((laws.fit(law, *points(rows), "relative") for law in ("amdahl", "usl")), key=lambda one: one.aicc)
     return found.law, found.intervals["sigma"]
 
 
-def unless_few(n, x):
-    return best_of_all(n, x) if max(n) > 4 else (None, None)
+def unless_few(rows):
+    return best_of_all(rows) if len(set(points(rows)[0])) > 3 else (None, None)
+
+
+def copied(rows):
+    """The line of the notebook."""
+    n, x = [row["ranks"] for row in rows], [row["samples_per_s"] for row in rows]
+    verdict = laws.choose(n, x)
+    return verdict.law, verdict.fit.intervals["sigma"] if verdict.identifiable else None
 
 
 def with_interval(width):
-    def answer(n, x):
-        law, interval = curves_solution(n, x)
+    def answer(rows):
+        law, interval = curves_solution(rows)
         return (law, width(*interval)) if law else (None, None)
 
     return answer
 
 
-def test_curves_passes_with_the_solution():
-    assert check("scaling.curves", curves_solution)
+def with_law(rename):
+    def answer(rows):
+        law, interval = curves_solution(rows)
+        return rename(law), interval
+
+    return answer
+
+
+def test_curves_passes_with_the_solution_and_shows_those_that_miss():
+    result = check("scaling.curves", curves_solution)
+    assert result and re.search("3[3-9] of (39|40) intervals hold the truth", result.message), result
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
+        (copied, "a law from weak scaling"),
+        (lambda rows: (scaling.verdict(rows).law, None) if scaling.regime(rows) == "strong" else (None, None), "emul"),
+        (functools.partial(curves_solution, weak=True), "a law from weak scaling"),
+        (functools.partial(curves_solution, emulated=True), "a law from emulated rows"),
+        (functools.partial(curves_solution, pooled=True), "share their luck"),
         (best_of_all, "a law from up to 4 workers"),
         (unless_few, "from data so noisy"),
-        (lambda n, x: (None, None), "You found no law"),
-        (lambda n, x: ("usl", None), "A larger law always fits"),
-        (lambda n, x: ("amdahl", laws.fit_amdahl(n, x).intervals["sigma"]), "A tight interval is no evidence"),
-        (with_interval(lambda low, high: (high, high + 0.01)), "misses the planted one"),
-        (with_interval(lambda low, high: (0, 1)), "so wide that it says nothing"),
-        (lambda n, x: (curves_solution(n, x)[0], None), "A law without an interval"),
+        (lambda rows: (None, None), "You found no law"),
+        (with_law(lambda law: law and "usl"), "A larger law always fits"),
+        (with_law(lambda law: law and "amdahl"), "A tight interval is no evidence"),
+        (with_interval(lambda low, high: (high, high + 0.01)), "share their luck"),
+        (with_interval(lambda low, high: (0, 1)), "so wide that they say nothing"),
+        (with_interval(lambda low, high: None), "A law without an interval"),
         (with_interval(lambda low, high: {"low": low, "high": high}), "returns a pair"),
-        (lambda n, x: ("Amdahl", (0, 1)), "'amdahl' or 'usl', or None where no law is told; not 'Amdahl'"),
-        (lambda n, x: ("linear", (0, 1)), "Linear would be as many times as fast"),
-        (lambda n, x: "amdahl", "returns a pair"),
-        (lambda n, x: ("amdahl", 0.1), "returns a pair"),
+        (lambda rows: ("Amdahl", (0, 1)), "'amdahl' or 'usl', or None where no law is told; not 'Amdahl'"),
+        (lambda rows: ("linear", (0, 1)), "Linear would be as many times as fast"),
+        (lambda rows: "amdahl", "returns a pair"),
+        (lambda rows: ("amdahl", 0.1), "returns a pair"),
     ],
 )
 def test_curves_names_each_misconception(answer, message):
     result = check("scaling.curves", answer)
-    assert result.status == "fail" and message in result.message
+    assert result.status == "fail" and message in result.message, result
 
 
 def winkler(low, high, value, level):

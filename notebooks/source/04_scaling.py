@@ -252,24 +252,39 @@ hpclab.tables.Table(
 # why we never draw a law beyond its points without a forecast beside it.
 
 # %% [markdown] id="curves"
-# ## Exercise: three planted curves
+# ## Exercise: 64 planted sweeps
 #
-# Write `judge(n, x)`. It gets counts of workers and throughputs, and returns a pair: the name of the law ("amdahl" or
-# "usl") and an interval (low, high) of its sigma, where the data tell it; `None, None` where they don't. It is tried on
-# curves of which the truth is known: two that can be told, one of few workers, one of much noise.
+# Write `judge(rows)`. It gets the rows of a sweep, and returns a pair: the name of the law ("amdahl" or "usl") and a 95 %
+# interval (low, high) of its sigma, where the rows tell it; `None, None` where they don't. A row looks like this:
+#
+# ```python
+# {"kind": "trial", "run": 7, "epoch": 2, "ranks": 4, "threads": 1, "batch": 512, "samples_per_s": 731.2,
+#  "source": "measured"}
+# ```
+#
+# A `run` is one launch; it reports a row after each of its epochs. `batch` is that of all ranks together. Your function is tried
+# on 64 sweeps of which the truth is known, and its claims are counted: laws where there is one to see, silence where there is
+# none, and how many of the intervals hold the planted sigma. A few may miss. How many should?
 #
 # <details><summary>Hint</summary>
 #
-# Read what `hpclab.laws.choose` returns. Timings repeat to a share of themselves.
+# `hpclab.laws.choose` takes every point for an independent measurement, of strong scaling, on a machine. Which rows are that?
+# If a run has a bad start, what happens to its four rows?
 #
 # </details>
 
 
 # %% id="curves-answer" exercise=true
-def judge(n, x):
+def judge(rows):
     ...
     ### BEGIN SOLUTION
-    verdict = laws.choose(n, x)
+    runs = {}
+    for row in rows:
+        if row["source"] == "measured":
+            runs.setdefault((row["run"], row["ranks"]), []).append(row["samples_per_s"])
+    if scaling.regime(rows) != "strong":
+        return None, None
+    verdict = laws.choose([ranks for run, ranks in runs], [np.mean(rates) for rates in runs.values()])
     if not verdict.identifiable:
         return None, None
     return verdict.law, verdict.fit.intervals["sigma"]

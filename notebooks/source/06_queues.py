@@ -233,20 +233,32 @@ site.stop()
 # %% [markdown] id="backfill-exercise"
 # ## Exercise: slip through
 #
-# The same machine as before (2 nodes, 2 CPUs each, backfill): *long* runs on one node and has asked for 3 minutes; *wide*
-# waits for both. Your job simulates three molecules: `simulate` takes 2 seconds with one CPU, and it can't know more than one.
-# You have no right to set priorities. Write the options with which your job is done before *wide* starts.
+# A machine of 2 nodes with 4 CPUs each, and backfill. This is what `squeue` says when you come:
+#
+# | job | state | time used | time limit | nodes | CPUs | node list (reason) |
+# |---|---|---|---|---|---|---|
+# | long | running | 0:02 | 5:00 | 1 | 4 | n1 |
+# | side | running | 0:01 | 2:00 | 1 | 1 | n2 |
+# | wide | pending | 0:00 | 2:00 | 2 | 8 | (Resources) |
+#
+# Your job runs `simulate`. It reads its input for one minute, with one CPU; then come 9 CPU-minutes of work, which it divides
+# evenly among all the CPUs that its job has on one node. Write the options of `sbatch` with which your job is done before *wide*
+# starts, and isn't killed at its time limit, a whole number of minutes. You have no right to set priorities.
+#
+# The check hands these jobs to a real Slurm, which decides who starts. Only the clock is faster: no job really takes minutes, and
+# whether yours would have been killed is computed from what it asked for and got.
 #
 # <details><summary>Hint</summary>
 #
-# Which hole is there, how wide is it, and for how long? What does a job get that says nothing about its time?
+# A hole has a width and a length. Which CPUs are idle *now*, and until when may they be lent? How long does `simulate` take with
+# one CPU, with two, with more?
 #
 # </details>
 
 # %% id="backfill-answer" exercise=true
 options = ...
 ### BEGIN SOLUTION
-options = "--ntasks=1 --time=2"
+options = "--ntasks=3 --time=4"
 ### END SOLUTION
 
 # %% id="backfill-check" points=1

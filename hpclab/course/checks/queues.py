@@ -1,6 +1,7 @@
 """Checks of the notebook *queues*: a private Slurm really gets what an answer asks for; what came of it is read."""
 
 import itertools
+import math
 import re
 import shlex
 import time
@@ -24,8 +25,12 @@ def _backfill(options: object) -> Result:
         return failed(
             _("{option} would change whose turn it is; say what your job needs instead.", option=forbidden[0])
         )
-    with _site() as site:
-        for name, size, minutes, seconds in (("long", ("-N1", "-n2"), 3, 6), ("wide", ("-N2", "-n4"), 2, 1)):
+    with _site(cpus=4) as site:
+        for name, size, minutes, seconds in (
+            ("long", ("-N1", "-n4"), 5, 10),
+            ("side", ("-N1", "-n1"), 2, 10),
+            ("wide", ("-N2", "-n8"), 2, 1),
+        ):
             site.run("sbatch", "-J", name, *size, "-t", minutes, "-o", "/dev/null", "--wrap", f"sleep {seconds}")
         try:
             site.run("sbatch", "-J", "yours", "-o", "/dev/null", *words, "--wrap", "sleep 2")
@@ -33,17 +38,31 @@ def _backfill(options: object) -> Result:
             return failed(_("Slurm doesn't take these options: {error}", error=str(error)))
         if (jobs := _ended(site)) is None:
             return failed(_("Your job never starts: it asks for more than this machine has."))
-    yours, wide = jobs["yours"], jobs["wide"]
+    return _slipped(jobs["yours"], jobs["wide"])
+
+
+def _slipped(yours: dict, wide: dict) -> Result:
+    """What became of the reader's job, beside the wide one."""
     if yours["state"] != "COMPLETED":
         return failed(_("Your job ended as {state}, not as COMPLETED.", state=yours["state"]))
-    if yours["ended_s"] <= wide["started_s"] and yours["cpus"] > 1:
-        return failed(_("It slips through, but holds a CPU that it can't use."))
+    if "[" in yours["nodes"]:
+        return failed(_("Its CPUs are on two nodes, and simulate is one process: it uses those of one node."))
+    needed, limit = 1 + 9 / yours["cpus"], (yours["walltime_s"] or math.inf) / 60
+    if needed > limit:
+        return failed(
+            _(
+                "Killed at its limit: with as many CPUs as you asked for, simulate takes {needed:.3g} minutes, and"
+                " {limit:g} were asked for.",
+                needed=needed,
+                limit=limit,
+            )
+        )
     if yours["ended_s"] <= wide["started_s"]:
         return passed(
             _("Your job fits into the hole: it was done before the wide one could start, and delayed nobody.")
         )
-    if yours["cpus"] > 1:
-        return failed(_("It waited behind the wide one: it asks for more than it can use, which must be free at once."))
+    if yours["cpus"] > 3:
+        return failed(_("It waited behind the wide one: the hole isn't that wide; count the CPUs that are idle now."))
     return failed(_("It waited behind the wide one: as far as Slurm knows, it might have run too long for the hole."))
 
 
@@ -84,14 +103,14 @@ echo end >> calls
 
 
 @contextmanager
-def _site() -> Iterator[slurm.Slurm]:
-    """A private Slurm, if this machine can have one."""
+def _site(cpus: int = 2) -> Iterator[slurm.Slurm]:
+    """A private Slurm of two nodes, if this machine can have one."""
     if missing := slurm.missing():
         what = ", ".join(missing)
         raise Decided(
             inconclusive(_("This needs Slurm; here is no {what}: {line}", what=what, line=slurm.install_line()))
         )
-    with slurm.start(nodes=2, cpus=2) as site:
+    with slurm.start(nodes=2, cpus=cpus) as site:
         yield site
 
 

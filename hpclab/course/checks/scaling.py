@@ -52,7 +52,12 @@ def _curves(judge: object) -> Result:
             )
         )
     if pairs["amdahl", None] + pairs["usl", None] > MISTAKES:
-        return failed(_("You found no law in sweeps where 16 workers and little noise tell one."))
+        return failed(
+            _(
+                "You found no law in sweeps where 16 workers and little noise tell one; rows of one run share their"
+                " luck."
+            )
+        )
     if pairs["amdahl", "usl"] > MISTAKES:
         return failed(_("A larger law always fits at least as well: which is the smallest that none beats?"))
     if pairs["usl", "amdahl"] > MISTAKES:

@@ -697,6 +697,21 @@ def job(line="train --token-file {file}", mode=0o600, text=str):
 ONE = Security.temporary()
 
 
+def in_files(made=Security.temporary, mode=0o600, kind=Security, **more):
+    """Certificates that are made and written to files; as given here nobody else sees them."""
+
+    def certificates(folder):
+        source, files = made(), {"tls_ca_file": str(Path(folder, "ca"))}
+        for role, kinds in itertools.product(("client", "scheduler", "worker"), ("key", "cert")):
+            files[f"tls_{role}_{kinds}"] = str(Path(folder, f"{role}-{kinds}"))
+        for name, path in files.items():
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, mode), "w") as opened:
+                opened.write(getattr(source, name))
+        return kind(**{"require_encryption": True} | files | more)
+
+    return certificates
+
+
 class Lax(Security):
     """Encrypts, and asks nobody for a certificate."""
 
@@ -706,18 +721,7 @@ class Lax(Security):
         return found
 
 
-def keys_for_all():
-    for name in ("key.pem", "cert.pem"):
-        Path(name).write_text(ONE.tls_client_key if name == "key.pem" else ONE.tls_client_cert)
-        Path(name).chmod(0o644)
-    Path.cwd().chmod(0o755)
-    files = {
-        f"tls_{role}_{kind}": f"{kind}.pem" for role in ("client", "scheduler", "worker") for kind in ("key", "cert")
-    }
-    return Security(require_encryption=True, tls_ca_file="cert.pem", **files)
-
-
-def keyless():
+def keyless(folder):
     return Security(require_encryption=True, tls_ca_file=ONE.tls_ca_file)
 
 
@@ -732,24 +736,26 @@ def mixed():
     "answer", [job(), job("TRAIN_TOKEN=$(cat {file}) train"), job("train --token-file $(ls {file})")]
 )
 def test_harden_passes_where_nobody_sees_the_token(answer):
-    result = check("security.harden", (Security.temporary, answer))
-    assert (result.status, "Strangers are refused" in result.message) == ("pass", True)
+    result = check("security.harden", (in_files(), answer))
+    assert (result.status, "Strangers are refused" in result.message) == ("pass", True), result
 
 
 @pytest.mark.parametrize(
     ("security", "message"),
     [
-        (lambda: False, "was let in, and ran code"),
-        (lambda: Security(), "was let in, and ran code"),
-        (lambda: Lax.temporary(), "A socket without a certificate was greeted at tls://"),
-        (lambda: ONE, "One certificate for all"),
-        (mixed, "not even your own client"),
+        (lambda folder: False, "was let in, and ran code"),
+        (lambda folder: Security(), "was let in, and ran code"),
+        (in_files(require_encryption=False), "was let in, and ran code"),
+        (lambda folder: Security.temporary(), "in this process only"),
+        (in_files(kind=Lax), "A socket without a certificate was greeted at tls://"),
+        (in_files(lambda: ONE), "One certificate for all"),
+        (in_files(mixed), "not even your own client"),
         (keyless, "it lacks something: tls_client_cert"),
-        (lambda: Security(require_encryption=True, tls_ca_file="gone"), "it lacks something"),
-        (keys_for_all, "Others can read the file of a private key: key.pem"),
-        (lambda: True, "a distributed.Security, not True"),
-        (lambda: ..., "Not answered yet"),
-        (lambda: 1 / 0, "raised ZeroDivisionError"),
+        (lambda folder: Security(require_encryption=True, tls_ca_file="gone"), "it lacks something"),
+        (in_files(mode=0o644), "Others can read the file of a private key: client-key"),
+        (lambda folder: True, "a distributed.Security, not True"),
+        (lambda folder: ..., "Not answered yet"),
+        (lambda folder: 1 / 0, "raised ZeroDivisionError"),
     ],
 )
 def test_harden_names_each_way_in(security, message):
@@ -776,7 +782,7 @@ def test_harden_names_each_way_in(security, message):
     ],
 )
 def test_harden_names_each_leak(answer, message):
-    result = check("security.harden", (Security.temporary, answer))
+    result = check("security.harden", (in_files(), answer))
     assert result.status == "fail" and message in result.message, result
 
 
@@ -784,7 +790,7 @@ def test_harden_is_inconclusive_where_nothing_can_be_tried(monkeypatch):
     assert "a pair of functions, (certificates, job)" in check("security.harden", job()).message
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "which", lambda name: None)
-        result = check("security.harden", (Security.temporary, job()))
+        result = check("security.harden", (in_files(), job()))
     assert (result.status, "needs bash" in result.message) == ("inconclusive", True)
 
 
@@ -860,12 +866,15 @@ def queued(request, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        ("--ntasks=1 --time=2", "pass", "delayed nobody"),
-        ("-n1 -t 1", "pass", "delayed nobody"),
-        ("--time=2 --cpus-per-task=2", "fail", "holds a CPU that it can't use"),
-        ("--ntasks=1", "fail", "might have run too long"),
-        ("--ntasks=1 --time=10", "fail", "might have run too long"),
-        ("--ntasks=4 --time=2", "fail", "asks for more than it can use"),
+        ("--ntasks=3 --time=4", "pass", "delayed nobody"),
+        ("-c3 -t 4", "pass", "delayed nobody"),
+        ("--time=1", "fail", "takes 10 minutes, and 1 were asked for"),
+        ("--ntasks=1 --time=2", "fail", "takes 10 minutes, and 2 were"),
+        ("--nodes=1 --ntasks=2 --time=4", "fail", "takes 5.5 minutes, and 4 were"),
+        ("--nodes=2 --ntasks=4 --time=00:04:00", "fail", "CPUs are on two nodes"),
+        ("--ntasks=3", "fail", "might have run too long"),
+        ("--ntasks=3 --time=5", "fail", "might have run too long"),
+        ("--nodes=1 --ntasks=4 --time=4", "fail", "the hole isn't that wide"),
         ("--time=2 --nice=-5", "fail", "--nice=-5 would change whose turn it is"),
         ("--time=2 --nodes=7", "fail", "Slurm doesn't take these options"),
         (4, "fail", "is a text, not 4"),

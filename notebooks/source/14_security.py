@@ -177,7 +177,7 @@ places
 # A colleague's training:
 #
 # ```python
-# def certificates():
+# def certificates(folder):
 #     return False  # it's only loopback
 #
 #
@@ -185,27 +185,35 @@ places
 #     return f"#!/bin/bash\n#SBATCH --job-name=train\ntrain --token {token}\n"
 # ```
 #
-# Write both anew. `certificates()` returns what the scheduler, workers and clients of a cluster get, a
-# `distributed.Security`: who hasn't got the same one stays out, and each cluster has its own. `job(token, folder)` returns
-# the text of a job script. It may write files to the folder, which others can enter. `train` takes its token by
-# `--token TOKEN`, by `--token-file FILE`, or from the environment, by the name `TRAIN_TOKEN`.
+# Write both anew. `certificates(folder)` returns what the scheduler, workers and clients of a cluster get, a
+# `distributed.Security`: anyone without the same one is refused, and each cluster has its own. Its workers are jobs on other
+# nodes, so what they need is in *files* of the folder, private keys too. `job(token, folder)` returns the text of a job
+# script. It may write files to its folder, too. Others can enter both folders. `train` takes its token by `--token TOKEN`, by
+# `--token-file FILE`, or from the environment, by the name `TRAIN_TOKEN`.
 #
 # The check starts a scheduler and a worker, sends strangers to their ports, reads your script and your files as others could,
 # and runs the script.
 #
 # <details><summary>Hint</summary>
 #
-# `Security.temporary()` is how the third at the door came by a certificate of its own. And `open` takes no mode for the
-# file's permissions, but `os.open` does.
+# A stranger at the door had made a certificate of its own. `help(Security)` tells how one is made; it holds texts, and the
+# constructor takes names of files as well. What else must you tell it, so that it insists? The two programs above show how a
+# file is private from its first byte.
 #
 # </details>
 
 
 # %% id="harden-answer" exercise=true
-def certificates():
+def certificates(folder):
     ...
     ### BEGIN SOLUTION
-    return Security.temporary()
+    made, files = Security.temporary(), {"tls_ca_file": str(Path(folder, "ca_file"))}
+    for role in ("client", "scheduler", "worker"):
+        files |= {f"tls_{role}_{kind}": str(Path(folder, f"{role}_{kind}")) for kind in ("key", "cert")}
+    for name, path in files.items():
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(getattr(made, name))
+    return Security(require_encryption=True, **files)
     ### END SOLUTION
 
 

@@ -36,27 +36,33 @@ def _harden(functions: Any) -> Result:
         return failed(_("The answer is a pair of functions, (certificates, job), not {answer!r}.", answer=functions))
     if os.name != "posix" or shutil.which("bash") is None:
         return inconclusive(_("This needs bash, and files with modes such as 0600; try it on Linux."))
-    own, others = _security(call(certificates)), _security(call(certificates))
-    with ThreadPoolExecutor(1) as pool:  # an event loop already runs in the thread of a notebook's cell
-        pool.submit(_knock, own, others).result()
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        own, others = _security(certificates, one), _security(certificates, other)
+        with ThreadPoolExecutor(1) as pool:  # an event loop already runs in the thread of a notebook's cell
+            pool.submit(_knock, own, others).result()
     for message, leaks in _leaks(job):
         if leaks:
             return failed(message)
     return passed(_("Strangers are refused, you aren't, and the job has its token, which nobody else has seen."))
 
 
-def _security(returned: Any) -> Any:
-    """What was returned, as a `distributed.Security`; None if nothing is to be encrypted."""
+def _security(certificates: Any, folder: str) -> Any:
+    """What it returns for a folder that others can enter, a `distributed.Security`; None if it encrypts nothing."""
     from distributed import Security
 
+    os.chmod(folder, 0o755)
+    with _umask(0o022):  # what most systems set
+        returned = call(certificates, folder)
     if returned is False:
         return None
     if not isinstance(returned, Security):
         reject(_("The first function returns a distributed.Security, not {returned!r}.", returned=returned))
     for name in ("ca_file", "client_key", "scheduler_key", "worker_key"):
         value = getattr(returned, f"tls_{name}")
-        if name != "ca_file" and value and "\n" not in value and os.path.exists(value) and _others_read(value):
-            reject(_("Others can read the file of a private key: {file}", file=value))
+        if name != "ca_file" and value and "\n" in value:
+            reject(_("A private key is in this process only: a worker that a queue starts elsewhere can't read it."))
+        if name != "ca_file" and value and os.path.exists(value) and _others_read(value):
+            reject(_("Others can read the file of a private key: {file}", file=Path(value).name))
     return returned if returned.require_encryption else None
 
 

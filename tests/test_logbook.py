@@ -82,7 +82,7 @@ def test_progress_counts_what_the_notebooks_declare(copy):
     assert {exercise for row in found.rows for exercise in row["exercises"]} == set(checks.ids())
     assert found.done == 2
     rows = {row["slug"]: row for row in found.rows}
-    assert rows["cnn"]["done"] == ["cnn.order"] and rows["cnn"]["minutes"] == 40
+    assert rows["cnn"]["done"] == ["cnn.order"] and rows["cnn"]["minutes"] == 30
     assert rows["start"]["title"] == "Start here: the race" and rows["start"]["day"]
 
 

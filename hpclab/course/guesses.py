@@ -14,6 +14,8 @@ Value = float | list[float] | str
 """A number, the two ends of an interval, or one of some options."""
 _session: list[dict] = []
 """Notes of this process: all that there are outside of a working copy, or where its log can't be written."""
+_units: dict[str, str] = {}
+"""What each number counts."""
 
 
 class Shown(str):
@@ -53,11 +55,15 @@ def predict(
     ValueError
         If the value is none of these.
     """
+    _units[prediction_id] = unit
     if value is ...:
         if among:
-            return Shown(_("Your prediction: write one of {options} in place of ...", options=_quoted(among)))
-        said = _("Your prediction: write a number in place of ..., or two for an interval: (low, high).")
-        return Shown(said + (" " + _("It counts: {unit}.", unit=unit) if unit else ""))
+            return Shown(
+                _("Your prediction: in place of the three dots, write one of {options}.", options=_quoted(among))
+            )
+        blank = f"___ {unit}".strip()
+        how = _("In place of the three dots, write a number, or two for an interval: (low, high).")
+        return Shown(_("Your prediction: {blank}.", blank=blank) + " " + how)
     kept = _checked(value, among)
     story = stories(_notes()).get(prediction_id, Story())
     if story.newest is None or story.newest["value"] != kept:
@@ -83,9 +89,10 @@ def came(prediction_id: str, value: float | str | None) -> Shown:
     story = stories(_notes()).get(prediction_id, Story())
     if story.result is None:
         _note({"result": prediction_id, "value": result})
+    told = _told(result, _units.get(prediction_id, ""))
     if story.newest is None:
-        return Shown(_("Result: {value}. (No prediction was written down.)", value=_told(result)))
-    sentences = [_("Result: {value}.", value=_told(result, story.newest["unit"]))]
+        return Shown(_("Result: {value}. (No prediction was written down.)", value=told))
+    sentences = [_("Result: {value}.", value=told)]
     if story.counts is not None:
         predicted = story.counts["value"]
         verdict = _verdict(predicted, result)

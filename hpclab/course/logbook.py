@@ -26,7 +26,7 @@ KINDS = ({"exercise", "day"}, {"prediction", "value", "unit", "written"}, {"resu
 """What lines hold."""
 SHORT = ("start", "cnn", "scaling")
 """Notebooks of the path of 90 minutes."""
-DAY = (*SHORT, "one-process", "ddp-from-scratch", "queues", "faults", "deploy")
+DAY = (*SHORT, "one-process", "ddp-from-scratch", "queues", "faults")
 """Notebooks of the path of one day; a term takes all."""
 _warned: set[str] = set()
 

@@ -112,8 +112,7 @@ class RaceStage:
         self.stopping, self.racer = False, None
         self.button.disabled, self.stop.disabled, self.kill.disabled = True, False, False
         try:
-            if self.moved:
-                guesses.predict(self.PREDICTION, self.guess.value, _("times as fast"))
+            guesses.predict(self.PREDICTION, self.guess.value if self.moved else ..., _("times as fast"))
             if self.arguments[0].status in ("closing", "closed"):
                 raise RuntimeError(
                     _("The cluster is closed. Run the cell with hpclab.connect again, then the one with this button.")

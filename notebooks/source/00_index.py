@@ -17,7 +17,8 @@
 # ## Where you are
 #
 # When a check says *pass*, the exercise and the day are written down in this folder, in `.hpclab-progress.jsonl`, and nowhere
-# else: nothing is sent to anyone. Run this cell again whenever you come back.
+# else: nothing is sent to anyone. So are your predictions, and what came: once you have made some, a table shows how good
+# they are. Run this cell again whenever you come back.
 
 # %% id="progress-do"
 import hpclab
@@ -28,18 +29,19 @@ hpclab.progress()
 # ## 90 minutes
 #
 # The shortest way through: see a machine for what it is, train on it, and say what the measurement proves. The minutes are
-# to read and do everything; without the exercises it takes little more than an hour.
+# for reading and for the exercises, without the parts that are headed *For later*.
 #
 # | notebook | minutes | needs |
 # |---|---|---|
 # | [Start here: the race](00_start.ipynb) | 25 | 1 CPU, 1.5 GB, 2 ranks |
-# | [CNN: the same loss, sooner](03_cnn.ipynb) | 40 | 1 CPU, 1.5 GB, 2 ranks |
-# | [Scaling laws: what a measurement proves](04_scaling.ipynb) | 45 | 2 CPUs, 1.5 GB, 2 ranks |
+# | [CNN: the same loss, sooner](03_cnn.ipynb) | 30 | 1 CPU, 1.5 GB, 2 ranks |
+# | [Scaling laws: what a measurement proves](04_scaling.ipynb) | 35 | 2 CPUs, 1.5 GB, 2 ranks |
 
 # %% [markdown] id="day"
 # ## One day
 #
-# These three, and what happens below and around them: one process, gradients by hand, a queue, failures.
+# These three with their parts *for later*, and what happens below and around them: one process, gradients by hand, a queue,
+# failures.
 #
 # | notebook | minutes | needs |
 # |---|---|---|

@@ -90,7 +90,11 @@ client
 # they are. `all_reduce` adds up what all ranks hold, and gives each the sum: it is the one operation that
 # data-parallel training stands on.
 #
-# **Predict** before you run it: rank 0 holds 1, rank 1 holds 2. What will each of them return?
+# **Predict** before you run it: rank 0 holds 1, rank 1 holds 2. What will each of them return? Write your number in place
+# of the `...` below and run that cell: your prediction is kept in this folder, and shown beside the result.
+
+# %% id="rank-predict"
+hpclab.predict("start.sum", ..., "on each rank")
 
 
 # %% id="rank-do"
@@ -104,7 +108,8 @@ def hello():
     return mine.item()
 
 
-hpclab.launch(client, hello, ranks=2, oversubscribe=True).result()
+sums = hpclab.launch(client, hello, ranks=2, oversubscribe=True).result()
+hpclab.came("start.sum", sums[0])
 
 # %% [markdown] id="predict"
 # ## Predict
@@ -119,7 +124,8 @@ hpclab.launch(client, hello, ranks=2, oversubscribe=True).result()
 # All take the same steps, on the same pictures, from the same first weights. They start one after the other, because
 # together they would take each other's CPUs. (With one CPU, the second racer stays at home.)
 #
-# How many times as fast as the first will the third be? Say so with the slider, *before* you look.
+# How many times as fast as the first will the third be? Say so with the slider, *before* you look. (A slider that you
+# leave alone predicts nothing.)
 
 # %% id="predict-do"
 stage = hpclab.widgets.RaceStage(client, "CNN", "fashion_mnist", epochs=EPOCHS)
@@ -182,7 +188,7 @@ client.close()
 # ### What breaks at scale
 #
 # With a thousand ranks someone is always late, somebody's process dies each day, and the exchange of gradients takes
-# longer than the step. The notebooks *rnn*, *faults* and *scaling* show these one by one.
+# longer than the step. The notebooks *scaling* and *faults* take these up.
 #
 # ### Next
 #

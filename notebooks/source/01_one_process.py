@@ -32,6 +32,7 @@ import hpclab
 from hpclab import bottlenecks, figures, plots, ratios, roofline, timeline
 from hpclab.course import malloc
 
+PARTS = ("data", "forward", "backward", "optimizer")
 ROUNDS, BATCH = {"small": (4, 32), "class": (5, 64), "cluster": (20, 128)}[SIZE]
 
 # %% [markdown] id="step"
@@ -78,11 +79,13 @@ plain = Step()
 # %% [markdown] id="profile"
 # ## Where does the time go?
 #
-# **Predict**: of the four parts (data, forward, backward, optimizer), which takes the most? And of all operations, which
-# one? Write your guess down before you run the cell.
+# **Predict**: which of the four parts (data, forward, backward, optimizer) takes the most?
 #
 # A *profiler* notes when each operation begins and ends. *Self time* is what an operation spends itself, without those
 # that it calls. We look at shares, because seconds differ from machine to machine and from minute to minute.
+
+# %% id="profile-predict"
+hpclab.predict("one-process.part", ..., among=PARTS)
 
 
 # %% id="profile-do"
@@ -102,6 +105,10 @@ hpclab.tables.Table(
     {"operation": row.key, "calls": row.count, "share of self time": f"{row.self_cpu_time_total / total:.0%}"}
     for row in sorted(averages, key=lambda row: -row.self_cpu_time_total)[:8]
 )
+
+# %% id="profile-came"
+parts = {row.key: row.cpu_time_total for row in traced.key_averages() if row.key in PARTS}
+hpclab.came("one-process.part", max(parts, key=parts.get))
 
 # %% id="timeline-do"
 plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
@@ -128,7 +135,10 @@ plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 # measure both ceilings here: the peak by a product of matrices, the bandwidth by running through arrays too large for
 # the caches. The operations and bytes of each layer are *counted*.
 #
-# **Predict**: which layers of the network are left of the ridge? Which comes nearest to the roof?
+# **Predict**: how many operations does the second convolution do with each byte? On which side of the ridge is that?
+
+# %% id="roof-predict"
+hpclab.predict("one-process.intensity", ..., "operations a byte")
 
 # %% id="roof-do"
 torch.set_num_threads(1)
@@ -145,6 +155,9 @@ plots.roofline(rows, ceiling)
 
 # %% id="roof-table"
 hpclab.tables.Table(roofline.against(rows, ceiling))
+
+# %% id="roof-came"
+hpclab.came("one-process.intensity", rows[3]["intensity"])
 
 # %% [markdown] id="roof-explain"
 # **Explain.** The second convolution does about a hundred operations with each byte: it is far right of the ridge, where
@@ -170,10 +183,13 @@ hpclab.tables.Table(roofline.against(rows, ceiling))
 # | keep memory | `malloc` keeps what the step has freed for the next step, where it would give it back to the system |
 # | compile | torch writes C++ for the network, fuses what it can, and compiles it |
 #
-# **Predict** for each: how many times as fast as the plain step? Is one of them *slower*?
+# **Predict**: with all threads, how many times as fast as the plain step? (And is any of the others *slower*?)
 #
 # We measure in turn with the plain step, and take the ratio of each turn: a slow minute then meets both. If the interval
 # holds 1, we say so: **no difference shown**.
+
+# %% id="levers-predict"
+hpclab.predict("one-process.threads", ..., "times as fast")
 
 # %% id="levers-do"
 threads = hpclab.machine.cpus()
@@ -208,6 +224,9 @@ print(trouble or "compiled")
 plots.ratios(gains, "times as fast as the plain step")
 hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)} for row in gains)
 
+# %% id="levers-came"
+hpclab.came("one-process.threads", gains[0]["ratio"])
+
 # %% [markdown] id="levers-explain"
 # **Explain** *your* table; another machine has another one.
 #
@@ -229,8 +248,11 @@ hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)
 # %% [markdown] id="together"
 # ## What was left on the table
 #
-# Now all switches whose interval lies above 1, together. **Predict**: do their gains multiply?
+# Now all switches whose interval lies above 1, together. **Predict**: do their gains multiply, and what does that give?
 # In the picture the plain step is above, the tuned one below, on the same scale; a process by itself is rank 0.
+
+# %% id="together-predict"
+hpclab.predict("one-process.together", ..., "times as fast")
 
 # %% id="together-do"
 helped = [row["measure"] for row in gains if row["low"] > 1 and row["measure"] in switches]
@@ -238,11 +260,10 @@ settings = {key: value for name in helped for key, value in switches[name].items
 tuned = Step(**settings)
 (together,) = ratios.sooner({" + ".join(helped) or "none": tuned}, plain, ROUNDS, calls=2)
 print(f"{together['measure']}: {ratios.told(together)}")
-figure, axes = figures.subplots(2, 1, size=(10, 4.6))
-both = [timeline.named(trace(step)) for step in (plain, tuned)]
-for ax, found in zip(axes, both, strict=True):
-    plots.timeline(found, ax)
-    ax.set_xlim(0, 1e3 * max(row["start_s"] + row["duration_s"] for rows in both for row in rows))
+plots.timelines([timeline.named(trace(step)) for step in (plain, tuned)])
+
+# %% id="together-came"
+hpclab.came("one-process.together", together["ratio"])
 
 # %% [markdown] id="same"
 # Sooner is worth nothing if it learns less. From the same first weights, over the same batches:

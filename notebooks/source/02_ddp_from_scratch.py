@@ -65,7 +65,11 @@ start = 0.05 * torch.randn(64 * 784 + 64 + 10 * 64 + 10)
 images = hpclab.data.load("fashion_mnist", "train")
 
 # %% [markdown] id="autograd"
-# **Predict**: torch's autograd gets the same loss. In which digit will its gradient differ from ours?
+# **Predict**: torch's autograd gets the same loss. How far will its gradient be from ours, as a share of the largest number
+# in it? (`1e-3` is a thousandth.)
+
+# %% id="autograd-predict"
+hpclab.predict("ddp-from-scratch.gradient", ..., "of the largest number")
 
 # %% id="autograd-do"
 x, y = batch(images, range(128))
@@ -74,6 +78,24 @@ judged = start.clone().requires_grad_()
 loss_and_gradient(judged, x, y)[0].backward()
 apart = (gradient - judged.grad).abs().max()
 print(f"{len(gradient):,} numbers up to {gradient.abs().max():.2f}, apart by {apart:.0e}")
+
+# %% id="autograd-came"
+hpclab.came("ddp-from-scratch.gradient", apart / gradient.abs().max())
+
+# %% [markdown] id="idea"
+# ## The idea of data parallelism
+#
+# The loss of a batch is the *mean* over its pictures, and so is its gradient. So a batch can be shared out: cut it into equal
+# parts, let each rank compute the gradient of one part, and take the mean of these gradients. That is the gradient of the
+# whole batch:
+
+# %% id="idea-do"
+halves = [loss_and_gradient(start, x[half], y[half])[1] for half in (slice(64), slice(64, 128))]
+print(f"the mean of both halves' gradients is {(sum(halves) / 2 - gradient).abs().max():.0e} apart from the batch's")
+
+# %% [markdown] id="idea-explain"
+# If all ranks start with the same weights, and take the same step with that mean, they *keep* the same weights, without ever
+# sending them. Only gradients travel. What is left to build is the mean over ranks, and the rest of this notebook builds it.
 
 # %% [markdown] id="gang"
 # ## Four ranks that stay
@@ -174,7 +196,10 @@ hpclab.check("ddp-from-scratch.reduce_scatter", reduce_scatter)
 # A reduce-scatter and an all-gather: together they give every rank the whole sum. (Until yours is written, torch's own
 # all-reduce takes its place below, and no bytes are counted.)
 #
-# **Predict**: how many bytes does each rank send for a vector of $N$ bytes on $p$ ranks? And on a thousand ranks?
+# **Predict**: how many times the bytes of the vector does each of the four ranks send? (And each of a thousand?)
+
+# %% id="reduce-predict"
+hpclab.predict("ddp-from-scratch.bytes", ..., "times the vector")
 
 # %% id="reduce-push"
 gang.push(reduce_scatter=reduce_scatter, loss_and_gradient=loss_and_gradient, batch=batch, start=start)
@@ -196,6 +221,9 @@ sent = 0
 total = all_reduce(torch.full((len(start),), mine))
 print("the sum is right:", bool((total == 1111).all()))
 print(f"{sent:,} bytes sent; 2 (p - 1) / p N is {2 * (ranks - 1) / ranks * total.nbytes:,.0f}")
+
+# %% id="reduce-came"
+hpclab.came("ddp-from-scratch.bytes", gang.pull("sent", on=0)[0] / start.nbytes or None)
 
 # %% [markdown] id="reduce-explain"
 # **Explain.** Each half sends $p - 1$ of $p$ parts, so together $2 (p - 1) / p \cdot N$ bytes. That is less than
@@ -225,10 +253,7 @@ for number, nbytes in enumerate(sizes):
     hpclab.report(kind="allreduce", step=number, nbytes=nbytes, duration_s=time.perf_counter() - begun)
 
 # %% id="time-fit"
-slowest = {}
-for row in sorted(gang.rows[1:], key=lambda row: row["duration_s"]):
-    slowest[row["step"]] = row
-rows = [row | {name: gang.rows[0][name] for name in ("cpu", "cpus", "torch", "started")} for row in slowest.values()]
+rows = hpclab.scaling.by_slowest(gang.rows)
 line = hpclab.laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["duration_s"] for row in rows])
 hpclab.plots.allreduce(rows, line)
 alpha, beta = line.values["alpha"] / (2 * (RANKS - 1)), line.values["beta"] / (2 * (RANKS - 1) / RANKS)
@@ -269,7 +294,11 @@ hpclab.check("ddp-from-scratch.step", step)
 # ## The same as torch's
 #
 # Everything together: your gradient, your ring, your step, beside torch's layers, autograd and DDP, from the same weights
-# and with the same pictures. **Predict**: how far apart are the weights in the end? And are they *equal* on all ranks?
+# and with the same pictures. **Predict**: how far apart is a weight of ours from torch's in the end, at most? (And are ours
+# *equal* on all ranks?)
+
+# %% id="ddp-predict"
+hpclab.predict("ddp-from-scratch.weights", ..., "apart")
 
 # %% id="ddp-push"
 gang.push(step=step, STEPS=STEPS)
@@ -281,7 +310,7 @@ from torch.nn.parallel import DistributedDataParallel
 images = hpclab.data.load("fashion_mnist", "train")
 model = torch.nn.Sequential(torch.nn.Linear(784, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
 torch.nn.utils.vector_to_parameters(start, model.parameters())
-ddp, weights = DistributedDataParallel(model), start.clone()
+ddp, weights, apart = DistributedDataParallel(model), start.clone(), None
 optimizer = torch.optim.SGD(ddp.parameters(), lr=0.2)
 for number in range(STEPS):
     x, y = batch(images, range(128 * number + rank, 128 * (number + 1), ranks))
@@ -295,6 +324,9 @@ for number in range(STEPS):
 else:
     apart = (weights - torch.nn.utils.parameters_to_vector(model.parameters())).abs().max()
     print(f"{STEPS} steps: at most {apart:.1e} apart from torch's; ours sum up to {weights.double().sum().item()}")
+
+# %% id="ddp-came"
+hpclab.came("ddp-from-scratch.weights", gang.pull("apart", on=0)[0])
 
 # %% [markdown] id="ddp-explain"
 # **Explain.** The difference is rounding: sums taken in another order. But between the ranks there is *none*: each part
@@ -322,7 +354,7 @@ client.close()
 #
 # A ring of a thousand ranks pays two thousand latencies a bucket: there, trees and hierarchies (rings of few hosts,
 # inside which ranks share memory) take over. And reduce-scatter *alone* is what ZeRO and FSDP are built of: why
-# should every rank keep all the optimiser's state, if each could own one part? See the notebook *too-big*.
+# should every rank keep all the optimiser's state, if each could own one part?
 #
 # ### References
 #

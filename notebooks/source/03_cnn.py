@@ -8,7 +8,7 @@
 # |---|---|
 # | objectives | write a serial training loop; explain why data parallelism changes nothing but the time; measure a speed-up with its spread; mend the order of the data and the learning rate |
 # | prerequisites | the notebook *start*; what a gradient is |
-# | minutes | 40 to read and do, 20 of them for the exercises; under 3 to run |
+# | minutes | 30 to read and do, 15 of them for the exercises; 40 with the parts *for later*; under 3 to run |
 # | needs | 1 CPU (2 to see a speed-up), 1.5 GB of memory, 2 ranks, no network |
 #
 # Words that are new to you stand in the [glossary](glossary.md#data-parallelism), in English and in Chinese.
@@ -77,8 +77,11 @@ for step, chosen in enumerate(order[: 20 * 128].split(128)):
 # and sends the rows of measurements here.
 #
 # "The same gradient" holds on three conditions: the halves are equally large, the loss is a *mean* over the pictures, and no
-# layer looks at the batch as a whole. **Predict** which of these rows differ from the whole batch's gradient by more than
-# rounding.
+# layer looks at the batch as a whole. Below are four cases: equal halves; 96 pictures and 32; a loss that is a *sum*; batch
+# norm. **Predict**: how many of the four differ from the whole batch's gradient by more than rounding?
+
+# %% id="conditions-predict"
+hpclab.predict("cnn.conditions", ..., "of the four")
 
 # %% id="conditions-do"
 pictures, classes = (torch.from_numpy(part) for part in images[list(range(128))])
@@ -97,15 +100,16 @@ def distance(net, cut, reduction="mean"):
 
 
 normed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(784), torch.nn.Linear(784, 10))
-hpclab.tables.Table(
-    {"case": case, "relative difference": f"{distance(net, cut, reduction):.0e}"}
-    for case, net, cut, reduction in (
-        ("equal halves", hpclab.models.CNN(), 64, "mean"),
-        ("96 pictures and 32", hpclab.models.CNN(), 96, "mean"),
-        ("equal halves, a loss that is a sum", hpclab.models.CNN(), 64, "sum"),
-        ("equal halves, batch norm", normed, 64, "mean"),
-    )
-)
+apart = {
+    "equal halves": distance(hpclab.models.CNN(), 64),
+    "96 pictures and 32": distance(hpclab.models.CNN(), 96),
+    "equal halves, a loss that is a sum": distance(hpclab.models.CNN(), 64, "sum"),
+    "equal halves, batch norm": distance(normed, 64),
+}
+hpclab.tables.Table({"case": case, "relative difference": f"{found:.0e}"} for case, found in apart.items())
+
+# %% id="conditions-came"
+hpclab.came("cnn.conditions", sum(found > 1e-5 for found in apart.values()))
 
 # %% [markdown] id="conditions-explain"
 # **Explain.** The mean of two means is the mean of all only if both parts have the same size. A *sum* over the whole batch is
@@ -138,7 +142,10 @@ def train(client, ranks, threads=1, **settings):
 # ## The same loss
 #
 # **Predict**: one rank with batches of 256 against two ranks with 128 each, the same seed, a small learning rate. By how
-# much will their losses differ after 30 steps: a tenth, a thousandth, a millionth?
+# much will their losses differ after 30 steps: a tenth, a thousandth (`1e-3`), a millionth?
+
+# %% id="same-predict"
+hpclab.predict("cnn.same_loss", ..., "difference")
 
 
 # %% id="same-do"
@@ -159,6 +166,9 @@ hpclab.tables.Table(
     if step % 5 in (0, 4)
 )
 
+# %% id="same-came"
+hpclab.came("cnn.same_loss", difference[-1])
+
 # %% [markdown] id="same-explain"
 # **Explain.** Single precision keeps about seven digits, and a sum taken in another order is rounded differently. Under the
 # three conditions above that is all the difference there is. It isn't a fault of data parallelism: one process with another
@@ -169,7 +179,7 @@ hpclab.tables.Table(
 # ## Sooner
 #
 # Now the race, with a learning rate that learns: one rank; one process with all threads; two ranks. All three keep freed
-# memory, as *one-process* taught: a baseline without that switch would be slower, and flatter the two ranks.
+# memory (*one-process* shows why): a baseline without that switch would be slower, and flatter the two ranks.
 
 # %% id="sooner-do"
 race = hpclab.race(client, hpclab.models.CNN, "fashion_mnist", epochs=EPOCHS)
@@ -273,10 +283,10 @@ def scaled_lr(base_lr, base_batch, batch_size, ranks):
 hpclab.check("cnn.learning_rate", scaled_lr)
 
 # %% [markdown] id="play"
-# ## Play
+# ## For later: play
 #
-# Each move of a control below trains anew, with a real gang; the curve of before stays, in grey. **Predict** before each
-# move: what becomes of the samples a second, and where does the time go,
+# Each move of a control below trains anew, with a real gang; the curve of before stays, in grey. Before each
+# move, say what will become of the samples a second, and where the time will go,
 #
 # - if the same samples a step are shared by one rank more? If they are half as many?
 # - if a slow network lies between the ranks (its waiting is *emulated*, all else is real)? And which batch helps then?
@@ -291,7 +301,7 @@ play
 done = play.wait()
 
 # %% [markdown] id="look"
-# ## What it learned
+# ## For later: what it learned
 #
 # The weights came back. Give them to a model here, and look at what it says of pictures that it never saw.
 

@@ -53,8 +53,11 @@ print(
 # 10,000 images lie on a disk. We cut them into ten pieces, each to be read by a task, and ask for the mean and the
 # deviation of their pixels. Dask's arrays look like numpy's.
 #
-# **Predict**: how many tasks will have run when the first line is printed? And how often will each piece be read, if we
-# ask for the mean, then for the deviation, then for both at once?
+# **Predict**: we ask for the mean, then for the deviation, then for both at once. How many pieces will have been read by then?
+# (And how many when the first line is printed?)
+
+# %% id="lazy-predict"
+hpclab.predict("dask.reads", ..., "pieces read")
 
 
 # %% id="lazy-do"
@@ -81,6 +84,9 @@ print(f"after the mean {read_by[0]}, after the deviation {read_by[1]}, after bot
 whole = raw(images, 0, 10_000)
 print("the mean equals numpy's to the last bit:", np.array_equal(found, whole.mean(axis=0)))
 print(f"the deviation: {spread:.12f}, numpy's {whole.std():.12f}")
+
+# %% id="lazy-came"
+hpclab.came("dask.reads", reads())
 
 # %% [markdown] id="lazy-explain"
 # **Explain.** `delayed` and `dask.array` write down what is to be done, a *graph*, and do nothing. `compute` has it done.
@@ -133,7 +139,10 @@ with get_task_stream() as stream:
 # Another job: how well can each image be compressed? The first fifth of the images we try four times as hard. All images
 # are sent to the workers *once*, with `scatter`; each task gets only where its piece begins and ends.
 #
-# **Predict**: cut into 2, 20 and 400 tasks, in which case is everything done first? Who is idle, and when?
+# **Predict**: cut into 1, 10 or 200 tasks a worker, in which case is everything done first? (Who is idle, and when?)
+
+# %% id="stream-predict"
+hpclab.predict("dask.cut", ..., "tasks a worker")
 
 
 # %% id="stream-do"
@@ -153,15 +162,19 @@ def squeeze_all(count, total=MOST, **settings):
 held = client.scatter(images, broadcast=True)
 squeeze_all(100, 1000)  # whoever comes first opens the connections
 figure, axes = figures.subplots(3, 1, size=(9, 7))
-for ax, count in zip(axes, (workers, 10 * workers, 200 * workers), strict=True):
+taken = {}
+for ax, each in zip(axes, (1, 10, 200), strict=True):
     ax.sharex(axes[0])
     with get_task_stream() as stream:
-        squeeze_all(count, 4000, hard=800)
+        taken[each] = squeeze_all(each * workers, 4000, hard=800)
     plots.tasks(tasks.spans(stream.data), ax)
+
+# %% id="stream-came"
+hpclab.came("dask.cut", min(taken, key=taken.get))
 
 # %% [markdown] id="stream-explain"
 # **Explain.** With a task a worker, one has all the hard images, and the other waits: nobody can take over half a task.
-# With twenty, whoever is done takes the next, and both end at nearly the same time. With 400 the load is even, and white
+# With ten, whoever is done takes the next, and both end at nearly the same time. With 200 the load is even, and white
 # gaps have come: between two tasks a worker waits for the scheduler. (This is what Dask's dashboard shows live, as its *task
 # stream*.)
 #
@@ -177,7 +190,10 @@ for ax, count in zip(axes, (workers, 10 * workers, 200 * workers), strict=True):
 # That is the law of a message, alpha + beta times its size, with tasks in place of bytes. We measure some hundred tasks at
 # most, in turns, fit, and let the model predict a number of tasks that it hasn't seen.
 #
-# **Predict**: what does a task cost: a microsecond, a millisecond, a second?
+# **Predict**: what does a task cost: a microsecond, a millisecond, a second? Write it in milliseconds.
+
+# %% id="grain-predict"
+hpclab.predict("dask.task", ..., "ms a task")
 
 # %% id="grain-do"
 cuts = [1] + [workers * many for many in (1, 2, 5, 15, 50, 200)]
@@ -190,6 +206,9 @@ unseen = tasks.sweep(squeeze_all, [MOST], items=MOST, repeats=1)
 low, high = np.ravel(model.band([MOST], new=True))
 print(f"{MOST:,} tasks: {low:.1f} to {high:.1f} s by the model, {unseen[0]['duration_s']:.1f} s measured")
 figure = plots.grain(rows, model, unseen).figure
+
+# %% id="grain-came"
+hpclab.came("dask.task", 1e3 * cost)
 
 # %% [markdown] id="grain-explain"
 # **Explain.** At the right end there is one task, and one worker works. With two, both do, if there is a CPU for each.
@@ -217,8 +236,11 @@ Table(
 # one thread run Python code at a time, the one that holds the *global interpreter lock*, the GIL. Code in C, as in numpy,
 # can let go of it while it computes.
 #
-# **Predict**: two workers compute four pieces. How many times as fast as one process by itself is that: for a loop in
-# Python with threads, with processes? For numpy's sort with threads, with processes?
+# **Predict**: a loop in Python, in as many threads as there are workers. How many times as fast as one process by itself is
+# that? (And with processes? And for numpy's sort?)
+
+# %% id="share-predict"
+hpclab.predict("dask.threads", ..., "times as fast")
 
 
 # %% id="share-do"
@@ -233,7 +255,11 @@ def sort(piece):
 
 where = {"n_workers": 1, "threads_per_worker": workers, "dashboard_address": None, "silence_logs": False}
 threads = Client(processes=False, set_as_default=False, **where)
-Table(tasks.race([loop, sort], {"threads": threads, "processes": client}, pieces=2 * workers, repeats=REPEATS))
+shared = tasks.race([loop, sort], {"threads": threads, "processes": client}, pieces=2 * workers, repeats=REPEATS)
+Table(shared)
+
+# %% id="share-came"
+hpclab.came("dask.threads", shared[0]["speedup"])
 
 # %% [markdown] id="bytes"
 # **Explain.** Threads can't help the loop: whoever runs Python holds the GIL, and the others wait. They can help the sort,
@@ -241,8 +267,11 @@ Table(tasks.race([loop, sort], {"threads": threads, "processes": client}, pieces
 # them: somebody else's program had it. *speedup* is the median over the turns, beside the lowest and the highest.) What
 # processes don't have is the same memory.
 #
-# **Predict**: an array of a million numbers is given to a task. How many bytes travel to a thread, how many to a process?
-# How many come back, if the task returns the sum?
+# **Predict**: an array of a million numbers is given to a task. How many bytes travel to a process? (How many to a thread, and
+# how many come back, if the task returns the sum?)
+
+# %% id="bytes-predict"
+hpclab.predict("dask.bytes_sent", ..., "bytes to a process")
 
 # %% id="bytes-do"
 block = np.random.default_rng(0).random(1_000_000)
@@ -254,6 +283,9 @@ for name, where, given in ("thread", threads, block), ("process", client, block)
 print(f"packed, the array has {len(pickle.dumps(block)):,} bytes, its sum {len(pickle.dumps(block.sum())):,}")
 threads.close()
 
+# %% id="bytes-came"
+hpclab.came("dask.bytes_sent", len(pickle.dumps(block)))
+
 # %% [markdown] id="queue"
 # **Explain.** So: send data once (`scatter`), or better not at all (let the task read it, as `read` above did), and return
 # what is small. A task's arguments are sent with *each* task that has them.
@@ -264,7 +296,10 @@ threads.close()
 # there a worker. Here is a real queue, a Slurm of your own; `connect` submits a job for each worker, waits for them, and
 # gives a client like any other. On a site, leave out `private=True`.
 #
-# **Predict**: what takes longer than on the local cluster: to connect, or each task?
+# **Predict**: how many times as long as on the local cluster does it take to connect? (And does each task take longer?)
+
+# %% id="queue-predict"
+hpclab.predict("dask.connect", ..., "times as long")
 
 # %% id="queue-do"
 clusters = {"local": client}
@@ -276,6 +311,9 @@ except OSError as error:
     print("Skipped, as there is no Slurm here:", error)
 print("seconds to connect:", {name: round(seconds, 1) for name, seconds in connect_s.items()})
 Table(tasks.overhead(clusters, repeats=REPEATS))
+
+# %% id="queue-came"
+hpclab.came("dask.connect", connect_s["slurm"] / connect_s["local"] if "slurm" in connect_s else None)
 
 # %% [markdown] id="queue-explain"
 # **Explain.** Once the jobs run, a worker is a worker: scheduler, messages and encryption are the same. Do the two
@@ -294,7 +332,7 @@ Table(tasks.overhead(clusters, repeats=REPEATS))
 # <details><summary>Hint</summary>
 #
 # Write down both costs for chunks of `k` items: how many tasks are there, and how long may the last one let the others wait?
-# Where is the sum smallest? In the notebook *faults* checkpoints pose the same question.
+# Where is the sum smallest?
 #
 # </details>
 

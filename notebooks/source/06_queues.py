@@ -86,7 +86,11 @@ ax = plots.gantt(mine.jobs()[1:])
 # A dozen jobs come at once. The first takes half of the machine. The second, *wide*, needs all of it. Then come eight
 # short ones, a *greedy* one, and one that is wide again.
 #
-# **Predict**: first come, first served. The short jobs need one CPU, and two are idle. When do they start?
+# **Predict**: first come, first served. The short jobs need one CPU, and two are idle. After how many seconds does the first of
+# them start? (*long* takes 8 seconds, *wide* 2.)
+
+# %% id="fifo-predict"
+hpclab.predict("queues.fifo", ..., "seconds")
 
 # %% id="jobs"
 mine.stop()
@@ -112,18 +116,28 @@ with slurm.start(nodes=2, cpus=2, scheduler="builtin") as queue:
     display(queue)  # live
     fifo = run_dozen(queue)
 
+# %% id="fifo-came"
+hpclab.came("queues.fifo", min(job["started_s"] - job["submitted_s"] for job in fifo if job["name"] == "short"))
+
 # %% [markdown] id="backfill"
 # **Explain.** *wide* is next, and can't start. So nobody behind it may, though two CPUs have nothing to do.
 #
 # Now the same dozen with *backfill*: a job may overtake if that delays nobody before it. The scheduler can know only if each
 # job has said how long it takes at most.
 #
-# **Predict** which jobs overtake *wide* now, and which one, though just as short, does not.
+# Which jobs overtake *wide* now? **Predict** the one that doesn't, though it takes just as little time.
+
+# %% id="backfill-predict"
+hpclab.predict("queues.left_behind", ..., among=("short", "greedy"))
 
 # %% id="backfill-do"
 with slurm.start(nodes=2, cpus=2, scheduler="backfill") as queue:
     display(queue)
     filled = run_dozen(queue)
+
+# %% id="backfill-came"
+behind = [job["name"] for job in filled[2:-1] if job["started_s"] >= filled[1]["started_s"]]
+hpclab.came("queues.left_behind", behind[0] if behind else None)
 
 
 # %% id="compare-do"
@@ -173,7 +187,11 @@ print(site.status())
 # %% [markdown] id="kill"
 # ## A node dies
 #
-# **Predict**: the node of one worker loses its power in the middle of the training. What do you have to do?
+# The node of one worker loses its power in the middle of the training, which writes a checkpoint after every 20 steps.
+# **Predict**: how many steps must be done again? (And what do you have to do?)
+
+# %% id="kill-predict"
+hpclab.predict("queues.steps_lost", ..., "steps")
 
 # %% id="kill-do"
 run = train(checkpoint_every=20, max_restarts=3)
@@ -188,6 +206,10 @@ views.recovery(run.rows)
 same = all(bool((fit.weights[name] == value).all()) for name, value in undisturbed.weights.items())
 print(f"{node} was killed; every weight equals that of the undisturbed training: {same}")
 ax = plots.gantt(site.jobs())
+
+# %% id="kill-came"
+lost = [row["last"] + 1 - row["first"] - row["kept"] for row in hpclab.rows.attempts(run.rows)]
+hpclab.came("queues.steps_lost", sum(lost))
 
 # %% [markdown] id="kill-explain"
 # **Explain.** Nothing. Slurm saw its node down, and the job on it failed. hpclab asked for another worker, which Slurm gave
@@ -207,8 +229,11 @@ for name in ("train_ddp.py", "train_ddp.sh"):
 print(Path("train_ddp.sh").read_text())
 
 # %% [markdown] id="without-predict"
-# **Predict**: the same network, data, seed, batch and ranks, once by `hpclab.train` and once by `sbatch`. In which digit will
-# their losses differ?
+# **Predict**: the same network, data, seed, batch and ranks, once by `hpclab.train` and once by `sbatch`. In how many of six
+# digits after the point will their losses agree?
+
+# %% id="without-predict-do"
+hpclab.predict("queues.digits", ..., "digits")
 
 # %% id="without-do"
 settings = {"ranks": 2, "batch_size": 64, "steps": 20, "oversubscribe": True, "progress": False}
@@ -219,7 +244,12 @@ ours = sum(row["loss"] for row in rows if row.get("step") == 19) / 2
 variables = f"--export=ALL,PYTHON={sys.executable},STEPS=20"
 files = ["train_ddp.sh", str(hpclab.data.find("fashion_mnist"))]
 print(site.run("sbatch", "--wait", variables, "--output=ddp.out", *files))
-print(Path("ddp.out").read_text().splitlines()[-1], f"by sbatch; {ours:.6f} by hpclab.train")
+said = Path("ddp.out").read_text().splitlines()[-1]
+print(said, f"by sbatch; {ours:.6f} by hpclab.train")
+
+# %% id="without-came"
+theirs = float(said.split()[-1])
+hpclab.came("queues.digits", sum(round(ours, digits) == round(theirs, digits) for digits in range(1, 7)))
 
 # %% [markdown] id="without-explain"
 # **Explain.** Nothing in the mathematics changed, so at most the rounding did. What hpclab adds is around it: the start, rows

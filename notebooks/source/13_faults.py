@@ -50,7 +50,11 @@ MTBF = max(0.5, work / 4)  # seconds: some failures a training, on a slow machin
 #
 # A process is killed: since the memory ran out, since a machine lost its power, since somebody's job was more important.
 #
-# **Predict**: two ranks train, and one is killed. What becomes of the other? What does your notebook say, and how soon?
+# **Predict**: two ranks train, and one is killed. After how many seconds does your notebook say so? (And what becomes of the
+# other rank?)
+
+# %% id="die-predict"
+hpclab.predict("faults.told", ..., "seconds")
 
 # %% id="die-do"
 run = train()
@@ -59,6 +63,9 @@ try:
     run.result()
 except hpclab.RankError as error:
     print(error)
+
+# %% id="die-came"
+hpclab.came("faults.told", run.rows[-1]["time_s"] - rows.span(run.rows)[1])
 
 # %% [markdown] id="die-explain"
 # **Explain.** The rank that is left can't go on: in the next all-reduce it would wait for its peer for ever. So the first
@@ -117,8 +124,6 @@ views.recovery(run.rows)
 # Each checkpoint takes time. Each failure costs what was done since the last one, half an interval on average, and the
 # restart. To write often costs more of the first, to write seldom more of the second.
 #
-# **Predict**: failures come every 10 minutes, and a checkpoint takes 3 seconds. How long should you work between two?
-#
 # The simulation below throws the dice a thousand times: work in pieces, each ended by a checkpoint; a piece that a failure
 # meets is done again.
 
@@ -149,6 +154,12 @@ simulated = np.array([simulate(count * step_s, work) / work - 1 for count in eve
 # %% [markdown] id="measure"
 # And measured: the same training under failures, with a checkpoint after every step, at two intervals between, and only
 # at each quarter.
+#
+# **Predict**, from what a checkpoint, a restart and a step take here: after how many steps should a checkpoint be written, so that
+# the least time is lost?
+
+# %% id="measure-predict"
+hpclab.predict("faults.every", ..., "steps between checkpoints")
 
 # %% id="measure-do"
 chosen = [1, 5, 20, STEPS // 4]
@@ -173,6 +184,9 @@ hpclab.tables.Table(
     {"steps between": count, "simulated": f"{np.interp(count, every, middle):.0%}", "measured": f"{share:.0%}"}
     for count, share in zip(chosen, measured, strict=True)
 )
+
+# %% id="measure-came"
+hpclab.came("faults.every", every[middle.argmin()])
 
 # %% [markdown] id="measure-explain"
 # **Explain.** The left end pays for writing, the right end for failures, and the valley between is wide: half or twice the

@@ -44,13 +44,19 @@ os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # of a data store, say; what w
 # The *stranger* is a second program. It is told the address and nothing else: no password, no file, nothing of our
 # environment.
 #
-# **Predict**: the cluster is started with `security=False`. What will the stranger get: nothing, a list of workers, or
-# more?
+# **Predict**: the cluster is started with `security=False`. What will the stranger do: nothing, list our workers, or run code
+# on them?
+
+# %% id="loopback-predict"
+hpclab.predict("security.stranger", ..., among=("nothing", "list workers", "run code"))
 
 # %% id="loopback-do"
 plain = hpclab.connect(workers=1, security=False)
 found = security.stranger(plain.scheduler.address, "STORE_TOKEN")
 print(f"our worker is process {[*plain.run(os.getpid).values()]}; the stranger {found}")
+
+# %% id="loopback-came"
+hpclab.came("security.stranger", "run code" if found.startswith("ran code") else "nothing")
 
 # %% [markdown] id="loopback-explain"
 # **Explain.** The stranger ran a function of its own in *our* worker, as *our* user, with all that we may do: read our
@@ -64,11 +70,17 @@ print(f"our worker is process {[*plain.run(os.getpid).values()]}; the stranger {
 # with its private key, and each proves to the other that it does.
 #
 # **Predict**: four come to the door. One speaks no TLS; one speaks TLS, and has no certificate; one has made its own, as
-# good as ours; the last has ours. How far does each get?
+# good as ours; the last has ours. How many are let in?
+
+# %% id="door-predict"
+hpclab.predict("security.door", ..., "of four")
 
 # %% id="door-do"
 client = hpclab.connect(workers=1)
-security.knock(client)
+(knocked := security.knock(client))
+
+# %% id="door-came"
+hpclab.came("security.door", sum(not row["what it gets"].startswith("refused") for row in knocked))
 
 # %% [markdown] id="handshake"
 # What stands there in red is the log of our scheduler, about those that it refused: look for such lines in yours.
@@ -81,15 +93,21 @@ security.handshake(client)
 # %% [markdown] id="cost"
 # ## What it costs
 #
-# **Predict**, as ratios: how much longer does TLS take for hundreds of tiny tasks? For 32 MiB? How many more bytes does it
-# send? And how much later is the cluster up?
+# **Predict**: with TLS, how many times as long do 32 MiB take? (And hundreds of tiny tasks? How many more bytes are sent? How
+# much later is the cluster up?)
 #
 # Machines drift, so plain and TLS take turns; each round gives one ratio, and all of them an interval.
+
+# %% id="cost-predict"
+hpclab.predict("security.cost", ..., "times as long")
 
 # %% id="cost-do"
 cost = security.cost(plain, client, ROUNDS, TASKS)
 plots.ratios(cost, "TLS over plain")
 tables.Table(cost)
+
+# %% id="cost-came"
+hpclab.came("security.cost", cost[1]["ratio"])
 
 # %% [markdown] id="cost-explain"
 # **Explain.** A tiny task is a few messages of some hundred bytes, and nearly all of its time goes into Python, on
@@ -106,7 +124,10 @@ tables.Table(cost)
 # A pickle is a program, and to load it is to run it: `__reduce__` says which function to call, with what. The one below
 # only prints.
 #
-# **Predict**: which of these four run the sender's code?
+# **Predict**: how many of these four run the sender's code?
+
+# %% id="pickle-predict"
+hpclab.predict("security.pickle", ..., "of four")
 
 
 # %% id="pickle-do"
@@ -115,7 +136,7 @@ class Gift:
         return exec, ("import os; print('  the sender runs code here, in process', os.getpid())",)
 
 
-checkpoint = io.BytesIO()
+checkpoint, refused = io.BytesIO(), 0
 torch.save({"weights": torch.ones(3), "extra": Gift()}, checkpoint)
 for name, read in {
     "pickle.loads": lambda: pickle.loads(pickle.dumps(Gift())),
@@ -128,7 +149,11 @@ for name, read in {
     try:
         read()
     except (pickle.UnpicklingError, TypeError) as error:
+        refused += 1
         print(f"  refused, {type(error).__name__}: {str(error).split('. ')[0]}")
+
+# %% id="pickle-came"
+hpclab.came("security.pickle", 4 - refused)
 
 # %% [markdown] id="pickle-explain"
 # **Explain.** `weights_only=True` builds tensors, numbers, strings, and dicts and lists of them, and refuses any other
@@ -146,7 +171,11 @@ for name, read in {
 # The stranger is out. But secrets also walk out by themselves. Two programs get the same token: one on its command line,
 # the other in a file.
 #
-# **Predict**: where can another user of this machine read it?
+# **Predict**: of six places, the command lines and environments of both and two files, in how many can another user of this
+# machine read it?
+
+# %% id="leaks-predict"
+hpclab.predict("security.leaks", ..., "of six places")
 
 # %% id="leaks-do"
 token, folder = os.environ["STORE_TOKEN"], tempfile.TemporaryDirectory()
@@ -160,6 +189,9 @@ with security.program("--token", token) as told, security.program("--token-file"
     places = security.exposure(token, {"--token": told, "--token-file": kept}, files)
 folder.cleanup()
 places
+
+# %% id="leaks-came"
+hpclab.came("security.leaks", sum(row["others read it"] == row["secret in it"] == "yes" for row in places))
 
 # %% [markdown] id="leaks-explain"
 # **Explain.** A command line is public: on Linux `/proc/PID/cmdline` has the mode `r--r--r--` for as long as the program
@@ -325,7 +357,10 @@ if rank == 0:
     print(f"equal to the sums of floats within {np.abs(total / 2**32 - gradient.numpy()).max():.0e}, by rounding")
 
 # %% [markdown] id="look"
-# **Predict**: how does the histogram of one rank's share look? And why not simply add float masks to float gradients?
+# **Predict**: how does the histogram of one rank's share look? (And why not simply add float masks to float gradients?)
+
+# %% id="look-predict"
+hpclab.predict("security.share", ..., among=("a peak", "a bell", "flat"))
 
 # %% id="look-do"
 numbers, share = gang.pull("numbers, share", on=1)[0]
@@ -349,6 +384,9 @@ tables.Table(
     {"masks": masks, "share like gradient": np.corrcoef(one, gradients[1])[0, 1], "sum wrong by": wrong}
     for masks, (one, wrong) in sent.items()
 )
+
+# %% id="look-came"
+hpclab.came("security.share", "flat" if counts[1].max() < 2 * counts[1].min() else None)
 
 # %% [markdown] id="look-explain"
 # **Explain.** In units of $2^{64}$ every gradient lies next to 0, or next to 1, where those below 0 wrap around. The share

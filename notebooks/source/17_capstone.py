@@ -69,16 +69,22 @@ hpclab.check("capstone.score", score)
 # scored, by the package's own `interval_score`. **Predict**: which half-width costs least? (Nine of ten values of a bell
 # curve lie within 1.64 of its middle.)
 
+# %% id="honest-predict"
+hpclab.predict("capstone.honest", ..., "half-width")
+
 # %% id="honest-do"
 values = np.random.default_rng(0).standard_normal(10_000)
-hpclab.tables.Table(
-    {
-        "half-width": half,
-        "held": f"{np.mean(np.abs(values) <= half):.0%}",
-        "mean score": f"{np.mean([predictions.interval_score(-half, half, value) for value in values]):.2f}",
-    }
+costs = {
+    half: np.mean([predictions.interval_score(-half, half, value) for value in values])
     for half in (0.2, 0.8, 1.3, 1.64, 2.0, 3.0, 10.0)
+}
+hpclab.tables.Table(
+    {"half-width": half, "held": f"{np.mean(np.abs(values) <= half):.0%}", "mean score": f"{cost:.2f}"}
+    for half, cost in costs.items()
 )
+
+# %% id="honest-came"
+hpclab.came("capstone.honest", min(costs, key=costs.get))
 
 # %% [markdown] id="honest-explain"
 # **Explain.** The bold ones pay for misses, the cautious ones for width, and what costs least is what is true. A score with

@@ -156,6 +156,7 @@ def source_word(kind: str) -> str:
         "emulated": _("emulated"),
         "recorded": _("recorded"),
         "forecast": _("forecast"),
+        "formula": _("by formula"),
         "mixed": _("of mixed origin"),
         "unknown": _("of unknown origin"),
     }

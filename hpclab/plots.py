@@ -6,6 +6,7 @@ one notebook draws are in `course.plots`, and can be had here, too.
 
 import math
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +219,23 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(ranks)), [_("rank {rank}", rank=rank) for rank in ranks])
     finish(ax, rows, _("milliseconds"), "", words)
     return figures.legend_above(ax, columns=3)
+
+
+def timelines(stacked: Iterable[list[dict]], height: float = 2.3) -> None:
+    """Draw timelines one below the other, on the same scale.
+
+    Parameters
+    ----------
+    stacked : iterable of lists of dict
+        Each as for `timeline`.
+    height : float, default 2.3
+        Inches of each.
+    """
+    stacked = list(stacked)
+    _shown, axes = figures.subplots(len(stacked), 1, size=(10, height * len(stacked)))
+    for ax, rows in zip(axes, stacked, strict=True):
+        timeline(rows, ax)
+        ax.set_xlim(0, 1e3 * max(row["start_s"] + row["duration_s"] for rows in stacked for row in rows))
 
 
 def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) -> Axes:

@@ -8,6 +8,7 @@ import torch
 
 import hpclab
 from hpclab import laws, models
+from hpclab.course import daint
 from hpclab.forecast import Workload, calibrate, parts, slowest, step_s
 from hpclab.network import Hierarchy, Network
 
@@ -22,12 +23,6 @@ parameters."""
 V100 = np.array([1, 8, 16, 32.0])
 NODES = Hierarchy(Network(5e-6, 600e9), Network(20e-6, 100e9), per_node=8)
 """From data sheets: NVLink inside, one 100 Gb/s link a node."""
-
-DAINT = np.array([1, 2, 4, 8, 16, 32, 64, 128.0])
-DAINT_RATE = np.array([138.23, 264.57, 523.38, 1018.18, 2001.00, 3840.35, 7118.31, 9219.70])
-"""InceptionV3, images a second on nodes of one P100, batch 64 (Bugliarello, CSCS internship report, 2017, table 3)."""
-SERVERS = (1, 1, 3, 2, 4, 12, 40, 116)
-"""Parameter servers, from the same table."""
 
 
 def resnet(rates):
@@ -56,27 +51,16 @@ def test_dlperf_beyond_what_it_was_calibrated_on():
     assert max(bare) < 0.25  # with the data sheet alone: no jitter, and all communication hidden
 
 
-def daint(gigabits=10, link_error=0.0):
-    """What one server's link carried, nobody recorded; we guess 10 Gb/s.
-
-    In tensorflow/tensorflow#6116, August 2017, one user saw gRPC at 500 MB a second, another filling a link of 10 Gb/s.
-    """
-    networks = [Network(50e-6, gigabits * 1e9, "parameter-server", servers) for servers in SERVERS]
-    seconds = 64 * DAINT / DAINT_RATE
-    largest = 2048 * 1000 * 4  # bytes of the last layer's weights, which no server can share
-    workload = Workload(seconds[0], 23.83e6 * 4, samples=64, overlap=1.0, largest_bytes=largest, buckets=1)
-    fitted = ("compute_s", "jitter_s")
-    return calibrate(workload, networks[:6], DAINT[:6], seconds[:6], fitted, link_error=link_error), networks, seconds
-
-
 def test_parameter_servers_saturate_where_a_law_sees_nothing():
-    found, networks, seconds = daint()
+    found, networks = daint.calibrated(10)
     for place in (6, 7):
-        (error,) = found.score(DAINT[place : place + 1], seconds[place : place + 1], network=networks[place])
+        (error,) = found.score(
+            daint.NODES[place : place + 1], daint.SECONDS[place : place + 1], network=networks[place]
+        )
         assert abs(error) < 0.1
-    usl = laws.fit_usl(DAINT[:6], DAINT_RATE[:6])
-    assert usl([128])[0] / DAINT_RATE[7] > 1.2
-    assert not laws.choose(DAINT[:6], DAINT_RATE[:6]).identifiable
+    usl = laws.fit_usl(daint.NODES[:6], daint.RATES[:6])
+    assert usl([128])[0] / daint.RATES[7] > 1.2
+    assert not laws.choose(daint.NODES[:6], daint.RATES[:6]).identifiable
 
 
 @pytest.mark.parametrize(
@@ -85,16 +69,16 @@ def test_parameter_servers_saturate_where_a_law_sees_nothing():
 )
 def test_a_forecast_is_as_good_as_the_link_it_is_told(gigabits, link_error, inside):
     """Whether the records of 64 and 128 nodes fall in the band: 64 are beyond what a faster link would explain."""
-    found, networks, seconds = daint(gigabits, link_error)
-    rows = [found.rows([int(DAINT[place])], network=networks[place])[0] for place in (6, 7)]
+    found, networks = daint.calibrated(gigabits, link_error)
+    rows = [found.rows([int(daint.NODES[place])], network=networks[place])[0] for place in (6, 7)]
     ends = [(row["step_low_s"], row["step_high_s"]) for row in rows]
-    assert [low <= second <= high for (low, high), second in zip(ends, seconds[6:], strict=True)] == inside
+    assert [low <= second <= high for (low, high), second in zip(ends, daint.SECONDS[6:], strict=True)] == inside
 
 
 def test_it_is_not_scored_on_what_it_knows():
-    found, _networks, seconds = daint()
+    found, _networks = daint.calibrated(10)
     with pytest.raises(ValueError, match=r"ranks \(=32\) was calibrated on; score a forecast on other points"):
-        found.score([32, 64], seconds[5:7])
+        found.score([32, 64], daint.SECONDS[5:7])
 
 
 def test_calibration_finds_what_was_planted():

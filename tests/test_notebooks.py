@@ -243,8 +243,41 @@ def test_a_notebook_is_small_portable_and_self_contained(path, language):
 @every_source
 def test_a_notebook_keeps_its_logic_in_the_package(path):
     code = [cell.source for cell in build.solution(path).cells if cell.cell_type == "code"]
+    code = [source for source in code if not re.match(r"hpclab\.(predict|came)\(", source)]
     lines = [line for line in "\n".join(code).splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(lines) <= 120
+
+
+@every_source
+def test_each_predict_takes_an_answer_and_shows_it_beside_what_came(path):
+    """Nobody's answer is written there yet, and nothing says *Predict* without taking one."""
+    predicted, came, asked = [], [], []
+    for cell in build.student(path).cells:
+        if cell.cell_type == "markdown":
+            asked += re.findall(r"\*\*Predict\*\*|^## Predict$", cell.source, re.MULTILINE)
+        elif stub := re.fullmatch(r'hpclab\.predict\("(\S+)", \.\.\., (?:".+"|among=.+)\)', cell.source):
+            predicted.append(stub[1])
+        elif shown := re.search(r'^hpclab\.came\(\s*"(\S+)"', cell.source, re.MULTILINE):
+            assert shown[1] in predicted
+            came.append(shown[1])
+    assert predicted == came and len(set(came)) == len(came)
+    assert all(name.startswith(f"{slug(path.stem)}.") for name in came)
+    elsewhere = {"00_start": 1, "17_capstone": 1}  # a slider; a book of its own
+    assert len(asked) == len(predicted) + elsewhere.get(path.stem, 0)
+
+
+def test_no_cell_of_scaling_has_three_functions_that_are_new():
+    """Of hpclab, beyond those of the notebooks that it requires."""
+    call = r"\b(hpclab|scaling|laws|plots|forecast|timeline|daint|diagrams|ratios|widgets)\.(\w+)\("
+    called = {}
+    for stem in ("00_start", "03_cnn", "04_scaling"):
+        cells = build.solution(ROOT / "notebooks" / "source" / f"{stem}.py").cells
+        called[stem] = [{*re.findall(call, cell.source)} for cell in cells if cell.cell_type == "code"]
+    known = {function for stem in ("00_start", "03_cnn") for cell in called[stem] for function in cell}
+    assert ("hpclab", "train") in known
+    for cell in called["04_scaling"]:
+        assert len(cell - known) < 3, cell - known
+        known |= cell
 
 
 @every_source
@@ -298,6 +331,38 @@ def test_the_index_says_what_the_notebooks_say(language):
         for stem in rest
     }
     assert listed == expected
+
+
+def test_the_path_of_90_minutes_takes_no_longer():
+    """What it leaves out for later is headed so, in the notebooks whose first number of minutes is without it."""
+    minutes = 0
+    for path in SOURCES:
+        if slug(path.stem) in logbook.SHORT:
+            first, *cells = (cell.source for cell in build.student(path).cells if cell.cell_type == "markdown")
+            said = re.search(r"^\| minutes \| (\d+) (.*) \|$", first, re.MULTILINE)
+            later = [cell for cell in cells if re.search(r"^##+ For later: ", cell, re.MULTILINE)]
+            assert bool(later) == ("with the parts *for later*" in said[2])
+            minutes += int(said[1])
+    assert 0 < minutes <= 90
+
+
+def test_text_names_no_notebook_that_is_not_there():
+    """In prose: "the notebook *cnn*", "the notebooks *start* and **cnn**"."""
+    texts = [path for folder in ("docs", "notebooks", "notebooks/source/zh") for path in (ROOT / folder).glob("*.md")]
+    sources = "\n".join(path.read_text("utf-8") for path in [*SOURCES, *texts, *ROOT.glob("README*.md")])
+    prose = re.sub(r"\n# ?", " ", sources)
+    name = r"\*{1,2}[a-z][a-z-]*\*{1,2}"
+    lists = re.findall(rf"(?:[Nn]otebooks?|笔记本) ({name}(?:(?:, | and |、| 和 ){name})*)", prose)
+    named = {slug for found in lists for slug in re.findall(r"[a-z][a-z-]*[a-z]", found)} - {"and"}
+    assert {"cnn", "faults", "scaling"} <= named <= {slug(path.stem) for path in SOURCES}
+
+
+@every_source
+def test_a_notebook_requires_only_those_before_it(path):
+    order = [slug(other.stem) for other in SOURCES]
+    [needed] = re.findall(r"^\| prerequisites \| (.*) \|$", build.student(path).cells[0].source, re.MULTILINE)
+    for name in re.findall(r"\*([a-z-]+)\*", needed):
+        assert order.index(name) < order.index(slug(path.stem))
 
 
 @every_edition

@@ -1,6 +1,7 @@
 """Sweeps over numbers of ranks, and what they prove."""
 
 from hpclab.scaling.collectives import allreduce as allreduce
+from hpclab.scaling.collectives import by_slowest as by_slowest
 from hpclab.scaling.collectives import network as network
 from hpclab.scaling.judge import fit as fit
 from hpclab.scaling.judge import paired as paired

@@ -49,12 +49,23 @@ def allreduce(
         raise ValueError(f"sizes (={odd[0]}) must be a multiple of 4 bytes, which a number takes.")
     run = launch(client, _time_allreduce, sizes, repeats, ranks=ranks, name="allreduce", **settings)
     run.result()
+    return by_slowest(run.rows)
+
+
+def by_slowest(rows: list[dict]) -> list[dict]:
+    """Rows of all-reduces that each rank has timed: of each step that of the slowest rank, with the machine.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of a run; those of kind "allreduce" have ``step``, ``nbytes`` and ``duration_s``.
+    """
     slowest: dict[int, dict] = {}
-    for row in run.rows:
-        if row["kind"] == "allreduce" and row["duration_s"] >= slowest.get(row["step"], row)["duration_s"]:
+    for row in some(rows, "allreduce"):
+        if row["duration_s"] >= slowest.get(row["step"], row)["duration_s"]:
             slowest[row["step"]] = row
-    names = ("kind", "ranks", "nbytes", "source", "duration_s")
-    where = {"run": run.name} | machine(run.rows)
+    names = ("kind", "run", "ranks", "nbytes", "source", "duration_s")
+    where = machine(rows)
     return [{name: row[name] for name in names} | where for row in slowest.values()]
 
 

@@ -26,14 +26,15 @@ HATCHES = ("", "//", "..", "xx")
 
 FIGURE = (
     '<figure style="margin: 0"><img style="max-width: 100%" alt="{{ alt }}" src="data:image/png;base64,{{ image }}">'
-    '<figcaption style="font-size: smaller">{{ lines | join("<br>" | safe) }}</figcaption></figure>'
+    '<figcaption style="font-size: smaller"><details><summary>{{ title }}</summary>{{ lines | join("<br>" | safe) }}'
+    "</details></figcaption></figure>"
 )
 
 Values = Sequence[float] | np.ndarray
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that says in words what its axes show: as its caption in a notebook or a page."""
+    """A figure that says in words what its axes show: folded away below it, in a notebook or a page."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -48,12 +49,13 @@ class Figure(matplotlib.figure.Figure):
         return "; ".join(filter(None, (ax.get_title() for ax in self.axes)))
 
     def picture(self) -> str:
-        """The figure as HTML that needs no other file, with what it says below it."""
+        """The figure as HTML that needs no other file; what it says is folded away below it."""
         return self._around(png(self))
 
     def _around(self, image: bytes) -> str:
         alt = "; ".join(title for title, *_lines in self.series.values()) or self._titles()
-        return html(FIGURE, alt=alt, image=base64.b64encode(image).decode(), lines=self.words().split("\n"))
+        encoded, lines = base64.b64encode(image).decode(), self.words().split("\n")
+        return html(FIGURE, alt=alt, image=encoded, title=_("This figure in words"), lines=lines)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         image = png(self)

@@ -1,15 +1,25 @@
-"""Tables of rows: as text for a terminal, as HTML for a notebook or a page."""
+"""Tables of rows: as text for a terminal, as HTML for a notebook or a page.
 
+Text is on the left, and numbers are below each other by their decimal points.
+"""
+
+import math
+import re
 import unicodedata
 from typing import Any
 
 from hpclab.pages import html
 
 TABLE = (
-    '<table><thead><tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>'
-    "{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ cell(value) }}</td>{% endfor %}</tr>{% endfor %}"
-    "</tbody></table>"
+    '<table><thead><tr>{% for name, side, _cells in columns %}<th scope="col" style="text-align: {{ side }}">{{ name }}'
+    "</th>{% endfor %}</tr></thead><tbody>{% for number in range(rows) %}<tr>{% for _name, side, cells in columns %}"
+    '<td style="text-align: {{ side }}">{{ cells[number] }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>'
 )
+NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?( ?%)?")
+DIGITS = 4
+"""Of the largest number of a column; the others have as many decimals."""
+UNITS = ((r"_per_s$", " a second"), (r"_(s|h|ms)$", r" (\1)"), (r"_mb$", " (MB)"), ("_", " "))
+"""What names of rows have, and what a reader finds in their place."""
 
 
 class Table(list):
@@ -29,22 +39,67 @@ def text(rows: list[dict]) -> str:
     """Rows as aligned columns; wide (Chinese) characters count as two."""
     if not rows:
         return ""
-    cells = [list(map(str, rows[0]))] + [[str(_cell(value)) for value in row.values()] for row in rows]
-    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell + " " * (w - _width(cell)) for cell, w in zip(line, widths, strict=True)) for line in cells]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
+    columns = []
+    for name, side, cells in _columns(rows):
+        width = max(map(_width, (name, *cells)))
+        rule = "-" * width
+        padded = [_padded(str(cell), width, side) for cell in (name, *cells)]
+        columns.append([padded[0], rule, *padded[1:]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def markup(rows: list[dict]) -> str:
     """Rows as an HTML table whose header cells a screen reader can name; what has ``__html__`` is HTML already."""
-    return html(TABLE, rows=rows, cell=_cell) if rows else ""
+    return html(TABLE, columns=_columns(rows), rows=len(rows)) if rows else ""
 
 
-def _cell(value: Any) -> Any:
-    if hasattr(value, "__html__"):
-        return value
-    return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+def heading(name: str) -> str:
+    """A column's name to read: that of a measure, which has its unit at its end, in words.
+
+    Examples
+    --------
+    >>> heading("samples_per_s"), heading("step_s"), heading("racer")
+    ('samples a second', 'step (s)', 'racer')
+    """
+    if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", name):
+        for unit, words in UNITS:
+            name = re.sub(unit, words, name)
+    return name
+
+
+def _columns(rows: list[dict]) -> list[tuple[str, str, list]]:
+    """Name, side and cells of each column."""
+    columns = []
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        cells = [value if hasattr(value, "__html__") else _cell(value, _decimals(values)) for value in values]
+        numbers = [bool(NUMBER.fullmatch(str(cell))) for cell in cells if cell]
+        columns.append((heading(str(name)), "right" if numbers and all(numbers) else "left", cells))
+    return columns
+
+
+def _decimals(values: list) -> int | None:
+    """Decimals that all numbers of a column have; None if some would lose what they say, or there are none."""
+    sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]
+    if not sizes:
+        return None
+    decimals = max(0, DIGITS - 1 - math.floor(math.log10(max(sizes))))
+    return decimals if min(sizes) >= 10 ** (1 - decimals) else None
+
+
+def _cell(value: Any, decimals: int | None) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    if decimals is None:
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.{decimals}f}"
+
+
+def _padded(cell: str, width: int, side: str) -> str:
+    spaces = " " * (width - _width(cell))
+    return spaces + cell if side == "right" else cell + spaces
 
 
 def _width(cell: str) -> int:

@@ -21,6 +21,11 @@ AS_ROOT = ["--allow-root"] if getattr(os, "getuid", lambda: 1)() == 0 else []
 START = "00_start.ipynb"
 
 
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch):
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "")  # which `open_lab` adds to
+
+
 @pytest.fixture
 def course(tmp_path):
     folder = tmp_path / "course"

@@ -117,9 +117,10 @@ def test_a_figure_says_what_it_shows(drawn):
     assert says in ax.figure.words()
 
 
-def test_a_notebook_shows_the_words_below_the_picture(drawn):
+def test_a_notebook_folds_the_words_away_below_the_picture(drawn):
     bundle, _metadata = DisplayFormatter().format(drawn[0].figure)
-    caption = re.search(r"<figcaption.*?>(.*)</figcaption>", bundle["text/html"])[1]
+    told = r"<figcaption.*?><details><summary>This figure in words</summary>(.*)</details></figcaption>"
+    caption = re.search(told, bundle["text/html"])[1]
     assert caption.split(".")[0] in bundle["text/plain"].replace("&", "&amp;")
     alt = re.search(r'alt="([^"]+)"', bundle["text/html"])[1]
     assert caption.startswith(alt)

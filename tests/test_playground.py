@@ -52,7 +52,7 @@ def test_a_move_trains_anew_and_leaves_a_ghost(play):
     (before,) = play.before.values()
     assert before is first.rows
     last = play.place.pages[-1]
-    assert re.search(r"<td>1 ranks, 128 a step, .*<td>before: 2 ranks, 128 a step", last) and "data:image/png" in last
+    assert re.search(r">1 ranks, 128 a step, .*>before: 2 ranks, 128 a step", last) and "data:image/png" in last
 
 
 def test_a_move_replaces_a_run_at_once_and_stop_ends_one(play):
@@ -75,7 +75,7 @@ def test_a_network_can_be_chosen_and_left_again(play):
     for name, source in (("100 Mb/s", "emulated"), ("this machine's network", "measured")):
         choice.value = name
         assert play.wait(60)
-        assert f"<td>2 ranks, 128 a step, {name}" in html.unescape(play.place.pages[-1]) and choice.value == name
+        assert f">2 ranks, 128 a step, {name}</td>" in html.unescape(play.place.pages[-1]) and choice.value == name
         assert {row["source"] for row in play.run.rows if row["kind"] == "step"} == {source}
 
 
@@ -132,7 +132,7 @@ def test_what_can_not_be_drawn_is_shown_in_its_place_and_the_next_move_is_drawn(
         play.train()
         assert play.wait(60)
     page = play.place.pages[-1]
-    assert "data:image/png" not in page and "<td>2 ranks, 128 a step" in page, "the table is there all the same"
+    assert "data:image/png" not in page and ">2 ranks, 128 a step" in page, "the table is there all the same"
     assert re.match(r"<pre>\w+Error: [^\n]+</pre><details><summary>Traceback", page)
     play.train()
     assert play.wait(60)

@@ -166,6 +166,6 @@ def test_the_report_is_one_file_with_all_in_it(tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', text), "it needs no other file"
     assert entry["sha256"] in text and entry["written"] in text and "two over one" in text
     assert text.count("<figcaption") == 5  # predictions, strong, weak, network, forecast
-    assert "weak &lt;b&gt;" in text and "<td>weak <b>" not in text
-    assert "<td>far</td>" in text and "Mean score: " in text
+    assert "weak &lt;b&gt;" in text and ">weak <b>" not in text
+    assert ">far</td>" in text and "Mean score: " in text
     assert study.read(tmp_path / "r.html") == found

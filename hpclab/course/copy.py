@@ -124,9 +124,8 @@ def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) ->
 
 def _refuses_root(arguments: list[str]) -> bool:
     """Whether Jupyter would end as we are root, and neither an argument nor its configuration allows that."""
-    if getattr(os, "getuid", lambda: 1)() != 0 or any(
-        "allow-root" in word or "allow_root" in word for word in arguments
-    ):
+    allowed = any("allow-root" in word or "allow_root" in word for word in arguments)
+    if allowed or getattr(os, "getuid", lambda: 1)() != 0:
         return False
     from jupyter_server.serverapp import ServerApp
 

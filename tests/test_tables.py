@@ -1,0 +1,38 @@
+"""Tables: text on the left, numbers below each other by their points, names that a reader knows."""
+
+import re
+
+from hpclab.tables import Table
+
+ROWS = Table(
+    [
+        {"case": "one", "step_s": 1.5, "samples_per_s": 1234.5, "share": "9%", "note": None, "loss": 1e-9},
+        {"case": "other", "step_s": 12.25, "samples_per_s": 980.0, "share": "10%", "note": "late", "loss": 2.0},
+    ]
+)
+
+
+def test_as_text():
+    assert str(ROWS).splitlines() == [
+        "case   step (s)  samples a second  share  note   loss",
+        "-----  --------  ----------------  -----  ----  -----",
+        "one        1.50             1,234     9%        1e-09",
+        "other     12.25               980    10%  late      2",
+    ]
+
+
+def test_as_html():
+    sides = re.findall(r'<td style="text-align: (\w+)">([^<]*)</td>', ROWS._repr_html_())
+    assert sides[:6] == [
+        ("left", "one"),
+        ("right", "1.50"),
+        ("right", "1,234"),
+        ("right", "9%"),
+        ("left", ""),
+        ("right", "1e-09"),
+    ]
+    assert '<th scope="col" style="text-align: right">samples a second</th>' in ROWS._repr_html_()
+
+
+def test_empty_ones_show_nothing():
+    assert str(Table()) == Table()._repr_html_() == ""

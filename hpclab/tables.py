@@ -41,10 +41,10 @@ def text(rows: list[dict]) -> str:
         return ""
     columns = []
     for name, side, cells in _columns(rows):
-        width = max(map(_width, (name, *cells)))
-        rule = "-" * width
-        padded = [_padded(str(cell), width, side) for cell in (name, *cells)]
-        columns.append([padded[0], rule, *padded[1:]])
+        words = [name, *map(str, cells)]
+        width = max(map(_width, words))
+        title, *padded = [_padded(word, width, side) for word in words]
+        columns.append([title, "-" * width, *padded])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 

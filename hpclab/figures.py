@@ -159,6 +159,7 @@ def source_word(kind: str) -> str:
         "recorded": _("recorded"),
         "forecast": _("forecast"),
         "formula": _("by formula"),
+        "simulated": _("simulated"),
         "mixed": _("of mixed origin"),
         "unknown": _("of unknown origin"),
     }

@@ -34,6 +34,7 @@ FUNCTIONS = [
     "start.gang",
     "one-process.bottleneck",
     "capstone.score",
+    *(f"puzzles.{name}" for name in ("ring", "broadcast", "overlap", "pipeline", "optimizer", "all_to_all")),
 ]
 EXERCISES = ["faults.state", "security.harden", "queues.array", "queues.backfill", *FUNCTIONS]
 

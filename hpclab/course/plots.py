@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from hpclab import figures
 from hpclab.figures import COLOURS, cloud, curve, finish, look
@@ -40,6 +41,60 @@ def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(workers)), [_("worker {worker}", worker=worker) for worker in workers])
     finish(ax, rows, _("milliseconds"), "", words)
     return figures.legend_above(ax, columns=2)
+
+
+def schedule(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw what each rank of a simulated cluster did in which step: computing and waiting, below them its messages.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Those of a `simulated.Schedule`.
+    """
+    rows = some(rows, "action")
+    ranks = range(rows[0]["ranks"])
+    titles = {"compute": _("computing"), "wait": _("waiting"), "send": _("sending to"), "receive": _("receiving from")}
+    lanes = {"compute": (-0.42, 0.36), "wait": (-0.42, 0.36), "send": (-0.04, 0.22), "receive": (0.2, 0.22)}
+    last = max(row["start"] + row["steps"] for row in rows)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.9}
+    ax = figures.subplots(size=(9, 1.2 + 0.6 * len(ranks)))[1] if ax is None else ax
+    for place, (action, title) in enumerate(titles.items()):
+        style: dict[str, Any] = {
+            "facecolor": (*COLOURS[:1], "0.85", *COLOURS[1:3])[place],
+            "hatch": ("", "..", "/", "\\")[place],
+        }
+        own = [row for row in rows if row["action"] == action]
+        for number, row in enumerate(own):
+            low, height = lanes[action]
+            bar = [(row["start"], row["steps"])], (row["rank"] + low, height)
+            ax.broken_barh(*bar, edgecolor="white", linewidth=1.5, label=None if number else title, **style)
+            text = {"compute": row.get("label", ""), "wait": "", "send": f"→{row.get('peer')}"}
+            said = text.get(action, f"←{row.get('peer')}")
+            if said and row["steps"] * 80 >= last * len(said):  # else it has no room
+                middle = row["start"] + row["steps"] / 2, row["rank"] + low + height / 2
+                ax.text(*middle, said, ha="center", va="center", fontsize="x-small", bbox=box)
+    ax.set_yticks(ranks, [_("rank {rank}", rank=rank) for rank in ranks])
+    ax.set_ylim(ranks[-1] + 0.5, ranks[0] - 0.5)
+    ax.set_xlim(0, last)
+    ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(ax, rows, _("step"), "", [_spent(rank, rows) for rank in ranks])
+    return figures.legend_above(ax, columns=4)
+
+
+def _spent(rank: int, rows: list[dict]) -> str:
+    """What a rank of a simulated cluster did, in words."""
+    own = [row for row in rows if row["rank"] == rank]
+    steps = {action: sum(row["steps"] for row in own if row["action"] == action) for action in ("compute", "wait")}
+    messages = {action: sum(row["action"] == action for row in own) for action in ("send", "receive")}
+    end = max((row["start"] + row["steps"] for row in own), default=0)
+    return _(
+        "rank {rank}: computes {compute} steps, waits {wait}; sends {send} messages, receives {receive}; ends at {end}",
+        rank=rank,
+        end=end,
+        **steps,
+        **messages,
+    )
 
 
 def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax: Axes | None = None) -> Axes:

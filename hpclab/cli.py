@@ -91,14 +91,14 @@ def _add_option(command: argparse.ArgumentParser, spelling: str, text: str) -> N
 
 
 def _doctor() -> None:
-    """Tell what this machine really has, and what fits on it."""
+    """Show what this machine really gives you, and what fits on it."""
     from hpclab import doctor
 
     print(f"{doctor.examine()}\n\n{doctor.advice()}")
 
 
 def _demo(epochs: int, repeats: int, folder: str | None) -> None:
-    """Race 1 rank against 2 on real images, measure, and leave a page of results.
+    """Race 1 rank against 2 on real images, measure, and write a page of results.
 
     --epochs=3: epochs of each racer
     --repeats=2: rounds of the measurement
@@ -117,15 +117,15 @@ def _counts(text: str) -> list[int]:
 
 
 def _scale(ranks: list[int] | None, folder: str | None, rows_of: str | None, **settings: Any) -> None:
-    """Study how training scales here, strong and weak; leave a page of it.
+    """Study how training scales here, strong and weak, and write a page about it.
 
     --ranks: numbers of ranks, such as 1,2,4 (default: powers of 2 that fit)
-    --batch-size=192: samples a step
-    --steps=20: steps of a run
+    --batch-size=192: samples per step
+    --steps=20: steps of each run
     --repeats=3: rounds
-    --oversubscribe=False: run more ranks than CPUs, and say emulated
-    --folder: where results go; the same again goes on (default: results/<time>-scale)
-    --rows-of PAGE: measure nothing: make a page anew from the rows of another
+    --oversubscribe=False: allow more ranks than CPUs; results then say emulated
+    --folder: where results go; an interrupted study there continues (default: results/<time>-scale)
+    --rows-of PAGE: measure nothing, but make a new page from the rows of this one
     """
     from hpclab import connect, machine, study
 
@@ -142,10 +142,10 @@ def _scale(ranks: list[int] | None, folder: str | None, rows_of: str | None, **s
 
 
 def _lab(rest: list[str], folder: str, notebook: str) -> None:
-    """Open JupyterLab on a working copy of the course; other arguments go to Jupyter.
+    """Open JupyterLab on your own copy of the course; other arguments go to Jupyter.
 
-    --folder=hpclab-course: the copy
-    --notebook=index: what to open first, such as scaling
+    --folder=hpclab-course: folder of the copy
+    --notebook=index: notebook to open first, such as scaling
     """
     from hpclab.course.copy import open_lab
 
@@ -153,16 +153,16 @@ def _lab(rest: list[str], folder: str, notebook: str) -> None:
 
 
 def _grade(folder: str, csv: str | None, seed: str | None, time: float, memory: str, **options: Any) -> None:
-    """Run a class's notebooks, each in a sandbox, and judge them.
+    """Run and judge a class's notebooks, each in a sandbox.
 
-    folder: with FOLDER/*.ipynb, or FOLDER/STUDENT/*.ipynb
-    --csv FILE: write the rows there, too
-    --seed: draws hidden variants of the checks (default: those of the class)
-    --inconclusive=0.0: points where a check can't tell
-    --time=600.0: seconds for a notebook
-    --memory=2GB: for all processes of a notebook together
-    --course FOLDER: the notebooks as handed out (default: this course's)
-    --trust=False: without a sandbox: only for what you have written yourself
+    folder: folder with FOLDER/*.ipynb, or FOLDER/STUDENT/*.ipynb
+    --csv FILE: also write the rows to this file
+    --seed: seed of hidden variants of the checks (default: the class's variants)
+    --inconclusive=0.0: points if a check is inconclusive
+    --time=600.0: seconds for each notebook
+    --memory=2GB: memory for all processes of a notebook together
+    --course FOLDER: the notebooks that you handed out (default: this course's)
+    --trust=False: run without a sandbox: only for code that you wrote yourself
     """
     from hpclab._arguments import size
     from hpclab.course import grading
@@ -184,11 +184,11 @@ def _grade(folder: str, csv: str | None, seed: str | None, time: float, memory: 
 
 
 def _fetch(name: str, to: str | None, mirror: str | None) -> None:
-    """Get the full Fashion-MNIST, 60,000 + 10,000 images.
+    """Download the full Fashion-MNIST, 60,000 + 10,000 images.
 
     name=fashion-mnist: the data set
-    --to: folder of the data set (default: the user's cache)
-    --mirror: address to try first, for instance of a mirror in your country
+    --to: folder for the data set (default: your cache folder)
+    --mirror: address to try first, such as a mirror in your country
     """
     from hpclab import data
 
@@ -207,14 +207,14 @@ def _verify(source: str) -> None:
 
 
 def _slurm_up(folder: str | None, **settings: Any) -> None:
-    """Start one, which outlives this shell.
+    """Start one that outlives this shell.
 
-    --nodes=4: virtual nodes
-    --cpus=2: CPUs of each; may exceed the real ones
-    --memory=2GiB: memory of each
+    --nodes=4: number of virtual nodes
+    --cpus=2: CPUs of each node; together they may exceed the real ones
+    --memory=2GiB: memory of each node
     --scheduler=backfill: backfill or builtin
-    --walltime: the longest that a job may ask for, such as 00:30:00 (default: no limit)
-    --folder: where it lies (default: a private folder, chosen for you)
+    --walltime: the longest walltime a job may ask for, such as 00:30:00 (default: no limit)
+    --folder: folder for its files (default: a private folder, chosen for you)
     """
     from hpclab import slurm
 
@@ -229,9 +229,9 @@ def _slurm_up(folder: str | None, **settings: Any) -> None:
 
 
 def _slurm_down(folder: str | None) -> None:
-    """End it, and all of its jobs.
+    """End it, and all its jobs.
 
-    --folder: where it lies (default: a private folder, chosen for you)
+    --folder: folder of its files (default: a private folder, chosen for you)
     """
     up = _slurm_that_is_up(folder)
     if up.owner and not folder:
@@ -244,17 +244,17 @@ def _slurm_down(folder: str | None) -> None:
 
 
 def _slurm_status(folder: str | None) -> None:
-    """Its nodes and jobs.
+    """Show its nodes and jobs.
 
-    --folder: where it lies (default: a private folder, chosen for you)
+    --folder: folder of its files (default: a private folder, chosen for you)
     """
     print(_slurm_that_is_up(folder).status())
 
 
 def _slurm_shell(folder: str | None) -> None:
-    """A shell whose Slurm commands use it.
+    """Open a shell whose Slurm commands use it.
 
-    --folder: where it lies (default: a private folder, chosen for you)
+    --folder: folder of its files (default: a private folder, chosen for you)
     """
     shell = os.environ.get("SHELL", "/bin/sh")
     os.execvpe(shell, [shell], _slurm_that_is_up(folder).env)
@@ -269,7 +269,7 @@ def _slurm_that_is_up(folder: str | None) -> "Slurm":
 
 
 GROUPS = {
-    "data": "get larger data sets, and check those that are here",
+    "data": "download larger data sets, and check those you have",
     "slurm": "a private Slurm on this machine, without root",
 }
 TYPES: dict[str, Callable] = {"--ranks": _counts}

@@ -1,4 +1,4 @@
-"""What this machine really has, what fits on it, and what is missing, with the way to get it."""
+"""What this machine really gives you, what fits on it, and what is missing, with the way to get it."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def examine(quick: bool = False) -> Table:
-    """Look at this machine; one row a finding, with ``what``, ``found`` and ``remark``.
+    """Examine this machine; one row per finding, with ``what``, ``found`` and ``remark``.
 
     Parameters
     ----------
     quick : bool, default False
-        Leave out what takes seconds, and memory: GPUs, of which only torch knows, and fonts.
+        Leave out what takes seconds and memory: GPUs, which only torch knows of, and fonts.
     """
     facts = machine.describe()
     findings = [

@@ -1,7 +1,7 @@
-"""Forecasts from first principles: the seconds of a training step on more ranks than were measured.
+"""Forecasts from first principles: the seconds of a training step on more ranks than you measured.
 
-A step is what one rank computes, the wait for the slowest, the part of the communication that nothing hides, or the
-input pipeline if that is slower. Needs numpy and scipy alone.
+A step takes the time of one rank's computing, the wait for the slowest rank, and the communication that nothing hides;
+or the time of the input pipeline if that is longer. Needs only numpy and scipy.
 """
 
 import dataclasses
@@ -38,29 +38,29 @@ class Workload:
     compute_s : float
         Seconds that one rank alone computes: forward, backward, optimiser.
     gradient_bytes : float
-        Bytes to average, 4 a parameter in single precision.
+        Bytes to average, 4 per parameter in single precision.
     samples : int, default 1
-        Samples a rank and step.
+        Samples per rank and step.
     jitter_s : float, default 0
         Standard deviation of a rank's compute time; all wait for the slowest.
     overlap : float, default 2/3
-        Share of the compute time, 0 to 1, behind which communication can hide: the backward pass takes about twice the
-        forward.
+        Share of the compute time, 0 to 1, behind which communication can hide: the backward pass takes about twice as
+        long as the forward pass.
     bucket_bytes : float, optional
-        Of the last bucket of gradients, which can't be hidden, since it is full only when the backward pass ends.
-        Default: DDP's size, 25 MiB, or all gradients if they are less.
+        Bytes of the last bucket of gradients, which can't be hidden, because it is full only when the backward pass
+        ends. Default: DDP's size, 25 MiB, or all gradients if they are less.
     buckets : int, optional
-        In how many the gradients are averaged, one after the other, each of which pays the latency. Default: as many as
-        DDP's sizes make of small tensors.
+        Number of buckets in which the gradients are averaged, one after another; each pays the latency. Default: as
+        many as DDP's sizes make of small tensors.
     visible : float, optional
-        Share of the communication, 0 to 1, that is not hidden, if it was measured; `overlap` and `bucket_bytes` are
-        then unused.
+        Share of the communication, 0 to 1, that is not hidden, if measured; `overlap` and `bucket_bytes` are then
+        unused.
     largest_bytes : float, default 0
-        Of the largest tensor, which parameter servers can't share.
+        Bytes of the largest tensor, which parameter servers can't split.
     data_s : float, default 0
-        Seconds in which the input pipeline makes a rank's batch, beside the computing.
+        Seconds that the input pipeline takes for a rank's batch, in parallel with the computing.
     memory_bytes : float, default 0
-        What a rank needs; see `fits`.
+        Memory that a rank needs; see `fits`.
     """
 
     compute_s: float
@@ -90,14 +90,14 @@ class Workload:
 
     @classmethod
     def of(cls, module: Any, compute_s: float, **fields: Any) -> "Workload":
-        """The workload of a torch module: its gradients, in the buckets that DDP makes of them, and its memory.
+        """The workload of a torch module: its gradients, in DDP's buckets, and its memory.
 
         Parameters
         ----------
         module : torch.nn.Module
         compute_s, **fields
-            As for the class. Default of ``memory_bytes``: weights, gradients, DDP's buckets of them, and one state of
-            the optimiser for each (SGD's momentum; Adam has two). Activations, which grow with the batch, aren't in it.
+            As for the class. Default of ``memory_bytes``: weights, gradients, DDP's buckets of them, and one optimiser
+            state per weight (SGD's momentum; Adam has two), without activations, which grow with the batch.
         """
         sizes = [weight.nbytes for weight in module.parameters() if weight.requires_grad]
         frozen = sum(weight.nbytes for weight in module.parameters() if not weight.requires_grad)
@@ -106,7 +106,7 @@ class Workload:
         return cls(compute_s, sum(sizes), **defaults | fields)
 
     def fits(self, memory_bytes: float) -> bool:
-        """Whether a rank with so much memory can do it."""
+        """Whether a rank with this much memory has room for it."""
         return self.memory_bytes <= memory_bytes
 
 
@@ -121,7 +121,7 @@ def _buckets(sizes: Sequence[int]) -> list[int]:
 
 
 def slowest(ranks: ArrayLike) -> Array:
-    """How many standard deviations the slowest of so many ranks is behind the mean, on average.
+    """How many standard deviations the slowest rank is behind the mean, on average.
 
     Notes
     -----
@@ -138,12 +138,12 @@ def slowest(ranks: ArrayLike) -> Array:
 
 
 def step_s(workload: Workload, network: Network | Hierarchy, ranks: ArrayLike) -> Array:
-    """Seconds of a step on so many ranks, shape (k,); see `parts`."""
+    """Seconds of a step on each number of ranks, shape (k,); see `parts`."""
     return parts(workload, network, ranks)["step_s"]
 
 
 def parts(workload: Workload, network: Network | Hierarchy, ranks: ArrayLike) -> dict[str, Array]:
-    """What a step is made of.
+    """The parts of a step.
 
     Parameters
     ----------
@@ -154,8 +154,8 @@ def parts(workload: Workload, network: Network | Hierarchy, ranks: ArrayLike) ->
     Returns
     -------
     dict of str to ndarray, shape (k,)
-        ``compute_s``; ``wait_s`` for the slowest rank; ``comm_s``, all communication, and of it ``exposed_s``, what
-        isn't hidden behind computing; ``step_s``.
+        ``compute_s``; ``wait_s`` for the slowest rank; ``comm_s``, all communication; ``exposed_s``, the part of it
+        that isn't hidden behind computing; ``step_s``.
 
     Raises
     ------
@@ -188,19 +188,19 @@ class Forecast:
     workload : Workload
     network : Network or Hierarchy
     ranks, measured_s : ndarray, shape (k,)
-        What it was calibrated on.
+        The points of the calibration.
     noise : float
         Relative standard deviation of one measurement.
     freedom : float
         Degrees of freedom behind the noise; infinite if it was stated.
     fitted : tuple of str
-        Names of the fields that were fitted.
+        Names of the fitted fields.
     link_error : float
         Relative standard deviation of the network's times, as stated.
     covariance : ndarray, shape (fields, fields)
-        Of what was fitted.
+        Covariance of the fitted values.
     shift : ndarray, shape (fields + 1,)
-        How far off all that is, and the logarithm of the network's times, if these are one `link_error` longer.
+        Change of the fitted values, and of the logarithm of the network's times, if these are one `link_error` longer.
     """
 
     workload: Workload
@@ -215,9 +215,9 @@ class Forecast:
     shift: Array = field(repr=False)
 
     def rows(self, ranks: Sequence[int], level: float = 0.95, network: Network | Hierarchy | None = None) -> list[dict]:
-        """Forecast on so many ranks: rows of kind "forecast".
+        """Forecast for these numbers of ranks, as rows of kind "forecast".
 
-        Each has what `columns` has, ``kind`` and ``source``.
+        Each row has the columns of `columns`, ``kind`` and ``source``.
         """
         columns = self.columns(ranks, level, network)
         return [
@@ -230,15 +230,15 @@ class Forecast:
     def columns(
         self, ranks: ArrayLike, level: float = 0.95, network: Network | Hierarchy | None = None
     ) -> dict[str, Array]:
-        """Forecast on so many ranks, shape (k,) each.
+        """Forecast for these numbers of ranks; each column has shape (k,).
 
         Parameters
         ----------
         ranks : array_like, shape (k,), or one number
         level : float, default 0.95
-            Of the bands, in which a measurement would fall; for the efficiency, one of each.
+            Level of the bands, where a measurement would fall; for the efficiency, one on each number of ranks.
         network : Network or Hierarchy, optional
-            Such as one with more servers. Default: that of the calibration.
+            Another network, such as one with more servers. Default: the network of the calibration.
 
         Returns
         -------
@@ -285,7 +285,7 @@ class Forecast:
         return np.hypot(noise, link)
 
     def scaled(self, samples: int) -> "Forecast":
-        """The same with another number of samples a rank and step: computing grows as they do, gradients don't."""
+        """The same with another number of samples per rank and step: computing grows with it, gradients don't."""
         if not samples > 0:
             raise ValueError(f"samples (={samples!r}) must be above 0.")
         share, work = samples / self.workload.samples, self.workload
@@ -296,12 +296,12 @@ class Forecast:
         return dataclasses.replace(self, workload=grown, covariance=covariance, shift=self.shift * scale)
 
     def score(self, ranks: ArrayLike, measured_s: ArrayLike, network: Network | Hierarchy | None = None) -> Array:
-        """Relative error of the forecast throughput against steps that were measured later, shape (k,).
+        """Relative error of the forecast throughput against steps measured later, shape (k,).
 
         Raises
         ------
         ValueError
-            If a point is among those it was calibrated on, or can't be.
+            If a point was used in the calibration, or is impossible.
         """
         ranks, measured_s = _pairs(ranks, measured_s)
         if known := sorted(set(ranks) & set(self.ranks)):
@@ -323,26 +323,26 @@ def calibrate(
     Parameters
     ----------
     workload : Workload
-        Its other fields stay.
+        Its other fields are kept.
     network : Network, Hierarchy, or a sequence of one for each point
-        The link, from a data sheet or `laws.fit_alpha_beta`. Where it differs between points (more servers for more
-        ranks), the last is that of the forecast.
+        The link, from a data sheet or `laws.fit_alpha_beta`. If it differs between points (more servers for more
+        ranks), the forecast uses the last.
     ranks, measured_s : array_like, shape (k,)
     fitted : sequence of str
-        Names of fields, at most k, of those in `FITTED`; without "visible" that comes from `overlap`.
+        Names of at most k fields, from `FITTED`; without "visible", that share comes from `overlap`.
     noise : float, optional
-        Relative standard deviation of one measurement; needed if as many fields are fitted as there are points, else
-        the residuals tell it.
+        Relative standard deviation of one measurement; needed if there are as many fitted fields as points, otherwise
+        estimated from the residuals.
     link_error : float, default 0
-        Relative standard deviation of the network's times as stated, all alike; a data sheet is rarely right to 0.1.
-        The bands have it in them, by what one standard deviation *slower* does, so that a link that is just fast enough
-        counts too.
+        Relative standard deviation of the network's stated times, the same for all; a data sheet is rarely right to
+        0.1. The bands include the effect of a link one standard deviation *slower*, so that a link that is just fast
+        enough counts too.
 
     Raises
     ------
     ValueError
         If there are fewer points than fields, or as many and no noise; if the points can't tell the fields apart; or if
-        a point, a field or a number can't be.
+        a point, a field or a number is impossible.
     """
     ranks, measured_s = _pairs(ranks, measured_s)
     names = _fields(fitted, len(ranks), noise)

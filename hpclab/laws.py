@@ -1,7 +1,7 @@
-"""Scaling laws: formula, fit, intervals, choice between them, and what the data can't tell.
+"""Scaling laws: formulas, fits, intervals, the choice between laws, and what the data can't tell.
 
-Needs numpy and scipy alone. Throughputs (X, work a second) are fitted, not speed-ups: a speed-up divides by one noisy
-measurement, which then counts as certain. The scale g (X of one worker) is a parameter of each law.
+Needs only numpy and scipy. The fits are to throughputs (X, work per second), not speed-ups: a speed-up divides by one
+noisy measurement as if it were certain. The scale g (X of one worker) is a parameter of each law.
 """
 
 import math
@@ -38,7 +38,7 @@ Array = NDArray[np.float64]
 
 
 def amdahl(n: ArrayLike, sigma: float) -> Array:
-    """Speed-up on n workers of a job of fixed size, of which the share sigma can't be shared.
+    """Speed-up on n workers of a job of fixed size, if a share sigma of it can't be divided.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def usl(n: ArrayLike, sigma: float, kappa: float) -> Array:
 
 
 def gustafson(n: ArrayLike, sigma: float) -> Array:
-    """Scaled speed-up on n workers of a job that grows with them, of which the share sigma of the time can't be shared.
+    """Scaled speed-up on n workers of a job that grows with them, if a share sigma of the time can't be divided.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def gustafson(n: ArrayLike, sigma: float) -> Array:
 
 
 def alpha_beta(size: ArrayLike, alpha: float, beta: float) -> Array:
-    """Seconds that a message of `size` bytes takes: the latency alpha, and beta seconds a byte.
+    """Seconds that a message of `size` bytes takes: the latency alpha, plus beta seconds per byte.
 
     Notes
     -----
@@ -158,18 +158,18 @@ class LawFit:
     ----------
     law : str
     values : dict of str to float
-        The parameters: ``g`` (of the unit of x: the throughput of one worker) and those of the law's formula.
+        The parameters: ``g`` (the throughput of one worker, in the unit of x) and those of the law's formula.
     errors : dict of str to float
         Standard error of each, from the Jacobian.
     intervals : dict of str to (float, float)
-        Values plus and minus Student's t times the errors, cut at the bounds.
+        Values plus and minus Student's t times the errors, clipped at the bounds.
     residual : float
-        Standard error of the residuals: in units of x, or of ln x if the noise is relative.
+        Standard error of the residuals: in the unit of x, or of ln x if the noise is relative.
     freedom : int
-        Degrees of freedom: points less parameters.
+        Degrees of freedom: points minus parameters.
     aicc : float
-        Akaike's criterion, corrected for few points, of ln x or of x in units of its largest value; comparable between
-        fits to the same points.
+        Akaike's criterion, corrected for few points, for ln x, or for x over its largest value; comparable between fits
+        to the same points.
     n, x : ndarray, shape (k,)
         The points, in ascending order.
     """
@@ -193,19 +193,19 @@ class LawFit:
         return _LAWS[self.law].value(_counts(n, self.law), *self.values.values())
 
     def band(self, n: ArrayLike, level: float | None = None, new: bool = False) -> tuple[Array, Array]:
-        """Lower and upper end of the law's confidence band, each of shape (k,).
+        """Lower and upper ends of the law's confidence band, each of shape (k,).
 
         Parameters
         ----------
         n : array_like, shape (k,), or one number
         level : float, optional
-            Default: that of the fit.
+            Default: the fit's level.
         new : bool, default False
-            The band in which one new measurement falls, instead of the law's own.
+            Return the band for one new measurement, instead of the law's own.
 
         Notes
         -----
-        By the delta method. Beyond the measured counts it holds only if the law does.
+        By the delta method. Beyond the measured counts, the band holds only if the law does.
         """
         n = np.atleast_1d(_counts(n, self.law))
         value = self(n)
@@ -219,7 +219,7 @@ class LawFit:
 
     @property
     def peak(self) -> float:
-        """Number of workers beyond which more make it slower; infinite for all laws but the USL."""
+        """Number of workers beyond which more are slower; infinite for all laws but the USL."""
         kappa, sigma = self.values.get("kappa", 0.0), self.values.get("sigma", 0.0)
         if kappa == 0 and sigma <= 1:
             return math.inf
@@ -227,7 +227,7 @@ class LawFit:
 
     @property
     def limit(self) -> float:
-        """Throughput that contention alone would never let it exceed, g / sigma, in units of x."""
+        """The most throughput that contention alone allows, g / sigma, in the unit of x."""
         if self.law not in ("amdahl", "usl") or self.values["sigma"] == 0:
             return math.inf
         return self.values["g"] / self.values["sigma"]
@@ -243,21 +243,21 @@ class LawFit:
 def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawFit:
     """Fit a law by bounded least squares.
 
-    Neither the order of the points nor the unit of x (for "alpha-beta" also that of n) matters: parameters and their
-    errors change with the unit, and nothing else does.
+    Neither the order of the points nor the unit of x (for "alpha-beta" also of n) matters: only the parameters and
+    their errors change with the unit.
 
     Parameters
     ----------
     law : str
-        "linear", "amdahl", "usl", "gustafson" (weak scaling alone) or "alpha-beta".
+        "linear", "amdahl", "usl", "gustafson" (only weak scaling) or "alpha-beta".
     n : array_like, shape (k,)
-        Number of workers of each measurement, >= 1; repeats are points of their own. For "alpha-beta" bytes, >= 0.
+        Number of workers of each measurement, >= 1; each repeat is a point. For "alpha-beta", bytes, >= 0.
     x : array_like, shape (k,)
-        Throughput (work a second, any unit), above 0. For "alpha-beta" seconds.
+        Throughput (work per second, any unit), above 0. For "alpha-beta", seconds.
     noise : {"relative", "absolute"}
-        What is alike at all points: the noise as a share of x (least squares of ln x, as repeated timings have it), or
-        the noise itself (ordinary least squares, as the literature fits). The wrong one gives intervals that are too
-        narrow.
+        What is the same at all points: the noise as a share of x (least squares of ln x, which suits repeated timings),
+        or the noise itself (ordinary least squares, usual in the literature). The wrong choice gives intervals that are
+        too narrow.
     level : float, default 0.95
         Confidence of the intervals.
 
@@ -268,8 +268,8 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
     Raises
     ------
     ValueError
-        If the law or the noise is unknown, a point can't be, or there are too few points or different counts for the
-        law's parameters.
+        If the law or the noise is unknown, a point is impossible, or there are too few points or different counts for
+        the law's parameters.
 
     Examples
     --------
@@ -343,24 +343,24 @@ def fit_usl(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = 
 
 
 def fit_alpha_beta(size: ArrayLike, seconds: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawFit:
-    """Fit latency and seconds a byte to message times; see `fit`."""
+    """Fit latency and seconds per byte to message times; see `fit`."""
     return fit("alpha-beta", size, seconds, noise, level)
 
 
 @dataclass(frozen=True)
 class LawVerdict:
-    """Which law the measurements name, if they name one.
+    """Which law the measurements identify, if any.
 
     Attributes
     ----------
     law : str or None
-        None if they don't.
+        None if they identify no law.
     why : str
-        A sentence for the reader.
+        The reason, a sentence for the reader.
     measure : list of int
-        What to measure next: counts of workers; empty if a law is named.
+        Counts of workers to measure next; empty if a law is identified.
     fits : list of LawFit
-        Those that could be made, the smallest law first.
+        All fits that were possible, the smallest law first.
     """
 
     law: str | None
@@ -370,17 +370,17 @@ class LawVerdict:
 
     @property
     def identifiable(self) -> bool:
-        """Whether a law is named."""
+        """Whether a law is identified."""
         return self.law is not None
 
     @property
     def fit(self) -> LawFit:
-        """The fit of the law that is named.
+        """The fit of the identified law.
 
         Raises
         ------
         ValueError
-            If none is; the message says why.
+            If no law is; the message says why.
         """
         if self.law is None:
             raise ValueError(self.why)
@@ -395,13 +395,13 @@ Fit, Verdict = LawFit, LawVerdict
 
 
 def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = LEVEL) -> LawVerdict:
-    """Say which of "linear", "amdahl" and "usl" the measurements of strong scaling name, or that they can't tell.
+    """Say which of "linear", "amdahl" and "usl" strong-scaling measurements identify, or that they can't tell.
 
-    A law is named if there are at least `COUNTS` different counts of workers in at least `POINTS` measurements, and if
-    the band of the USL, which contains the others, is narrower than `TOLERANCE` at `REACH` times the largest count:
-    where even that is open, a law that fits says nothing about the next machine. Then it is the smallest one that no
-    larger one beats by an AICc of `MARGIN`, unless the measurements reject it (`MISFIT`). A tight interval is no
-    evidence for a law: Amdahl's is tight and wrong on data of the USL.
+    They identify a law only if there are at least `COUNTS` different counts of workers in at least `POINTS`
+    measurements, and if the band of the USL, which contains the other laws, is narrower than `TOLERANCE` at `REACH`
+    times the largest count: if even that is open, a law that fits says nothing about the next machine. The answer is
+    then the smallest law that no larger law beats by an AICc of `MARGIN`, unless the measurements reject it (`MISFIT`).
+    A tight interval is no evidence for a law: Amdahl's is tight and wrong on data that follows the USL.
 
     Parameters
     ----------
@@ -415,7 +415,7 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
     Raises
     ------
     ValueError
-        If the noise is unknown, or the level or a point can't be.
+        If the noise is unknown, or the level or a point is impossible.
     """
     _known(noise)
     confidence(level)

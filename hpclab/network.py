@@ -30,27 +30,27 @@ SPIN_SECONDS = 2e-4
 
 @dataclass(frozen=True)
 class Network:
-    """A network between ranks, as the alpha-beta model sees it: every message takes its latency, and its bytes.
+    """A network between ranks, by the alpha-beta model: a message takes a latency, plus a time for its bytes.
 
     Parameters
     ----------
     latency : float, default 50e-6
-        Seconds that a message takes whatever its size (alpha).
+        Seconds that every message takes, whatever its size (alpha).
     bandwidth : float, default 1e9
-        Bits a second of each rank's link, each way (8 / beta); 1e9 is Gigabit Ethernet.
+        Bits per second of each rank's link, each way (8 / beta); 1e9 is Gigabit Ethernet.
     topology : str, default "ring"
         How gradients are summed: "ring" (reduce-scatter and all-gather around a ring), "tree" (a binomial tree up and
-        down), "halving-doubling", or "parameter-server" (all ranks send to, and fetch from, `servers` links).
+        down), "halving-doubling", or "parameter-server" (all ranks send to `servers` links, and fetch from them).
     servers : int, default 1
-        Parameter servers, which share the parameters evenly.
+        Number of parameter servers, which share the parameters evenly.
     ranks : int, optional
-        Emulated, it costs what so many ranks would pay. Default: those there are.
+        When emulated, cost what this many ranks would pay. Default: the real number of ranks.
 
     Notes
     -----
-    Costs by Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH (2005),
-    without the time of the additions; the busiest server's link carries the bytes of all ranks, to it and from
-    it at once.
+    Costs are those of Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH
+    (2005), without the time of the additions; the busiest server's link carries the bytes of all ranks, both ways
+    at once.
 
     Examples
     --------
@@ -90,12 +90,12 @@ class Network:
         nbytes, ranks : array_like
             Bytes of the gradients, and number of ranks; broadcast against each other.
         largest : float, default 0
-            Bytes of the largest tensor, which parameter servers can't share between them.
+            Bytes of the largest tensor, which can't be split between parameter servers.
 
         Raises
         ------
         ValueError
-            If there are fewer bytes than 0, or ranks than 1.
+            If `nbytes` is below 0, or `ranks` below 1.
         """
         ranks, nbytes = np.asarray(ranks, dtype=float), np.asarray(nbytes, dtype=float)
         for name, value, least in (("ranks", ranks, 1), ("nbytes", nbytes, 0), ("largest", np.asarray(largest), 0)):
@@ -109,11 +109,11 @@ class Network:
         return dataclasses.replace(self, latency=self.latency * factor, bandwidth=self.bandwidth / factor)
 
     def attach(self, model: Any) -> None:
-        """Have a DistributedDataParallel model average its gradients over this network; called on every rank.
+        """Have a DistributedDataParallel model average its gradients over this network; call it on every rank.
 
-        The real process group averages the gradients; they are handed over when this network would have done it: after
-        the last rank was ready, and the link free of the bucket before. Rows of the run then say *emulated*. A rank by
-        itself averages nothing, so it stays as it is.
+        The real process group averages the gradients, but hands them over only when this network would have finished:
+        after the last rank was ready, and the link was free of the bucket before. The run's rows then say *emulated*. A
+        single rank averages nothing, so nothing changes for it.
 
         Parameters
         ----------
@@ -122,7 +122,7 @@ class Network:
         Raises
         ------
         ValueError
-            If the network is faster than `FLOOR` times what this machine itself takes: it can only add time.
+            If the network takes less than `FLOOR` times what this machine itself takes: emulation can only add time.
         """
         import torch.distributed as dist
 

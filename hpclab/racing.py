@@ -108,8 +108,9 @@ def race(
 ) -> Race:
     """Race the same training: one rank with one thread, one with a thread for each CPU, and two ranks.
 
-    The racers start one after the other, since together they would take each other's CPUs. All take the same steps, on
-    the same batches, from the same weights. On one CPU nobody races with more threads, and the two ranks are emulated.
+    The racers run one after the other, because together they would compete for the CPUs. All take the same steps, on
+    the same batches, from the same weights. On one CPU there is no racer with more threads, and the two ranks are
+    emulated.
 
     Parameters
     ----------
@@ -120,13 +121,13 @@ def race(
     epochs : int, default 3
         Epochs of each racer.
     batch_size : int, default 192
-        Samples a step, over all ranks; even. Smaller ones spend a larger part of each step on talking.
+        Samples a step over all ranks; even. A smaller batch spends a larger part of each step on communication.
     lr : float, default 0.1
         As for `train`.
     folder : path, optional
-        Takes a folder a racer. Default: one in ``results/`` for each.
+        Gets a folder for each racer. Default: one in ``results/`` for each.
     show : callable, optional
-        Called about once a second with the rows so far by label. Default: a `LiveFigure` in a notebook, else
+        Called about once a second with the rows so far, by label. Default: a `LiveFigure` in a notebook, else
         `LiveText`.
     begin : callable, optional
         Called with each racer's run when it starts.
@@ -138,7 +139,7 @@ def race(
     Raises
     ------
     ValueError
-        If the batch size is odd, or an argument can't be; see `train`.
+        If the batch size is odd, or an argument is wrong; see `train`.
     """
     if batch_size % 2:
         raise ValueError(f"batch_size (={batch_size}) must be even, as 2 ranks share it.")

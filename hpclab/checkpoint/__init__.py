@@ -45,39 +45,39 @@ _exchanges = itertools.count()
 def save(state: dict[str, Any], step: int) -> None:
     """Write a checkpoint from inside a gang: every rank calls it after the same step, and waits until it is written.
 
-    It goes to ``checkpoints/`` in the run's folder, where the newest `KEPT` stay, and holds rank 0's state, every
-    rank's shards in it, and every rank's random numbers: torch's, numpy's and Python's. Outside a gang nothing is
-    written.
+    It goes to ``checkpoints/`` in the run's folder, where the newest `KEPT` are kept. It has rank 0's state, every
+    rank's shards in it, and every rank's random number state (torch, numpy and Python). Outside a gang it writes
+    nothing.
 
     Parameters
     ----------
     state : dict
         Tensors, numbers, strings, None, and dicts, lists, tuples and sets of them (what
         ``torch.load(weights_only=True)`` reads), such as ``{"model": model.state_dict(), "optimizer":
-        optimizer.state_dict(), "step": step}``. That of other ranks than 0 is unused, but for tensors of which each
-        rank has a shard (DTensor); these may be in dicts, lists and tuples.
+        optimizer.state_dict(), "step": step}``. The state of ranks other than 0 is unused, except for sharded tensors
+        (DTensor); these may be in dicts, lists and tuples.
     step : int
         Steps done, >= 0.
 
     Raises
     ------
     TypeError
-        If the state holds something else, such as numpy's numbers; the message says where.
+        If the state has anything else, such as numpy's numbers; the message says where.
     ValueError
         If the ranks have done different numbers of steps, or have shards of different tensors.
     OSError
-        If it can't be written, or the run's folder isn't on a disk that the nodes of a cluster share; those written
-        before stay as they were.
+        If it can't be written, or the run's folder isn't on a disk that the cluster's nodes share; earlier checkpoints
+        stay as they were.
 
     Notes
     -----
-    An error of one rank is raised on every rank, so they can all go on after it.
+    An error on one rank is raised on every rank, so they can all continue after it.
 
-    What differs by rank, such as a ``torch.Generator`` of one's own, is saved once it is gathered: after
+    To save what differs by rank, such as your own ``torch.Generator``, gather it first: after
     ``dist.all_gather_object(every, mine)`` save ``every``, and take ``every[rank]`` back.
 
-    Under ``fully_shard`` save what ``get_state_dict`` of ``torch.distributed.checkpoint.state_dict`` gives, and hand
-    what it gives later to `restore`, and the result to ``set_state_dict``. With
+    Under ``fully_shard``, save what ``torch.distributed.checkpoint.state_dict.get_state_dict`` returns. Later, pass
+    what it returns then to `restore`, and the result to ``set_state_dict``. With
     ``StateDictOptions(full_state_dict=True, cpu_offload=True)`` for both, rank 0 gathers and writes it all.
     """
     if not _rank.in_gang():
@@ -102,27 +102,27 @@ def save(state: dict[str, Any], step: int) -> None:
 
 
 def restore(state: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Give every rank the state that the newest checkpoint holds, or None if there is nothing to go on from.
+    """Return the newest checkpoint's state on every rank, or None if there is nothing to continue from.
 
-    There is, in a run that was restarted (``max_restarts``) or resumes another (``resume``). If there are as many ranks
-    as wrote it, each also goes on with its own random numbers: what draws some between this call and the loop makes the
-    loop draw others, so call it when model and data are made. Called by every rank.
+    There is one in a run that was restarted (``max_restarts``) or resumes another (``resume``). Every rank calls this,
+    after making model and data: if as many ranks wrote the checkpoint, each continues with its own random numbers, and
+    drawing any between this call and the loop would change those of the loop.
 
-    If one rank can't read the newest checkpoint, all take the one before it.
+    If one rank can't read the newest checkpoint, all ranks take the one before.
 
     Parameters
     ----------
     state : dict, optional
-        What this run would save, if there are shards in it: they are filled, however many ranks wrote the checkpoint,
-        and are in the state that is returned. Without it, what was saved in shards comes back whole on every rank.
+        What this run would save, if it has shards: they are filled, however many ranks wrote the checkpoint, and are in
+        the returned state. Without it, tensors saved in shards come back whole on every rank.
 
     Raises
     ------
     OSError
-        If there are checkpoints, and none can be read by all ranks, or the run's folder isn't on a disk that the nodes
+        If there are checkpoints, but none that all ranks can read, or the run's folder isn't on a disk that the nodes
         share.
     ValueError
-        If `state` has shards of other tensors than were saved in shards, or of other shapes.
+        If the tensors that have shards in `state`, or their shapes, aren't those that were saved in shards.
     """
     folders = _rank.restore_folders()
     if not folders:

@@ -30,46 +30,46 @@ def connect(
     Parameters
     ----------
     where : str or hpclab.slurm.Slurm, default "local"
-        "local" starts one worker process for each CPU that this machine really gives (affinity and cgroups counted).
-        A job queue, "slurm", "pbs", "sge", "lsf", "oar", "htcondor" or "moab", or the name of a site's profile
-        (`hpclab.sites`), starts each worker in a job of its own. So does a private Slurm; "slurm" finds one that is up,
-        where the site has none.
+        "local" starts one worker process for each CPU that this machine really gives you (by affinity and cgroups).
+        A job queue ("slurm", "pbs", "sge", "lsf", "oar", "htcondor" or "moab") or the name of a site's profile
+        (`hpclab.sites`) starts each worker in its own job. So does a private Slurm; "slurm" uses one that is up
+        if the site has none.
         An address such as "tls://head:8786" joins the scheduler there.
     workers : int, optional
         Number of workers. Default: what fits (`machine.fits`); on a queue, 2. On this machine, each has one thread and
-        so room for one rank, and more workers than CPUs are allowed; what they measure is then marked as emulated.
+        so room for one rank. You may start more workers than CPUs: what they measure is then marked as emulated.
     memory : int or str, optional
         Memory of each worker, in bytes or as "2GB". Default: an equal share of what this machine gives; on a queue,
         2 GB.
     security : bool or distributed.Security, default True
-        True encrypts and authenticates every connection with fresh certificates, as loopback isn't private on a shared
-        host; False turns that off. For a "tls://" address, the Security object of that scheduler; for one that isn't
-        encrypted, False.
+        True encrypts and authenticates every connection with fresh certificates, because loopback isn't private on a
+        shared host; False turns that off. For a "tls://" address, pass the Security object of that scheduler; for an
+        unencrypted address, False.
     **options
         For a queue: ``cores`` (1), ``walltime`` ("00:30:00"), ``queue``, ``account``, ``resources``, ``disk``,
         ``directives``, ``prologue``, ``env``, ``interface``, ``folder``, ``timeout`` (600), ``private`` (False). The
-        fields of `hpclab.queues.Request` say what each means; not every queue has all. They go before a profile's. What
-        neither says is up to Dask's own ``jobqueue.yaml``, which is read and never written. Workers find modules in the
-        working folder, and in others with ``env={"PYTHONPATH": ...}``.
+        fields of `hpclab.queues.Request` explain them; not every queue has all. They override a profile's, and both
+        override Dask's own ``jobqueue.yaml``, which hpclab never writes. Workers find modules in the working folder;
+        add other folders with ``env={"PYTHONPATH": ...}``.
 
     Returns
     -------
     ClusterClient
         A `distributed.Client`. Use it in a `with` block, or call its `close`: both end the cluster it started. In a
-        script, call this under ``if __name__ == "__main__":``, since workers import the script (as Dask's own clusters
-        do). A worker that is lost is replaced, on a queue by a new job; ``client.cluster.scale`` and ``adapt`` change
+        script, call `connect` under ``if __name__ == "__main__":``, because workers import the script (as with Dask's
+        own clusters). Lost workers are replaced, on a queue by a new job; ``client.cluster.scale`` and ``adapt`` change
         their number.
 
     Raises
     ------
     ValueError
-        If an argument can't be met by this machine or this Slurm; the message says what can.
+        If this machine or this Slurm can't meet an argument; the message says what it can meet.
     OSError
-        If no scheduler answers at the address, or lets this client in, or no such queue is here; the message says why.
+        If no scheduler answers at the address, it refuses this client, or there is no such queue; the message says why.
     TimeoutError
-        If not all workers come within `timeout` seconds; what was submitted is cancelled.
+        If not all workers come within `timeout` seconds; their jobs are cancelled.
     RuntimeError
-        If a queue refuses a job, or a worker dies again and again; the message has the end of its log. If no worker of
+        If a queue refuses a job, or a worker dies again and again; the message has the end of its log. If no worker on
         this machine starts.
 
     See Also

@@ -75,9 +75,9 @@ def gang(
     memory: int | str | None = None,
     folder: str | os.PathLike | None = None,
 ) -> "Gang":
-    """Start ranks that live between the cells of a notebook: from now on a cell ``%%ranks`` runs on each of them.
+    """Start ranks that stay alive between a notebook's cells: from now on, a ``%%ranks`` cell runs on each of them.
 
-    Each rank keeps the names of its cells. To begin with it has `torch`, `dist` (torch.distributed, initialised),
+    Each rank keeps the variables of its cells. It starts with `torch`, `dist` (torch.distributed, initialised),
     `rank` and `ranks`.
 
     Parameters
@@ -88,20 +88,20 @@ def gang(
     Returns
     -------
     Gang
-        Once all ranks are there. It is also a context manager, which closes it.
+        When all ranks have started. It is also a context manager, which closes it.
 
     Notes
     -----
-    Cells are IPython's, not only Python: ``!command`` prints line by line, ``x = !command``, ``name?``, ``await``, %cd,
-    %env, %pwd, %time, and %timeit with a number of loops, which must be the same on all ranks that talk to each other.
-    Tasks that a cell of asyncio leaves behind go on while another awaits. Nothing can ask: `input` is an error.
+    Cells take IPython's syntax too: ``!command`` prints line by line, ``x = !command``, ``name?``, ``await``, %cd,
+    %env, %pwd, %time, and %timeit with a number of loops, which must be the same on all ranks that communicate.
+    An asyncio task that a cell leaves behind continues while another cell awaits. Cells can't ask: `input` is an error.
 
-    ``%%ranks`` uses the newest gang that is open, and ``%%ranks --on 0,2`` only these ranks of it. What they print is
-    shown while it happens, equal lines as one. The value of the last line is shown too. A cell that was interrupted, or
-    in which a rank failed that others waited for, costs no names; all ranks then have a new process group, and what
-    holds the old one (a group of `dist.new_group`, a DDP model) must be made anew. Two things a rank can't leave: C
-    code that never looks for signals, and gloo's receive from any rank (`dist.recv` without ``src``); on Windows
-    any collective. It is named then, and only `Gang.close` ends it.
+    ``%%ranks`` uses the newest open gang; ``%%ranks --on 0,2`` uses only these ranks of it. It shows what ranks print
+    as they print it, equal lines once, and the value of the last line. If you interrupt a cell, or a rank fails while
+    others wait for it, no variables are lost. All ranks then have a new process group, so whatever holds the old one (a
+    group of `dist.new_group`, a DDP model) must be made again. Interrupting can't end C code that never looks for
+    signals, gloo's receive from any rank (`dist.recv` without ``src``) or, on Windows, any collective: the message then
+    names the rank, and only `Gang.close` ends it.
     """
 
     def work() -> None:
@@ -119,16 +119,16 @@ def gang(
 
 
 class Gang:
-    """Ranks that run one cell after the other; `gang` makes one.
+    """Ranks that run one cell after another; `gang` makes one.
 
     Attributes
     ----------
     ranks : int
         Number of ranks.
     folder : Path
-        Holds ``rank-<n>.log``, what C code and other programs printed on each rank, and ``rows.jsonl``.
+        Holds ``rows.jsonl``, and ``rank-<n>.log`` with what C code and other programs printed on each rank.
     rows : list of dict
-        What the ranks reported (by `hpclab.report`); the first, of kind "run", tells the machine.
+        What the ranks reported (by `hpclab.report`); the first row, of kind "run", describes the machine.
     """
 
     def __init__(self, client: Client, run: Run):
@@ -166,40 +166,40 @@ class Gang:
         Parameters
         ----------
         code : str
-            Python, and what IPython adds to it: ``!command``, ``x = !command``, ``name?``, ``await``, and a few magics.
+            Python and IPython's additions: ``!command``, ``x = !command``, ``name?``, ``await``, and a few magics.
         on : int or iterable of int, optional
             The rank or ranks to run it on. Default: all.
 
         Returns
         -------
         Values or None
-            If the last line is an expression, its value's text by rank; None if that is None on all of them.
+            If the last line is an expression, the text of its value by rank; None if it is None on all ranks.
 
         Raises
         ------
         CellError
-            If it fails on a rank, or if a rank has died; the gang has ended then, and takes no more cells.
+            If it fails on a rank, or if a rank has died; after a death the gang has ended, and takes no more cells.
         CellInterrupt
             On Ctrl-C, once the ranks have left the cell; it is a KeyboardInterrupt.
         """
         return _values(self._ask(code, on))
 
     def push(self, **values: Any) -> None:
-        """Give the ranks values by name; they travel pickled (by cloudpickle).
+        """Set variables on the ranks; the values are pickled (by cloudpickle).
 
         Raises
         ------
         TypeError
             If one can't be pickled; the message names it.
         ValueError
-            If they would take the memory of a worker.
+            If they would fill a worker's memory.
         """
         body = pickled(values, values)
         check_size(self._client, len(body), self.ranks, "these values")
         self._ask("", body=body)
 
     def pull(self, expression: str, on: int | Iterable[int] | None = None) -> list:
-        """Return the value of a name, or of an expression, from all ranks or some, in their order."""
+        """Return the value of a variable or an expression from all ranks, or some, in rank order."""
         answers = self._ask(expression, on, pull=True)
         workers = sorted(set(self._workers.values()))
         fetching = aside(partial(self._client.run, fetch, self._run.name, workers=workers))
@@ -209,7 +209,7 @@ class Gang:
         return [unpickle(values[rank], f"the value of rank {rank}") for rank in sorted(answers)]
 
     def close(self) -> None:
-        """End the ranks, and with them their names; one that doesn't end by itself is killed."""
+        """End the ranks and lose their variables; a rank that doesn't end by itself is killed."""
         if self in _open:
             _open.remove(self)
         with suppress(RuntimeError):  # it was closed before

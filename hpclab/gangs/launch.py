@@ -50,9 +50,9 @@ def launch(
 ) -> Run:
     """Run a function on every rank of a gang, and return at once.
 
-    Each rank is a process of its own, started and watched by a worker of the cluster. In it, torch.distributed is
-    initialised (gloo) and the environment holds RANK and WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (on the same host)
-    and, as torchrun has it, GROUP_RANK and GROUP_WORLD_SIZE (the host's number, and how many there are).
+    Each rank is its own process, started and watched by a worker of the cluster. In it, torch.distributed is
+    initialised (gloo), and the environment holds RANK and WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (on the same
+    host) and, as under torchrun, GROUP_RANK and GROUP_WORLD_SIZE (the host's number, and the number of hosts).
 
     Parameters
     ----------
@@ -63,40 +63,39 @@ def launch(
     *args
         Its arguments; they must be picklable.
     ranks : int, optional
-        Number of ranks. Each takes as many CPUs as it has threads; the gang gets all or none, on one host if that takes
-        it, else on as few as do. Default: as many as the cluster takes.
+        Number of ranks. Each takes as many CPUs as it has threads. The gang is placed whole or not at all: on one host
+        if it fits, else on as few as possible. Default: as many as the cluster has room for.
     threads : int, default 1
         Threads that torch may use in each rank.
     oversubscribe : bool, default False
-        Start the gang even where there are fewer CPUs than it takes, or other gangs hold them. Its ranks then take
-        turns, and its rows say "emulated".
+        Start the gang even if there are too few CPUs, or other gangs hold them. Its ranks then take turns, and its rows
+        say "emulated".
     wait : bool, default False
-        If other gangs hold the CPUs, wait in a queue for them; else that is an error. One that was lost then waits too
-        for as long as it takes, such as for a job in a site's queue, else a minute.
+        If other gangs hold the CPUs, queue for them; otherwise that is an error. With True, a gang that lost workers
+        also waits as long as it takes for new ones, such as for a job in a site's queue; otherwise for a minute.
     init : bool, default True
-        Initialise torch.distributed. False leaves that to the function: it then finds what torchrun sets (MASTER_ADDR,
-        MASTER_PORT and so on), so one that was written for torchrun, Accelerate or Lightning runs as it is. Its ranks
-        still find each other by a private file, or over Dask's connections, not by torch's open TCPStore.
+        Initialise torch.distributed. False leaves that to the function, which finds the variables that torchrun sets
+        (MASTER_ADDR, MASTER_PORT and so on): a function written for torchrun, Accelerate or Lightning runs unchanged.
+        Its ranks still find each other through a private file or Dask's connections, not torch's open TCPStore.
     memory : int or str, optional
-        What each rank may allocate beyond its start, in bytes or as "2GB"; what goes beyond raises an error in it.
+        What each rank may allocate after its start, in bytes or as "2GB"; allocating more raises an error in the rank.
         Default: its share of its worker's limit. Only Linux enforces it.
     hang_after : float, default 60
-        End the gang when for so many seconds no rank has got on (reported, printed, or used a CPU), and one waits in a
-        collective; the error shows where each stands. None waits for ever.
+        End the gang when no rank has made progress (reported, printed, or used a CPU) for this many seconds, and one
+        waits in a collective; the error shows where each rank is. None waits for ever.
     max_restarts : int, default 0
-        How often to begin another attempt when a rank's process, its worker or its host is lost, or the walltime of its
-        worker's job is nearly over (ranks that ask `should_stop` then end in time, and can save): with the same
-        function, which goes on from what it gave to `save` if it asks `restore`. An exception of the function is never
-        a reason for one. What a lost worker had not yet passed on of its ranks' rows and prints is lost too, up to some
-        tenths of a second.
+        How many times to restart when a rank's process, its worker or its host is lost, or the walltime of its
+        worker's job is nearly over (ranks that call `should_stop` then end in time, and can save). The same function
+        starts again, and continues from its last `save` if it calls `restore`. An exception in the function never
+        causes a restart. A lost worker's newest rows and prints, up to a few tenths of a second of them, are lost too.
     min_ranks : int or iterable of int, optional
-        The fewest ranks to go on with, or all numbers that may be, when workers that were lost don't come back within
-        some seconds. Default: as many as before.
+        The fewest ranks to continue with, or all numbers of ranks allowed, if lost workers don't come back within 10
+        seconds. Default: as many as before.
     resume : path, optional
-        Folder of an earlier run; `restore` gives the newest checkpoint there.
+        Folder of an earlier run; `restore` returns the newest checkpoint there.
     folder : path, optional
-        Where ``rows.jsonl``, the ranks' logs and checkpoints go; must be new or empty, and for checkpoints of a gang on
-        other hosts on a disk that they share. Default: ``results/<time>-<name>-<id>``.
+        Where ``rows.jsonl``, the ranks' logs and checkpoints go; must be new or empty. For checkpoints of a gang on
+        other hosts, it must be on a disk that they share. Default: ``results/<time>-<name>-<id>``.
     name : str, optional
         Name of the run. Default: the function's.
 
@@ -107,23 +106,22 @@ def launch(
     Raises
     ------
     ValueError
-        If the cluster never has room for that many ranks, the function and its arguments would take the memory of a
-        worker, the folder is occupied, or the one to resume has no checkpoint.
+        If the cluster can never have room for that many ranks, the function and its arguments would fill a worker's
+        memory, the folder is occupied, or the folder to resume has no checkpoint.
     RuntimeError
-        If it has none now, and `wait` is False.
+        If the cluster has no room now, and `wait` is False.
     TypeError
-        If the client is none, or the function or an argument can't be pickled; the message says which.
+        If `client` is not a client, or the function or an argument can't be pickled; the message says which.
     PermissionError
         If the folder can't be written.
 
     Notes
     -----
-    A rank ends as a Python program does: threads that it started may finish, exit handlers run, open files get what was
-    written to them, for up to 10 seconds (2 after an error; a rank that is killed has none of this). Leaving by
-    ``sys.exit(0)`` is returning None. On Linux every process that a rank has started ends with it, whatever session it
-    has moved to. Settings that bind threads to CPUs (OMP_PROC_BIND and its like) don't reach ranks: each would bind
-    itself to the same first CPU. What a rank returns passes through its worker's memory, so a value of more than a
-    quarter of its share is refused.
+    A rank ends as a Python program does: its threads may finish, exit handlers run, and open files are flushed, for up
+    to 10 seconds (2 after an error; none for a killed rank). ``sys.exit(0)`` counts as returning None. On Linux every
+    process that a rank has started ends with it, whatever its session. Settings that bind threads to CPUs
+    (OMP_PROC_BIND and the like) don't reach ranks: all ranks would bind to the same first CPU. Return values pass
+    through the worker's memory, so a value of more than a quarter of the rank's share is refused.
     """
     max_restarts = whole_number("max_restarts", max_restarts, least=0)
     ranks = gang_size(client, ranks, threads, oversubscribe)

@@ -183,18 +183,18 @@ def report(**row: Any) -> None:
     ----------
     **row
         Numbers, strings, booleans or None, with the unit in the name (``step_s=0.02``); a tensor or array of one
-        element counts as its number; NaN and infinity become null in the file. ``kind`` (default "step") and ``time_s``
-        (default: seconds since the launch) can be given; run, attempt, rank, ranks and source are added. ``step``,
-        ``epoch``, ``loss``, ``samples`` and the other columns that hpclab computes with (see `hpclab.rows`) are numbers
-        or None.
+        element counts as its number; NaN and infinity become null in the file. You may pass ``kind`` (default "step")
+        and ``time_s`` (default: seconds since the launch); hpclab adds run, attempt, rank, ranks and source. ``step``,
+        ``epoch``, ``loss``, ``samples`` and the other columns that hpclab computes with (see `hpclab.rows`) must be
+        numbers or None.
 
     Raises
     ------
     ValueError
-        If a name is one of those that are added, or the kind one that hpclab writes itself ("run", "restart",
-        "attempt", "end"); if a whole number is larger than any float; if the row has more than a million characters.
+        If a name is one that hpclab adds, or the kind is one that hpclab writes itself ("run", "restart", "attempt",
+        "end"); if an integer is larger than any float; if the row has more than a million characters.
     TypeError
-        If a value can't be written as JSON, or is no number where one is needed; the message names it.
+        If a value can't be written as JSON, or isn't a number where one is needed; the message names it.
     """
     if _context is None:
         return
@@ -215,11 +215,11 @@ def report(**row: Any) -> None:
 
 
 def should_stop() -> bool:
-    """Whether the run shall end here; to be called once a step, by every rank.
+    """Whether the run should end here; call it once a step, on every rank.
 
-    After a stop (Ctrl-C, the Stop button, ``run.stop()``) it is True at the *same* call on every rank, so that none
-    waits in a collective for one that has left. The function can then save what it has and return; its values are kept.
-    One that never asks is interrupted instead, as by Ctrl-C. Outside a gang this is False.
+    After a stop (Ctrl-C, the Stop button, ``run.stop()``) it is True at the *same* call on every rank, so that no rank
+    waits in a collective for one that has left. The function can then save its state and return; its values are kept.
+    A function that never calls it is interrupted instead, as by Ctrl-C. Outside a gang this is False.
     """
     return _context is not None and _context.should_stop()
 

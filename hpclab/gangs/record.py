@@ -13,21 +13,21 @@ from hpclab.rows import read
 
 
 class Record:
-    """A run as its folder tells it: what is there also when the kernel has gone.
+    """A run as its folder describes it, even when the kernel is gone.
 
     Attributes
     ----------
     name : str
         Unique name of this run.
     folder : Path
-        Holds ``rows.jsonl``, all rows, one a line, written as they come; and ``rank-<n>.log``, what each rank printed.
+        Holds ``rows.jsonl``, one row a line, written as they come, and ``rank-<n>.log``, what each rank printed.
     rows : list of dict
-        What the ranks reported so far, as `hpclab.rows` tells it; the first, of kind "run", tells the machine.
+        What the ranks have reported, see `hpclab.rows`; the first row, of kind "run", describes the machine.
     ranks : int
         Number of ranks.
     status : str
         "waiting" (for room; ``place`` is its number in the queue), "running", "recovering" (between two attempts),
-        "finished", "failed" or "stopped"; "interrupted" if its kernel went before it.
+        "finished", "failed" or "stopped"; "interrupted" if its kernel ended first.
     """
 
     def __init__(self, name: str, folder: Path, ranks: int, rows: list[dict], status: str):
@@ -43,7 +43,7 @@ class Record:
         return f"<{type(self).__name__} {self.name}: {self.state()}, {self.ranks} ranks, {len(self.rows)} rows>"
 
     def state(self) -> str:
-        """The status, with the place in the queue of a run that waits."""
+        """The status; for a waiting run, with its place in the queue."""
         return f"waiting, {self.place} in the queue" if self.status == "waiting" else self.status
 
     @property
@@ -63,7 +63,7 @@ class Record:
         show(self)
 
     def logs(self, rank: int | None = None) -> str:
-        """Return what a rank printed so far; of all ranks, one after the other, if none is named."""
+        """Return what a rank has printed; if you name none, what all ranks have printed, one after another."""
         if rank is None:
             return "".join(f"[rank {number}]\n{self.logs(number)}" for number in range(self.ranks))
         self._check_rank(rank)
@@ -71,7 +71,7 @@ class Record:
         return file.read_bytes().decode() if file.exists() else ""
 
     def tail(self, rank: int, lines: int, size: int = 4096) -> list[str]:
-        """Newest lines that a rank printed, of the last `size` bytes; of a progress bar its last state."""
+        """The newest lines that a rank printed, from the last `size` bytes; a progress bar shows its last state."""
         file = self.folder / f"rank-{rank}.log"
         if not file.exists():
             return []
@@ -86,12 +86,12 @@ class Record:
 
 
 def open_run(folder: str | os.PathLike) -> Record:
-    """Show a run again from its folder: a finished one, or one whose kernel has gone.
+    """Reopen a run from its folder: a finished run, or one whose kernel is gone.
 
     Raises
     ------
     FileNotFoundError
-        If the folder holds no rows of a run.
+        If the folder has no rows of a run.
     """
     path = Path(folder).expanduser().absolute()
     rows = read(path / "rows.jsonl") if (path / "rows.jsonl").is_file() else []

@@ -51,7 +51,7 @@ def stop_all(client: Client) -> None:
 
 
 class Run(Record):
-    """A gang at work, or what it left; see `Record` for its attributes."""
+    """A running gang, or what it left; see `Record` for its attributes."""
 
     def __init__(self, client: Client, booking: Booking, settings: RunSettings, payload: bytes, folder: Path):
         super().__init__(booking.run, folder.expanduser().absolute(), booking.ranks, [], "waiting")
@@ -96,7 +96,7 @@ class Run(Record):
         threading.Thread(target=self._drive, name=self.name, daemon=True).start()
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for the end, and return what the ranks returned: a list by rank.
+        """Wait for the end, and return what the ranks returned, as a list by rank.
 
         Parameters
         ----------
@@ -106,19 +106,19 @@ class Run(Record):
         Raises
         ------
         Exception
-            The error of the rank that failed first, with a note that tells the rank, its host and its traceback there.
+            The error of the rank that failed first, with a note that has the rank, its host and its traceback there.
         RankError
-            If that rank died without an exception, if the run was stopped, or if the error can't be brought here.
+            If that rank died without an exception, if the run was stopped, or if the error can't be sent here.
         OSError
             If the rows or logs could not be written; the ranks were ended.
         TimeoutError
-            If the run is still going after the timeout; it goes on.
+            If the run is still going after the timeout; it continues.
 
         Notes
         -----
-        Interrupted (Ctrl-C) while it waits, it stops the run and raises KeyboardInterrupt; interrupted again, it kills
-        the ranks. What a stopped run's ranks have returned all the same, a second call of ``result()`` returns. Of one
-        that was stopped since the walltime of a job was over, it is returned with a warning.
+        If you interrupt it (Ctrl-C), it stops the run and raises KeyboardInterrupt; interrupt again, and it kills the
+        ranks. If ranks of a stopped run still returned values, call ``result()`` again to get them. If the run was
+        stopped because a job's walltime was over, they are returned with a warning.
         """
         try:
             if not self.wait(timeout):
@@ -148,42 +148,42 @@ class Run(Record):
         return self._ended.is_set()
 
     def stop(self, now: bool = False) -> None:
-        """End all ranks, and wait until they have.
+        """End all ranks, and wait until they have ended.
 
         Parameters
         ----------
         now : bool, default False
-            Kill them. Else ranks that ask `should_stop` end at one agreed step, and have a minute to get there and
-            return; the others are interrupted, as by Ctrl-C, and have a second. What is left then is killed.
+            Kill them. Otherwise, ranks that call `should_stop` end at one agreed step, and have a minute to get there
+            and return; other ranks are interrupted, as by Ctrl-C, and have a second. Those still left are killed.
         """
         self._inbox.put(partial(self._halt, now))
         self.wait()
 
     def kill(self, rank: int) -> None:
-        """Kill one rank, as a failing machine would; what follows is seen in the run."""
+        """Kill one rank, as a failing machine would; the run shows what follows."""
         self._check_rank(rank)
         self._inbox.put(partial(self._order, wire.Kill(), rank))
 
     def kill_worker(self, rank: int) -> None:
-        """Kill the worker of one rank, and with it all its ranks; its cluster may start another."""
+        """Kill the worker of one rank, and so all of that worker's ranks; the cluster may start another worker."""
         self._check_rank(rank)
         self._inbox.put(partial(self._order, wire.Die(), rank))
 
     def left(self) -> list[int]:
-        """Ranks that are at work."""
+        """Ranks that are running."""
         attempt = self._attempt
         return [] if attempt is None else sorted(attempt.left())
 
     def then(self, finish: Callable[[list], Any]) -> "Run":
-        """Have ``result()`` return ``finish(values)`` in place of the list of values; returns this run."""
+        """Have ``result()`` return ``finish(values)`` instead of the list of values; returns this run."""
         self._finish = finish
         return self
 
     def watch(self, watcher: "Callable[[Run, list[dict]], None]") -> None:
-        """Have ``watcher(run, rows)`` called with all rows, as they come, and with none when the run has ended.
+        """Call ``watcher(run, rows)`` with all rows, as they come, and with none when the run has ended.
 
-        It is called in a thread of the run, and must neither block nor wait for the run. One that raises is logged, and
-        not called again.
+        The call is made in a thread of the run, and must neither block nor wait for the run. A watcher that raises is
+        logged, and not called again.
         """
         with self._lock:
             self._watchers.append(watcher)
@@ -192,7 +192,7 @@ class Run(Record):
                 watcher(self, [])
 
     def error(self) -> str:
-        """Return what ended it if it failed, as text, also when no row could tell, as on a full disk; else ""."""
+        """Return what ended it if it failed, as text, even if no row could say so, as on a full disk; else ""."""
         return super().error() or ("" if self._broken is None else _words(self._broken))
 
     def _drive(self) -> None:

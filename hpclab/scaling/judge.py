@@ -17,13 +17,13 @@ NOISY = 0.1
 def fit(rows: list[dict], law: str = "usl", noise: str = "relative", level: float = laws.LEVEL) -> laws.LawFit:
     """Fit a scaling law to the throughput of a sweep over ranks; see `laws.fit`.
 
-    Timings repeat to a share of themselves, so the noise is relative unless said otherwise.
+    Timings scatter in proportion to themselves, so the noise is taken as relative by default.
 
     Raises
     ------
     ValueError
-        If the law isn't one for this kind of scaling (Gustafson's is for weak, Amdahl's for strong), if the cases
-        differ in more than their ranks, or if there are too few.
+        If the law is for another kind of scaling (Gustafson's is for weak, Amdahl's for strong), if the cases differ in
+        more than their ranks, or if there are too few.
     """
     kind = regime(rows)
     if {"gustafson": "strong", "amdahl": "weak"}.get(law) == kind:
@@ -33,7 +33,7 @@ def fit(rows: list[dict], law: str = "usl", noise: str = "relative", level: floa
 
 
 def verdict(rows: list[dict], level: float = laws.LEVEL) -> laws.LawVerdict:
-    """Say which law a sweep over ranks names, or what to measure next; see `laws.choose`.
+    """Say which law a sweep over ranks identifies, or what to measure next; see `laws.choose`.
 
     Raises
     ------
@@ -61,11 +61,11 @@ def summary(rows: list[dict]) -> list[dict]:
     Returns
     -------
     list of dict
-        One row of kind "summary" a case: ``case`` (0 is the first), ``label``, ``ranks``, ``threads``, ``repeats``;
+        One row of kind "summary" per case: ``case`` (0 is the first), ``label``, ``ranks``, ``threads``, ``repeats``;
         ``samples_per_s``, ``speedup`` and ``efficiency``, each the median, with ``..._low`` and ``..._high``, the
-        smallest and the largest. A speed-up divides two throughputs of the same round, so that what slowed both falls
-        out, and rounds without both are left out; the efficiency divides it by the number of CPUs that the case uses
-        (ranks times threads) over the baseline's.
+        smallest and the largest. A speed-up divides two throughputs of the same round, so that whatever slowed both
+        cancels out; rounds without both are left out. The efficiency divides the speed-up by the number of CPUs that
+        the case uses (ranks times threads) over the baseline's.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def paired(rows: list[dict], level: float = laws.LEVEL) -> list[dict]:
 
 
 def remarks(rows: list[dict]) -> list[str]:
-    """What a reader of these trials must know: sentences; none if all is well."""
+    """Sentences that a reader of these trials must know; none if all is well."""
     sentences = []
     cases = _cases(rows)
     for case in cases.values():

@@ -33,7 +33,7 @@ def sweep(
     progress: bool = True,
     watch: Watch = None,
 ) -> list[dict]:
-    """Run a job in several cases, again and again in turn, so that a drift of the machine meets all cases alike.
+    """Run a job in several cases, in interleaved repeats, so that a drift of the machine affects all cases alike.
 
     Parameters
     ----------
@@ -43,43 +43,43 @@ def sweep(
         ``job(client, **case)`` starts one run and returns it, for instance
         ``lambda client, ranks: hpclab.train(client, hpclab.models.CNN, "fashion_mnist", ranks=ranks, steps=50)``; or a
         `launch` of your own function, in which every rank calls ``hpclab.report(step=..., samples=...)`` each step,
-        with the samples that it worked on itself; those of all ranks are added up.
+        with the samples that it processed itself; the sweep adds up those of all ranks.
     ranks : iterable of int, optional
         Short for the cases ``{"ranks": n}``.
     cases : iterable of dict, optional
-        Arguments of the job, a dict a case, such as ``[{"ranks": 2, "network": link} for link in links]``. The first
-        case is the baseline of speed-ups. Where one says ``ranks``, the cluster must have room for them, unless it also
-        says ``oversubscribe=True``. Functions among them go by their names.
+        Arguments of the job, a dict per case, such as ``[{"ranks": 2, "network": link} for link in links]``. The first
+        case is the baseline of speed-ups. The cluster must have room for a case's ``ranks``, unless the case also
+        has ``oversubscribe=True``. Functions among the arguments are identified by their names.
     fixed : dict, optional
         Arguments that the job gets in all cases.
     repeats : int, default 3
-        Rounds; in each, every case runs once, in an order shuffled anew.
+        Rounds; in each, every case runs once, in a newly shuffled order.
     seed : int or None, default 0
-        Of the order; None keeps the given one in every round.
+        Seed of the order; None keeps the given order in every round.
     folder : path, optional
-        Keeps the rows in ``trials.jsonl`` as they come. A sweep that was interrupted and is called again, with the same
-        folder, cases, fixed arguments and seed, measures only what is missing. Default: the rows are returned alone.
+        Where to keep the rows, in ``trials.jsonl``, as they come. If a sweep was interrupted, call it again with the
+        same folder, cases, fixed arguments and seed: it measures only what is missing. Default: only return the rows.
     progress : bool, default True
-        Show a progress bar, with the time that is left.
+        Show a progress bar, with the remaining time.
     watch : callable, optional
-        ``watch(label, rows)`` is called about once a second, and at the end, with the case and all rows of the run in
-        hand.
+        ``watch(label, rows)`` is called about once a second, and at the end, with the label of the current case and all
+        rows of its run.
 
     Returns
     -------
     list of dict
-        Rows of kind "trial", see `trial`, in the order in which they were measured; ``setting`` says what else than
-        its ranks and threads was asked of the case, and so does the ``label``.
+        Rows of kind "trial", see `trial`, in the order of measurement; ``setting`` has the arguments of the case other
+        than ranks and threads, and so does the ``label``.
 
     Raises
     ------
     ValueError
-        If neither or both of `ranks` and `cases` are given, or none is in them, or a case has more ranks than fit, or
-        the folder holds rows of another sweep.
+        If neither or both of `ranks` and `cases` are given, if they are empty, if a case has more ranks than fit, or if
+        the folder has rows of another sweep.
     TypeError
-        If a case is no dict, or the job returns no run.
+        If a case isn't a dict, or the job doesn't return a run.
     Exception
-        What a run raised; the rows before it are in the folder.
+        What a run raised; the folder has the rows before it.
     """
     chosen, fixed = _cases(ranks, cases), {name: plain(value) for name, value in (fixed or {}).items()}
     repeats, seed = whole_number("repeats", repeats), None if seed is None else whole_number("seed", seed, least=None)

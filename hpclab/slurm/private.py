@@ -288,25 +288,25 @@ def start(
     nodes : int, default 4
         Virtual nodes, n1, n2, ...
     cpus : int, default 2
-        CPUs of each node; together they may exceed those of this machine.
+        CPUs of each node; together they may exceed this machine's.
     memory : int or str, default "2GiB"
         Memory of each node, in bytes or with a unit, as everywhere in hpclab: "2GiB" is 2 * 2**30 bytes, which Slurm's
         own commands call "2G" or "2GB", and "2GB" is 2 * 10**9.
     scheduler : {"backfill", "builtin"}
         "backfill" goes by priority, and also starts later jobs that delay no earlier one. "builtin" is first in, first
-        out, whatever the priority of a job (only that of a partition counts, its PriorityTier).
+        out, whatever a job's priority (only its partition's PriorityTier counts).
     walltime : str, optional
-        The longest that a job may ask for, such as "00:30:00"; also what one gets that doesn't ask. Slurm counts in
-        minutes and looks twice a minute. Default: no limit.
+        The longest walltime that a job may ask for, such as "00:30:00", and the default for jobs that don't ask. Slurm
+        counts in minutes and checks twice a minute. Default: no limit.
     partitions : dict, optional
-        For each partition's name its options as in slurm.conf, such as ``{"short": {"MaxTime": 5, "PriorityTier": 2},
-        "long": {"Nodes": "n1,n2"}}``. The first is the default one; each has all nodes, and `walltime` as its MaxTime,
-        unless it says otherwise. Default: one, "main".
+        Options of each partition, by name, as in slurm.conf, such as ``{"short": {"MaxTime": 5, "PriorityTier": 2},
+        "long": {"Nodes": "n1,n2"}}``. The first partition is the default; each has all nodes, and `walltime` as its
+        MaxTime, unless it says otherwise. Default: one partition, "main".
     folder : path, optional
-        Where it keeps what it has; new or empty, and its settings and logs stay there after the end. Default: a private
-        folder in the system's temporary one, which is removed.
+        Where it keeps its files; new or empty. Its settings and logs stay there after the end. Default: a private
+        folder among the temporary files, which is removed.
     detached : bool, default False
-        Whether it outlives this process, until `stop` (which any process of this user can call, with `find`).
+        Whether it outlives this process, until `stop` (any process of this user can call it, with `find`).
 
     Returns
     -------
@@ -338,13 +338,12 @@ def start(
 
 
 def find(folder: str | Path | None = None) -> Slurm | None:
-    """Return this user's private Slurm that is up, or None.
+    """Return this user's running private Slurm, or None.
 
     Parameters
     ----------
     folder : path, optional
-        That of the one wanted, if `start` was given one. Default: of several, one that was started detached is
-        preferred, then the newest.
+        The folder that was given to `start`. Default: any; of several, a detached one is preferred, then the newest.
     """
     running = []
     for path in [Path(folder).expanduser().absolute()] if folder else folders.own():

@@ -86,17 +86,17 @@ def train(
     client : distributed.Client
         From `connect`.
     model : torch.nn.Module, callable without arguments that returns one, or str
-        A class such as `models.CNN` will do, or, by name, "CNN": the notebook's kernel then needs no torch, which saves
-        it 0.1 GB and some seconds. All ranks start from rank 0's weights.
+        Such as the class `models.CNN`, or its name, "CNN": then the notebook's kernel needs no torch, which saves
+        0.1 GB and a few seconds. All ranks start from rank 0's weights.
     data : str or path
-        Name of a data set that comes with hpclab ("fashion_mnist"), or a folder of one, which `hpclab.data.write` makes
-        of arrays of yours.
+        Name of a data set that comes with hpclab ("fashion_mnist"), or the folder of a data set: `hpclab.data.write`
+        makes one from your own arrays.
     ranks : int, optional
-        Number of ranks. Default: as many as the cluster takes.
+        Number of ranks. Default: as many as the cluster has room for.
     epochs : int, default 1
-        Passes over the training images. Each reshuffles them; images that fill no whole batch on every rank sit it out.
+        Passes over the training images, each reshuffled; images that don't fill a batch on every rank are left out.
     batch_size : int, default 64
-        Samples a *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
+        Samples per *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
     lr : float, default 0.05
         Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), for SGD with momentum
         0.9.
@@ -105,42 +105,42 @@ def train(
     oversubscribe, wait : bool, default False
         As for `launch`.
     seed : int, default 0
-        Of the weights and the shuffling; dropout and its like are seeded by ``seed + rank``.
+        Seed of the weights and the shuffling; dropout and the like use ``seed + rank``.
     steps : int, optional
-        End after so many steps, without tests and, unless `checkpoint_every` is given, checkpoints: for measuring
-        speed.
+        End after this many steps, without tests and, unless `checkpoint_every` is given, without checkpoints: for
+        measuring speed.
     optimizer : callable, optional
-        Given the model's parameters, returns the optimiser to use in place of SGD and its schedule; `lr` is then
-        unused.
+        Given the model's parameters, returns the optimiser to use instead of SGD and its schedule; `lr` is then unused.
     loss : callable, optional
         Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape (). Default:
         cross-entropy.
     network : Network, optional
-        Emulate this network between the ranks, see `Network.attach`. Default: the machine's own.
+        Emulate this network between the ranks; see `Network.attach`. Default: the machine's own.
     trace : int, default 0
-        Trace so many steps, after the first few, into the folder; see `timeline.spans` and `timeline.merge`. Traced
+        Trace this many steps, after the first few, into the folder; see `timeline.spans` and `timeline.merge`. Traced
         steps are slower.
     checkpoint_every : int, optional
-        Write a checkpoint after every so many steps, besides that of each epoch; the newest two stay. See
+        Write a checkpoint every this many steps, and one after each epoch; the newest two are kept. See
         `checkpoint.save`.
     find_unused_parameters : bool, default False
-        Take a model of which a step may leave parameters unused, as DistributedDataParallel does with the argument of
-        this name; without it such a model fails in its second step. It takes some time in each step.
+        Allow models whose steps may leave parameters unused (DistributedDataParallel's argument of the same name);
+        without it such a model fails in its second step. It costs some time in each step.
     bucket_cap_mb : float, optional
-        MB (2**20 bytes) of gradients that are averaged together, as DistributedDataParallel's argument of this name.
-        Smaller buckets are ready earlier, so more of their averaging hides behind the backward pass; each costs a
-        latency of its own. Default: DDP's, 1 MB for the first bucket and 25 MB for the others.
+        MB (2**20 bytes) of gradients that are averaged together (DistributedDataParallel's argument of the same name).
+        Smaller buckets are ready earlier, so more of the averaging hides behind the backward pass, but each bucket
+        costs its own latency. Default: DDP's, 1 MB for the first bucket and 25 MB for the others.
     max_restarts : int, default 0
-        How often to go on from the newest checkpoint when a rank, a worker or a host is lost, or its job in a queue
-        reaches its walltime. With as many ranks as before, the result is that of a run without losses, bit for bit.
+        How many times to continue from the newest checkpoint when a rank, a worker or a host is lost, or its job in a
+        queue reaches its walltime. With as many ranks as before, the result is that of a run without losses, bit for
+        bit.
     min_ranks : int, optional
-        The fewest ranks to go on with when workers don't come back; see `launch`. Each then takes more samples a step,
-        so that all together take as many as before: only numbers that divide these are used. The result is that of a
+        The fewest ranks to continue with if workers don't come back; see `launch`. Each rank then takes more samples a
+        step, so that the total stays the same: only numbers of ranks that divide it are used. The result is that of a
         run without losses up to rounding, if the model neither draws random numbers (dropout) nor looks at its share
         of a batch as a whole (batch norm).
     resume : path, optional
-        Folder of an earlier run, to go on from its newest checkpoint. Model, data, samples a step of all ranks, number
-        of steps and seed must be the same.
+        Folder of an earlier run whose newest checkpoint to continue from. Model, data, samples a step over all ranks,
+        number of steps and seed must be the same.
     folder : path, optional
         Where ``rows.jsonl`` and ``checkpoints/`` go; must be new or empty. Default: ``results/<time>-<name>-<id>``.
     name : str, default "train"
@@ -151,13 +151,14 @@ def train(
     Returns
     -------
     Run
-        Its ``result()`` is a `Fit`; stopped, it ends after the same step on every rank, and the weights of then are in
-        it. Its rows are of the kinds "step" (the loss is that of a rank's own samples) and "epoch"; see `hpclab.rows`.
+        Its ``result()`` is a `Fit`. If you stop it, all ranks end after the same step, and the `Fit` has the weights of
+        that step. Its rows are of the kinds "step" (the loss is that of a rank's own samples) and "epoch"; see
+        `hpclab.rows`.
 
     Raises
     ------
     ValueError, TypeError, FileNotFoundError, PermissionError
-        If an argument can't be; the message names it. See also `launch` and `data.load`.
+        If an argument is wrong; the message names it. See also `launch` and `data.load`.
     """
     if not _makes_module(model):
         raise TypeError(not_a_module(model))

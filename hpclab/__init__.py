@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hpclab.gangs.cells import Gang as Gang
     from hpclab.gangs.cells import gang as gang
     from hpclab.gangs.launch import launch as launch
+    from hpclab.gangs.past import past_runs as past_runs
     from hpclab.gangs.progress import HangError as HangError
     from hpclab.gangs.rank import report as report
     from hpclab.gangs.rank import should_stop as should_stop
@@ -49,6 +50,7 @@ _HOME = {
     "gang": "gangs.cells",
     "launch": "gangs.launch",
     "open_run": "gangs.record",
+    "past_runs": "gangs.past",
     "predict": "course.guesses",
     "progress": "course.logbook",
     "race": "racing",

@@ -80,15 +80,16 @@ def page(run: Any) -> str:
     """A run as HTML: its state, its figure, a row a rank, the newest lines of its logs, and its error if it failed."""
     every = plots.drawable(run.rows.copy())
     rows = kept(every)
-    head = "<p><strong>{{ name }}</strong>: {{ state }}</p>{% if seen %}\n<p>{{ seen }}</p>{% endif %}"
     parts: list[Callable[[], str]] = [
-        lambda: html(head, name=run.name, state=_word(run), seen=_seen(run) if run.going else "")
+        lambda: html("<p><strong>{{ name }}</strong>: {{ state }}</p>", name=run.title, state=_word(run))
     ]
     if any(row["kind"] == "step" for row in rows):
         parts += [lambda: _figure(rows).picture(), lambda: markup(ranks(rows))]
     if any(row["kind"] == "restart" and "cause" in row for row in every):
         parts.append(lambda: html("<p>{{ title }}</p>\n", title=_("Attempts")) + markup(recovery(every)))
-    return live.stacked(*parts, lambda: preformatted(_newest(run)), lambda: preformatted(run.error()))
+    return live.stacked(
+        *parts, lambda: preformatted(_newest(run)), lambda: preformatted(run.error()), lambda: _where(run)
+    )
 
 
 def ranks(rows: list[dict]) -> Table:
@@ -165,17 +166,17 @@ def _word(run: Any) -> str:
     return words[run.status]
 
 
-def _seen(run: Any) -> str:
-    """When a run that goes on was seen, for a reader whose kernel has gone since."""
+def _where(run: Any) -> str:
+    """Folded away: how to open the run again; of one that goes on, when it was seen, as its kernel may go."""
     folder = str(run.folder)
     with suppress(OSError, ValueError):  # the current folder was removed; on Windows, another drive
         folder = os.path.relpath(folder)
     call = f"hpclab.open_run({folder!r})"
-    return _(
-        "Seen at {time}. If its kernel has gone since, {call} shows what came after.",
-        time=time.strftime("%H:%M:%S"),
-        call=call,
-    )
+    head, text = run.name, _("{call} shows it again.", call=call)
+    if run.going:
+        head = _("Seen at {time}", time=time.strftime("%H:%M:%S"))
+        text = _("If its kernel has gone since, {call} shows what came after.", call=call)
+    return html("<details><summary>{{ head }}</summary>{{ text }}</details>", head=head, text=text)
 
 
 def _figure(rows: list[dict]) -> Figure:

@@ -22,7 +22,6 @@ from hpclab.course import logbook
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 SETTINGS = {
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # a cell out of sight is in the page too
 }
 AXE = {"resultTypes": ["violations"], "rules": {"scrollable-region-focusable": {"enabled": False}}}
@@ -228,6 +227,8 @@ def test_the_index_shows_what_is_done_and_leads_on(page, lab, home, language):
     wait_for(page, "document.querySelector('.hpclab-result[data-status=pass]')", "solved")
     name = "zh/00_index.ipynb" if language == "zh" else "00_index.ipynb"
     open_notebook(page, lab, name)
+    assert page.locator(".jp-Dialog, .Toastify__toast").count() == 0, "nothing lies over the index"
+    assert page.locator(".lm-MenuBar-itemLabel", has_text="Nbgrader").count() == 0
     choose(page, "Run", "Run All Cells")
     shown = page.locator(".hpclab-progress")
     expect(shown).to_contain_text("已完成 1 个" if language == "zh" else "1 of", timeout=60_000)
@@ -262,6 +263,10 @@ def move_a_slider(page):
     shoot(page, "explorer-moved")
 
 
+RACED = """[...document.querySelectorAll('.jp-RenderedHTMLCommon p')]
+    .filter(told => told.innerText.includes('One race is one measurement'))"""
+
+
 def test_the_race_button_replaces_the_race(page, lab, home):
     """The reader predicts, presses, kills a rank of the last racer, and finds the new race where the old one was."""
     from playwright.sync_api import expect
@@ -269,7 +274,8 @@ def test_the_race_button_replaces_the_race(page, lab, home):
     open_notebook(page, lab, "00_start.ipynb")
     page.locator(".jp-CodeCell").last.click()
     choose(page, "Run", "Run All Above Selected Cell")
-    wait_for(page, "document.body.innerText.includes('One race is one measurement')", "first-race")
+    wait_for(page, f"{RACED}.length === 1", "first-race")
+    assert page.get_by_text("You predicted").count() == 0, "nobody has"
     look_at(page, "00_start.ipynb")
     page.locator(".jp-CodeCell").last.click()
     before = race_outputs(page)
@@ -278,7 +284,7 @@ def test_the_race_button_replaces_the_race(page, lab, home):
     page.get_by_role("slider").focus()
     page.keyboard.press("ArrowRight")
     page.locator("button", has_text="Race").click()
-    last_racer = "[...document.querySelectorAll('figcaption')].some(told => told.innerText.includes('2 ranks: '))"
+    last_racer = "[...document.querySelectorAll('figcaption')].some(told => told.textContent.includes('2 ranks: '))"
     wait_for(page, f"!{last_racer}", "second-race")
     wait_for(page, last_racer, "second-race")
     kill.click()
@@ -288,6 +294,33 @@ def test_the_race_button_replaces_the_race(page, lab, home):
     assert after != before
     assert any('"restart"' in rows.read_text() for rows in (home / "course").rglob("*race*/rows.jsonl"))
     shoot(page, "00_start-pressed")
+    stop_a_race_twice(page)
+    open_again(page)
+
+
+def stop_a_race_twice(page):
+    """The kernel is free meanwhile, and each race ends."""
+    from playwright.sync_api import expect
+
+    race, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Race again", "Stop"))
+    for _ in range(2):
+        race.click()
+        expect(page.get_by_text("Racing; the picture grows below")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
+        stop.click()
+        expect(page.get_by_text("Stopped. Press the button to race again.")).to_be_visible(timeout=60_000)
+    assert no_rank_left()
+
+
+def open_again(page):
+    """A notebook that was saved shows its controls, and no error in their place."""
+    with page.expect_response(lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url):
+        choose(page, "File", "Save Notebook")
+    page.reload()
+    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
+    page.get_by_role("button", name="Race again", exact=True).wait_for(timeout=60_000)
+    assert page.get_by_text("Error displaying widget").count() == 0
+    shoot(page, "00_start-reopened")
 
 
 def race_outputs(page):

@@ -138,6 +138,26 @@ def test_a_run_is_shown_again_from_its_folder(client):
     assert "planted on 1" in views.page(again)
 
 
+def test_past_runs_are_listed_with_what_opens_them_again(client, tmp_path):
+    """The newest first; what isn't a run, or was cut off as its kernel went, does no harm."""
+    assert hpclab.past_runs() == [] and "No runs" in hpclab.past_runs()._repr_html_()
+    first = hpclab.launch(client, talk, 3, ranks=2, name="first")
+    first.result(60)
+    text = (first.folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    later = first.folder.parent / "sweep" / "2"
+    later.mkdir(parents=True)
+    begun = text[0].replace('"started": "2', '"started": "3')
+    step = '{"kind": "step", "loss": 0.25}\n{"kind": "epoch", "test_accuracy": 0.75}\n{"kind": "st'
+    (later / "rows.jsonl").write_text(begun + step)
+    (first.folder.parent / "rows.jsonl").write_text('{"kind": "trial"}\n')
+    newest, oldest = hpclab.past_runs()
+    assert (newest["status"], newest["loss"], newest["accuracy"], newest["time_s"]) == ("interrupted", 0.25, 0.75, None)
+    assert oldest["name"] == "first" and oldest["status"] == "finished" and oldest["ranks"] == 2
+    assert hpclab.open_run(oldest["folder"]).name == first.name
+    shown = str(hpclab.past_runs())
+    assert f"hpclab.open_run({oldest['folder']!r})" in shown and "interrupted, or still going" in shown
+
+
 def test_a_run_whose_kernel_went_is_interrupted(client):
     run = hpclab.launch(client, chatter, ranks=2)
     started(run)

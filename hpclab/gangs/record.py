@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -47,6 +48,11 @@ class Record:
         return f"waiting, {self.place} in the queue" if self.status == "waiting" else self.status
 
     @property
+    def title(self) -> str:
+        """What it is called, see `titled`."""
+        return titled(self.name)
+
+    @property
     def going(self) -> bool:
         """Whether it has not ended."""
         return self.status in ("waiting", "running", "recovering")
@@ -83,6 +89,15 @@ class Record:
     def _check_rank(self, rank: int) -> None:
         if rank not in range(self.ranks):
             raise ValueError(f"rank (={rank!r}) must be from 0 to {self.ranks - 1}.")
+
+
+def titled(name: str) -> str:
+    """What a run is called, without the time and the mark that make its name unique.
+
+    >>> titled("20260101-120000-race-1a2b")
+    'race'
+    """
+    return re.sub(r"^\d{8}-\d{6}-|-[0-9a-f]{4}$", "", name)
 
 
 def open_run(folder: str | os.PathLike) -> Record:

@@ -4,6 +4,7 @@ A source is a jupytext percent script with solutions. Each cell has an id: `# %%
 An exercise's cell, `# %% id="gang" exercise=true`, holds its solution between `### BEGIN SOLUTION` and
 `### END SOLUTION`; the students' notebook loses both markers and what lies between. The cell that checks it,
 `# %% id="gang-check" points=1`, calls `hpclab.check(...)`. Both carry nbgrader's metadata.
+Each notebook but the index gets a last cell with links to the index and to the next notebook, in the files' order.
 
 A Chinese edition is `source/zh/NN_slug.md`: the Chinese of each markdown cell under a line
 `<!-- cell: objectives  english: 1a2b3c4d -->`, where the number is the start of the sha256 of the English.
@@ -24,6 +25,9 @@ from nbformat import NotebookNode
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 OPTIONS = {"id", "exercise", "points", "tags"}
+INDEX = "00_index"
+ONWARD = {"en": ("All notebooks", "Next in order"), "zh": ("全部 Notebook", "按顺序的下一个")}
+"""What the links of the last cell say: to the index, and before the next notebook's title."""
 KERNEL = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -53,6 +57,8 @@ def solution(path: Path, language: str = "en") -> NotebookNode:
     chinese = _chinese(path) if language == "zh" else {}
     notebook = nbformat.v4.new_notebook(metadata=KERNEL)
     notebook.cells = [_cell(cell, chinese.get(cell.metadata["id"], cell.source)) for cell in cells]
+    if links := _onward(path, language):
+        notebook.cells.append(nbformat.v4.new_markdown_cell(links, id="onward"))
     nbformat.validate(notebook)
     return notebook
 
@@ -139,6 +145,32 @@ def _cell(cell: NotebookNode, source: str) -> NotebookNode:
         metadata["nbgrader"] = _nbgrader(options["id"], grade=True, locked=True, points=options["points"])
     new = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
     return new(source, id=options["id"], metadata=metadata)
+
+
+def _onward(path: Path, language: str) -> str:
+    """Links from a notebook to the index and to the next one: in its own language, where they have it."""
+    index = path.with_stem(INDEX)
+    if path == index:
+        return ""
+    notebooks = sorted({*path.parent.glob("*.py")} - {index})
+    back, on = ONWARD[language]
+    links = [f"[{back}]({_link(index, language)})"] if index.exists() else []
+    for following in notebooks[notebooks.index(path) + 1 :][:1]:
+        links.append(f"{on}: [{_title(following, language)}]({_link(following, language)})")
+    return " · ".join(links)
+
+
+def _link(path: Path, language: str) -> str:
+    """Address of a notebook, from one in this language."""
+    return f"{'' if language == 'en' or _translation(path).exists() else '../'}{path.stem}.ipynb"
+
+
+def _title(path: Path, language: str) -> str:
+    """A notebook's title: its first heading."""
+    translated = language == "zh" and _translation(path).exists()
+    text = (_translation(path) if translated else path).read_text("utf-8")
+    heading = re.search(r"^# (.*)" if translated else r"^# # (.*)", text, re.MULTILINE)
+    return heading[1] if heading else path.stem
 
 
 def _nbgrader(grade_id: str, **flags: bool | float) -> dict[str, Any]:

@@ -91,6 +91,28 @@ def test_ids_tags_and_kernel_reach_the_notebook(course):
     assert "jupytext" not in (course / "00_gang.ipynb").read_text()
 
 
+def test_notebooks_lead_back_to_the_index_and_on_to_the_next(course):
+    """In the order of the files, in the reader's language where there is one; the index leads on by its own tables."""
+    title = '# %% [markdown] id="title"\n# # {}\n'
+    (course / "source" / "00_index.py").write_text(title.format("The course"))
+    (course / "source" / "01_more.py").write_text(title.format("More: and more"))
+    assert build.main([], course) == 0
+    gang, index, more = (nbformat.read(course / f"{name}.ipynb", 4) for name in ("00_gang", "00_index", "01_more"))
+    assert "onward" not in cells(index)
+    assert cells(more)["onward"].source == "[All notebooks](00_index.ipynb)"
+    on = "[More: and more]({}01_more.ipynb)"
+    assert gang.cells[-1].source == f"[All notebooks](00_index.ipynb) · Next in order: {on.format('')}"
+    chinese = nbformat.read(course / "zh" / "00_gang.ipynb", 4).cells[-1].source
+    assert chinese == f"[全部 Notebook](../00_index.ipynb) · 按顺序的下一个: {on.format('../')}"
+
+
+def test_every_link_between_notebooks_leads_somewhere():
+    built = build.build()
+    for path, text in built.items():
+        for target in re.findall(r"\]\(([^):#]*\.ipynb)", text):
+            assert (path.parent / target).resolve() in built, f"{path.name} links to {target}"
+
+
 def test_students_get_the_stub_and_tests_get_the_solution(course):
     student = cells(nbformat.read(course / "00_gang.ipynb", 4))
     assert student["gang"].source == "largest = ..."

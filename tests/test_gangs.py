@@ -14,6 +14,7 @@ from conftest import no_rank_left, ours, ranks_alive, until
 from jupyter_client.manager import start_new_kernel
 
 import hpclab
+from hpclab.gangs import cells
 from hpclab.gangs.cells import _label, _Lines
 
 ALL = "t = torch.ones(3) * (rank + 1)\ndist.all_reduce(t)\nt.tolist()"
@@ -245,6 +246,17 @@ def test_a_rank_that_fails_is_named_and_not_those_that_waited_for_it(gang):
     assert re.search(r"\[ranks 0-1,3\] waited in vain in <ranks run \d+>, line 3: dist.all_reduce", text)
     assert works(gang)
     assert gang.run("kept", on=2) == {2: "5"}
+
+
+def test_a_cell_that_takes_long_says_where_its_ranks_are(gang, monkeypatch, capsys):
+    monkeypatch.setattr(cells, "SLOW_SECONDS", 1.0)
+    gang.run("import time\nif rank == 0:\n    time.sleep(6)\ndist.all_reduce(torch.ones(2))")
+    told = capsys.readouterr().out
+    assert told.startswith("after 1 s:\n[rank 0] <ranks run ")
+    assert ", line 3: time.sleep(6)\n[ranks 1-3] <ranks run " in told
+    assert ", line 4: dist.all_reduce(torch.ones(2))\n" in told and "after 3 s:" in told
+    gang.run("1")
+    assert capsys.readouterr().out == "", "it took no time"
 
 
 def test_ranks_that_still_compute_are_not_broken_off(gang):

@@ -33,6 +33,8 @@ FOLD_SECONDS = 0.1
 """How long a line of a rank waits for the same line of the others."""
 LOOK_SECONDS = 1.0
 """How often to look whether ranks wait for one that has failed."""
+SLOW_SECONDS, SLOWER = 10.0, 3
+"""After how long a cell says where its ranks are, and how many times as long until it says so again."""
 LEAVE_SECONDS = 2.0
 """How long an interrupted rank may take to leave its cell."""
 CLOSE_SECONDS = 2.0
@@ -283,6 +285,7 @@ class _Cell:
         self.stood: dict[int, str] = {}
         """Where ranks stood that had to be interrupted."""
         self.lines = _Lines()
+        self.begun, self.due = time.monotonic(), SLOW_SECONDS
 
     def follow(self) -> dict[int, wire.Answered]:
         """Give the order, show what the ranks print until all have answered, and return the answers."""
@@ -293,6 +296,7 @@ class _Cell:
                 self.hear()
                 if not self.failures:
                     looked = time.monotonic()
+                    self.tell_where()
                 elif time.monotonic() - looked > LOOK_SECONDS:
                     looked, self.stacks = time.monotonic(), {}
                     self.gang._order(wire.ShowStack())
@@ -320,9 +324,20 @@ class _Cell:
             case wire.Answered() if message.cell == self.order.cell:
                 self.answers[rank] = message
             case wire.CellFailed() if message.cell == self.order.cell:
+                self.stacks = self.stacks if self.failures else None
                 self.failures[rank] = message
         self.left -= self.answers.keys() | self.failures.keys()
         self.lines.show(self.left)
+
+    def tell_where(self) -> None:
+        """Print where the ranks are, when the cell takes long."""
+        if self.stacks is None and time.monotonic() - self.begun > self.due:
+            self.stacks = {}
+            self.gang._order(wire.ShowStack())
+        elif self.stacks is not None and self.left and self.left <= self.stacks.keys():
+            where = dict.fromkeys(self.answers, "done") | {rank: _where(self.stacks[rank]) for rank in self.left}
+            print(f"after {self.due:g} s:", *_labelled(where), sep="\n")
+            self.stacks, self.due = None, self.due * SLOWER
 
     def leave(self) -> None:
         """Have the ranks that are left leave the cell; all ranks will then have a new process group."""

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from IPython import get_ipython
 from IPython.display import HTML, display
+from tqdm import tqdm
 
 from hpclab.language import translate as _
 from hpclab.pages import html
@@ -70,6 +71,67 @@ def show(
                 control.close()
 
     threading.Thread(target=live, name="hpclab-view", daemon=True).start()
+
+
+def bar(total: int, what: str, unit: str, *, initial: int = 0) -> Any:
+    """A bar that says how a loop gets on: in a notebook a `Line`, which a saved one shows too; else one of tqdm's."""
+    if in_notebook():
+        return Line(total, what, unit, initial)
+    made = tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=0.2)
+    made.failures = 0
+    return made
+
+
+class Line:
+    """One line that says how a loop gets on, drawn anew while it goes on; used as a bar of tqdm's is.
+
+    Attributes
+    ----------
+    n : int
+        How much is done.
+    failures : int
+        How often a run had to begin another attempt.
+    """
+
+    def __init__(self, total: int, what: str, unit: str, initial: int = 0) -> None:
+        self.total, self.what, self.unit, self.n, self.initial = total, what, unit, initial, initial
+        self.note, self.failures = "", 0
+        self.started = time.monotonic()
+        self.took: float | None = None
+        show(self, lambda: html("<p>{{ text }}</p>", text=self.text()), lambda: self.took is not None)
+
+    def __enter__(self) -> "Line":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def update(self, count: int = 1) -> None:
+        """Take note that so much more is done."""
+        self.n += count
+
+    def set_postfix_str(self, note: str, refresh: bool = True) -> None:
+        """Say this, too."""
+        self.note = note
+
+    def close(self) -> None:
+        """Leave what it took."""
+        if self.took is None:
+            self.took = time.monotonic() - self.started
+
+    def text(self) -> str:
+        """What it says now."""
+        spent = time.monotonic() - self.started if self.took is None else self.took
+        parts = [_("{what}: {done} of {total} ({unit})", what=self.what, done=self.n, total=self.total, unit=self.unit)]
+        if self.note:
+            parts.append(self.note)
+        if self.failures:
+            parts.append(_("failures: {count}", count=self.failures))
+        parts.append(_("{seconds:.0f} s", seconds=spent))
+        if self.took is None and self.n > self.initial:
+            left = spent * (self.total - self.n) / (self.n - self.initial)
+            parts.append(_("about {seconds:.0f} s left", seconds=left))
+        return ", ".join(parts)
 
 
 def follow(

@@ -302,7 +302,7 @@ def stop_a_race_twice(page):
     """The kernel is free meanwhile, and each race ends."""
     from playwright.sync_api import expect
 
-    race, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Race again", "Stop"))
+    race, stop = (page.locator("button", has_text=text) for text in ("Race again", "Stop"))
     for _ in range(2):
         race.click()
         expect(page.get_by_text("Racing; the picture grows below")).to_be_visible(timeout=60_000)
@@ -318,7 +318,7 @@ def open_again(page):
         choose(page, "File", "Save Notebook")
     page.reload()
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-    page.get_by_role("button", name="Race again", exact=True).wait_for(timeout=60_000)
+    page.locator("button", has_text="Race again").wait_for(timeout=60_000)
     assert page.get_by_text("Error displaying widget").count() == 0
     shoot(page, "00_start-reopened")
 

@@ -4,15 +4,17 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from distributed import Client
-from tqdm.auto import tqdm
 
+from hpclab import live
 from hpclab._arguments import plain, whole_number
 from hpclab.gangs.launch import gang_size
 from hpclab.gangs.run import Run
+from hpclab.language import translate as _
 from hpclab.rows import append, label, read
 from hpclab.scaling.judge import COUNTS
 from hpclab.scaling.trials import trial
@@ -90,15 +92,30 @@ def sweep(
     trials = _Kept(folder, chosen, fixed)
     dice = random.Random(seed)
     done = len(trials.of(repeats))
-    with tqdm(total=repeats * len(chosen), initial=done, desc="sweep", unit="run", disable=not progress) as bar:
+    with live.bar(repeats * len(chosen), _("sweep"), _("run"), initial=done) if progress else nullcontext() as bar:
         for repeat in range(repeats):
             order = range(len(chosen)) if seed is None else dice.sample(range(len(chosen)), len(chosen))
             for place in order:
                 if not trials.has(place, repeat):
-                    run = _watched(job(client, **fixed | chosen[place]), watch)
+                    run = _watched(job(client, **fixed | chosen[place]), _told(bar, watch))
                     trials.add(place, repeat, trial(run.rows))
-                    bar.update()
+                    if bar is not None:
+                        bar.failures += sum(row["kind"] == "restart" for row in run.rows)
+                        bar.update()
     return trials.of(repeats)
+
+
+def _told(bar: Any, watch: Watch) -> Watch:
+    """What is called with a run's rows: `watch`, and a bar that says how far the run is."""
+
+    def look(name: str, rows: list[dict]) -> None:
+        if bar is not None:
+            steps = [row["step"] for row in rows if row["kind"] == "step" and row.get("step") is not None]
+            bar.set_postfix_str(f"{name}, step {max(steps, default=-1) + 1}")
+        if watch is not None:
+            watch(name, rows)
+
+    return look
 
 
 def _cases(ranks: Iterable[int] | None, cases: Iterable[dict] | None) -> list[dict]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
-from tqdm.auto import tqdm
 
 from hpclab import data as datasets
+from hpclab import live
 from hpclab._arguments import whole_number
 from hpclab.gangs.launch import check_pickles, gang_size, launch
 from hpclab.gangs.run import Run
+from hpclab.language import translate as _
 from hpclab.network import Network
 from hpclab.training.entry import replicate
 from hpclab.training.job import MODELS, Job, Model, not_a_module
@@ -218,12 +219,13 @@ class _Bar:
     """A progress bar over a run's steps; it falls back to the step from which a later attempt goes on."""
 
     def __init__(self, total: int, title: str):
-        self.bar = tqdm(total=total, desc=title, unit="step", mininterval=0.2)
+        self.bar = live.bar(total, title, _("step"))
 
     def __call__(self, run: Run, rows: list[dict]) -> None:
         for row in rows:
             if "test_accuracy" in row:
-                self.bar.set_postfix(accuracy=f"{row['test_accuracy']:.3f}", refresh=False)
+                self.bar.set_postfix_str(f"accuracy={row['test_accuracy']:.3f}", refresh=False)
+            self.bar.failures += row["kind"] == "restart"
             if row["kind"] in ("resume", "restart"):
                 self.bar.update(row.get("step", 0) - self.bar.n)
         self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))

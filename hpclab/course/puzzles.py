@@ -202,19 +202,19 @@ def pipeline(drawn: random.Random | None) -> Case:
         stage = Stage(device, weights[device.rank], len(batch))
         return program(device, stage, batch.copy() if device.rank == 0 else None, parts)
 
-    of_parts = np.stack([_gradients(weights, part, len(batch)) for part in np.split(batch, parts)])
+    of_parts = np.stack([gradients(weights, part, len(batch)) for part in np.split(batch, parts)])
     return Case(
         title=_("{ranks} ranks, {parts} parts, rows in each: {rows}", ranks=ranks, parts=parts, rows=rows),
         ranks=ranks,
         start=start,
-        expected=_gradients(weights, batch, len(batch)),
+        expected=gradients(weights, batch, len(batch)),
         limits={"steps": (parts + ranks - 1) * 3 * rows + 2 * (ranks - 1)},
         given={"of_parts": of_parts},  # (part, rank, width, width)
         network={"bandwidth": math.inf},
     )
 
 
-def _gradients(weights: np.ndarray, batch: np.ndarray, rows: int) -> np.ndarray:
+def gradients(weights: np.ndarray, batch: np.ndarray, rows: int) -> np.ndarray:
     """Derivative of the loss by each layer's weights, by one process."""
     passed = [batch]
     for layer in weights:

@@ -287,8 +287,9 @@ puzzles.draw("pipeline", pipeline)
 hpclab.check("puzzles.pipeline", pipeline)
 
 # %% [markdown] id="optimizer"
-# Does your rank 0 do all its forward passes first? Then it has to remember all parts at once. Real pipelines begin to go backward as soon
-# as they can (*1F1B*): the bubble is the same, but a rank never remembers more than $p$ parts.
+# Does your rank 0 do all its forward passes first? Then it has to remember all parts at once. Real pipelines go backward as
+# soon as they can (*1F1B*), and a rank never remembers more than $p$ parts. Where messages are free, the bubble is the
+# same; here, where each takes a step, 1F1B takes 31 steps.
 #
 # ## Puzzle 5: sharded optimiser
 #

@@ -24,7 +24,7 @@ def _judge(name: str, answer: Any, wrong: Why, over: Why, cases: Iterable[Case] 
     for case in cases:
         schedule = case.run(answer, lambda start: call(lambda: (start(),))[0])
         results = schedule.results
-        if not schedule.rows and all(result is None or result is ... for result in results):
+        if not schedule.rows and not schedule.fault and all(result is None or result is ... for result in results):
             reject(_("Not answered yet."))
         message = schedule.fault
         if message is None:
@@ -110,17 +110,19 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     }
     if message := _first_of(known, sums):
         return message
-    right = np.isclose(sums, vectors.sum(0))
-    if right.any(0).all() and (right.sum(0) == 1).all():
+    # The text's vectors are powers of ten, one a rank, so each digit of a sum counts a rank's numbers in it.
+    times = (
+        sums[..., None] // vectors[:, 0] % 10 if (vectors == vectors[:, :1]).all() else None
+    )  # (rank, number, origin)
+    if times is None:
+        return _("Numbers of different places are added or swapped: what arrives belongs where it was cut from.")
+    if (times > 1).any():
+        rank, _number, origin = np.argwhere(times > 1)[0]
+        return _("Rank {rank} counts numbers of rank {origin} more than once.", rank=rank, origin=origin)
+    if ((times == 1).all(2).sum(0) == 1).all():
         return _("Every part's sum is on one rank only: that's half of the way, since all ranks need all sums.")
-    if (vectors == vectors[:, :1]).all():  # powers of ten: each digit tells how often a rank's number went in
-        times = sums[..., None] // vectors[:, 0] % 10  # (rank, number, origin)
-        if (times > 1).any():
-            rank, _number, origin = np.argwhere(times > 1)[0]
-            return _("Rank {rank} counts numbers of rank {origin} more than once.", rank=rank, origin=origin)
-        rank, _number, origin = np.argwhere(times != 1)[0]
-        return _("In a sum of rank {rank} the number of rank {origin} is missing.", rank=rank, origin=origin)
-    return _("Numbers of different parts are added: what arrives belongs to the part it was sent from.")
+    rank, _number, origin = np.argwhere(times != 1)[0]
+    return _("In a sum of rank {rank} the number of rank {origin} is missing.", rank=rank, origin=origin)
 
 
 def _ring_over(case: Case, schedule: Schedule) -> str | None:

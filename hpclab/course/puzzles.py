@@ -33,6 +33,8 @@ class Case:
         What each rank must return.
     limits : dict of str to int
         At most so many "steps", bytes "sent" by a rank, or bytes "kept" by a rank.
+    least : int
+        Bytes that all ranks together must send, whatever they do.
     given : dict
         What the numbers were made from.
     network : dict
@@ -44,6 +46,7 @@ class Case:
     start: Callable[[Callable, simulated.Device], Any]
     expected: np.ndarray
     limits: dict[str, int]
+    least: int
     given: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
 
@@ -103,6 +106,7 @@ def ring(drawn: random.Random | None) -> Case:
         start=lambda program, device: program(device, vectors[device.rank].copy()),
         expected=np.tile(vectors.sum(0), (ranks, 1)),
         limits={"steps": messages * (1 + part), "sent": messages * part * NUMBER},
+        least=messages * numbers * NUMBER,
         given={"vectors": vectors},
         network={"cables": [(rank, (rank - 1) % ranks) for rank in range(ranks)]},
     )
@@ -119,6 +123,7 @@ def broadcast(drawn: random.Random | None, ranks: int = 8) -> Case:
         start=lambda program, device: program(device, value.copy() if device.rank == root else None, root),
         expected=np.tile(value, (ranks, 1)),
         limits={"steps": rounds * (1 + numbers), "sent": rounds * numbers * NUMBER},
+        least=(ranks - 1) * numbers * NUMBER,
         given={"root": root},
     )
 
@@ -160,6 +165,7 @@ def overlap(drawn: random.Random | None) -> Case:
             "steps": backward_steps + layers * (1 + numbers) + update_steps,
             "sent": layers * numbers * NUMBER,
         },
+        least=2 * layers * numbers * NUMBER,
         given={"gradients": gradients, "weights": weights},
     )
 
@@ -209,6 +215,7 @@ def pipeline(drawn: random.Random | None) -> Case:
         start=start,
         expected=gradients(weights, batch, len(batch)),
         limits={"steps": (parts + ranks - 1) * 3 * rows + 2 * (ranks - 1)},
+        least=2 * (ranks - 1) * batch.nbytes,
         given={"of_parts": of_parts},  # (part, rank, width, width)
         network={"bandwidth": math.inf},
     )
@@ -254,6 +261,7 @@ def optimizer(drawn: random.Random | None) -> Case:
         start=start,
         expected=np.tile(descended(first, gradients.mean(1), rate, momentum), (ranks, 1)),
         limits={"sent": turns * 2 * (ranks - 1) * part * NUMBER, "kept": (numbers + part) * NUMBER},
+        least=turns * 2 * (ranks - 1) * numbers * NUMBER,
         given={"first": first, "gradients": gradients, "rate": rate, "momentum": momentum},
     )
 
@@ -277,6 +285,7 @@ def all_to_all(drawn: random.Random | None) -> Case:
         start=lambda program, device: program(device, list(blocks[device.rank].copy())),
         expected=blocks.swapaxes(0, 1),
         limits={"steps": (ranks - 1) * (1 + numbers), "sent": (ranks - 1) * numbers * NUMBER},
+        least=ranks * (ranks - 1) * numbers * NUMBER,
         given={"blocks": blocks},
     )
 

@@ -30,7 +30,7 @@ def _judge(name: str, answer: Any, wrong: Why, over: Why, cases: Iterable[Case] 
         if message is None:
             shown = [_numbers(result, rank, case) for rank, result in enumerate(results)]
             message = None if np.allclose(shown, case.expected, rtol=1e-9, atol=1e-12) else wrong(case, np.array(shown))
-            message = message or _limits(case, schedule, over)
+            message = message or _shared(case, schedule) or _limits(case, schedule, over)
         if message:
             return failed(f"{case.title}: {message}")
     return passed(_("Right on every cluster, and within the limits."))
@@ -52,6 +52,16 @@ def _numbers(result: Any, rank: int, case: Case) -> np.ndarray:
         )
         reject(f"{case.title}: {message}")
     return numbers
+
+
+def _shared(case: Case, schedule: Schedule) -> str | None:
+    """What to say of right results that took fewer bytes than they can."""
+    if (sent := sum(schedule.sent)) < case.least:
+        values = {"sent": sent, "least": case.least}
+        return _(
+            "Right, but with {sent} bytes sent in all, where {least} are needed: ranks share no variables.", **values
+        )
+    return None
 
 
 def _limits(case: Case, schedule: Schedule, over: Why) -> str | None:
@@ -110,12 +120,11 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     }
     if message := _first_of(known, sums):
         return message
-    # The text's vectors are powers of ten, one a rank, so each digit of a sum counts a rank's numbers in it.
-    times = (
-        sums[..., None] // vectors[:, 0] % 10 if (vectors == vectors[:, :1]).all() else None
-    )  # (rank, number, origin)
-    if times is None:
+    if not (vectors == vectors[:, :1]).all():
         return _("Numbers of different places are added or swapped: what arrives belongs where it was cut from.")
+    times = (
+        sums[..., None] // vectors[:, 0] % 10
+    )  # (rank, number, origin): vectors are of powers of ten, so digits count
     if (times > 1).any():
         rank, _number, origin = np.argwhere(times > 1)[0]
         return _("Rank {rank} counts numbers of rank {origin} more than once.", rank=rank, origin=origin)

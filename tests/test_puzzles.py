@@ -173,11 +173,11 @@ def on_first(action):
         (on_first(lambda device: device.recv(0)), "Rank 0 names rank 0 at step 0; the other ranks are among 0 to 2."),
         (
             on_first(lambda device: device.send(1, None)),
-            "Rank 0 sends a NoneType at step 0; a message is an array of numbers.",
+            "Rank 0 sends a NoneType at step 0; it must be an array of numbers.",
         ),
         (
             on_first(lambda device: device.send(1, np.array([None]))),
-            "Rank 0 sends a ndarray at step 0; a message is an array of numbers.",
+            "Rank 0 sends a ndarray at step 0; it must be an array of numbers.",
         ),
         (on_first(lambda device: device.send(2, 1.0)), "Rank 0 sends to rank 2 at step 0, but no cable leads there."),
         (
@@ -647,7 +647,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         (
             "broadcast",
             lambda device, vector, root: [device.send(other, vector) for other in others(device)],
-            "Rank 1 sends a NoneType at step 0; a message is an array of numbers.",
+            "Rank 1 sends a NoneType at step 0; it must be an array of numbers.",
         ),
         (
             "broadcast",

@@ -138,8 +138,9 @@ class Device:
     def compute(self, steps: int = 1, label: str = "") -> None:
         """Compute for some steps; messages travel meanwhile."""
         if not isinstance(steps, int | np.integer) or steps < 0:
-            self._fail(_("Rank {rank} computes for {steps!r} steps at step {step}; a whole number of them is needed.",
-                         rank=self.rank, steps=steps, step=self._cluster.step))  # fmt: skip
+            text = _("Rank {rank} computes for {steps!r} steps at step {step}; a whole number of them is needed.",
+                     steps=steps, **self._place())  # fmt: skip
+            self._fail(text)
         self._note("compute", self._cluster.step, steps, label=label)
         self._free_at = self._cluster.step + steps
         while self._cluster.step < self._free_at:
@@ -147,20 +148,20 @@ class Device:
 
     def send(self, to: int, value: Any) -> None:
         """Send a copy of an array to a rank. Returns at once: the message leaves when both ranks are free for it."""
-        place = {"rank": self.rank, "step": self._cluster.step}
-        self._known(to, place)
+        self._known(to)
         if not isinstance(value, np.ndarray | np.generic | int | float) or np.asarray(value).dtype.kind not in "biuf":
-            kind = type(value).__name__
+            kind, place = type(value).__name__, self._place()
             self._fail(
-                _("Rank {rank} sends a {kind} at step {step}; a message is an array of numbers.", kind=kind, **place)
+                _("Rank {rank} sends a {kind} at step {step}; it must be an array of numbers.", kind=kind, **place)
             )
         if self._cluster.cables is not None and (self.rank, to) not in self._cluster.cables:
+            place = self._place()
             self._fail(_("Rank {rank} sends to rank {to} at step {step}, but no cable leads there.", to=to, **place))
         self._outbox.append(_Message(self.rank, int(to), np.array(value), self._cluster.step))
 
     def recv(self, source: int) -> np.ndarray:
         """The next message from a rank; waits for it."""
-        self._known(source, {"rank": self.rank, "step": self._cluster.step})
+        self._known(source)
         self._waits_for = source
         row = self._note("wait", self._cluster.step, MOST_STEPS, peer=source)
         while not self._inbox[source]:
@@ -168,10 +169,14 @@ class Device:
         self._waits_for, row["steps"] = None, self._cluster.step - row["start"]
         return self._inbox[source].popleft()
 
-    def _known(self, other: Any, place: dict) -> None:
+    def _known(self, other: Any) -> None:
         if not isinstance(other, int | np.integer) or not 0 <= other < self.ranks or other == self.rank:
-            self._fail(_("Rank {rank} names rank {other!r} at step {step}; the other ranks are among 0 to {last}.",
-                         other=other, last=self.ranks - 1, **place))  # fmt: skip
+            text = _("Rank {rank} names rank {other!r} at step {step}; the other ranks are among 0 to {last}.",
+                     other=other, last=self.ranks - 1, **self._place())  # fmt: skip
+            self._fail(text)
+
+    def _place(self) -> dict[str, int]:
+        return {"rank": self.rank, "step": self._cluster.step}
 
     def _fail(self, fault: str) -> None:
         self._cluster.fault = self._cluster.fault or fault
@@ -179,15 +184,8 @@ class Device:
 
     def _note(self, action: str, start: int, steps: int, **others: Any) -> dict:
         """Write a row; of what hasn't ended when the run does, only the steps until then count."""
-        row = {
-            "kind": "action",
-            "rank": self.rank,
-            "ranks": self.ranks,
-            "action": action,
-            "start": start,
-            "steps": steps,
-        }
-        self._cluster.rows.append(row | others | {"source": "simulated"})
+        row = {"kind": "action", "rank": self.rank, "ranks": self.ranks, "action": action, "source": "simulated"}
+        self._cluster.rows.append(row | {"start": start, "steps": steps} | others)
         return self._cluster.rows[-1]
 
     def _live(self, program: Callable[["Device"], Any]) -> None:

@@ -185,60 +185,63 @@ def test_gang_names_each_misconception(answer, message):
     assert result.status == "fail" and message.lower() in result.message.lower(), result
 
 
-def order_solution(sampler, epoch):
-    sampler.set_epoch(epoch)
+def order_solution(length, rank, ranks, seed, epoch, pad=True, shuffle=None):
+    order = (shuffle or random.Random(f"{seed} {epoch}")).sample(range(length), length)
+    order += order[: -length % ranks] if pad else []
+    return order[rank::ranks]
+
+
+def sampled(length, rank, ranks, seed, epoch, told=True):
+    sampler = torch.utils.data.DistributedSampler(range(length), ranks, rank, seed=seed)
+    if told:
+        sampler.set_epoch(epoch)
     return list(sampler)
 
 
-def told_too_late(sampler, epoch):
-    indices = list(sampler)
-    sampler.set_epoch(epoch)
-    return indices
+def own_dice(length, rank, ranks, seed, epoch):
+    return order_solution(length, rank, ranks, seed, epoch, shuffle=random.Random(f"{seed} {epoch} {rank}"))
 
 
-def seed_by_rank(sampler, epoch):
-    sampler.seed = 100 * sampler.rank
-    return order_solution(sampler, epoch)
+def own_shard(length, rank, ranks, seed, epoch):
+    own = (list(range(length)) * 2)[rank : length + -length % ranks : ranks]
+    return random.Random(f"{seed} {epoch}").sample(own, len(own))
 
 
-def own_dice(sampler, epoch):
-    return random.sample(list(sampler), len(sampler))
+def rolled(length, rank, ranks, seed, epoch):
+    order = [(place + 7 * epoch + seed) % length for place in range(length + -length % ranks)]
+    return order[rank::ranks]
 
 
-def counter(sampler, epoch):
-    return order_solution(sampler, sampler.epoch + 1)
+def dropped(length, rank, ranks, seed, epoch):
+    return order_solution(length, rank, ranks, seed, epoch, pad=False)[: length // ranks]
 
 
-def own_shard(sampler, epoch):
-    return random.Random(epoch).sample(list(sampler), len(sampler))
-
-
-def half(sampler, epoch):
-    return order_solution(sampler, epoch)[::2]
-
-
-def test_order_passes_with_the_solution():
+def test_order_passes_with_the_solution_and_with_torchs_own_sampler():
     assert check("cnn.order", order_solution)
-    assert check("cnn.order", lambda sampler, epoch: order_solution(sampler, epoch + 7))
+    assert check("cnn.order", sampled)
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda sampler, epoch: list(sampler), "same order"),
-        (told_too_late, "same order"),
-        (seed_by_rank, "visited twice"),
-        (own_dice, "gave two orders"),
-        (counter, "gave two orders"),
+        (lambda length, rank, ranks, seed, epoch: torch.randperm(length).tolist(), "gave two orders"),
+        (lambda length, rank, ranks, seed, epoch: sampled(length, rank, ranks, seed, epoch, False), "same order"),
+        (lambda length, rank, ranks, seed, epoch: list(range(length))[rank::ranks], "same order"),
+        (lambda length, rank, ranks, seed, epoch: order_solution(length, rank, ranks, 0, epoch), "Two seeds"),
+        (lambda length, rank, ranks, seed, epoch: order_solution(length, 0, 1, seed, epoch), "visited twice"),
+        (own_dice, "visited twice"),
         (own_shard, "keeps its images"),
-        (half, "don't visit every image"),
-        (lambda sampler, epoch: [[1, 2]], "list of indices"),
-        (lambda sampler, epoch: len(sampler), "list of indices"),
+        (rolled, "Nothing is shuffled"),
+        (dropped, "don't visit every image"),
+        (lambda *given: order_solution(*given)[::2], "don't visit every image"),
+        (lambda *given: order_solution(*given, pad=False), "waits for the other for ever"),
+        (lambda *given: [[1, 2]], "list of indices"),
+        (lambda *given: len(given), "list of indices"),
     ],
 )
 def test_order_names_each_misconception(answer, message):
     result = check("cnn.order", answer)
-    assert result.status == "fail" and message in result.message
+    assert result.status == "fail" and message in result.message, result
 
 
 def lr_solution(base_lr, base_batch, batch_size, ranks):
@@ -922,7 +925,7 @@ def test_without_slurm_its_exercises_tell_what_is_missing(monkeypatch):
 def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
     monkeypatch.setenv("HPCLAB_SEED", seed)
     right_and_wrong = {
-        "cnn.order": (order_solution, (half, "don't visit every image")),
+        "cnn.order": (order_solution, (dropped, "don't visit every image")),
         "cnn.learning_rate": (lr_solution, (lambda lr, base, batch, ranks: lr * ranks, "ranks alone")),
         "scaling.curves": (curves_solution, (unless_few, "from data so noisy")),
         "ddp-from-scratch.reduce_scatter": (ring(), (ring(first=0), "nothing was added to it")),

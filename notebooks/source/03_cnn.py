@@ -6,7 +6,7 @@
 #
 # | | |
 # |---|---|
-# | objectives | write a serial training loop; explain why data parallelism changes nothing but the time; measure a speed-up with its spread; mend the order of the data and the learning rate |
+# | objectives | write a serial training loop; explain why data parallelism changes nothing but the time; measure a speed-up with its spread; share out the data anew in each epoch, and scale the learning rate |
 # | prerequisites | the notebook *start*; what a gradient is |
 # | minutes | 30 to read and do, 15 of them for the exercises; 40 with the parts *for later*; under 3 to run |
 # | needs | 1 CPU (2 to see a speed-up), 1.5 GB of memory, 2 ranks, no network |
@@ -228,26 +228,35 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # %% [markdown] id="order"
 # ## Exercise: the order of the data
 #
-# This rank's sampler deals out the pictures: each rank gets its share of one shuffled order. Below is how it is often
-# called, and it has a **bug** that never raises an error: something that should differ between epochs doesn't. The
-# model then sees the same batches in the same order again and again, although the program asked for shuffling.
+# Before each epoch the pictures are shuffled and dealt out to the ranks. No rank asks another one: each works out its own
+# share alone. Much can go wrong here without any error. Say that every rank shuffles with dice of its own: some pictures are
+# seen twice, others never. Or the dice don't know the epoch: the model then sees the same batches in the same order again and
+# again. Or one rank has a picture more than the others: it waits in its last all-reduce for ever.
 #
-# `epoch_order(sampler, epoch)` shall return the list of pictures that this rank visits in that epoch. `sampler` is a
-# `torch.utils.data.DistributedSampler` that lives through all epochs. Mend it.
+# Write `epoch_order(length, rank, ranks, seed, epoch)`. It returns the list of pictures (numbers below `length`) that this
+# rank visits in that epoch, such that
+#
+# - all ranks share out *one* shuffled order, another in each epoch and for each seed;
+# - called again with the same arguments it returns the same list, in whatever process;
+# - every picture is visited, and all ranks have equally many: where `ranks` doesn't divide `length`, a few pictures are
+#   visited twice, fewer than there are ranks.
 #
 # <details><summary>Hint</summary>
 #
-# Read the note in the documentation of `DistributedSampler` about what to call at the beginning of each epoch.
+# What do all ranks know alike? A `torch.Generator`, or a `random.Random`, can be seeded, and belongs to nobody else.
 #
 # </details>
 
 
 # %% id="order-answer" exercise=true
-def epoch_order(sampler, epoch):
+def epoch_order(length, rank, ranks, seed, epoch):
+    ...
     ### BEGIN SOLUTION
-    sampler.set_epoch(epoch)
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = torch.randperm(length, generator=generator).tolist()
+    order += order[: -length % ranks]
+    return order[rank::ranks]
     ### END SOLUTION
-    return list(sampler)
 
 
 # %% id="order-check" points=1
@@ -328,8 +337,8 @@ client.close()
 #
 # - Data parallelism computes the *same* gradient in parts. What differs is rounding, and the time.
 # - A speed-up needs a baseline that nobody can call weak: one process with all threads belongs in the figure.
-# - Two bugs that raise no error: the order of the data doesn't change between epochs; the learning rate isn't scaled
-#   to the global batch.
+# - Two bugs that raise no error: the order of the data doesn't change between epochs (torch's `DistributedSampler` wants
+#   `set_epoch` before each); the learning rate isn't scaled to the global batch.
 #
 # ### What breaks at scale
 #

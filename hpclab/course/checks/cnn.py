@@ -1,6 +1,7 @@
-"""Checks of the notebook *cnn*: real samplers are read, and a step is compared with the steps that it replaces."""
+"""Checks of the notebook *cnn*: orders are followed rank by rank, and a step is compared with those that it replaces."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from operator import index
 from typing import Any
 
@@ -10,39 +11,59 @@ from hpclab.course.verdicts import Result, call, dice, exercise, failed, number,
 from hpclab.language import translate as _
 
 
-@exercise("cnn.order", imports=("torch.utils.data",))
+@exercise("cnn.order", imports=("torch.utils.data",))  # what readers shuffle with
 def _order(epoch_order: object) -> Result:
-    for length, seed in _datasets():
-        orders = _orders(epoch_order, length, seed, epochs=[0, 1, 2])
-        if orders[0][0] == orders[1][0]:
-            return failed(_("Two epochs have the same order: when read, the sampler knew of no new epoch."))
-        if orders[2:] != _orders(epoch_order, length, seed, epochs=[2]):
+    for length, ranks, seed in _datasets():
+        orders = [_ranks(epoch_order, length, ranks, seed, epoch) for epoch in (0, 1, 2)]
+        if orders[2] != _ranks(epoch_order, length, ranks, seed, 2):
             return failed(_("One seed and epoch gave two orders: nobody could repeat or resume this run."))
-        for ranks in orders:
-            visited = sorted(ranks[0] + ranks[1])
-            if len(set(visited)) < len(visited):
-                return failed(_("An image is visited twice in an epoch: the ranks don't share out one order."))
-            if visited != list(range(length)):
-                return failed(_("In an epoch the ranks together don't visit every image."))
+        if orders[0] == orders[1]:
+            return failed(_("Two epochs have the same order: what makes the shuffling differ between them?"))
+        if orders[0] == _ranks(epoch_order, length, ranks, seed + 100, 0):
+            return failed(_("Two seeds give the same order: a run with another seed would repeat the first."))
+        for epoch in orders:
+            if message := _unshared(epoch, length, ranks):
+                return failed(message)
         if sorted(orders[0][0]) == sorted(orders[1][0]):
             return failed(_("The order changes, but each rank keeps its images: none are shared out anew."))
-    return passed(_("A new order in each epoch, every image once, shared out, and repeatable."))
+        if any(_shifted(own, length) for own in orders[0]):
+            return failed(_("Nothing is shuffled: images that are neighbours in the file stay neighbours."))
+    return passed(_("A new order in each epoch, every image, equal shares, and repeatable."))
 
 
-def _datasets() -> Iterator[tuple[int, int]]:
-    """Number of images (even, so that the sampler pads nothing) and the sampler's seed."""
+def _datasets() -> Iterator[tuple[int, int, int]]:
+    """Number of images, ranks (which divide it only once) and the seed."""
     hidden = dice("cnn.order")
-    for _variant in range(3):
-        yield 2 * hidden.randint(12, 40), hidden.randint(0, 999)
+    for ranks, rest in ((2, 0), (2, 1), (4, 3)):
+        yield ranks * hidden.randint(12, 40) + rest, ranks, hidden.randint(0, 99)
 
 
-def _orders(epoch_order: object, length: int, seed: int, epochs: list[int]) -> list[list[list[int]]]:
-    """Indices by epoch and by rank (2), from samplers that live through the epochs, as in training."""
-    from torch.utils.data import DistributedSampler
+def _ranks(epoch_order: object, length: int, ranks: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of each rank."""
+    return [_indices(call(epoch_order, length, rank, ranks, seed, epoch)) for rank in range(ranks)]
 
-    images: Any = range(length)  # of a data set, a sampler asks no more than its length
-    samplers: list = [DistributedSampler(images, num_replicas=2, rank=rank, seed=seed) for rank in range(2)]
-    return [[_indices(call(epoch_order, sampler, epoch)) for sampler in samplers] for epoch in epochs]
+
+def _unshared(epoch: list[list[int]], length: int, ranks: int) -> str | None:
+    """What is wrong with how an epoch's images are shared out, if anything."""
+    counts = [len(own) for own in epoch]
+    if len(set(counts)) > 1:
+        most, least = max(counts), min(counts)
+        return _(
+            "One rank has {most} images, another {least}: the one waits for the other for ever.", most=most, least=least
+        )
+    visited = [image for own in epoch for image in own]
+    padding = -length % ranks
+    if len(visited) - len(set(visited)) > padding:
+        return _("Images are visited twice in an epoch: the ranks don't share out one order.")
+    if set(visited) != set(range(length)):
+        return _("In an epoch the ranks together don't visit every image.")
+    return None
+
+
+def _shifted(own: list[int], length: int) -> bool:
+    """Whether most images of a rank come at one distance from each other."""
+    distances = [(later - sooner) % length for sooner, later in pairwise(own)]
+    return 2 * max(map(distances.count, distances)) > len(distances)
 
 
 def _indices(returned: Any) -> list[int]:

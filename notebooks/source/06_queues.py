@@ -9,7 +9,7 @@
 # | objectives | write a job script and an array; read the queue and a Gantt chart; say why a job waits, and what makes it start sooner; run a training on a queue as you would on your laptop |
 # | prerequisites | the notebooks *start* and *cnn* |
 # | minutes | 45 to read and do, 20 of them for the exercises; under 3 to run |
-# | needs | Linux with Slurm's programs (Debian, Ubuntu: `apt install slurm-wlm munge libnss-wrapper`; Binder has them), 2 CPUs, 1.5 GB of memory, no network, no root |
+# | needs | Linux with Slurm's programs (Debian, Ubuntu: `apt install slurm-wlm munge libnss-wrapper`; Binder has them; elsewhere recorded rows are shown), 2 CPUs, 1.5 GB of memory, no network, no root |
 #
 # Words that are new to you stand in the [glossary](glossary.md#backfill), in English and in Chinese.
 
@@ -28,8 +28,10 @@ from IPython.display import display
 
 import hpclab
 from hpclab import plots, slurm, views
+from hpclab.course.recorded import notice, on_slurm
 
 STEPS = {"small": 100, "class": 200, "cluster": 2000}[SIZE]
+print(notice())
 
 # %% [markdown] id="up"
 # ## A Slurm of your own
@@ -38,10 +40,19 @@ STEPS = {"small": 100, "class": 200, "cluster": 2000}[SIZE]
 # does this notebook: the same daemons and the same commands, of which you are root, user and victim. Its *nodes* are
 # virtual: they share this machine's CPUs, so jobs that compute would slow each other down. (Ours mostly sleep.) `mine.run("sinfo")` runs the
 # command `sinfo` on it; in a terminal `hpclab slurm up` and `hpclab slurm shell` give you one to type at.
+#
+# Cells that need Slurm define a function and call it by `on_slurm`. Where there is no Slurm, that shows what the function gave on
+# a machine that has one, and when.
+
 
 # %% id="up-do"
-mine = slurm.start(nodes=2, cpus=2)
-print(mine.run("sinfo"))
+def start():
+    global mine
+    mine = slurm.start(nodes=2, cpus=2)
+    print(mine.run("sinfo"))
+
+
+on_slurm(start)
 
 # %% [markdown] id="script"
 # ## A script
@@ -61,21 +72,32 @@ hello = """#!/bin/bash
 echo "the script runs once, on $SLURMD_NODENAME, the first node of $SLURM_JOB_NODELIST"
 srun bash -c 'echo "task $SLURM_PROCID of $SLURM_NTASKS runs on $SLURMD_NODENAME"'
 """
-print(mine.run("sbatch", "--wait", input=hello))
-print(Path("hello.out").read_text())
+
+
+def script():
+    print(mine.run("sbatch", "--wait", input=hello))
+    print(Path("hello.out").read_text())
+
+
+on_slurm(script)
 
 # %% [markdown] id="array"
 # ## An array
 #
 # The same script for many inputs is an *array*: one script, a job a number, and `%3` lets at most three run at once.
 
-# %% id="array-do"
-square = "sleep 1; echo $((SLURM_ARRAY_TASK_ID * SLURM_ARRAY_TASK_ID))"
-print(mine.run("sbatch", "--wait", "--job-name=array", "--array=1-8%3", "--output=square-%a.out", "--wrap", square))
-print([Path(f"square-{number}.out").read_text().strip() for number in range(1, 9)])
 
-# %% id="array-show-do"
-ax = plots.gantt(mine.jobs()[1:])
+# %% id="array-do"
+def array():
+    square = "sleep 1; echo $((SLURM_ARRAY_TASK_ID * SLURM_ARRAY_TASK_ID))"
+    print(mine.run("sbatch", "--wait", "--job-name=array", "--array=1-8%3", "--output=square-%a.out", "--wrap", square))
+    print([Path(f"square-{number}.out").read_text().strip() for number in range(1, 9)])
+    jobs = mine.jobs()[1:]
+    mine.stop()
+    return jobs
+
+
+ax = plots.gantt(on_slurm(array))
 
 # %% [markdown] id="array-explain"
 # **Explain.** A thin line is waiting, a bar is running, with its node. Never more than three run at once, and the next
@@ -93,7 +115,6 @@ ax = plots.gantt(mine.jobs()[1:])
 hpclab.predict("queues.fifo", ..., "seconds")
 
 # %% id="jobs"
-mine.stop()
 #        name  nodes  CPUs  minutes asked for  seconds taken
 DOZEN = [("long", 1, 2, 3, 8), ("wide", 2, 4, 2, 2)]
 DOZEN += [("short", 1, 1, 1, 2)] * 8
@@ -112,9 +133,13 @@ def run_dozen(queue):
 
 
 # %% id="fifo-do"
-with slurm.start(nodes=2, cpus=2, scheduler="builtin") as queue:
-    display(queue)  # live
-    fifo = run_dozen(queue)
+def first_come():
+    with slurm.start(nodes=2, cpus=2, scheduler="builtin") as queue:
+        display(queue)  # live
+        return run_dozen(queue)
+
+
+fifo = on_slurm(first_come, show=plots.gantt)
 
 # %% id="fifo-came"
 hpclab.came("queues.fifo", min(job["started_s"] - job["submitted_s"] for job in fifo if job["name"] == "short"))
@@ -130,14 +155,19 @@ hpclab.came("queues.fifo", min(job["started_s"] - job["submitted_s"] for job in 
 # %% id="backfill-predict"
 hpclab.predict("queues.left_behind", ..., among=("short", "greedy"))
 
+
 # %% id="backfill-do"
-with slurm.start(nodes=2, cpus=2, scheduler="backfill") as queue:
-    display(queue)
-    filled = run_dozen(queue)
+def backfill():
+    with slurm.start(nodes=2, cpus=2, scheduler="backfill") as queue:
+        display(queue)
+        return run_dozen(queue)
+
+
+filled = on_slurm(backfill, show=plots.gantt)
 
 # %% id="backfill-came"
-behind = [job["name"] for job in filled[2:-1] if job["started_s"] >= filled[1]["started_s"]]
-hpclab.came("queues.left_behind", behind[0] if behind else None)
+behind = max(filled[2:-1], key=lambda job: job["started_s"])
+hpclab.came("queues.left_behind", behind["name"])
 
 
 # %% id="compare-do"
@@ -171,8 +201,6 @@ hpclab.tables.Table([summary("first come, first served", fifo), summary("backfil
 
 # %% id="connect-do"
 model = functools.partial(hpclab.models.CNN, channels=(8, 16))
-site = slurm.start(nodes=3, cpus=1)
-client = hpclab.connect(site, workers=2, memory="1GB", walltime="00:10:00")
 print(hpclab.queues.script("slurm", workers=2, memory="1GB", walltime="00:10:00"))
 
 
@@ -181,8 +209,15 @@ def train(**settings):
     return hpclab.train(client, model, "fashion_mnist", **settings)
 
 
-undisturbed = train().result()
-print(site.status())
+def connect():
+    global site, client, undisturbed
+    site = slurm.start(nodes=3, cpus=1)
+    client = hpclab.connect(site, workers=2, memory="1GB", walltime="00:10:00")
+    undisturbed = train().result()
+    print(site.status())
+
+
+on_slurm(connect)
 
 # %% [markdown] id="kill"
 # ## A node dies
@@ -193,22 +228,28 @@ print(site.status())
 # %% id="kill-predict"
 hpclab.predict("queues.steps_lost", ..., "steps")
 
+
 # %% id="kill-do"
-run = train(checkpoint_every=20, max_restarts=3)
-while len(run.rows) < STEPS:
-    time.sleep(0.05)
-node = next(job["nodes"] for job in site.jobs() if job["state"] == "RUNNING")
-site.kill(node)
-fit = run.result()
-views.recovery(run.rows)
+def kill():
+    run = train(checkpoint_every=20, max_restarts=3)
+    while len(run.rows) < STEPS:
+        time.sleep(0.05)
+    node = next(job["nodes"] for job in site.jobs() if job["state"] == "RUNNING")
+    site.kill(node)
+    weights = run.result().weights
+    same = all(bool((weights[name] == value).all()) for name, value in undisturbed.weights.items())
+    print(f"{node} was killed; every weight equals that of the undisturbed training: {same}")
+    return {"rows": run.rows, "jobs": site.jobs(), "now": time.time()}
+
+
+killed = on_slurm(kill)
+views.recovery(killed["rows"])
 
 # %% id="kill-show-do"
-same = all(bool((fit.weights[name] == value).all()) for name, value in undisturbed.weights.items())
-print(f"{node} was killed; every weight equals that of the undisturbed training: {same}")
-ax = plots.gantt(site.jobs())
+ax = plots.gantt(killed["jobs"], now=killed["now"])
 
 # %% id="kill-came"
-lost = [row["last"] + 1 - row["first"] - row["kept"] for row in hpclab.rows.attempts(run.rows)]
+lost = [row["last"] + 1 - row["first"] - row["kept"] for row in hpclab.rows.attempts(killed["rows"])]
 hpclab.came("queues.steps_lost", sum(lost))
 
 # %% [markdown] id="kill-explain"
@@ -235,20 +276,25 @@ print(Path("train_ddp.sh").read_text())
 # %% id="without-predict-do"
 hpclab.predict("queues.digits", ..., "digits")
 
-# %% id="without-do"
-settings = {"ranks": 2, "batch_size": 64, "steps": 20, "oversubscribe": True, "progress": False}
-rows = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", **settings).result().rows
-client.close()
-ours = sum(row["loss"] for row in rows if row.get("step") == 19) / 2
 
-variables = f"--export=ALL,PYTHON={sys.executable},STEPS=20"
-files = ["train_ddp.sh", str(hpclab.data.find("fashion_mnist"))]
-print(site.run("sbatch", "--wait", variables, "--output=ddp.out", *files))
-said = Path("ddp.out").read_text().splitlines()[-1]
-print(said, f"by sbatch; {ours:.6f} by hpclab.train")
+# %% id="without-do"
+def without():
+    settings = {"ranks": 2, "batch_size": 64, "steps": 20, "oversubscribe": True, "progress": False}
+    rows = hpclab.train(client, hpclab.models.CNN, "fashion_mnist", **settings).result().rows
+    client.close()
+    ours = sum(row["loss"] for row in rows if row.get("step") == 19) / 2
+    variables = f"--export=ALL,PYTHON={sys.executable},STEPS=20"
+    files = ["train_ddp.sh", str(hpclab.data.find("fashion_mnist"))]
+    print(site.run("sbatch", "--wait", variables, "--output=ddp.out", *files))
+    site.stop()
+    said = Path("ddp.out").read_text().splitlines()[-1]
+    print(said, f"by sbatch; {ours:.6f} by hpclab.train")
+    return ours, float(said.split()[-1])
+
+
+ours, theirs = on_slurm(without)
 
 # %% id="without-came"
-theirs = float(said.split()[-1])
 hpclab.came("queues.digits", sum(round(ours, digits) == round(theirs, digits) for digits in range(1, 7)))
 
 # %% [markdown] id="without-explain"
@@ -256,9 +302,6 @@ hpclab.came("queues.digits", sum(round(ours, digits) == round(theirs, digits) fo
 # and plots, errors with the rank that failed, checkpoints and restarts. With `torchrun --nproc-per-node=2 train_ddp.py DATA` the
 # script runs on a machine without Slurm. The page *What is below each call* of the documentation names such a counterpart for
 # every call, and tells how to get from your laptop to a site: ssh, modules, transfer, accounting.
-
-# %% id="close-do"
-site.stop()
 
 # %% [markdown] id="backfill-exercise"
 # ## Exercise: slip through

@@ -1,5 +1,6 @@
 """Figures that one notebook draws, as those of `hpclab.plots`, from where they can be had, too."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -212,3 +213,74 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
             line += f" ({row['cause']})"
         words.append(line)
     return finish(ax, rows, _("seconds since the launch"), _("steps done"), words)
+
+
+def pictures(batch: np.ndarray, titles: Sequence[str]) -> None:
+    """Show grey pictures side by side, each below its title.
+
+    Parameters
+    ----------
+    batch : ndarray, shape (k, 1, height, width)
+    titles : sequence of str, length k
+    """
+    _shown, axes = figures.subplots(1, len(titles), size=(1.25 * len(titles), 1.7))
+    for ax, picture, title in zip(axes, batch, titles, strict=True):
+        ax.imshow(picture[0], cmap="gray_r")
+        ax.set_title(title, fontsize="small")
+        ax.axis("off")
+        figures.set_font(ax)
+
+
+def spread(numbers: dict[str, np.ndarray], parts: int = 32) -> np.ndarray:
+    """Draw how whole numbers spread over all that 64 bits can hold.
+
+    Parameters
+    ----------
+    numbers : dict of str to ndarray of uint64
+        By the name to show.
+    parts : int, default 32
+        Equal parts of 0 to 2**64 in which they are counted.
+
+    Returns
+    -------
+    ndarray, shape (len(numbers), parts)
+        The counts.
+    """
+    ax = figures.subplots(size=(6.4, 3))[1]
+    shares, edges = [found / 2**64 for found in numbers.values()], np.linspace(0, 1, parts + 1)
+    counts = np.atleast_2d(ax.hist(shares, edges, log=True, label=[*numbers], color=COLOURS[: len(numbers)])[0])
+    ax.set_ylim(1)
+    words = [
+        _("{name}: {least:,.0f} to {most:,.0f} in each part", name=name, least=found.min(), most=found.max())
+        for name, found in zip(numbers, counts, strict=True)
+    ]
+    ylabel = _("numbers in each of {parts} parts", parts=parts)
+    finish(ax, [{"source": "measured"}], _("number / 2**64"), ylabel, words)
+    return counts
+
+
+def intervals(every: Sequence[float], simulated: np.ndarray, measured: dict[int, float], young: float) -> Axes:
+    """Draw the time that failures cost against the steps between checkpoints.
+
+    Parameters
+    ----------
+    every : sequence of float, length k
+        Steps between checkpoints.
+    simulated : ndarray, shape (k, draws)
+        Time lost, as a share of the work.
+    measured : dict of int to float
+        The same, by the steps between.
+    young : float
+        Steps between checkpoints by Young's formula.
+    """
+    ax = figures.subplots()[1]
+    low, middle, high = np.quantile(simulated, [0.05, 0.5, 0.95], axis=1)
+    ax.fill_between(every, low, high, alpha=0.2)
+    ax.plot(every, middle, label=_("simulated: median, and nine of ten draws"))
+    ax.plot([*measured], [*measured.values()], label=_("measured, once each"), **figures.points(1))
+    ax.axvline(young, linestyle=":", color="black", label=_("Young: sqrt(2 x save x MTBF)"))
+    ax.set_xscale("log")
+    words = [curve(_("simulated"), every, middle), cloud(_("measured"), [*measured], [*measured.values()])]
+    words.append(_("Young: {steps:.0f}", steps=young))
+    ylabel = _("time lost, as a share of the work")
+    return finish(ax, [{"source": "mixed"}], _("steps between checkpoints"), ylabel, words)

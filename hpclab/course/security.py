@@ -1,5 +1,6 @@
 """What *security* shows: who can enter a cluster, what it costs to keep others out, and where a secret can be seen."""
 
+import itertools
 import os
 import re
 import socket
@@ -235,6 +236,31 @@ def prg(seed: bytes, step: int, count: int) -> np.ndarray:
     nonce = bytes(4) + step.to_bytes(12, "little")  # the first 4 count blocks: a step there would only shift the stream
     stream = Cipher(algorithms.ChaCha20(seed, nonce), mode=None).encryptor().update(bytes(8 * count))
     return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
+
+
+def float_masks(gradients: np.ndarray, size: float) -> tuple[np.ndarray, float]:
+    """Mask float gradients by float masks, which cancel in pairs but for rounding.
+
+    Parameters
+    ----------
+    gradients : ndarray of float32, shape (ranks, weights)
+    size : float
+        Standard deviation of the masks.
+
+    Returns
+    -------
+    ndarray, shape (weights,)
+        What rank 1 sends.
+    float
+        Length of the sum's error over that of the sum.
+    """
+    dice, masked = np.random.default_rng(0), gradients.copy()
+    for one, other in itertools.combinations(range(len(gradients)), 2):
+        drawn = dice.normal(0, size, gradients.shape[1]).astype(np.float32)
+        masked[one] += drawn
+        masked[other] -= drawn
+    total = gradients.sum(0)
+    return masked[1], float(np.linalg.norm(masked.sum(0) - total) / np.linalg.norm(total))
 
 
 def _address(client: Client) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import hpclab
+from hpclab.course.plots import pictures
 
 EPOCHS, REPEATS, STEPS = {"small": (1, 3, 15), "class": (2, 5, 20), "cluster": (10, 5, 200)}[SIZE]
 
@@ -36,12 +37,7 @@ EPOCHS, REPEATS, STEPS = {"small": (1, 3, 15), "class": (2, 5, 20), "cluster": (
 # %% id="data-look"
 images = hpclab.data.load("fashion_mnist", "train")
 batch, labels = images[list(range(8))]
-
-figure, axes = hpclab.figures.subplots(1, 8, size=(10, 1.7))
-for ax, picture, label in zip(axes, batch, labels, strict=True):
-    ax.imshow(picture[0], cmap="gray_r")
-    ax.set_title(images.classes[label], fontsize="small")
-    ax.axis("off")
+pictures(batch, [images.classes[label] for label in labels])
 
 # %% [markdown] id="serial"
 # ## Correct and serial first
@@ -84,12 +80,12 @@ for step, chosen in enumerate(order[: 20 * 128].split(128)):
 hpclab.predict("cnn.conditions", ..., "of the four")
 
 # %% id="conditions-do"
-pictures, classes = (torch.from_numpy(part) for part in images[list(range(128))])
+inputs, targets = (torch.from_numpy(part) for part in images[list(range(128))])
 
 
 def gradient(net, part, reduction="mean"):
     net.zero_grad()
-    cross_entropy(net(pictures[part]), classes[part], reduction=reduction).backward()
+    cross_entropy(net(inputs[part]), targets[part], reduction=reduction).backward()
     return torch.cat([weight.grad.flatten() for weight in net.parameters()])
 
 
@@ -321,12 +317,8 @@ test = hpclab.data.load("fashion_mnist", "test")
 batch, labels = test[list(range(8))]
 with torch.no_grad():
     guesses = model(torch.from_numpy(batch)).argmax(1)
-
-figure, axes = hpclab.figures.subplots(1, 8, size=(10, 1.7))
-for ax, picture, label, guess in zip(axes, batch, labels, guesses, strict=True):
-    ax.imshow(picture[0], cmap="gray_r")
-    ax.set_title(f"{'=' if guess == label else '≠'} {test.classes[guess]}", fontsize="small")
-    ax.axis("off")
+said = zip(guesses, labels, strict=True)
+pictures(batch, [f"{'=' if guess == label else '≠'} {test.classes[guess]}" for guess, label in said])
 fit
 
 # %% id="close"

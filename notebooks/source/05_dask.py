@@ -74,6 +74,7 @@ def reads():
     return len(client.get_events("reads"))
 
 
+# %% id="lazy-run"
 pieces = [dask.delayed(read)(start, start + 1000) for start in range(0, 10_000, 1000)]
 pixels = da.concatenate([da.from_delayed(piece, (1000, 1, 28, 28), np.uint8) for piece in pieces])
 mean, deviation = pixels.mean(axis=0), pixels.std()
@@ -159,6 +160,7 @@ def squeeze_all(count, total=MOST, **settings):
     return tasks.clock(client, squeeze, [held] * count, edges[:-1], edges[1:], **settings)
 
 
+# %% id="stream-run"
 held = client.scatter(images, broadcast=True)
 squeeze_all(100, 1000)  # whoever comes first opens the connections
 figure, axes = figures.subplots(3, 1, size=(9, 7))

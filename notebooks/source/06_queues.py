@@ -29,6 +29,7 @@ from IPython.display import display
 import hpclab
 from hpclab import plots, slurm, views
 from hpclab.course.recorded import notice, on_slurm
+from hpclab.course.waiting import compare
 
 STEPS = {"small": 100, "class": 200, "cluster": 2000}[SIZE]
 print(notice())
@@ -169,21 +170,8 @@ filled = on_slurm(backfill, show=plots.gantt)
 behind = max(filled[2:-1], key=lambda job: job["started_s"])
 hpclab.came("queues.left_behind", behind["name"])
 
-
 # %% id="compare-do"
-def summary(name, jobs):
-    first, last = min(job["submitted_s"] for job in jobs), max(job["ended_s"] for job in jobs)
-    used = sum(job["cpus"] * (job["ended_s"] - job["started_s"]) for job in jobs)
-    return {
-        "order": name,
-        "mean wait (s)": sum(job["started_s"] - job["submitted_s"] for job in jobs) / len(jobs),
-        "wait of the first wide one (s)": jobs[1]["started_s"] - first,
-        "all done after (s)": last - first,
-        "CPUs in use": f"{used / (4 * (last - first)):.0%}",
-    }
-
-
-hpclab.tables.Table([summary("first come, first served", fifo), summary("backfill", filled)])
+compare({"first come, first served": fifo, "backfill": filled}, cpus=4)
 
 # %% [markdown] id="compare-explain"
 # **Explain.** The short jobs fill the hole beside *long*: they asked for one minute, and *long* holds its CPUs for up to

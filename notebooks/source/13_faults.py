@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 import hpclab
-from hpclab import chaos, figures, plots, rows, views
+from hpclab import chaos, plots, rows, views
+from hpclab.course.plots import intervals
 
 STEPS = {"small": 200, "class": 400, "cluster": 4000}[SIZE]
 model = functools.partial(hpclab.models.CNN, channels=(8, 16))
@@ -132,6 +133,8 @@ saves = [row["save_s"] for row in run.rows if row["kind"] == "checkpoint"]
 save_s = float(np.median(saves))
 restart_s = min(row["restart_s"] for found in (killed, run.rows) for row in rows.attempts(found)[:-1])
 print(f"here a checkpoint takes {1e3 * save_s:.1f} ms, a restart {restart_s:.2f} s, a step {1e3 * step_s:.1f} ms")
+
+# %% id="simulate-define"
 dice = np.random.default_rng(0)
 
 
@@ -148,6 +151,7 @@ def simulate(interval, work, draws=1000):
     return spent
 
 
+# %% id="simulate-run"
 every = np.unique(np.geomspace(1, STEPS / 2, 12).round().astype(int))  # steps between checkpoints
 simulated = np.array([simulate(count * step_s, work) / work - 1 for count in every])  # (intervals, draws)
 
@@ -162,27 +166,20 @@ simulated = np.array([simulate(count * step_s, work) / work - 1 for count in eve
 hpclab.predict("faults.every", ..., "steps between checkpoints")
 
 # %% id="measure-do"
-chosen = [1, 5, 20, STEPS // 4]
-measured = []
-for count in chosen:
+measured = {}
+for count in (1, 5, 20, STEPS // 4):
     run = train(max_restarts=100, checkpoint_every=count)
     with chaos.Chaos(run, mtbf=MTBF, seed=4):
         run.result()
     attempts = rows.attempts(run.rows)
-    measured.append((attempts[-1]["end_s"] - attempts[0]["start_s"]) / work - 1)
-figure, ax = figures.subplots()
-low, middle, high = np.quantile(simulated, [0.05, 0.5, 0.95], axis=1)
-ax.fill_between(every, low, high, alpha=0.2)
-ax.plot(every, middle, label="simulated: median, and nine of ten draws")
-ax.plot(chosen, measured, "s", color="#D55E00", label="measured, once each")
-young = np.sqrt(2 * save_s * MTBF) / step_s
-ax.axvline(young, linestyle=":", color="black", label="Young: sqrt(2 x save x MTBF)")
-ax.set_xscale("log")
-told = [figures.curve("simulated", every, middle), figures.cloud("measured", chosen, measured), f"Young: {young:.0f}"]
-figures.finish(ax, [{"source": "mixed"}], "steps between checkpoints", "time lost, as a share of the work", told)
+    measured[count] = (attempts[-1]["end_s"] - attempts[0]["start_s"]) / work - 1
+
+# %% id="measure-show-do"
+middle = np.median(simulated, axis=1)
+intervals(every, simulated, measured, young=np.sqrt(2 * save_s * MTBF) / step_s)
 hpclab.tables.Table(
     {"steps between": count, "simulated": f"{np.interp(count, every, middle):.0%}", "measured": f"{share:.0%}"}
-    for count, share in zip(chosen, measured, strict=True)
+    for count, share in measured.items()
 )
 
 # %% id="measure-came"

@@ -29,7 +29,8 @@ import torch
 from distributed import Security
 
 import hpclab
-from hpclab import figures, plots, security, tables
+from hpclab import plots, security, tables
+from hpclab.course.plots import spread
 
 ROUNDS, TASKS, RANKS = {"small": (4, 100, 4), "class": (15, 200, 4), "cluster": (20, 1000, 8)}[SIZE]
 os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # of a data store, say; what we start inherits it
@@ -136,6 +137,7 @@ class Gift:
         return exec, ("import os; print('  the sender runs code here, in process', os.getpid())",)
 
 
+# %% id="read-do"
 checkpoint, refused = io.BytesIO(), 0
 torch.save({"weights": torch.ones(3), "extra": Gift()}, checkpoint)
 for name, read in {
@@ -364,29 +366,19 @@ hpclab.predict("security.share", ..., among=("a peak", "a bell", "flat"))
 
 # %% id="look-do"
 numbers, share = gang.pull("numbers, share", on=1)[0]
-names, parts = ["gradient of rank 1", "what rank 1 sends"], np.linspace(0, 1, 33)
-figure, ax = figures.subplots(size=(6.4, 3))
-counts, *_ = ax.hist([numbers / 2**64, share / 2**64], parts, log=True, label=names, color=figures.COLOURS[:2])
-told = [f"{name}: {n.min():,.0f} to {n.max():,.0f} in each" for name, n in zip(names, counts, strict=True)]
-ax.set_ylim(1)
-figures.finish(ax, [{"source": "measured"}], "number / 2**64", "numbers in each of 32 parts", told)
+counts = spread({"gradient of rank 1": numbers, "what rank 1 sends": share})
 
+# %% id="look-came"
+hpclab.came("security.share", "flat" if counts[1].max() < 2 * counts[1].min() else None)
+
+# %% id="floats-do"
 gradients = np.array(gang.pull("numbers.view(np.int64) / 2**32"), dtype=np.float32)  # (ranks, weights)
-dice, sent = np.random.default_rng(0), {"whole numbers": (share.view(np.int64), 0.0)}
-for size in (1e-2, 1, 1e2, 1e4):
-    masked = gradients.copy()
-    for one, other in zip(*np.triu_indices(RANKS, 1), strict=True):  # each pair
-        drawn = dice.normal(0, size, masked.shape[1]).astype(np.float32)
-        masked[one], masked[other] = masked[one] + drawn, masked[other] - drawn
-    wrong = float(np.linalg.norm(masked.sum(0) - gradients.sum(0)) / np.linalg.norm(gradients.sum(0)))
-    sent[f"floats, about {size:g}"] = masked[1], wrong
+sent = {"whole numbers": (share.view(np.int64), 0.0)}
+sent |= {f"floats, about {size:g}": security.float_masks(gradients, size) for size in (1e-2, 1, 1e2, 1e4)}
 tables.Table(
     {"masks": masks, "share like gradient": np.corrcoef(one, gradients[1])[0, 1], "sum wrong by": wrong}
     for masks, (one, wrong) in sent.items()
 )
-
-# %% id="look-came"
-hpclab.came("security.share", "flat" if counts[1].max() < 2 * counts[1].min() else None)
 
 # %% [markdown] id="look-explain"
 # **Explain.** In units of $2^{64}$ every gradient lies next to 0, or next to 1, where those below 0 wrap around. The share

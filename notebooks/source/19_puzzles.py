@@ -46,6 +46,9 @@ from hpclab.course import plots, puzzles, simulated
 #
 # **Predict**: how many steps does it take, and which rank is the last to be free?
 
+# %% id="example-predict"
+hpclab.predict("puzzles.example", ..., "steps")
+
 
 # %% id="example-do"
 def total(device, vector):
@@ -60,6 +63,9 @@ def total(device, vector):
 run = simulated.run(lambda device: total(device, np.full(4, 10.0**device.rank)), ranks=4)
 print(f"{run.steps} steps; rank 0 has {run.results[0]}")
 plots.schedule(run.rows)
+
+# %% id="example-came"
+hpclab.came("puzzles.example", run.steps)
 
 # %% [markdown] id="example-explain"
 # **Explain.** Each rank has a row with three tracks: on top what it computes or waits for, below that what it sends, at the
@@ -99,7 +105,7 @@ print(simulated.run(lambda device: turn(device, np.ones(4)), ranks=4).fault)
 # | steps | $2 (p - 1)(1 + \lceil N / p \rceil)$ | 18 |
 # | bytes sent by any rank | $8 \cdot 2 (p - 1) \lceil N / p \rceil$ | 96 |
 #
-# **Predict**: send the whole vector around the ring, and add on the way. What does that take?
+# **Count first**: send the whole vector around the ring, and add on the way. What does that take?
 #
 # <details><summary>Hint</summary>
 #
@@ -144,7 +150,7 @@ hpclab.check("puzzles.ring", ring)
 # | steps | $\lceil \log_2 p \rceil (1 + n)$ | 12 |
 # | bytes sent by any rank | $8 \lceil \log_2 p \rceil n$ | 72 |
 #
-# **Predict**: the root sends to one rank after another. How many steps are that for 8 ranks, and for 1024?
+# **Count first**: the root sends to one rank after another. How many steps are that for 8 ranks, and for 1024?
 #
 # <details><summary>Hint</summary>
 #
@@ -192,7 +198,7 @@ hpclab.check("puzzles.broadcast", broadcast)
 # | steps | $b + L (1 + n) + u$ | 27 |
 # | bytes sent by any rank | $8 L n$ | 144 |
 #
-# **Predict**: compute all gradients, then exchange them, then update. How many steps, and how long is the network idle?
+# **Count first**: compute all gradients, then exchange them, then update. How many steps, and how long is the network idle?
 #
 # <details><summary>Hint</summary>
 #
@@ -247,7 +253,7 @@ hpclab.check("puzzles.overlap", overlap)
 # with $m$ parts, each of which takes $f$ steps forward and $b = 2 f$ back. The share $(p - 1) / (m + p - 1)$ of the computing
 # time is the *bubble*, in which a rank has nothing to do.
 #
-# **Predict**: pass the batch on as one piece. How many ranks compute at a time, and how many steps are that?
+# **Count first**: pass the batch on as one piece. How many ranks compute at a time, and how many steps are that?
 #
 # <details><summary>Hint</summary>
 #
@@ -305,7 +311,7 @@ hpclab.check("puzzles.pipeline", pipeline)
 # | bytes sent by any rank, a step of training | $8 \cdot 2 (p - 1) N / p$ | 2 x 96 |
 # | bytes kept: weights and state | $8 (N + N / p)$ | 80 |
 #
-# **Predict**: sum the gradients as in puzzle 1, and let all ranks step all weights. Which limit does that break?
+# **Count first**: sum the gradients as in puzzle 1, and let all ranks step all weights. Which limit does that break?
 #
 # <details><summary>Hint</summary>
 #
@@ -356,7 +362,7 @@ hpclab.check("puzzles.optimizer", optimizer)
 # | steps | $(p - 1)(1 + n)$ | 9 |
 # | bytes sent by any rank | $8 (p - 1) n$ | 48 |
 #
-# **Predict**: every rank sends to rank 0 first, then to rank 1, and so on. Which rank's receiver is busy when?
+# **Count first**: every rank sends to rank 0 first, then to rank 1, and so on. Which rank's receiver is busy when?
 #
 # <details><summary>Hint</summary>
 #

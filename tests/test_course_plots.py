@@ -1,0 +1,44 @@
+"""Figures and tables of single notebooks, against numbers worked out here."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from hpclab.course import plots, security, waiting
+
+
+def test_pictures_have_their_titles():
+    plots.pictures(np.zeros((3, 1, 4, 4)), ["shirt", "bag", "boot"])
+    assert plt.gcf().words() == "shirt; bag; boot"
+    assert [ax.images[0].get_array().shape for ax in plt.gcf().axes] == [(4, 4)] * 3
+
+
+def test_how_numbers_spread_is_counted():
+    flat = np.arange(0, 2**64, 2**54, dtype=np.uint64)
+    near_zero = np.arange(100, dtype=np.uint64)
+    counts = plots.spread({"flat": flat, "near 0": near_zero})
+    assert (counts[0] == len(flat) / 32).all()
+    assert counts[1].tolist() == [100] + [0] * 31
+    assert "near 0: 0 to 100 in each part" in plt.gcf().words()
+
+
+def test_the_time_that_failures_cost_is_drawn_with_its_median():
+    simulated = np.array([[0.5, 0.6, 0.7], [0.1, 0.2, 0.3]])
+    words = plots.intervals([1, 10], simulated, {1: 0.65, 5: 0.2}, young=7.4).figure.words()
+    for said in ("simulated: 0.6 at 1, 0.2 at 10", "measured: 0.65 at 1, 0.2 at 5", "Young: 7"):
+        assert said in words
+
+
+def test_float_masks_cancel_but_for_rounding():
+    gradients = np.random.default_rng(1).normal(0, 1e-2, (4, 1000)).astype(np.float32)
+    small, large = (security.float_masks(gradients, size) for size in (1e-2, 1e4))
+    assert small[1] < 1e-5 < 1e-2 < large[1]
+    assert abs(np.corrcoef(small[0], gradients[1])[0, 1]) > 0.3 > abs(np.corrcoef(large[0], gradients[1])[0, 1])
+
+
+def test_orders_of_a_queue_are_compared():
+    jobs = [
+        {"submitted_s": 10, "started_s": 10, "ended_s": 18, "cpus": 2},
+        {"submitted_s": 10, "started_s": 20, "ended_s": 22, "cpus": 4},
+    ]
+    (row,) = waiting.compare({"backfill": jobs}, cpus=4)
+    assert [*row.values()] == ["backfill", "5.0", 10, 12, "50%"]

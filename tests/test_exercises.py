@@ -36,7 +36,29 @@ FUNCTIONS = [
     "capstone.score",
     *(f"puzzles.{name}" for name in ("ring", "broadcast", "overlap", "pipeline", "optimizer", "all_to_all")),
 ]
-EXERCISES = ["faults.state", "security.harden", "queues.array", "queues.backfill", *FUNCTIONS]
+QUIZZES = {
+    "start.quiz_race": {"a", "b"},
+    "start.quiz_allreduce": 40,
+    "one-process.quiz_roofline": "abf",
+    "one-process.quiz_split": 100 / 65,
+    "ddp-from-scratch.quiz_deadlock": [3, 7, 10, 12],
+    "ddp-from-scratch.quiz_line": (180, 550),
+    "cnn.quiz_interval": ["a", "c", "f"],
+    "cnn.quiz_batch": (400, 0.5),
+    "scaling.quiz_timeline": {"a", "c", "d"},
+    "scaling.quiz_regime": {"a", "b", "c"},
+    "dask.quiz_tasks": (73, 80),
+    "dask.quiz_lazy": 9,
+    "queues.quiz_gantt": {"a", "c", "d"},
+    "queues.quiz_array": (5, 30),
+    "faults.quiz_recovery": (15, 3),
+    "faults.quiz_mtbf": 13.5,
+    "security.quiz_modes": {"a", "d"},
+    "security.quiz_mask": (34, 100),
+    "capstone.quiz_score": {"a", "c", "f"},
+    "capstone.quiz_ranks": (8, 15),
+}
+EXERCISES = ["faults.state", "security.harden", "queues.array", "queues.backfill", *QUIZZES, *FUNCTIONS]
 
 
 def test_every_exercise_is_known_here():
@@ -70,7 +92,7 @@ def test_an_exercise_id_imports_nothing_that_is_no_notebooks_file(slug, tmp_path
     (tmp_path / "planted.py").write_text("open('imported', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"is no exercise; use one of capstone.score, cnn.learning_rate, "):
+    with pytest.raises(ValueError, match=r"is no exercise; use one of capstone.quiz_ranks, capstone.quiz_score, "):
         check(f"{slug}.step", 1)
     assert not (tmp_path / "imported").exists()
     assert not {"hpclab.course.checks.planted", "hpclab.course.checks.os"} & sys.modules.keys()
@@ -83,7 +105,7 @@ def test_each_file_of_checks_has_the_exercises_of_its_own_notebook():
     for exercise_id in EXERCISES:
         assert checks.find(exercise_id)
         module = importlib.import_module(f"hpclab.course.checks.{exercise_id.partition('.')[0].replace('-', '_')}")
-        assert f'@exercise("{exercise_id}"' in Path(module.__file__).read_text("utf-8")
+        assert f'("{exercise_id}"' in Path(module.__file__).read_text("utf-8")
 
 
 def concluded(exercise_id, answer, times=8):
@@ -1036,3 +1058,76 @@ def test_planted_programs_are_of_their_kind_by_counts(kind, product):
             assert flops / nbytes > 50 if kind == "compute" else flops / nbytes < 1
     with pytest.raises(ValueError, match=r"kind \(='network'\) must be one of compute, memory, data"):
         bottlenecks.planted("network", random.Random(0))
+
+
+@pytest.mark.parametrize(("quiz", "answer"), QUIZZES.items())
+def test_a_quiz_has_one_answer_whatever_the_seed(quiz, answer, monkeypatch):
+    monkeypatch.setenv("HPCLAB_SEED", "teacher")
+    assert check(quiz, answer)
+
+
+STATEMENTS = [
+    quiz
+    for quiz, answer in QUIZZES.items()
+    if {*map(str, answer if hasattr(answer, "__iter__") else "1")} <= {*"abcdef"}
+]
+
+
+@pytest.mark.parametrize("quiz", STATEMENTS)
+def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message(quiz):
+    right, letters = {*QUIZZES[quiz]}, "abcdef"
+    sets = [set(chosen) for size in range(7) for chosen in itertools.combinations(letters, size)]
+    assert [one for one in sets if check(quiz, one)] == [right]
+    messages = [check(quiz, right | {letter}).message for letter in letters if letter not in right]
+    assert len({*messages}) == len(messages) >= 3
+    assert "and 1 more of the statements" in check(quiz, right - {min(right)}).message
+    for odd in ("g", 3, {"a": 1}, {1}):
+        assert "a set of letters" in check(quiz, odd).message
+
+
+@pytest.mark.parametrize(
+    ("quiz", "answer", "message"),
+    [
+        ("start.quiz_allreduce", 10, "There are two calls"),
+        ("start.quiz_allreduce", 20, "Four ranks take part"),
+        ("start.quiz_allreduce", 2.5, "to average"),
+        ("one-process.quiz_split", 2, "isn't twice as fast as a whole"),
+        ("one-process.quiz_split", 1.333, "And the data"),
+        ("one-process.quiz_split", 0.65, "the time that is left"),
+        ("ddp-from-scratch.quiz_deadlock", [3, 6, 9, 12], "Ranks 1 and 2 do meet"),
+        ("ddp-from-scratch.quiz_deadlock", [0, 0, 0, 0], "could go first"),
+        ("ddp-from-scratch.quiz_deadlock", [3, 7, 10, 13], "Right are 3 of 4"),
+        ("ddp-from-scratch.quiz_line", (500, 200), "Swapped"),
+        ("ddp-from-scratch.quiz_line", (200, 4000), "megabits"),
+        ("ddp-from-scratch.quiz_line", (200, 250), "Of a small message"),
+        ("cnn.quiz_batch", (1600, 0.5), "pictures of all ranks"),
+        ("cnn.quiz_batch", (400, 0.4), "by the ranks alone"),
+        ("cnn.quiz_batch", (400, 0.1), "Unscaled"),
+        ("dask.quiz_tasks", (77.3, 85), "isn't to compute"),
+        ("dask.quiz_tasks", (0.727, 80), "in percent"),
+        ("dask.quiz_tasks", (73, 110), "one worker idle"),
+        ("dask.quiz_lazy", 3, "Nothing is kept"),
+        ("dask.quiz_lazy", 15, "holds its result"),
+        ("dask.quiz_lazy", 6, "To persist is to compute"),
+        ("queues.quiz_array", (21, 110), "a stride"),
+        ("queues.quiz_array", (4, 20), "Both ends"),
+        ("queues.quiz_array", (5, 25), "one job left"),
+        ("faults.quiz_recovery", (55, 3), "Not all was lost"),
+        ("faults.quiz_recovery", (40, 3), "Those were kept"),
+        ("faults.quiz_recovery", (15, 1.5), "the time of the lost steps"),
+        ("faults.quiz_mtbf", 99.6, "of one machine"),
+        ("faults.quiz_mtbf", 86.5, "something fails"),
+        ("faults.quiz_mtbf", 50, "a chance of a half"),
+        ("security.quiz_mask", (134, 100), "wrap around at 100"),
+        ("security.quiz_mask", (34, 1), "that may be anything"),
+        ("security.quiz_mask", (34, 37), "larger than what is left"),
+        ("capstone.quiz_ranks", (64, 64), "More ranks compute less"),
+        ("capstone.quiz_ranks", (8, 8), "And the messages"),
+        ("capstone.quiz_ranks", (11, 10.8), "not each pair"),
+        ("capstone.quiz_ranks", 8, "as many numbers as are asked for (2), not 8"),
+        ("capstone.quiz_ranks", (8, "a"), "as many numbers"),
+    ],
+)
+def test_a_quiz_of_numbers_names_each_mistake(quiz, answer, message):
+    result = check(quiz, answer)
+    assert result.status == "fail" and message in result.message, result

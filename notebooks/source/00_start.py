@@ -169,6 +169,57 @@ stage.run()
 # **How sure are you?** Press *Race* twice more and compare the ratios. If they differ by 10 %, you cannot claim differences
 # below 10 %. The notebook *scaling* teaches how to claim more.
 
+# %% [markdown] id="quiz-race"
+# ## Quiz
+#
+# ### Read a race
+#
+# Three racers train the same network until their loss is 0.4, on a machine with 8 CPUs. They raced once. Which of these
+# statements are true? Set `race_answer` to the set of their letters, such as `{"a", "f"}`.
+#
+# - a: The 4 ranks are 3 times as fast as 1 rank.
+# - b: The efficiency of the 4 ranks is 75 %.
+# - c: The 4 ranks are 3 times as fast as one process that may use the same CPUs.
+# - d: One process with 4 threads is more efficient than 4 ranks.
+# - e: The table shows that 8 ranks would need 10 seconds.
+# - f: The table shows by how much the next race will differ from this one.
+
+# %% id="quiz-race-show"
+from hpclab.course import quizzes
+
+quizzes.show("start.quiz_race")
+
+# %% id="quiz-race-answer" exercise=true
+race_answer = ...
+### BEGIN SOLUTION
+race_answer = {"a", "b"}
+### END SOLUTION
+
+# %% id="quiz-race-check" points=1
+hpclab.check("start.quiz_race", race_answer)
+
+# %% [markdown] id="quiz-allreduce"
+# ### Two calls
+#
+# Four ranks run this function. What does each of them return? Set `allreduce_answer` to the number.
+#
+# ```python
+# def twice():
+#     mine = torch.tensor([dist.get_rank() + 1.0])
+#     dist.all_reduce(mine)
+#     dist.all_reduce(mine)
+#     return mine.item()
+# ```
+
+# %% id="quiz-allreduce-answer" exercise=true
+allreduce_answer = ...
+### BEGIN SOLUTION
+allreduce_answer = 40
+### END SOLUTION
+
+# %% id="quiz-allreduce-check" points=1
+hpclab.check("start.quiz_allreduce", allreduce_answer)
+
 # %% [markdown] id="close"
 # ## Close
 #

@@ -336,6 +336,54 @@ print("planted:", kinds)
 # %% id="bottleneck-check" points=1
 hpclab.check("one-process.bottleneck", diagnose)
 
+# %% [markdown] id="quiz-roofline"
+# ## Quiz
+#
+# ### Read a roofline
+#
+# Four programs on one machine, drawn below its two ceilings. Which statements are true? Set `roofline_answer` to the set of
+# their letters.
+#
+# - a: Memory limits A, and A has reached more than 80 % of what memory allows.
+# - b: Memory that is twice as fast would raise A's ceiling to twice its height.
+# - c: Memory that is twice as fast would raise B's ceiling.
+# - d: Memory limits C.
+# - e: A does fewer operations a second than C, so A is further below its own ceiling.
+# - f: Of all four, C has reached the smallest share of its ceiling.
+
+# %% id="quiz-roofline-show"
+from hpclab.course import quizzes
+
+quizzes.show("one-process.quiz_roofline")
+
+# %% id="quiz-roofline-answer" exercise=true
+roofline_answer = ...
+### BEGIN SOLUTION
+roofline_answer = {"a", "b", "f"}
+### END SOLUTION
+
+# %% id="quiz-roofline-check" points=1
+hpclab.check("one-process.quiz_roofline", roofline_answer)
+
+# %% [markdown] id="quiz-split"
+# ### Split a step
+#
+# The parts of a step come one after the other. Now the data are loaded while the previous step computes, and fully hidden; and a
+# new kernel makes the backward pass twice as fast. How many times as fast is the step? Set `split_answer` to the number, within
+# 1 %.
+
+# %% id="quiz-split-show"
+quizzes.show("one-process.quiz_split")
+
+# %% id="quiz-split-answer" exercise=true
+split_answer = ...
+### BEGIN SOLUTION
+split_answer = 100 / (30 + 25 + 10)
+### END SOLUTION
+
+# %% id="quiz-split-check" points=1
+hpclab.check("one-process.quiz_split", split_answer)
+
 # %% [markdown] id="end"
 # ## Summary
 #

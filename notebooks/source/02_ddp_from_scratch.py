@@ -337,6 +337,61 @@ hpclab.came("ddp-from-scratch.weights", gang.pull("apart", on=0)[0])
 # still computes those of the first. *Can*: it sends full buckets only, and all gradients of this small network fit into one,
 # so here DDP sends as late as we do. The notebook *scaling* makes the buckets smaller, and shows the overlap on a timeline.
 
+# %% [markdown] id="quiz-deadlock"
+# ## Quiz
+#
+# ### Who waits for whom?
+#
+# Four ranks run `exchange`, each with its own number. A `send` waits until the other rank receives the message, a `receive`
+# until the other sends it. At which line is each rank in the end? Set `deadlock_answer` to a list of four line numbers, by rank,
+# with 0 for a rank that returns.
+#
+# ```text
+#  1  def exchange(rank):
+#  2      if rank == 0:
+#  3          receive(3)
+#  4          send(1)
+#  5      elif rank == 1:
+#  6          send(2)
+#  7          receive(0)
+#  8      elif rank == 2:
+#  9          receive(1)
+# 10          receive(3)
+# 11      else:
+# 12          receive(2)
+# 13          send(0)
+# ```
+
+# %% id="quiz-deadlock-answer" exercise=true
+deadlock_answer = ...
+### BEGIN SOLUTION
+deadlock_answer = [3, 7, 10, 12]
+### END SOLUTION
+
+# %% id="quiz-deadlock-check" points=1
+hpclab.check("ddp-from-scratch.quiz_deadlock", deadlock_answer)
+
+# %% [markdown] id="quiz-line"
+# ### Alpha and beta
+#
+# These all-reduces were timed on another network, and they follow `alpha + beta x bytes`. Read alpha, in microseconds, and
+# the bandwidth 1 / beta, in megabytes a second (1 MB is 10^6 bytes). Set `line_answer` to the pair. Within 30 % is near enough:
+# both axes are logarithmic.
+
+# %% id="quiz-line-show"
+from hpclab.course import quizzes
+
+quizzes.show("ddp-from-scratch.quiz_line")
+
+# %% id="quiz-line-answer" exercise=true
+line_answer = ...
+### BEGIN SOLUTION
+line_answer = (200, 500)
+### END SOLUTION
+
+# %% id="quiz-line-check" points=1
+hpclab.check("ddp-from-scratch.quiz_line", line_answer)
+
 # %% id="close"
 gang.close()
 client.close()

@@ -321,6 +321,51 @@ said = zip(guesses, labels, strict=True)
 pictures(batch, [f"{'=' if guess == label else '≠'} {test.classes[guess]}" for guess, label in said])
 fit
 
+# %% [markdown] id="quiz-interval"
+# ## Quiz
+#
+# ### State an interval
+#
+# Three variants of a program, each measured in six rounds beside the same baseline: the mean ratio, with its 95 % interval. Which
+# statements are true? Set `interval_answer` to the set of their letters.
+#
+# - a: At this level, A is faster than the baseline.
+# - b: B is exactly as fast as the baseline.
+# - c: At this level, C is faster than the baseline.
+# - d: The figure alone shows that A is faster than C.
+# - e: Of single rounds with C, 95 % have a ratio from 1.05 to 1.6.
+# - f: More rounds that scatter as much would, on average, give narrower intervals.
+
+# %% id="quiz-interval-show"
+from hpclab.course import quizzes
+
+quizzes.show("cnn.quiz_interval")
+
+# %% id="quiz-interval-answer" exercise=true
+interval_answer = ...
+### BEGIN SOLUTION
+interval_answer = {"a", "c", "f"}
+### END SOLUTION
+
+# %% id="quiz-interval-check" points=1
+hpclab.check("cnn.quiz_interval", interval_answer)
+
+# %% [markdown] id="quiz-batch"
+# ### Steps and rate
+#
+# One process trained well by SGD with batches of 20 pictures and a learning rate of 0.1. Now 4 ranks take batches of 25 pictures
+# *each*, from 40,000 pictures. How many steps has an epoch, and which learning rate does the linear rule give? Set `batch_answer`
+# to the pair.
+
+# %% id="quiz-batch-answer" exercise=true
+batch_answer = ...
+### BEGIN SOLUTION
+batch_answer = (400, 0.5)
+### END SOLUTION
+
+# %% id="quiz-batch-check" points=1
+hpclab.check("cnn.quiz_batch", batch_answer)
+
 # %% id="close"
 client.close()
 

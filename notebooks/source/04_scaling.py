@@ -400,6 +400,59 @@ def judge(rows):
 # %% id="curves-check" points=1
 hpclab.check("scaling.curves", judge)
 
+# %% [markdown] id="quiz-timeline"
+# ## Quiz
+#
+# ### Read a timeline
+#
+# One step of two ranks, with two buckets of gradients. Each light blue bar begins when its rank has the bucket ready. Which
+# statements are true? Set `timeline_answer` to the set of their letters.
+#
+# - a: Rank 1 computes longer than rank 0 (forward and backward together).
+# - b: Communication that nothing hides takes 25 ms of this step.
+# - c: Rank 1's all-reduce of the first bucket is hidden by its backward pass.
+# - d: With a network that takes no time this step would be about 5 ms shorter.
+# - e: If rank 0 alone computed faster, the step would be shorter.
+# - f: Rank 0 sends more bytes than rank 1, as its bars are longer.
+
+# %% id="quiz-timeline-show"
+from hpclab.course import quizzes
+
+quizzes.show("scaling.quiz_timeline")
+
+# %% id="quiz-timeline-answer" exercise=true
+timeline_answer = ...
+### BEGIN SOLUTION
+timeline_answer = {"a", "c", "d"}
+### END SOLUTION
+
+# %% id="quiz-timeline-check" points=1
+hpclab.check("scaling.quiz_timeline", timeline_answer)
+
+# %% [markdown] id="quiz-regime"
+# ### Strong or weak?
+#
+# A sweep, with the time of a step. Which statements are true? Set `regime_answer` to the set of their letters.
+#
+# - a: This is weak scaling.
+# - b: With 8 ranks the efficiency is 62.5 %.
+# - c: 8 ranks do 5 times as many samples a second as one.
+# - d: With 8 ranks an epoch of the same data takes longer than with one.
+# - e: Amdahl's law, fitted to these samples a second, gives the program's serial share.
+# - f: The table shows how long a batch of 512 samples takes with 1, 2, 4 and 8 ranks.
+
+# %% id="quiz-regime-show"
+quizzes.show("scaling.quiz_regime")
+
+# %% id="quiz-regime-answer" exercise=true
+regime_answer = ...
+### BEGIN SOLUTION
+regime_answer = {"a", "b", "c"}
+### END SOLUTION
+
+# %% id="quiz-regime-check" points=1
+hpclab.check("scaling.quiz_regime", regime_answer)
+
 # %% [markdown] id="close"
 # ## Close
 

@@ -384,6 +384,52 @@ def look_up_all(client, table, queries, look_up):
 # %% id="bytes-check" points=1
 hpclab.check("dask.bytes", look_up_all)
 
+# %% [markdown] id="quiz-tasks"
+# ## Quiz
+#
+# ### Read a task stream
+#
+# Two workers, from 0 to 110 ms. In which share of the workers' time do they compute, in percent? And how many milliseconds
+# would the same computing take, if it could be divided evenly and nothing else took any time? Set `tasks_answer` to the pair,
+# within 5 %.
+
+# %% id="quiz-tasks-show"
+from hpclab.course import quizzes
+
+quizzes.show("dask.quiz_tasks")
+
+# %% id="quiz-tasks-answer" exercise=true
+tasks_answer = ...
+### BEGIN SOLUTION
+tasks_answer = (73, 80)
+### END SOLUTION
+
+# %% id="quiz-tasks-check" points=1
+hpclab.check("dask.quiz_tasks", tasks_answer)
+
+# %% [markdown] id="quiz-lazy"
+# ### How often?
+#
+# How often is `load` called in all? Set `lazy_answer` to the number.
+#
+# ```python
+# total = dask.delayed(sum)([dask.delayed(load)(number) for number in range(3)])
+# total.compute()
+# total.compute()
+# kept = total.persist()
+# kept.compute()
+# kept.compute()
+# ```
+
+# %% id="quiz-lazy-answer" exercise=true
+lazy_answer = ...
+### BEGIN SOLUTION
+lazy_answer = 9
+### END SOLUTION
+
+# %% id="quiz-lazy-check" points=1
+hpclab.check("dask.quiz_lazy", lazy_answer)
+
 # %% [markdown] id="close"
 # ## Close
 

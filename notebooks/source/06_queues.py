@@ -351,6 +351,49 @@ script = """#!/bin/bash
 # %% id="array-check" points=1
 hpclab.check("queues.array", script)
 
+# %% [markdown] id="quiz-gantt"
+# ## Quiz
+#
+# ### Read a Gantt chart
+#
+# Two nodes with 2 CPUs each, and backfill. Which statements are true? Set `gantt_answer` to the set of their letters.
+#
+# - a: Each *short* one overtook *wide*: it came later, and started sooner.
+# - b: Without the short ones *wide* would have started sooner.
+# - c: At 60 seconds two CPUs are idle.
+# - d: When the short ones had ended, *greedy* still had to wait for *wide*: by its limit it could have delayed it.
+# - e: *greedy* ran longer than *short*.
+# - f: *wide* could have started beside *long*.
+
+# %% id="quiz-gantt-show"
+from hpclab.course import quizzes
+
+quizzes.show("queues.quiz_gantt")
+
+# %% id="quiz-gantt-answer" exercise=true
+gantt_answer = ...
+### BEGIN SOLUTION
+gantt_answer = {"a", "c", "d"}
+### END SOLUTION
+
+# %% id="quiz-gantt-check" points=1
+hpclab.check("queues.quiz_gantt", gantt_answer)
+
+# %% [markdown] id="quiz-array"
+# ### An array's time
+#
+# A script with `#SBATCH --array=0-20:5%2` is handed in; each of its jobs takes 10 minutes, and the machine is empty. How many jobs
+# are there, and after how many minutes is the last one done? Set `array_answer` to the pair.
+
+# %% id="quiz-array-answer" exercise=true
+array_answer = ...
+### BEGIN SOLUTION
+array_answer = (5, 30)
+### END SOLUTION
+
+# %% id="quiz-array-check" points=1
+hpclab.check("queues.quiz_array", array_answer)
+
 # %% [markdown] id="end"
 # ## Summary
 #

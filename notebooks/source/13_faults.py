@@ -276,6 +276,44 @@ def unpack(state, model, optimizer, schedule):
 # %% id="state-check" points=1
 hpclab.check("faults.state", (pack, unpack))
 
+# %% [markdown] id="quiz-recovery"
+# ## Quiz
+#
+# ### Read a recovery
+#
+# How many steps did this run do twice? And how many seconds passed from the failure to the next attempt's first step? Set
+# `recovery_answer` to the pair, within 15 %.
+
+# %% id="quiz-recovery-show"
+from hpclab.course import quizzes
+
+quizzes.show("faults.quiz_recovery")
+
+# %% id="quiz-recovery-answer" exercise=true
+recovery_answer = ...
+### BEGIN SOLUTION
+recovery_answer = (15, 3)
+### END SOLUTION
+
+# %% id="quiz-recovery-check" points=1
+hpclab.check("faults.quiz_recovery", recovery_answer)
+
+# %% [markdown] id="quiz-mtbf"
+# ### Will it last?
+#
+# A job needs 500 machines for 4 days. Each machine has a mean time between failures of 1,000 days; failures are independent and
+# equally likely at any time. With no checkpoint, what is the chance, in percent, that the job ends undisturbed? Set `mtbf_answer` to the number,
+# within 5 %.
+
+# %% id="quiz-mtbf-answer" exercise=true
+mtbf_answer = ...
+### BEGIN SOLUTION
+mtbf_answer = 100 * np.exp(-500 * 4 / 1000)
+### END SOLUTION
+
+# %% id="quiz-mtbf-check" points=1
+hpclab.check("faults.quiz_mtbf", mtbf_answer)
+
 # %% [markdown] id="close"
 # ## Close
 

@@ -413,6 +413,44 @@ tables.Table(
 # nodes are on, nodes that belong to one job at a time, or an encrypted network laid over the open one (WireGuard, IPsec),
 # which costs some of its speed. `docs/security.md` in hpclab's repository has all of this, with the test for each claim.
 
+# %% [markdown] id="quiz-modes"
+# ## Quiz
+#
+# ### What can a stranger read?
+#
+# Another user of the host, in none of your groups, knows all of these names. Which files can they read? Every folder above
+# these can be entered by everybody. Set `modes_answer` to the set of the letters.
+
+# %% id="quiz-modes-show"
+from hpclab.course import quizzes
+
+quizzes.show("security.quiz_modes")
+
+# %% id="quiz-modes-answer" exercise=true
+modes_answer = ...
+### BEGIN SOLUTION
+modes_answer = {"a", "d"}
+### END SOLUTION
+
+# %% id="quiz-modes-check" points=1
+hpclab.check("security.quiz_modes", modes_answer)
+
+# %% [markdown] id="quiz-mask"
+# ### What does the server learn?
+#
+# Three ranks have whole numbers from 0 to 99, and mask them so that all masks cancel modulo 100. Each mask may be any number from 0
+# to 99 with equal chance. The server sees the shares 37, 85 and 12. What is the sum of the ranks' numbers modulo 100? And from
+# the share 37 alone, how many numbers are still possible for rank 0? Set `mask_answer` to the pair.
+
+# %% id="quiz-mask-answer" exercise=true
+mask_answer = ...
+### BEGIN SOLUTION
+mask_answer = (34, 100)
+### END SOLUTION
+
+# %% id="quiz-mask-check" points=1
+hpclab.check("security.quiz_mask", mask_answer)
+
 # %% [markdown] id="close"
 # ## Close
 

@@ -242,6 +242,51 @@ meaning = {
 }
 predictions.report(folder / "report.html", entry, scores, rows, meaning, entries)
 
+# %% [markdown] id="quiz-score"
+# ## Quiz
+#
+# ### Whose forecasts are best?
+#
+# A, B and C each forecast four runs, by 90 % intervals. Judge them by the interval score, a penalty: the less the better. Which
+# statements are true? Set `score_answer` to the set of their letters.
+#
+# - a: A's intervals hold what was measured in every run.
+# - b: A has the best mean score.
+# - c: B has the best mean score.
+# - d: C has the best mean score.
+# - e: B missed one of four, so its claim of 90 % is refuted at the 5 % level.
+# - f: None of C's intervals holds what was measured.
+
+# %% id="quiz-score-show"
+from hpclab.course import quizzes
+
+quizzes.show("capstone.quiz_score")
+
+# %% id="quiz-score-answer" exercise=true
+score_answer = ...
+### BEGIN SOLUTION
+score_answer = {"a", "c", "f"}
+### END SOLUTION
+
+# %% id="quiz-score-check" points=1
+hpclab.check("capstone.quiz_score", score_answer)
+
+# %% [markdown] id="quiz-ranks"
+# ### How many ranks?
+#
+# A step computes for 64 ms on one rank, and for 64 / p ms on each of p. Then a ring sends 2 (p - 1) messages one after the other.
+# Each takes 0.5 ms, all of it latency, and nothing is hidden. With how many ranks is a step shortest, and how many milliseconds
+# does it take? Set `ranks_answer` to the pair.
+
+# %% id="quiz-ranks-answer" exercise=true
+ranks_answer = ...
+### BEGIN SOLUTION
+ranks_answer = (8, 15)
+### END SOLUTION
+
+# %% id="quiz-ranks-check" points=1
+hpclab.check("capstone.quiz_ranks", ranks_answer)
+
 # %% [markdown] id="close"
 # ## Close
 

@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
+from hpclab.course import quizzes
 from hpclab.course.predictions import interval_score
+from hpclab.course.questions import Numbers, Truths, numbers, statements
 from hpclab.course.verdicts import Result, call, dice, exercise, failed, number, passed, reject
 from hpclab.language import translate as _
 
@@ -71,3 +73,36 @@ def _score_of(returned: Any) -> float:
     if score is None or not math.isfinite(score):
         reject(_("The function returns a score, a number, not {returned!r}.", returned=returned))
     return score
+
+
+@statements("capstone.quiz_score")
+def _scores() -> Truths:
+    def scores(name: str) -> list[float]:
+        return [interval_score(*row[name], row["measured"], 0.9) for row in quizzes.FORECASTS]
+
+    means = {name: sum(scores(name)) / len(quizzes.FORECASTS) for name in "ABC"}
+    held = {name: sum(row[name][0] <= row["measured"] <= row[name][1] for row in quizzes.FORECASTS) for name in "ABC"}
+    truths = {
+        "a": held["A"] == len(quizzes.FORECASTS),
+        "b": min(means, key=lambda name: means[name]) == "A",
+        "c": min(means, key=lambda name: means[name]) == "B",
+        "d": min(means, key=lambda name: means[name]) == "C",
+        "e": 1 - 0.9 ** len(quizzes.FORECASTS) < 0.05,
+        "f": held["C"] == 0,
+    }
+    return truths, {
+        "b": _("To hold always is easy with an interval that says nothing: its width costs."),
+        "d": _("Narrow is good only if it holds: add up what the misses cost."),
+        "e": _("How often does one of four 90 % intervals miss, if all of them are honest?"),
+    }
+
+
+@numbers("capstone.quiz_ranks")
+def _best_ranks() -> Numbers:
+    times = {ranks: 64 / ranks + 2 * (ranks - 1) * 0.5 for ranks in range(1, 65)}
+    best = min(times, key=lambda ranks: times[ranks])
+    return (best, times[best]), [
+        ((64, times[64]), _("More ranks compute less each, but send more messages one after the other.")),
+        ((best, 64 / best), _("And the messages?")),
+        ((11, 64 / 11 + 5), _("Each of the 2 (p - 1) messages takes 0.5 ms, not each pair of them.")),
+    ]

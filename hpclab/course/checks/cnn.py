@@ -1,4 +1,4 @@
-"""Checks of the notebook *cnn*: orders are followed rank by rank, and a step is compared with those that it replaces."""
+"""Checks of the notebook *cnn*: orders are followed rank by rank; a step is compared with those that it replaces."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, Truths, numbers, statements
 from hpclab.course.verdicts import Result, call, dice, exercise, failed, number, passed, reject
 from hpclab.language import translate as _
 
@@ -126,3 +128,33 @@ def _moved(rate: float, base: float, base_batch: int, batch: int, ranks: int) ->
     gradients = 2 * (x @ weights - y)[:, None] * x  # (global batch, 3)
     small = sum(base * chunk.mean(axis=0) for chunk in np.split(gradients, len(x) // base_batch))
     return float(rate * gradients.mean(axis=0) @ small / (small @ small))
+
+
+@statements("cnn.quiz_interval")
+def _intervals() -> Truths:
+    rows = {row["measure"]: row for row in quizzes.RATIOS}
+    truths = {
+        "a": rows["A"]["low"] > 1,
+        "b": rows["B"]["low"] == rows["B"]["high"] == 1,
+        "c": rows["C"]["low"] > 1,
+        "d": rows["A"]["low"] > rows["C"]["high"],
+        "e": False,
+        "f": True,
+    }
+    return truths, {
+        "b": _("An interval that holds 1 shows no difference. It doesn't show that there is none."),
+        "d": _("Two intervals that share so much don't tell which of the two is faster."),
+        "e": _("The interval is of the mean ratio; single rounds scatter much more."),
+    }
+
+
+@numbers("cnn.quiz_batch")
+def _batch() -> Numbers:
+    pictures, ranks, batch, rate, base_batch = 40_000, 4, 25, 0.1, 20
+    steps = sum(1 for _first in range(0, pictures, ranks * batch))
+    return (steps, rate * ranks * batch / base_batch), [
+        ((pictures / batch, rate * batch / base_batch), _("A step has the pictures of all ranks.")),
+        ((pictures / batch, rate * ranks * batch / base_batch), _("A step has the pictures of all ranks.")),
+        ((steps, rate * ranks), _("Scaled by the ranks alone: one rank's batch isn't the base batch.")),
+        ((steps, rate), _("Unscaled: an epoch has fewer steps now, and each goes no further than before.")),
+    ]

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, numbers
 from hpclab.course.verdicts import (
     Result,
     apart,
@@ -289,3 +291,42 @@ def _look_up(table: _Table, query: list[int]) -> float:
         _Table.looked.append(None)
     time.sleep(0.005)  # long enough that one worker alone won't take all
     return float(table.values[query].sum())
+
+
+@numbers("dask.quiz_tasks", tolerance=0.05)
+def _tasks() -> Numbers:
+    end = max(row["start_s"] + row["duration_s"] for row in quizzes.TASKS)
+    busy = sum(row["duration_s"] for row in quizzes.TASKS if row["action"] == "compute")
+    every = sum(row["duration_s"] for row in quizzes.TASKS)
+    return (100 * busy / (2 * end), 1e3 * busy / 2), [
+        ((100 * every / (2 * end), 1e3 * every / 2), _("To fetch data isn't to compute.")),
+        ((100 * busy / end, 1e3 * busy), _("There are two workers: each second has two seconds of work in it.")),
+        ((busy / (2 * end), 1e3 * busy / 2), _("The first number is in percent.")),
+        ((100 * busy / (2 * end), 1e3 * end), _("That is the time as it is, with one worker idle at the end.")),
+    ]
+
+
+@numbers("dask.quiz_lazy")
+def _lazy() -> Numbers:
+    import dask
+
+    calls = []
+
+    def load(number: int) -> int:
+        calls.append(number)
+        return number
+
+    total = dask.delayed(sum)([dask.delayed(load)(number) for number in range(3)])
+    with dask.config.set(scheduler="synchronous"):
+        total.compute()
+        total.compute()
+        kept = total.persist()
+        kept.compute()
+        kept.compute()
+    return (len(calls),), [
+        ((3,), _("Nothing is kept between two calls of compute, unless you say so.")),
+        ((12,), _("What persist returns holds its result: whoever computes it again gets that.")),
+        ((15,), _("What persist returns holds its result: whoever computes it again gets that.")),
+        ((6,), _("To persist is to compute, too.")),
+        ((0,), _("compute and persist are what does run the tasks.")),
+    ]

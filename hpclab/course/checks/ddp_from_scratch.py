@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, numbers
 from hpclab.course.verdicts import Result, call, dice, exercise, failed, passed, reject
 from hpclab.language import translate as _
 
@@ -133,3 +135,44 @@ def _step(step: object) -> Result:
         if torch.allclose(moved, wrong.expand_as(moved), atol=1e-5):
             return failed(message)
     return failed(_("That isn't the step of the whole batch."))
+
+
+@numbers("ddp-from-scratch.quiz_deadlock", tolerance=0)
+def _deadlock() -> Numbers:
+    place = dict.fromkeys(quizzes.EXCHANGE, 0)
+
+    def now(rank: int) -> tuple[int, str, int]:
+        own = quizzes.EXCHANGE[rank]
+        return own[place[rank]] if place[rank] < len(own) else (0, "", -1)
+
+    while pair := next(
+        (
+            (rank, now(rank)[2])
+            for rank in place
+            if now(rank)[1] == "send" and now(now(rank)[2])[1:] == ("receive", rank)
+        ),
+        None,
+    ):
+        for rank in pair:
+            place[rank] += 1
+    return tuple(now(rank)[0] for rank in place), [
+        ((3, 6, 9, 12), _("Ranks 1 and 2 do meet: one sends what the other receives. Where do they go on to wait?")),
+        ((0, 0, 0, 0), _("Who of ranks 0, 2 and 3 could go first?")),
+        ((3, 0, 0, 12), _("Rank 2 needs a message of rank 3, and rank 1 one of rank 0: do those ever send it?")),
+    ]
+
+
+@numbers("ddp-from-scratch.quiz_line", tolerance=0.3)
+def _line() -> Numbers:
+    nbytes, seconds = np.array([(row["nbytes"], row["duration_s"]) for row in quizzes.MESSAGES]).T
+    weights = 1 / seconds  # each point to a share of itself
+    beta, alpha = np.polyfit(nbytes, seconds, 1, w=weights)
+    microseconds, megabytes = 1e6 * float(alpha), 1e-6 / float(beta)
+    return (microseconds, megabytes), [
+        ((megabytes, microseconds), _("Swapped: alpha is the time of a message that is all but empty.")),
+        ((microseconds, 8 * megabytes), _("That is in megabits a second; megabytes were asked for.")),
+        (
+            (microseconds, 1e5 / 4e-4 / 1e6),
+            _("Of a small message most of the time is latency: read the bandwidth where bytes take the time."),
+        ),
+    ]

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, numbers
 from hpclab.course.verdicts import Result, call, dice, exercise, failed, number, passed, reject
 from hpclab.language import translate as _
 
@@ -217,3 +219,29 @@ def _same(left: Any, right: Any) -> bool:
         return [plain(value) for value in state] if isinstance(state, list | tuple) else state
 
     return plain(left.state_dict()) == plain(right.state_dict())
+
+
+@numbers("faults.quiz_recovery", tolerance=0.15)
+def _recovery() -> Numbers:
+    first, second = ([row for row in quizzes.RECOVERY if row.get("attempt") == number] for number in (0, 1))
+    steps = {row["step"] for row in first} & {row["step"] for row in second if row["kind"] == "step"}
+    failed_s = next(row["failed_s"] for row in second if row["kind"] == "restart")
+    seconds = min(row["time_s"] for row in second if row["kind"] == "step") - failed_s
+    return (len(steps), seconds), [
+        ((55, seconds), _("Not all was lost: a checkpoint had kept most of those steps.")),
+        ((40, seconds), _("Those were kept. Which steps were done twice?")),
+        ((len(steps), 1.5), _("That is the time of the lost steps; how long did nothing run?")),
+    ]
+
+
+@numbers("faults.quiz_mtbf", tolerance=0.05)
+def _undisturbed() -> Numbers:
+    machines, mtbf_days, days = 500, 1000.0, 4
+    one = np.exp(-days / mtbf_days)
+    chance = np.prod(np.full(machines, one))
+    return (float(100 * chance),), [
+        ((float(100 * one),), _("That is the chance of one machine; all of them have to last.")),
+        ((float(100 * (1 - chance)),), _("That is the chance that something fails.")),
+        ((float(chance),), _("The number is in percent.")),
+        ((50.0,), _("Failures that are expected to be two aren't a chance of a half.")),
+    ]

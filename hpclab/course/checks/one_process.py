@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, Truths, numbers, statements
 from hpclab.course.verdicts import Result, call, dice, exercise, failed, inconclusive, passed, reject
 from hpclab.language import translate as _
 
@@ -138,3 +140,40 @@ def _mistake(named: list[str], planted: list[str]) -> str:
             " memory, also in a product of matrices."
         )
     return _("You named 'memory' a program that does many operations with each byte: moving much isn't waiting for it.")
+
+
+@statements("one-process.quiz_roofline")
+def _roofline() -> Truths:
+    ceiling, rows = quizzes.CEILING, {row["name"]: row for row in quizzes.PROGRAMS}
+
+    def roof(name: str, memory: float = 1.0) -> float:
+        return min(ceiling["flops_per_s"], memory * ceiling["bytes_per_s"] * rows[name]["intensity"])
+
+    gains = {name: roof(name, memory=2.0) / roof(name) for name in rows}
+    shares = {name: row["flops_per_s"] / roof(name) for name, row in rows.items()}
+    truths = {
+        "a": rows["A"]["intensity"] < ceiling["ridge"] and shares["A"] > 0.8,
+        "b": gains["A"] == 2,
+        "c": gains["B"] > 1,
+        "d": rows["C"]["intensity"] < ceiling["ridge"],
+        "e": shares["A"] < shares["C"],
+        "f": min(shares, key=lambda name: shares[name]) == "C",
+    }
+    return truths, {
+        "c": _("Right of the ridge the roof is flat: more bytes a second don't raise it."),
+        "d": _("Memory limits what lies left of the ridge; a point far below both ceilings is limited by neither."),
+        "e": _("Compare each with its own roof: a low rate can be all that memory allows."),
+    }
+
+
+@numbers("one-process.quiz_split")
+def _parts() -> Numbers:
+    parts = {row["part"]: row["milliseconds"] for row in quizzes.STEP}
+    before = sum(parts.values())
+    after = parts | {"data": 0.0, "backward": parts["backward"] / 2}
+    return (before / sum(after.values()),), [
+        ((2.0,), _("Twice as fast in one part isn't twice as fast as a whole.")),
+        ((before / (before - parts["backward"] / 2),), _("And the data, which are loaded while the step computes?")),
+        ((before / (before - parts["data"]),), _("And the backward pass?")),
+        ((sum(after.values()) / before,), _("That is the time that is left; how many times as fast is the step?")),
+    ]

@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hpclab import slurm
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, Truths, numbers, statements
 from hpclab.course.verdicts import Decided, Result, exercise, failed, inconclusive, passed, reject
 from hpclab.language import translate as _
 
@@ -130,3 +132,40 @@ def _ended(site: slurm.Slurm) -> dict[str, dict] | None:
         time.sleep(0.2)
         jobs = site.jobs()
     return {job["name"]: job for job in jobs}
+
+
+@statements("queues.quiz_gantt")
+def _gantt() -> Truths:
+    long, wide, short, _other, greedy = quizzes.JOBS
+    idle = quizzes.CPUS - sum(job["cpus"] for job in quizzes.JOBS if job["started_s"] <= 60 < job["ended_s"])
+    free_s = max(job["ended_s"] for job in quizzes.JOBS if job["name"] == "short")
+    ran = [job["ended_s"] - job["started_s"] for job in (short, greedy)]
+    truths = {
+        "a": short["started_s"] < wide["started_s"] and short["submitted_s"] > wide["submitted_s"],
+        "b": free_s > long["ended_s"],
+        "c": idle == 2,
+        "d": free_s + greedy["walltime_s"] > long["started_s"] + long["walltime_s"],
+        "e": ran[1] > ran[0],
+        "f": wide["cpus"] <= quizzes.CPUS - long["cpus"],
+    }
+    return truths, {
+        "b": _("What wide waits for is long; when did the short ones end?"),
+        "e": _("Compare the lengths of the bars, not what the jobs asked for."),
+        "f": _("CPUs are idle beside long, but how many does wide need?"),
+    }
+
+
+@numbers("queues.quiz_array")
+def _rounds() -> Numbers:
+    first, last, stride, at_once, minutes = 0, 20, 5, 2, 10
+    numbers_ = list(range(first, last + 1, stride))
+    jobs, clock = len(numbers_), 0
+    while numbers_:
+        numbers_, clock = numbers_[at_once:], clock + minutes
+    return (jobs, clock), [
+        ((21, 110), _("The array has a stride.")),
+        ((4, 20), _("Both ends belong to the array.")),
+        ((jobs, 10), _("They may not all run at once.")),
+        ((jobs, 50), _("Two may run at once.")),
+        ((jobs, 25), _("A round with one job left takes as long as another.")),
+    ]

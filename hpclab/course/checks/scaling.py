@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hpclab.course import quizzes
+from hpclab.course.questions import Truths, statements
 from hpclab.course.verdicts import Result, call, exercise, failed, numpy_dice, passed, reject
 from hpclab.language import translate as _
 
@@ -136,3 +138,50 @@ def _law_and_interval(returned: Any) -> tuple[Any, tuple[float, float] | None]:
                 returned=returned,
             )
         )
+
+
+@statements("scaling.quiz_timeline")
+def _timeline() -> Truths:
+    spent: Counter = Counter()
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for row in quizzes.TIMELINE:
+        spent[row["rank"], row["name"]] += row["duration_s"]
+        end = row["start_s"] + row["duration_s"]
+        bars.setdefault((row["rank"], row["name"]), []).append((row["start_s"], end))
+    computing = [spent[rank, "forward"] + spent[rank, "backward"] for rank in (0, 1)]
+    first, backward = bars[1, "all-reduce"][0], bars[1, "backward"][0]
+    network = min(spent[rank, "waiting"] for rank in (0, 1))  # what even the last rank waits for
+    truths = {
+        "a": computing[1] > computing[0],
+        "b": bool(np.isclose(network, 0.025)),
+        "c": backward[0] <= first[0] and first[1] <= backward[1],
+        "d": bool(np.isclose(network, 0.005)),
+        "e": computing[0] > computing[1],
+        "f": False,
+    }
+    return truths, {
+        "b": _("Most of what rank 0 waits for is the other rank; the network's part is what even the last one waits."),
+        "e": _("Everybody waits for the slowest rank. Which one is that?"),
+        "f": _("A bar begins when a rank is ready, and ends for all at once: its length tells who was early."),
+    }
+
+
+@statements("scaling.quiz_regime")
+def _regime() -> Truths:
+    one, *_others, last = quizzes.SWEEP
+    weak = all(row["samples a rank and step"] == one["samples a rank and step"] for row in quizzes.SWEEP)
+    efficiency = one["step (ms)"] / last["step (ms)"]
+    rates = [row["ranks"] * row["samples a rank and step"] / row["step (ms)"] for row in (one, last)]
+    truths = {
+        "a": weak,
+        "b": efficiency == 0.625,
+        "c": bool(np.isclose(rates[1] / rates[0], 5)),
+        "d": rates[1] < rates[0],
+        "e": not weak,
+        "f": not weak,
+    }
+    return truths, {
+        "d": _("A step takes longer, but an epoch has fewer of them."),
+        "e": _("Amdahl's law is about a fixed amount of work, shared by more and more ranks."),
+        "f": _("Here the work grows with the ranks; no row has the same batch of all ranks together as another."),
+    }

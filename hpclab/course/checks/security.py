@@ -21,6 +21,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, Truths, numbers, statements
 from hpclab.course.verdicts import Decided, Result, call, exercise, failed, inconclusive, numpy_dice, passed, reject
 from hpclab.language import translate as _
 
@@ -301,3 +303,29 @@ def _shows(share: np.ndarray) -> bool:
     counts = np.array([np.bincount(octet, minlength=256) for octet in octets.T])  # (byte, value)
     expected = len(share) / 256
     return bool(((counts - expected) ** 2 / expected).sum(1).max() > chi2.isf(1e-9, 255))
+
+
+@statements("security.quiz_modes")
+def _modes() -> Truths:
+    truths = {
+        row["letter"]: row["mode of the file"][7] == "r" and row["mode of the folder"][9] == "x"
+        for row in quizzes.FILES
+    }
+    return truths, {
+        "b": _("The second three letters are the group's, and the stranger isn't in it."),
+        "c": _("To open a file one must get through its folder."),
+        "e": _("Everybody may enter that folder, but the file's own mode counts, too."),
+        "f": _("The r of a folder lists its names; it takes an x to get through it."),
+    }
+
+
+@numbers("security.quiz_mask")
+def _masked() -> Numbers:
+    shares, modulus = (37, 85, 12), 100
+    possible = {(shares[0] - mask) % modulus for mask in range(modulus)}
+    return (sum(shares) % modulus, len(possible)), [
+        ((134, 100), _("Numbers wrap around at 100.")),
+        ((34, 1), _("The server sees 37, but a number plus a mask that may be anything.")),
+        ((34, 37), _("A mask may be larger than what is left: numbers wrap around.")),
+        ((34, 3), _("Each rank's mask may be any of the numbers, whoever else takes part.")),
+    ]

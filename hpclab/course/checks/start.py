@@ -5,6 +5,8 @@ from operator import index
 from typing import Any
 
 from hpclab import machine
+from hpclab.course import quizzes
+from hpclab.course.questions import Numbers, Truths, numbers, statements
 from hpclab.course.verdicts import Result, call, dice, exercise, failed, passed, reject
 from hpclab.language import translate as _
 
@@ -76,3 +78,37 @@ def _ranks(returned: Any) -> int:
         return index(returned)
     except TypeError:
         reject(_("The function returns a whole number of ranks (an int), not {returned!r}.", returned=returned))
+
+
+@statements("start.quiz_race")
+def _race() -> Truths:
+    one, threads, ranks = quizzes.RACE
+    fold = one["seconds to loss 0.4"] / ranks["seconds to loss 0.4"]
+    threads_fold = one["seconds to loss 0.4"] / threads["seconds to loss 0.4"]
+    truths = {
+        "a": fold == 3,
+        "b": fold / ranks["CPUs"] == 0.75,
+        "c": threads["seconds to loss 0.4"] / ranks["seconds to loss 0.4"] == 3,
+        "d": threads_fold / threads["CPUs"] > fold / ranks["CPUs"],
+        "e": False,
+        "f": False,
+    }
+    return truths, {
+        "c": _("Compare with one process that may use the same CPUs, not with one that uses a single one."),
+        "d": _("Efficiency is the speed-up over 1 rank, divided by the CPUs in use."),
+        "e": _("The table ends at 4 CPUs; what lies beyond was neither measured nor explained by a cause."),
+        "f": _("One race is one measurement: nothing says how much it would differ from the next."),
+    }
+
+
+@numbers("start.quiz_allreduce")
+def _allreduce() -> Numbers:
+    held = [1.0, 2.0, 3.0, 4.0]
+    for _call in range(2):
+        held = [sum(held)] * len(held)
+    return (held[0],), [
+        ((10.0,), _("There are two calls, and the second one adds up what the first one left.")),
+        ((20.0,), _("Four ranks take part in the second call, not two.")),
+        ((100.0,), _("A sum of four equal numbers is no square.")),
+        ((2.5,), _("all_reduce adds; to average, one divides by the number of ranks.")),
+    ]

@@ -1,0 +1,76 @@
+"""Questions of a quiz: which statements are true, or which numbers; the checks work out the truth from `quizzes`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from hpclab.course.verdicts import Result, exercise, failed, number, passed, reject
+from hpclab.language import translate as _
+
+Truths = tuple[dict[str, bool], dict[str, str]]
+"""Of each statement's letter, whether it is true; and of the false ones, what whoever believes it should think of."""
+Numbers = tuple[tuple[float, ...], list[tuple[tuple[float, ...], str]]]
+"""The right numbers; and wrong ones, with what whoever has them should think of."""
+
+
+def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[], Truths]]:
+    """Decorate what gives the truths of a question whose answer is the set of the true statements' letters."""
+
+    def register(question: Callable[[], Truths]) -> Callable[[], Truths]:
+        @exercise(exercise_id, forked=False)
+        def judge(answer: Any) -> Result:
+            truths, messages = question()
+            chosen = _letters(answer, truths)
+            if believed := [letter for letter in sorted(chosen) if not truths[letter]]:
+                return failed(messages[believed[0]])
+            if missing := sum(truths.values()) - len(chosen):
+                return failed(_("All that you chose is true, and {missing} more of the statements.", missing=missing))
+            return passed(_("These statements are true, and no others."))
+
+        return question
+
+    return register
+
+
+def numbers(exercise_id: str, tolerance: float = 0.01) -> Callable[[Callable[[], Numbers]], Callable[[], Numbers]]:
+    """Decorate what gives the right numbers of a question, which are told within a share of themselves."""
+
+    def register(question: Callable[[], Numbers]) -> Callable[[], Numbers]:
+        @exercise(exercise_id, forked=False)
+        def judge(answer: Any) -> Result:
+            right, mistakes = question()
+            values = _values(answer, len(right))
+            near = [math.isclose(*pair, rel_tol=tolerance) for pair in zip(values, right, strict=True)]
+            if all(near):
+                return passed(_("Right."))
+            for wrong, message in mistakes:
+                if all(math.isclose(*pair, rel_tol=tolerance) for pair in zip(values, wrong, strict=True)):
+                    return failed(message)
+            return failed(_("Right are {right} of {of} numbers.", right=sum(near), of=len(near)))
+
+        return question
+
+    return register
+
+
+def _letters(answer: Any, truths: dict[str, bool]) -> set[str]:
+    if not isinstance(answer, set | frozenset | list | tuple | str) or not set(answer) <= truths.keys():
+        reject(
+            _(
+                'The answer is a set of letters from "a" to "{last}", such as {example}; not {answer!r}.',
+                last=max(truths),
+                example={"a"},
+                answer=answer,
+            )
+        )
+    return set(answer)
+
+
+def _values(answer: Any, count: int) -> list[float]:
+    given = answer if isinstance(answer, list | tuple) else [answer]
+    values = [value for one in given if (value := number(one)) is not None]
+    if len(values) != count or len(given) != count:
+        reject(
+            _("The answer is as many numbers as are asked for ({count}), not {answer!r}.", count=count, answer=answer)
+        )
+    return values

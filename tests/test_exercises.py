@@ -35,6 +35,8 @@ FUNCTIONS = [
     "one-process.bottleneck",
     "capstone.score",
     *(f"puzzles.{name}" for name in ("ring", "broadcast", "overlap", "pipeline", "optimizer", "all_to_all")),
+    *("debugging.division", "debugging.collective", "debugging.last_batch"),
+    *("debugging.batchnorm", "debugging.seed", "debugging.checkpoint"),
 ]
 QUIZZES = {
     "start.quiz_race": {"a", "b"},

@@ -1,15 +1,15 @@
 # %% [markdown] id="title"
 # # Debugging: six programs that train wrong
 #
-# **You will** find six bugs that most people who write distributed training meet once. One program hangs. The other five run to
-# their end, raise no error, and are wrong. You see each symptom on real ranks, say what you think it is, mend the program, and
-# prove the repair.
+# **You will** find six bugs that almost everyone who writes distributed training meets once. One program hangs. The other five
+# run to the end, raise no error, and are wrong. You see each symptom on real ranks, say what you think it is, mend the program,
+# and prove the repair.
 #
 # | | |
 # |---|---|
 # | objectives | read where each rank of a hanging gang stands; compare ranks with one process that has all samples; keep random numbers apart and repeatable; resume a run to the last bit; debug a distributed program by a method |
 # | prerequisites | the notebooks *start*, *ddp-from-scratch* and *cnn* |
-# | minutes | 45 to read and do, 35 of them for the exercises; under 2 to run |
+# | minutes | 60 to read and do, best in two sittings of three programs, 45 of them for the exercises; under 2 to run |
 # | needs | 1 CPU (2 ranks take turns on it), 1.5 GB of memory, 2 ranks, no network |
 #
 # New terms are defined in the [glossary](glossary.md#all-reduce), in English and in Chinese.
@@ -28,7 +28,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils import parameters_to_vector
 
 import hpclab
-from hpclab.course.debugging import Watched, apart, differences, interrupted, losses, mean_over_ranks, samples, show
+from hpclab.course.debugging import Watched, differences, interrupted, losses, mean_over_ranks, samples, show
 
 STEPS = {"small": 20, "class": 20, "cluster": 200}[SIZE]
 
@@ -36,16 +36,18 @@ STEPS = {"small": 20, "class": 20, "cluster": 200}[SIZE]
 # ## How to work here
 #
 # Each program is a function that runs on every rank, in plain `torch.distributed`. It trains a small network on samples `x`
-# with targets `y`, and returns the weights. All ranks are given the same model and the same samples. For each program:
+# with targets `y`, and returns the weights. Every rank is given the same model and all samples, and takes its share of them.
+# For each program:
 #
-# 1. Read it, and **predict** what goes wrong.
-# 2. Run it. The cell below it shows the symptom on two real ranks.
-# 3. **Diagnose**: write down in one sentence what is wrong, before you change anything.
-# 4. Mend the program where it is, and run both cells again, then the check. The check runs your function on two and three real
-#    ranks, and compares it with one process.
+# 1. Read it, and **predict** what will go wrong.
+# 2. Run it. The next cell shows the symptom on two real ranks.
+# 3. **Diagnose** it in one sentence, in writing, before you change anything.
+# 4. Mend the program where it is, run both cells again, and then the check. It runs your function on two and three real ranks,
+#    and compares it with one process.
 #
-# `show` launches a program and returns the weights of each rank. If the ranks fail, or wait for each other for three seconds,
-# it prints hpclab's report instead.
+# `show` launches a program and returns the weights that each rank ends with. If a rank fails, or the ranks wait for each other
+# for three seconds, it prints hpclab's report instead. The other tools (`losses`, `differences`, `interrupted`) use `show`, and
+# make a table.
 
 # %% id="method-do"
 client = hpclab.connect(workers=2)
@@ -56,11 +58,11 @@ model = torch.nn.Linear(3, 1)
 # %% [markdown] id="division"
 # ## 1. Two ranks learn worse than one
 #
-# Memory is short, so each rank takes its share of the samples in `parts` pieces, one after the other: `backward()` *adds* to
-# the gradients, so that after the last piece they are those of all pieces. Then the ranks add theirs up.
+# Memory is short, so each rank works through its share of the samples in `parts` pieces. `backward()` *adds* to the gradients:
+# after the last piece, all pieces are in them. Then the ranks add up theirs.
 #
-# The result should not depend on how the work is shared out. **Predict**: what will the loss be on one rank, on two, and on
-# two with four pieces each?
+# The result should not depend on how the work is shared out. **Predict** the loss on one rank, on two, and on two with four
+# pieces each.
 
 
 # %% id="division-answer" exercise=true
@@ -83,8 +85,12 @@ def train_in_parts(model, x, y, steps, parts):
 # %% id="division-do"
 losses(client, train_in_parts, model, x, y, STEPS, cases=[(1, 1), (2, 1), (1, 2), (2, 4)])
 
+# %% [markdown] id="division-diagnosis"
+# **Your diagnosis** (double-click here, and write one sentence):
+
 # %% [markdown] id="division-hint"
-# **Diagnose**, then mend `train_in_parts`. The optimiser has a weight decay, so its rate is not the place for the repair.
+# Mend `train_in_parts`. However the work is shared out, each step must be that of one process with all samples. (The optimiser
+# has a weight decay, so its learning rate is not the place for the repair.)
 #
 # <details><summary>Hint</summary>
 #
@@ -98,10 +104,10 @@ hpclab.check("debugging.division", train_in_parts)
 # %% [markdown] id="collective"
 # ## 2. It hangs
 #
-# From here on one function takes the step, with the mean of the ranks' gradients: `step(model, optimizer, loss)`.
+# From here on `step(model, optimizer, loss)` takes each step, with the mean of the ranks' gradients.
 #
-# This program stops when it is good enough: when the mean loss over *all* samples is below the target. All ranks have equally
-# many. **Predict** what will happen, and what hpclab can tell about it.
+# This program should stop as soon as the mean loss over *all* samples is below the target. Each rank has the same number of
+# samples. **Predict** what will happen instead.
 
 
 # %% id="collective-answer" exercise=true
@@ -133,16 +139,19 @@ def train_until(model, x, y, target, longest):
 # %% id="collective-do"
 show(client, train_until, model, x, y, 0.5, 100)
 
+# %% [markdown] id="collective-diagnosis"
+# **Your diagnosis** (double-click here, and write one sentence):
+
 # %% [markdown] id="collective-hint"
-# In the report, read each rank's lines from the top: the innermost call comes first. In which line of *your* program is each
-# of them? A rank in hpclab's `rank.py` has left your function: it waits there for the others to end.
+# hpclab's report has the innermost call of each rank first. Skip the lines of torch's own files: in which line of *your* program
+# does each rank wait, and which one has left it?
 #
-# **Diagnose**, then mend `train_until`.
+# Mend `train_until`. All ranks must stop after the same step: the one after which one process with all samples would.
 #
 # <details><summary>Hint</summary>
 #
-# Every rank must make the same calls in the same order. What does the number of calls depend on here, and is that the same on
-# all ranks?
+# Every rank must make the same calls in the same order. What decides here how many calls a rank makes, and is it the same on all
+# ranks?
 #
 # </details>
 
@@ -152,11 +161,10 @@ hpclab.check("debugging.collective", train_until)
 # %% [markdown] id="last"
 # ## 3. What is left over
 #
-# The ranks share out each batch of `batch_size` samples; the last batch is what is left of the epoch. It isn't dropped: the
+# The ranks share out each batch of `batch_size` samples. The last batch is whatever is left; it isn't dropped, because the
 # samples were expensive.
 #
-# **Predict**: for how many of these numbers of samples do two ranks end with the weights of one: 48, 47, 44, 41, with batches
-# of 8?
+# **Predict**: with batches of 8, for which of 48, 47, 44 and 41 samples do two ranks end with the weights of one?
 
 
 # %% id="last-answer" exercise=true
@@ -177,14 +185,17 @@ def train_epoch(model, x, y, batch_size):
 # %% id="last-do"
 differences(client, train_epoch, model, x, y, 8, counts=(48, 47, 44, 41))
 
+# %% [markdown] id="last-diagnosis"
+# **Your diagnosis** (double-click here, and write one sentence):
+
 # %% [markdown] id="last-hint"
-# 1e-07 is rounding. **Diagnose** all rows that are above it, and mend `train_epoch`, so that an epoch on any number of ranks
-# equals one on one rank, whatever the number of samples.
+# Around 1e-7 is rounding; the rest is not. Mend `train_epoch`: an epoch on any number of ranks must be that of one process,
+# whatever the number of samples.
 #
 # <details><summary>Hint</summary>
 #
-# How many samples of the last batch does each rank get, and with what weight does each of them enter the step? With 41 samples,
-# what is the mean of rank 1's errors?
+# How many samples of the last batch does each rank get, and how much does each of them count in the step? With 41 samples, one
+# rank gets none: what does it contribute to the mean over the ranks?
 #
 # </details>
 
@@ -194,11 +205,11 @@ hpclab.check("debugging.last_batch", train_epoch)
 # %% [markdown] id="norm"
 # ## 4. A layer that looks at the batch
 #
-# Between two linear layers lies a batch norm, written out: from each feature its mean over the batch is taken away, and the
-# rest is divided by the standard deviation. The gradients are averaged as they should be. **Predict**: is the loss on two ranks
-# that on one?
+# Between two linear layers there is a batch norm, written out: each feature has its mean over the batch subtracted, and is divided
+# by its standard deviation. The gradients are averaged as they should be, and all shares are equal. **Predict**: do two ranks
+# end with the weights of one?
 #
-# `mean_over_ranks` is a tool that you may need: the mean of a tensor over the ranks, of which autograd knows the gradient.
+# One tool may help: `mean_over_ranks(tensor)` returns the mean of a tensor over the ranks, and autograd knows its gradient.
 
 
 # %% id="norm-answer" exercise=true
@@ -222,16 +233,19 @@ def train_normed(model, x, y, steps):
 
 # %% id="norm-do"
 two_layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
-print("weights of 1 rank and of 2 differ by", apart(client, train_normed, two_layers, x, y, STEPS))
+differences(client, train_normed, two_layers, x, y, STEPS, counts=(48, 24))
+
+# %% [markdown] id="norm-diagnosis"
+# **Your diagnosis** (double-click here, and write one sentence):
 
 # %% [markdown] id="norm-hint"
-# **Diagnose**, then mend `train_normed` so that it is still a batch norm, of the *whole* batch. (torch has such a layer,
-# `SyncBatchNorm`, for GPUs only.)
+# Mend `train_normed`: it must remain a batch norm, and on any number of ranks be that of one process with the whole batch.
+# (torch has such a layer, `SyncBatchNorm`, but for GPUs only.)
 #
 # <details><summary>Hint</summary>
 #
-# Every other sample comes from a sensor that is off by one. What does rank 1 take away from its features? The variance of all
-# samples is more than the mean of the ranks' own variances: what is missing in that?
+# Every other sample comes from a sensor that is off by one, and these are rank 1's. What does it subtract? The variance of all
+# samples is larger than the mean of the ranks' own variances: what do those leave out?
 #
 # </details>
 
@@ -241,8 +255,10 @@ hpclab.check("debugging.batchnorm", train_normed)
 # %% [markdown] id="seed"
 # ## 5. The same dice
 #
-# To make few samples go further, noise is added to them, new noise in each step. For the run to be repeatable, the program
-# sets a seed. **Predict**: how many different noises do two ranks see in two steps?
+# To make few samples go further, the program adds noise to them, new noise in each step. It sets a seed, so that a run can be
+# repeated. **Predict**: two ranks take two steps. How many different noises do they see?
+#
+# A trick shows the noise alone: give the program samples that are all zero, and a network that prints what it sees.
 
 
 # %% id="seed-answer" exercise=true
@@ -261,20 +277,23 @@ def train_noisy(network, x, y, seed, steps):
 
 
 # %% id="seed-do"
-show(client, train_noisy, Watched, 0 * x, y, 17, 2)
+weights = show(client, train_noisy, Watched, 0 * x, y, 17, 2)
+
+# %% [markdown] id="seed-diagnosis"
+# **Your diagnosis** (double-click here, and write one sentence):
 
 # %% [markdown] id="seed-hint"
-# **Diagnose**, then mend `train_noisy`. In the end
+# Mend `train_noisy`, so that
 #
 # - all ranks begin with the same weights, and keep them equal;
 # - no two ranks ever see the same noise;
-# - the same seed gives the same run, every time;
-# - a run with *any* other seed shares no noise with this one, on no rank: else repeats aren't independent.
+# - the same seed always gives the same run;
+# - a run with any *other* seed shares no noise with this one, on any rank: repeats should be independent.
 #
 # <details><summary>Hint</summary>
 #
-# What must be equal on all ranks, and what must not? A generator of random numbers gives the same numbers wherever it was given the same
-# seed. Write down the seeds of three ranks for the seeds 17 and 18.
+# What must be equal on all ranks, and what must not? Write down which seed each of three ranks uses, for runs with the seeds 17
+# and 18. Is any of the six there twice?
 #
 # </details>
 
@@ -284,9 +303,9 @@ hpclab.check("debugging.seed", train_noisy)
 # %% [markdown] id="resume"
 # ## 6. It goes on, but not as it would have
 #
-# Each rank draws its own samples (with Python's `random`) and noise (with torch's), from a seed of its own in `seeds`. The
-# program trains up to `steps` steps, and writes a checkpoint; launched again, it goes on from there. **Predict**: ten steps at
-# once, or five and five: which weights are equal?
+# Each rank chooses its own samples (with Python's `random`) and noise (with torch), and has a seed of its own in `seeds`. The
+# program trains until step `steps` and writes a checkpoint; launched again, it goes on from there. **Predict**: will ten steps at
+# once, and five and then five, end with the same weights?
 
 
 # %% id="resume-answer" exercise=true
@@ -323,13 +342,16 @@ def train_on(model, x, y, seeds, steps, file):
 # %% id="resume-do"
 interrupted(client, train_on, model, x, y, [5, 6], stops=(5, 10))
 
+# %% [markdown] id="resume-diagnosis"
+# **Your diagnosis** (double-click here, and write one sentence):
+
 # %% [markdown] id="resume-hint"
-# **Diagnose**, then mend `train_on`: a run that goes on must equal one that was never interrupted, to the last bit, on any number
-# of ranks, and without doing a step twice.
+# Mend `train_on`: a run that goes on must equal one that was never interrupted, to the last bit, on any number of ranks, and
+# without taking a step twice.
 #
 # <details><summary>Hint</summary>
 #
-# What in this program remembers something from step to step? On how many ranks, and who writes the file?
+# What in this program remembers something from one step to the next? On which ranks? And which rank writes the file?
 #
 # </details>
 
@@ -345,37 +367,37 @@ client.close()
 # %% [markdown] id="end"
 # ## Summary: how to debug a distributed program
 #
-# 1. **Make it small.** The smallest number of ranks that shows it (mostly two; three if two halves hide it), the fewest
-#    samples and steps. Most bugs of a thousand ranks are there on two.
-# 2. **Compare with one process** that has all samples. If one process is wrong too, it isn't a distributed bug. The gradient
-#    of the *first* step tells more than a loss curve of an hour: is it a multiple? Of one rank only? Of some samples?
-# 3. **Fix the seeds**, and switch off what draws random numbers. Then two runs are equal, and a difference is a finding.
-# 4. **It hangs? Look where each rank stands.** They wait in different calls, or one has left. Go back to the last `if`, `break`,
-#    `continue` or `except` that ranks may have decided differently.
-# 5. **Check invariants**, while it runs: weights equal on all ranks, every sample once an epoch, noise different on ranks,
-#    a resumed run equal to one that never stopped. Most of these bugs raise no error. An assertion does.
-# 6. Write down the diagnosis *before* the repair, and make one change at a time.
+# 1. **Make it small.** Take the fewest ranks that show the symptom (mostly two, or three where halves hide it), few samples and
+#    few steps.
+# 2. **Compare it with one process** that has all samples. If that is wrong too, the bug isn't a distributed one. The gradient of
+#    the *first* step tells more than hours of loss curves: is it a multiple of the right one? Is it one rank's? Are samples
+#    missing?
+# 3. **Fix all seeds**, so that two runs are equal. Then every difference means something.
+# 4. **If it hangs, look where each rank stands.** They are in different calls, or one has left. Go back to the last `if`,
+#    `break`, `continue` or `except` on which the ranks could decide differently.
+# 5. **Assert invariants**: equal weights on all ranks; each sample once an epoch; different noise on each rank; a resumed run
+#    equal to one that never stopped. Most of these bugs raise no error. An assertion does.
+# 6. **Write down the diagnosis before the repair**, change one thing at a time, and keep what showed the bug as a test.
 #
-# | bug | what you see | what shows it at once |
+# | bug | symptom | what shows it at once |
 # |---|---|---|
-# | collectives don't match | it hangs | where each rank stands |
-# | a division is missing | the loss grows with more ranks, or "the learning rate needs tuning" | the first gradient against one process's |
-# | the last batch is uneven | a small difference, or nan | the same, on a number of samples that doesn't divide |
-# | batch norm on each rank | worse with more ranks and smaller shares | the same |
-# | one seed for all ranks | nothing, only a worse model | print the first noise on each rank |
-# | random state not saved | a resumed run differs | compare bits with a run that never stopped |
+# | mismatched collectives | it hangs | where each rank stands |
+# | a missing division | training diverges on more ranks, or "needs another learning rate" | the first gradient, against one process's |
+# | an uneven last batch | slightly different weights | the same, with a number of samples that doesn't divide |
+# | batch norm by ranks | worse with more ranks, as shares get smaller | the same, with shares that differ |
+# | one seed for all ranks | none, but the model is worse | the first noise of each rank |
+# | a forgotten random state | a resumed run differs | a comparison with a run that never stopped, bit by bit |
 #
 # ### What breaks at scale
 #
-# On a thousand ranks nobody reads a thousand stacks: tools group the ranks that stand in the same line, and the odd one out is
-# the suspect. torch helps: `TORCH_DISTRIBUTED_DEBUG=DETAIL` checks that ranks make the same calls and names those that don't, and
-# NCCL's flight recorder keeps each rank's last collectives. Comparing with one process is no longer possible when the model
-# fits no single one: then a small model takes its place.
+# Nobody reads a thousand stacks. Tools group the ranks by where they stand, and suspect the smallest group. torch helps too:
+# `TORCH_DISTRIBUTED_DEBUG=DETAIL` checks that all ranks make the same call, and NCCL's flight recorder keeps the last calls of
+# each rank. And a model that fits no single process can't be compared with one: a smaller model of the same kind has to do.
 #
 # ### References
 #
 # - S. Li and others, *PyTorch Distributed: Experiences on Accelerating Data Parallel Training*, 2020, arXiv:2006.15704.
 # - S. Ioffe, C. Szegedy, *Batch Normalization*, 2015, arXiv:1502.03167.
-# - NumPy, *Parallel random number generation* (why adding the rank to the seed isn't enough).
+# - NumPy's documentation, *Parallel random number generation* (why adding the rank to the seed isn't enough).
 # - D. Arnold and others, *Stack Trace Analysis for Large Scale Debugging*, IPDPS 2007 (grouping the ranks by their stacks).
 # - A. Zeller, *Why Programs Fail*, 2nd edition, 2009.

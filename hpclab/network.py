@@ -105,7 +105,7 @@ class Network:
         return np.where(ranks > 1, messages * self.latency + load * 8 / self.bandwidth, 0.0)
 
     def slower(self, factor: float) -> "Network":
-        """The same with every message so many times as long."""
+        """The same with every message this many times as long."""
         return dataclasses.replace(self, latency=self.latency * factor, bandwidth=self.bandwidth / factor)
 
     def attach(self, model: Any) -> None:
@@ -151,7 +151,7 @@ class Hierarchy:
             raise ValueError(f"per_node (={self.per_node!r}) must be at least 1.")
 
     def slower(self, factor: float) -> "Hierarchy":
-        """The same with every message so many times as long."""
+        """The same with every message this many times as long."""
         return dataclasses.replace(self, inside=self.inside.slower(factor), between=self.between.slower(factor))
 
     def allreduce_s(self, nbytes: ArrayLike, ranks: ArrayLike, largest: float = 0.0) -> Array:

@@ -18,14 +18,14 @@ KEPT = 2
 
 
 def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
-    """Write ``step-NNNNNNNN.pt`` atomically: under its name stands a whole checkpoint or none, also after a crash.
+    """Write ``step-NNNNNNNN.pt`` atomically: a file of that name is a whole checkpoint, even after a crash.
 
-    Of those there, the newest `KEPT` up to this step stay: later ones are of an attempt that was given up.
+    Keeps the newest `KEPT` checkpoints up to this step: later ones are from an attempt that was given up.
 
     Parameters
     ----------
     folder : path
-        Made if it isn't there.
+        Created if it doesn't exist.
     step : int
         Steps done, >= 0.
     state : dict
@@ -34,9 +34,9 @@ def write(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
     Raises
     ------
     TypeError
-        If the state holds something else, such as numpy's numbers; the message says where.
+        If the state has anything else, such as numpy's numbers; the message says where.
     OSError
-        If it can't be written; those written before stay as they were.
+        If it can't be written; earlier checkpoints stay as they were.
     """
     path = Path(folder).expanduser() / f"step-{step:08d}.pt"
     part = path.with_name("next.part")
@@ -75,7 +75,7 @@ def newest(folder: str | os.PathLike) -> Path | None:
 def load(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint that `write` wrote, without running any code that it might hold.
 
-    One that `save` wrote is a dict of ``state``, ``step`` and ``random``; what it saved in shards comes back whole.
+    A checkpoint that `save` wrote is a dict of ``state``, ``step`` and ``random``; sharded tensors come back whole.
 
     Raises
     ------

@@ -31,7 +31,7 @@ def allreduce(
     sizes : iterable of int
         Bytes, each a multiple of 4.
     repeats : int, default 20
-        Of each size, in turn, after a few that don't count.
+        Repeats of each size, interleaved, after a few that don't count.
     **settings
         For `launch`, such as ``oversubscribe=True``.
 
@@ -83,7 +83,7 @@ def network(rows: list[dict]) -> Network:
     Parameters
     ----------
     rows : list of dict
-        As from `allreduce`, of one number of ranks.
+        As from `allreduce`, all with the same number of ranks.
     """
     rows = some(rows, "allreduce")
     if len(counts := {row["ranks"] for row in rows}) != 1 or min(counts) < 2:

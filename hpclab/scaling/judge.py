@@ -82,14 +82,14 @@ def paired(rows: list[dict], level: float = laws.LEVEL) -> list[dict]:
     Parameters
     ----------
     rows : list of dict
-        As from `sweep`, of two rounds or more.
+        As from `sweep`, with at least two rounds.
     level : float, default laws.LEVEL
-        Of the interval, by Student's t on the logarithms of the ratios of each round.
+        Level of the interval, by Student's t on the logarithms of the rounds' ratios.
 
     Returns
     -------
     list of dict
-        One row a case but the first: ``measure`` (its label), ``ratio`` (the geometric mean of the rounds' ratios),
+        One row per case but the first: ``measure`` (its label), ``ratio`` (the geometric mean of the rounds' ratios),
         ``low``, ``high``, ``rounds``, ``source``, and the machine.
 
     Raises
@@ -136,12 +136,12 @@ def remarks(rows: list[dict]) -> list[str]:
 
 
 def regime(rows: list[dict]) -> str:
-    """What trials over ranks keep: "strong" the batch of all ranks together, "weak" that of each.
+    """What trials over ranks keep the same: "strong" the batch of all ranks together, "weak" that of each rank.
 
     Raises
     ------
     ValueError
-        If they keep neither.
+        If they keep neither the same.
     """
     rows = sorted(some(rows, "trial"), key=lambda row: row["ranks"])
     if len({row["batch"] for row in rows}) == 1:

@@ -1,4 +1,4 @@
-"""One run of a job, summed up: what it did a second, and where its time went."""
+"""A summary of one run of a job: its throughput, and where its time went."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ STEADY, SLOWER = 3, 1.25
 
 
 def trial(rows: list[dict]) -> dict:
-    """Sum up the rows of one training run.
+    """Summarise the rows of one training run.
 
     Parameters
     ----------
@@ -27,13 +27,13 @@ def trial(rows: list[dict]) -> dict:
         ``samples_per_s`` (see `throughput`), ``warm_up`` (steps that aren't counted), ``step_s`` and its `split`
         (means), ``jitter_s`` (standard deviation of a rank's computing), ``data_share`` (of the step's time),
         ``start_s`` (launch to first step), ``train_s`` (first step to last), ``loss`` (mean of the last five steps;
-        None if none is told), ``accuracy`` (None if untested), ``source``, and the machine. What the rows of a function
-        of one's own don't tell is None.
+        None if not reported), ``accuracy`` (None if untested), ``source``, and the machine. Whatever your own function
+        doesn't report is None.
 
     Raises
     ------
     ValueError
-        If there are too few steps, some don't tell their ``samples``, or a rank tells of none.
+        If there are too few steps, some lack their ``samples``, or a rank reports no steps.
     """
     first = some(rows, "run")[0]
     steps = _warm(rows)
@@ -73,14 +73,14 @@ def trial(rows: list[dict]) -> dict:
 
 
 def throughput(rows: list[dict]) -> float:
-    """Samples a second that a training run took in, over all ranks, tests and the warm-up left out."""
+    """Samples per second of a training run, over all ranks, without tests and the warm-up."""
     steps = _warm(rows)
     seconds = max(sum(row["step_s"] for row in group) for group in grouped(steps, "rank").values())
     return sum(row["samples"] for row in steps) / seconds
 
 
 def warm_up(seconds: list[float]) -> int:
-    """How many first steps of a run are slower than its later ones: they allocate memory, and build DDP's buckets.
+    """How many first steps of a run are slower than later ones, because they allocate memory and build DDP's buckets.
 
     Parameters
     ----------
@@ -90,8 +90,8 @@ def warm_up(seconds: list[float]) -> int:
     Returns
     -------
     int
-        The first step from which `STEADY` in a row take at most `SLOWER` times the median of the second half; at most
-        half of the steps.
+        The first step from which `STEADY` in a row take at most `SLOWER` times the median of the second half; never
+        more than half of the steps.
 
     Examples
     --------
@@ -117,10 +117,10 @@ def split(rows: list[dict]) -> list[dict]:
     Returns
     -------
     list of dict
-        One row of kind "split" a rank: ``rank``, and the means of a step: ``step_s``, and of it ``data_s``,
-        ``compute_s``, ``comm_s`` and ``straggle_s``. The rank that comes last to an all-reduce waits for the network
-        alone, so the shortest wait of a step is its exposed communication, and what others wait longer is for that
-        rank. A rank by itself doesn't communicate: its wait, for a CPU, is ``straggle_s``. What the rows don't tell is
+        One row of kind "split" per rank: ``rank``, and the means over steps of ``step_s`` and its parts ``data_s``,
+        ``compute_s``, ``comm_s`` and ``straggle_s``. The last rank to reach an all-reduce waits only for the network,
+        so the shortest wait of a step is its exposed communication; any longer wait of other ranks is for that last
+        rank. A single rank doesn't communicate: its wait, for a CPU, is ``straggle_s``. Parts that the rows lack are
         None.
     """
     steps = _warm(rows)

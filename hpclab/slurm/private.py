@@ -91,7 +91,7 @@ class Slurm:
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> str:
-        """Run a command of Slurm's against it, and return what it prints.
+        """Run one of Slurm's commands on it, and return what it prints.
 
         Parameters
         ----------
@@ -160,17 +160,17 @@ class Slurm:
         self.seen = (*states.together(self.run), time.time())
 
     def kill(self, node: str) -> None:
-        """Let a node fail, as by a loss of power: its slurmd and all processes of jobs on it end at once.
+        """Let a node fail, as if it lost power: its slurmd and all processes of its jobs end at once.
 
-        Returns when Slurm has the node as down. That takes no timeout: what keeps the daemons sees this one end, and
-        tells Slurm, as a site's health check would. Jobs that were on it are requeued, or fail if they may not be.
+        Returns when Slurm marks the node as down, without a timeout: the daemons' keeper sees this one end, and tells
+        Slurm, as a site's health check would. Jobs on the node are requeued, or fail if they can't be.
         """
         self._named(node)
         self._call("kill", node)
         self._until(lambda: "DOWN" in self._state(node), f"node {node} to be seen down")
 
     def revive(self, node: str) -> None:
-        """Start a node that was killed; returns when Slurm uses it again, also if it was drained before."""
+        """Start a killed node again; returns when Slurm uses it again, even if it was drained before."""
         self._named(node)
         if node in self._call("alive"):
             raise ValueError(f"node (={node!r}) is up; revive those that were killed. After drain, use resume.")
@@ -178,12 +178,12 @@ class Slurm:
         self.resume(node)
 
     def drain(self, node: str, reason: str) -> None:
-        """Give a node no more jobs; those on it go on."""
+        """Give a node no more jobs; its running jobs continue."""
         self._named(node)
         self.run("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
 
     def resume(self, node: str) -> None:
-        """Give a drained node jobs again; returns when it has answered."""
+        """Give a drained node jobs again; returns when the node has answered."""
         self._named(node)
         self._check(node)
         self.run("scontrol", "update", f"nodename={node}", "state=resume")
@@ -206,7 +206,7 @@ class Slurm:
         return "\n\n".join(map(str, parts))
 
     def stop(self) -> None:
-        """End it, and all of its jobs' processes, at once, and remove its folder; once more is no error.
+        """End it and all its jobs' processes at once, and remove its folder; calling it twice is no error.
 
         If `start` was given the folder, then settings, logs and the completion log stay there.
         """
@@ -229,7 +229,7 @@ class Slurm:
 
     @property
     def up(self) -> bool:
-        """Whether it has not ended, though a daemon of it may have."""
+        """Whether it is still up, though one of its daemons may have ended."""
         with suppress(TimeoutError):  # its keeper is busy
             try:
                 self._call("alive")

@@ -275,10 +275,6 @@ def _leave_over(program: object, hidden: Random, size: int, batch_size: int, lef
             epoch(lambda count, place: 1 / (size * own(count, place))),
         ),
         (
-            _("Ranks without samples no longer count, but the other shares still count as if they were equal."),
-            epoch(lambda count, place: 1 / (min(size, count) * own(count, place))),
-        ),
-        (
             _("The last batch has fewer samples, but is divided as if it were full: the step is too short."),
             epoch(lambda count, place: 1 / batch_size),
         ),

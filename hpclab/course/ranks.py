@@ -75,6 +75,7 @@ class _Rank:
         self.connection = connection
         self.answer: Any = None
         self.ended = False
+        self.decided: Result | None = None
         self.quiet = 0
         """Rounds for which it has been in the same call of torch.distributed."""
         self.where = ""
@@ -92,7 +93,7 @@ class _Rank:
         if kind == "returned":
             self.answer, self.ended = content, True
         elif kind == "decided":
-            raise Decided(content)
+            self.decided = content
         else:
             same, self.where = content
             self.quiet = self.quiet + 1 if same else 0
@@ -100,10 +101,15 @@ class _Rank:
 
 def _returned(gang: list[_Rank]) -> list:
     """What all ranks return."""
-    while left := [member for member in gang if not member.ended]:
+    left = gang
+    while left:
         for member in left:
-            member.ask()
-        if all(member.quiet > ROUNDS for member in left if not member.ended) and not all(m.ended for m in left):
+            member.ask()  # all of them first: one that was aborted is the cause of what the others then raise
+        for member in left:
+            if member.decided is not None:
+                raise Decided(member.decided)
+        left = [member for member in left if not member.ended]
+        if left and all(member.quiet > ROUNDS for member in left):
             raise Decided(_hanging(gang))
         time.sleep(PAUSE_SECONDS)
     return [member.answer for member in gang]
@@ -181,8 +187,9 @@ def _waits(frame: FrameType) -> bool:
 
 
 def _place(frame: FrameType | None) -> str:
-    """The line of the reader's in which a rank is: the innermost that is not torch's."""
-    while frame and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+    """The line of the reader's in which a rank is: the innermost that is neither torch's nor hpclab's."""
+    others = f"{os.sep}torch{os.sep}", str(Path(__file__).parents[1])
+    while frame and any(other in frame.f_code.co_filename for other in others):
         frame = frame.f_back
     return f"`{_line(frame)}`" if frame else "?"
 

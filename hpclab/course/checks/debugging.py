@@ -55,23 +55,26 @@ def _flat(model: Any) -> Any:
     return parameters_to_vector(model.parameters()).detach().clone()
 
 
-def _gang(program: object, given: Callable[[Trained], tuple], size: int, weights: int = FEATURES + 1) -> list[Trained]:
+def _gang(program: object, given: Callable[[Trained], tuple], size: int, numbers: int = FEATURES + 1) -> list[Trained]:
     """What becomes of a program on ranks; the check ends if they don't end with the same weights.
 
-    `given` makes its arguments, on each rank; so many weights are to be returned.
+    `given` makes its arguments, on each rank; `numbers` weights are to be returned.
     """
     import torch
 
     def work(_rank: int) -> Trained:
         trained = Trained()
         returned = call(program, *given(trained))
-        if not isinstance(returned, torch.Tensor) or returned.numel() != weights:
+        if not isinstance(returned, torch.Tensor) or returned.numel() != numbers:
             kind = type(returned).__name__
             reject(_("The function returns its model's weights as one tensor, not this {kind}.", kind=kind))
         trained.weights = returned.detach().flatten()
         return trained
 
     gang = ranks.run(work, size)
+    begun = [one.begun for one in gang if one.begun is not None]
+    if not all(torch.equal(begun[0], weights) for weights in begun):
+        reject(_("The ranks begin with different weights, and equal steps never make them equal."))
     if not all(torch.allclose(gang[0].weights, one.weights, rtol=1e-4, atol=1e-6, equal_nan=True) for one in gang):
         reject(_("The ranks end with different weights: from some step on each goes its own way."))
     return gang
@@ -313,7 +316,7 @@ def _normed(program: object, hidden: Random, size: int) -> None:
 
         return _descend(model, [loss] * steps, lr=0.1)
 
-    gang = _gang(program, lambda trained: (trained.watch(model), x, y, steps), size, weights=len(_flat(model)))
+    gang = _gang(program, lambda trained: (trained.watch(model), x, y, steps), size, numbers=len(_flat(model)))
     _count(gang, x, steps, steps)
     right = trained_by(partial(_norm, mean=_over_ranks, variance=_over_ranks))
     unfollowed = _(
@@ -401,8 +404,6 @@ def _noise(program: object, x: Any, y: Any, seed: int, steps: int, size: int) ->
     shares = [x[rank::size] for rank in range(size)]
     if any([part.shape for part in one.inputs] != [shares[0].shape] * steps for one in gang):
         reject(_("In each step a rank trains on its share of the samples, on all of it, with noise."))
-    if not all(torch.equal(gang[0].begun, one.begun) for one in gang):
-        reject(_("The ranks begin with different weights, and equal steps never make them equal."))
     noise = torch.stack([torch.stack(one.inputs) - own for one, own in zip(gang, shares, strict=True)])
     if not 0.25 < noise.std() < 0.35 or abs(noise.mean()) > 0.05:
         width = {"mean": float(noise.mean()), "width": float(noise.std())}

@@ -4,8 +4,11 @@ The programs are the notebook's own, with a line of them changed.
 """
 
 import linecache
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -313,3 +316,26 @@ def test_the_notebooks_tools_show_what_a_program_does(client, capsys):
     stub = program("collective", edition=build.student)
     assert debugging.show(client, stub, torch.nn.Linear(3, 1), x, y, 0.5, 100) is None
     assert "dist.all_reduce(weight.grad)" in capsys.readouterr().out
+
+
+def soon(happens):
+    return any(happens() or time.sleep(0.1) for _ in range(600))
+
+
+def test_ranks_end_with_the_check_that_started_them(tmp_path):
+    """Killed in the middle, as a kernel is that restarts."""
+    code = f"""
+import os, time
+from hpclab.course import ranks
+
+def wait(rank):
+    open(r"{tmp_path}" + f"/{{rank}}", "w").write(str(os.getpid()))
+    time.sleep(1000)
+
+ranks.run(wait, 2)
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        assert soon(lambda: len([file for file in tmp_path.iterdir() if file.read_text()]) == 2)
+        process.kill()
+    pids = [int(file.read_text()) for file in tmp_path.iterdir()]
+    assert soon(lambda: not any(psutil.pid_exists(pid) for pid in pids))

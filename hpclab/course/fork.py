@@ -99,7 +99,7 @@ def _child(work: Callable[[], list[str]], parent: int, answer: int, printed: int
     code = 1
     try:
         os.setsid()
-        _die_with(parent)
+        die_with(parent)
         gc.freeze()  # what the kernel holds is the kernel's to finalize
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -124,7 +124,8 @@ def _child(work: Callable[[], list[str]], parent: int, answer: int, printed: int
         os._exit(code)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Have this process end as soon as the one that has forked it ends; only on Linux."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG

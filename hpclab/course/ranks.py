@@ -50,12 +50,13 @@ def run(work: Callable[[int], Any], ranks: int) -> list:
     """
     context: Any = get_context("fork" if fork.possible() else "spawn")
     packed = work if fork.possible() else cloudpickle.dumps(work)
+    owner = os.getpid() if sys.platform == "linux" else 0
     gang = []
     with tempfile.TemporaryDirectory(prefix="hpclab-ranks-") as folder:
         try:
             for rank in range(ranks):
                 ours, theirs = Pipe()
-                place = (rank, ranks, str(Path(folder, "store")))
+                place = (rank, ranks, str(Path(folder, "store")), owner)
                 process = context.Process(target=_main, args=(packed, place, theirs), daemon=True)
                 process.start()
                 theirs.close()
@@ -135,7 +136,7 @@ def _hanging(gang: list[_Rank]) -> Result:
     )
 
 
-def _main(work: Any, place: tuple[int, int, str], connection: Connection) -> None:
+def _main(work: Any, place: tuple[int, int, str, int], connection: Connection) -> None:
     """What a rank does: the work, while a thread says where it is; it stays until it is killed.
 
     One that left would cut the connections of those that still wait for it, and they couldn't be seen to wait.
@@ -144,7 +145,9 @@ def _main(work: Any, place: tuple[int, int, str], connection: Connection) -> Non
     import torch
     import torch.distributed as dist
 
-    rank, ranks, store = place
+    rank, ranks, store, owner = place
+    if owner:
+        fork.die_with(owner)
     if isinstance(work, bytes):
         work = pickle.loads(work)
     torch.set_num_threads(1)
@@ -166,7 +169,7 @@ def _main(work: Any, place: tuple[int, int, str], connection: Connection) -> Non
 def _answer(connection: Connection, outcome: list[bytes]) -> None:
     """Answer the check for ever: with where the main thread is, until there is an outcome."""
     last: tuple[Any, int] = (None, 0)
-    while connection.recv_bytes():
+    while _asked(connection):
         if outcome:
             connection.send_bytes(outcome[0])
             continue
@@ -175,6 +178,14 @@ def _answer(connection: Connection, outcome: list[bytes]) -> None:
         now = (frame, frame.f_lasti)
         connection.send_bytes(pickle.dumps(("is", (now == last and _waits(frame), _place(frame)))))
         last = now
+
+
+def _asked(connection: Connection) -> bool:
+    """Wait for the check to ask; where the check has gone, this process ends."""
+    try:
+        return bool(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(1)
 
 
 def _line(frame: FrameType) -> str:

@@ -95,7 +95,7 @@ def test_each_path_says_what_comes_next(copy):
     assert paths["a term"] == hpclab.progress().rows
     shown = hpclab.progress()._repr_html_()
     short = next(row for row in shown.split("<tr>") if "90 minutes" in row)
-    assert re.search('>1 of 4</td><td[^>]*><a href="03_cnn.ipynb">CNN: the same loss, sooner</a>', short)
+    assert re.search('>1 of 10</td><td[^>]*><a href="03_cnn.ipynb">CNN: the same loss, sooner</a>', short)
 
 
 def test_when_all_is_done_it_says_so(copy):

@@ -5,22 +5,25 @@ whatever `HPCLAB_SEED` is, as their answers are typed.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from hpclab.tables import Table
 
-RACE = [
+Rows = list[dict[str, Any]]
+
+RACE: Rows = [
     {"racer": "1 rank", "CPUs": 1, "seconds to loss 0.4": 60.0},
     {"racer": "1 rank x 4 threads", "CPUs": 4, "seconds to loss 0.4": 24.0},
     {"racer": "4 ranks", "CPUs": 4, "seconds to loss 0.4": 20.0},
 ]
 
-CEILING = {"flops_per_s": 100e9, "bytes_per_s": 20e9, "ridge": 5.0, "source": "planted"}
-PROGRAMS = [
+CEILING: dict[str, Any] = {"flops_per_s": 100e9, "bytes_per_s": 20e9, "ridge": 5.0, "source": "planted"}
+PROGRAMS: Rows = [
     {"kind": "roofline", "name": name, "intensity": intensity, "flops_per_s": rate, "source": "planted"}
     for name, intensity, rate in (("A", 0.25, 4.5e9), ("B", 20.0, 90e9), ("C", 20.0, 10e9), ("D", 1.0, 8e9))
 ]
 
-STEP = [
+STEP: Rows = [
     {"part": part, "milliseconds": milliseconds}
     for part, milliseconds in (("data", 10.0), ("forward", 30.0), ("backward", 50.0), ("optimiser", 10.0))
 ]
@@ -33,18 +36,18 @@ EXCHANGE = {
 }
 """By rank: line of the program, what it does, and with which other rank."""
 
-MESSAGES = [
+MESSAGES: Rows = [
     {"kind": "allreduce", "nbytes": nbytes, "duration_s": (2e-4 + 2e-9 * nbytes) * wobble, "source": "planted"}
     for nbytes in (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
     for wobble in (0.97, 1.0, 1.03)
 ]
 
-RATIOS = [
+RATIOS: Rows = [
     {"measure": name, "ratio": ratio, "low": low, "high": high, "rounds": 6, "source": "planted"}
     for name, ratio, low, high in (("A", 1.55, 1.3, 1.85), ("B", 1.08, 0.93, 1.25), ("C", 1.3, 1.05, 1.6))
 ]
 
-TIMELINE = [
+TIMELINE: Rows = [
     {"kind": "span", "rank": rank, "name": name, "start_s": start / 1e3, "duration_s": (end - start) / 1e3}
     | {"source": "planted"}
     for rank, bars in {
@@ -60,12 +63,12 @@ TIMELINE = [
     for name, start, end in bars
 ]
 
-SWEEP = [
+SWEEP: Rows = [
     {"ranks": ranks, "samples a rank and step": 64, "step (ms)": step}
     for ranks, step in ((1, 100.0), (2, 110.0), (4, 125.0), (8, 160.0))
 ]
 
-TASKS = [
+TASKS: Rows = [
     {"kind": "task", "worker": worker, "action": action, "start_s": start / 1e3, "duration_s": (end - start) / 1e3}
     | {"source": "planted"}
     for worker, action, start, end in (
@@ -76,7 +79,7 @@ TASKS = [
 
 CPUS = 4
 """Of both nodes of the Gantt chart together."""
-JOBS = [
+JOBS: Rows = [
     {"job": job, "name": name, "nodes": nodes, "cpus": cpus, "walltime_s": walltime, "state": "COMPLETED"}
     | {"submitted_s": submitted, "started_s": started, "ended_s": ended, "source": "planted"}
     for job, name, nodes, cpus, walltime, submitted, started, ended in (
@@ -88,7 +91,7 @@ JOBS = [
     )
 ]
 
-RECOVERY = [
+RECOVERY: Rows = [
     {"kind": "step", "run": "quiz", "attempt": attempt, "rank": 0, "ranks": 1, "step": step, "source": "planted"}
     | {"time_s": began + 0.1 * (step - first), "step_s": 0.1, "loss": 1.0, "samples": 32}
     for attempt, began, first, last in ((0, 0.1, 0, 54), (1, 8.5, 40, 119))
@@ -98,7 +101,7 @@ RECOVERY = [
     {"kind": "resume", "run": "quiz", "attempt": 1, "step": 40, "source": "planted"},
 ]
 
-FILES = [
+FILES: Rows = [
     {"letter": letter, "mode of the folder": folder, "mode of the file": file, "file": name}
     for letter, folder, file, name in (
         ("a", "drwxr-xr-x", "-rw-r--r--", "job/run.sh"),
@@ -110,7 +113,7 @@ FILES = [
     )
 ]
 
-FORECASTS = [
+FORECASTS: Rows = [
     {"run": run, "A": (0.0, 20.0), "B": (8.0, 12.0), "C": (9.8, 10.2), "measured": value}
     for run, value in enumerate((10.5, 9.0, 13.0, 11.0), start=1)
 ]

@@ -158,7 +158,7 @@ def _grade(folder: str, csv: str | None, seed: str | None, time: float, memory: 
     folder: folder with FOLDER/*.ipynb, or FOLDER/STUDENT/*.ipynb
     --csv FILE: also write the rows to this file
     --seed: seed of hidden variants of the checks (default: the class's variants)
-    --inconclusive=0.0: points if a check is inconclusive
+    --inconclusive=0.0: share of the points for an inconclusive check
     --time=600.0: seconds for each notebook
     --memory=2GB: memory for all processes of a notebook together
     --course FOLDER: the notebooks that you handed out (default: this course's)

@@ -301,6 +301,17 @@ def test_every_notebook_of_the_course_has_checks_that_are_found():
     steps = [step for one in submissions.assignments(ROOT / "notebooks") for step in one.checks.values()]
     assert sorted(step.exercise for step in steps) == checks.ids()
     assert {step.answer for step in steps} >= {"largest_gang", "(pack, unpack)"}
+    assert {step.points for step in steps if ".quiz_" in step.exercise} == {1}
+    assert {step.points for step in steps if ".quiz_" not in step.exercise} == {2}
+
+
+def test_points_weigh_as_the_courses_own_check_says(tmp_path, course):
+    file = course / "rate.ipynb"
+    file.write_text(file.read_text().replace('"points": 1', '"points": 3'))
+    folder = handed_in(tmp_path / "class", ann=notebook(RIGHT), ben=notebook(WRONG))
+    rows = grading.grade(folder, course=course, trust=True)
+    assert [(row["points"], row["of"]) for row in rows] == [(3, 3), (0, 3)]
+    assert [(row["points"], row["of"]) for row in grading.totals(rows)] == [(3, 3), (0, 3)]
 
 
 def test_a_renamed_notebook_is_known_by_its_cells(tmp_path):
@@ -371,7 +382,10 @@ def test_no_cell_of_the_marks_begins_a_formula_and_no_two_names_become_one(tmp_p
         "n" * 300,
         "n" * 301,
     ]
-    rows = [{"submission": grading._name(name), "exercise": "e", "verdict": "fail", "points": 0.5} for name in names]
+    rows = [
+        {"submission": grading._name(name), "exercise": "e", "verdict": "fail", "points": 0.5, "of": 1}
+        for name in names
+    ]
     grading.write(
         [row | {"reason": f"=1; {name}".replace("\udcff", "")} for row, name in zip(rows, names, strict=True)][:6],
         tmp_path / "m.csv",

@@ -54,6 +54,6 @@ def test_it_gives_the_solution_all_points_and_the_stub_none(nbgrader):
     with open(folder / "grades.csv") as table:
         rows = [row for row in csv.DictReader(table) if row["assignment"] == "graded"]
     assert {(row["student_id"], float(row["score"]), float(row["max_score"])) for row in rows} == {
-        ("solved", 2, 2),
-        ("stub", 0, 2),
+        ("solved", 6, 6),
+        ("stub", 0, 6),
     }

@@ -54,7 +54,7 @@ def grade(
     seed : str or int
         For the hidden variants of the checks; by default those of the class.
     inconclusive : float
-        Points for a check that couldn't tell, 0 to 1.
+        Share of the points for a check that couldn't tell, 0 to 1.
     time_s : float
         Seconds for a notebook.
     memory : int
@@ -70,7 +70,7 @@ def grade(
     -------
     Table
         A row a submission and exercise: ``submission``, ``exercise``, ``verdict`` ("pass", "fail", "inconclusive" or
-        "not reached"), ``points``, ``reason``.
+        "not reached"), ``points``, ``of`` (what a pass is worth), ``reason``.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def grade(
     if not folder.is_dir():
         raise ValueError(f"folder (={folder}) is no folder; name one with the notebooks of a class.")
     if not 0 <= inconclusive <= 1:
-        raise ValueError(f"inconclusive (={inconclusive:g}) must be from 0 to 1 points.")
+        raise ValueError(f"inconclusive (={inconclusive:g}) must be from 0 to 1, a share of the points.")
     if not time_s > 0 or not memory > 0:
         raise ValueError(f"time_s (={time_s:g}) and memory (={memory}) must be above 0.")
     notebooks = submissions.assignments(Path(course).expanduser().resolve() if course else data.share() / "notebooks")
@@ -98,7 +98,8 @@ def grade(
     if not trust and (why := sandbox.missing()):
         raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you say: --trust")
     limits = _Limits(time_s, memory, folder, trust, str(seed), language())
-    points = {"pass": 1.0, "inconclusive": float(inconclusive)}
+    shares = {"pass": 1.0, "inconclusive": float(inconclusive)}
+    worth = {step.exercise: step.points for notebook in notebooks for step in notebook.checks.values()}
     rows = Table()
     for name, path in handed_in:
         try:
@@ -110,7 +111,8 @@ def grade(
             ) from error
         for exercise, verdict, reason in judged:
             row = {"submission": _name(name), "exercise": exercise, "verdict": verdict}
-            rows.append(row | {"points": points.get(verdict, 0.0), "reason": _line(reason)})
+            of = worth.get(exercise, 1.0)
+            rows.append(row | {"points": shares.get(verdict, 0.0) * of, "of": of, "reason": _line(reason)})
             told(rows[-1])
     return rows
 
@@ -136,7 +138,8 @@ def totals(rows: list[dict]) -> Table:
     for row in rows:
         named.setdefault(row["submission"], []).append(row)
     return Table(
-        {"submission": name, "points": sum(row["points"] for row in own), "of": len(own)} for name, own in named.items()
+        {"submission": name} | {key: sum(row[key] for row in own) for key in ("points", "of")}
+        for name, own in named.items()
     )
 
 
@@ -145,7 +148,7 @@ def write(rows: list[dict], file: str | Path) -> None:
     file = Path(file).expanduser()
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, newline="", encoding="utf-8") as part:
         try:
-            written = csv.DictWriter(part, ["submission", "exercise", "verdict", "points", "reason"])
+            written = csv.DictWriter(part, ["submission", "exercise", "verdict", "points", "of", "reason"])
             written.writeheader()
             for row in rows:
                 written.writerow({name: _harmless(value) for name, value in row.items()})

@@ -7,6 +7,7 @@ whatever `HPCLAB_SEED` is, as their answers are typed.
 from collections.abc import Callable
 from typing import Any
 
+from hpclab.language import translate as _
 from hpclab.tables import Table
 
 Rows = list[dict[str, Any]]
@@ -134,8 +135,32 @@ def show(quiz: str) -> Table | None:
     """
     if quiz not in _SHOWN:
         raise ValueError(f"quiz (={quiz!r}) must be one of {', '.join(_SHOWN)}.")
-    shown = _SHOWN[quiz]()
-    return shown if isinstance(shown, Table) else None
+    shown, titles = _SHOWN[quiz](), _titles()
+    if not isinstance(shown, Table):
+        return None
+    return Table({titles.get(name, name): value for name, value in row.items()} for row in shown)
+
+
+def _titles() -> dict[str, str]:
+    """Names of columns in the reader's language."""
+    return {
+        "racer": _("racer"),
+        "CPUs": _("CPUs"),
+        "seconds to loss 0.4": _("seconds to loss 0.4"),
+        "part": _("part"),
+        "milliseconds": _("milliseconds"),
+        "ranks": _("ranks"),
+        "samples a rank and step": _("samples a rank and step"),
+        "step (ms)": _("step (ms)"),
+        "job": _("job"),
+        "time limit (s)": _("time limit (s)"),
+        "letter": _("letter"),
+        "mode of the folder": _("mode of the folder"),
+        "mode of the file": _("mode of the file"),
+        "file": _("file"),
+        "run": _("run"),
+        "measured": _("measured"),
+    }
 
 
 def _job_table() -> Table:

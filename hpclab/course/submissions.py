@@ -46,6 +46,8 @@ class Step:
     """How many copies of the check the notebook has; this is the last."""
     changed: bool = False
     """Whether the student's own cell asked for something else than the course's, which counts."""
+    points: float = 1.0
+    """What a pass of the course's check is worth."""
 
 
 @dataclass
@@ -246,6 +248,9 @@ def assignments(folder: Path) -> list[Assignment]:
     for path in sorted(folder.glob("*.ipynb")):
         cells = _cells(read(path))
         checks = {_id(cell): step for cell in cells if (step := check_cell(_text(cell))) is not None}
+        for cell in cells:
+            if _id(cell) in checks:
+                checks[_id(cell)].points = float(cell["metadata"].get("nbgrader", {}).get("points", 1))
         if checks:
             course.append(Assignment(path.stem, [_id(cell) for cell in cells], checks))
     if not course:

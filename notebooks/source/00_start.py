@@ -66,7 +66,7 @@ def largest_gang(cpus, memory):
     ### END SOLUTION
 
 
-# %% id="gang-check" points=1
+# %% id="gang-check" points=2
 hpclab.check("start.gang", largest_gang)
 
 # %% [markdown] id="connect"

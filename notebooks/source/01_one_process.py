@@ -333,7 +333,7 @@ kinds = random.Random(1).sample(bottlenecks.KINDS, 3)
 print("yours:  ", diagnose([bottlenecks.planted(kind, random.Random(place)) for place, kind in enumerate(kinds)]))
 print("planted:", kinds)
 
-# %% id="bottleneck-check" points=1
+# %% id="bottleneck-check" points=2
 hpclab.check("one-process.bottleneck", diagnose)
 
 # %% [markdown] id="quiz-roofline"

@@ -187,7 +187,7 @@ def reduce_scatter(parts, shift, rank, ranks):
     ### END SOLUTION
 
 
-# %% id="scatter-check" points=1
+# %% id="scatter-check" points=2
 hpclab.check("ddp-from-scratch.reduce_scatter", reduce_scatter)
 
 # %% [markdown] id="reduce"
@@ -287,7 +287,7 @@ def step(weights, gradient, all_reduce, ranks, lr):
     ### END SOLUTION
 
 
-# %% id="step-check" points=1
+# %% id="step-check" points=2
 hpclab.check("ddp-from-scratch.step", step)
 
 # %% [markdown] id="ddp"

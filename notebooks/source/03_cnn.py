@@ -255,7 +255,7 @@ def epoch_order(length, rank, ranks, seed, epoch):
     ### END SOLUTION
 
 
-# %% id="order-check" points=1
+# %% id="order-check" points=2
 hpclab.check("cnn.order", epoch_order)
 
 # %% [markdown] id="rate"
@@ -284,7 +284,7 @@ def scaled_lr(base_lr, base_batch, batch_size, ranks):
     ### END SOLUTION
 
 
-# %% id="rate-check" points=1
+# %% id="rate-check" points=2
 hpclab.check("cnn.learning_rate", scaled_lr)
 
 # %% [markdown] id="play"

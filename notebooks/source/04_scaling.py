@@ -397,7 +397,7 @@ def judge(rows):
     ### END SOLUTION
 
 
-# %% id="curves-check" points=1
+# %% id="curves-check" points=2
 hpclab.check("scaling.curves", judge)
 
 # %% [markdown] id="quiz-timeline"

@@ -348,7 +348,7 @@ def chunks(items, workers, item_s, task_s):
     ### END SOLUTION
 
 
-# %% id="chunk-check" points=1
+# %% id="chunk-check" points=2
 hpclab.check("dask.chunk", chunks)
 
 # %% [markdown] id="bytes-exercise"
@@ -381,7 +381,7 @@ def look_up_all(client, table, queries, look_up):
     ### END SOLUTION
 
 
-# %% id="bytes-check" points=1
+# %% id="bytes-check" points=2
 hpclab.check("dask.bytes", look_up_all)
 
 # %% [markdown] id="quiz-tasks"

@@ -322,7 +322,7 @@ options = ...
 options = "--ntasks=3 --time=4"
 ### END SOLUTION
 
-# %% id="backfill-check" points=1
+# %% id="backfill-check" points=2
 hpclab.check("queues.backfill", options)
 
 # %% [markdown] id="array-exercise"
@@ -348,7 +348,7 @@ script = """#!/bin/bash
 """
 ### END SOLUTION
 
-# %% id="array-check" points=1
+# %% id="array-check" points=2
 hpclab.check("queues.array", script)
 
 # %% [markdown] id="quiz-gantt"

@@ -235,7 +235,7 @@ def interval(log, machines):
     ### END SOLUTION
 
 
-# %% id="interval-check" points=1
+# %% id="interval-check" points=2
 hpclab.check("faults.interval", interval)
 
 # %% [markdown] id="state"
@@ -273,7 +273,7 @@ def unpack(state, model, optimizer, schedule):
     ### END SOLUTION
 
 
-# %% id="state-check" points=1
+# %% id="state-check" points=2
 hpclab.check("faults.state", (pack, unpack))
 
 # %% [markdown] id="quiz-recovery"

@@ -261,7 +261,7 @@ def job(token, folder):
     ### END SOLUTION
 
 
-# %% id="harden-check" points=1
+# %% id="harden-check" points=2
 hpclab.check("security.harden", (certificates, job))
 
 # %% [markdown] id="aggregation"
@@ -330,7 +330,7 @@ def mask(numbers, rank, seeds, step, prg):
     ### END SOLUTION
 
 
-# %% id="masks-check" points=1
+# %% id="masks-check" points=2
 hpclab.check("security.masks", mask)
 
 # %% [markdown] id="sum"
@@ -418,7 +418,7 @@ tables.Table(
 #
 # ### What can a stranger read?
 #
-# Another user of the host, in none of your groups, knows all of these names. Which files can they read? Every folder above
+# Another ordinary user of the host, in none of your groups, knows all of these names. Which files can they read? Every folder above
 # these can be entered by everybody. Set `modes_answer` to the set of the letters.
 
 # %% id="quiz-modes-show"

@@ -59,7 +59,7 @@ def score(low, high, value, level):
     ### END SOLUTION
 
 
-# %% id="score-check" points=1
+# %% id="score-check" points=2
 hpclab.check("capstone.score", score)
 
 # %% [markdown] id="honest"

@@ -78,7 +78,7 @@ def _score_of(returned: Any) -> float:
 @statements("capstone.quiz_score")
 def _scores() -> Truths:
     def scores(name: str) -> list[float]:
-        return [interval_score(*row[name], row["measured"], 0.9) for row in quizzes.FORECASTS]
+        return [interval_score(row[name][0], row[name][1], row["measured"], 0.9) for row in quizzes.FORECASTS]
 
     means = {name: sum(scores(name)) / len(quizzes.FORECASTS) for name in "ABC"}
     held = {name: sum(row[name][0] <= row["measured"] <= row[name][1] for row in quizzes.FORECASTS) for name in "ABC"}

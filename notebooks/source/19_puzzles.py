@@ -8,10 +8,10 @@
 # |---|---|
 # | objectives | write the communication of distributed training with send and receive only; count steps and bytes before you run; read a schedule and find the rank that waits |
 # | prerequisites | the notebook *ddp-from-scratch*; NumPy |
-# | minutes | 60 to read and do three of the six puzzles, 10 to 20 for each; all six are a set to choose from; under 1 to run |
+# | minutes | 60 to read and do three of the six puzzles, 10 to 20 minutes each; under 1 to run |
 # | needs | 1 CPU, 0.5 GB of memory, no ranks (they are simulated), no network |
 #
-# New terms are defined in the [glossary](glossary.md#all-reduce), in English and in Chinese.
+# They are a set to choose from: do those that you need, or all. New terms are defined in the [glossary](glossary.md#all-reduce), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import os
@@ -61,17 +61,17 @@ def total(device, vector):
 
 
 run = simulated.run(lambda device: total(device, np.full(4, 10.0**device.rank)), ranks=4)
-print(f"{run.steps} steps; rank 0 has {run.results[0]}")
 plots.schedule(run.rows)
+print(f"{run.steps} steps; rank 0 has {run.results[0]}")
 
 # %% id="example-came"
 hpclab.came("puzzles.example", run.steps)
 
 # %% [markdown] id="example-explain"
 # **Explain.** Each rank has a row with three tracks: on top what it computes or waits for, below that what it sends, at the
-# bottom what it receives. All three messages were sent in step 0, yet they arrive one after the other, since rank 0 receives
-# one at a time: $(p - 1)(1 + n) = 15$ steps. Rank 3 is free at once, as its program has ended; its message queues until step 10.
-# With a thousand ranks this program takes a thousand times as long, and rank 0 is its bottleneck.
+# bottom what it receives. All three ranks call `send` in step 0, yet the messages arrive one after the other, since rank 0
+# receives one at a time: $(p - 1)(1 + n) = 15$ steps. The message of rank 3 queues until step 10. With a thousand ranks this
+# program takes 4,995 steps, and in each of them just one rank sends: rank 0 is the bottleneck.
 #
 # Sending never waits here, but receiving does. When every rank waits first, nobody ever sends; the machine sees that nothing
 # can move any more, and says who waits for whom:
@@ -89,16 +89,16 @@ print(simulated.run(lambda device: turn(device, np.ones(4)), ranks=4).fault)
 # %% [markdown] id="ring"
 # ## How to play
 #
-# Fill in a puzzle's function; the next cell draws what it does with the sizes given in the text, and prints what it takes
-# beside the limits. Change it until you like the picture. The check then tries your function on clusters of other
-# sizes too: a program must be right everywhere first, then within its limits. Any algorithm that keeps to them passes. The puzzles
-# are independent of each other: begin with the one that you like.
+# Write a puzzle's function; the next cell draws what it does with the sizes given in the text, and prints what it takes beside
+# the limits. Change it until you like the picture (if it loops forever, ■ in the toolbar stops it). The check tries your
+# function with these sizes, and then on clusters of other sizes: each time the results must be right, and within the limits.
+# Any algorithm that achieves both passes. The puzzles are independent of each other: begin with the one that you like.
 #
 # ## Puzzle 1: ring
 #
-# Each of $p$ ranks has a vector of $N$ numbers, and *all* want the sum. But each has only one cable, and it leads **left**, from
-# rank $r$ to $r - 1$ (from 0 to $p - 1$). Write `ring(device, vector)`, which returns the sum. $N$ need not be a
-# multiple of $p$.
+# Each of $p$ ranks has a vector of $N$ numbers, and *all* want the sum. But each can send through one cable only, and it leads
+# **left**, from rank $r$ to $r - 1$ (from 0 to $p - 1$). Write `ring(device, vector)`, which returns the sum. $N$ need not be
+# a multiple of $p$.
 #
 # | limit | | with 4 ranks and 8 numbers |
 # |---|---|---|
@@ -230,7 +230,8 @@ puzzles.draw("overlap", overlap)
 hpclab.check("puzzles.overlap", overlap)
 
 # %% [markdown] id="pipeline"
-# This is what torch's DDP does, with one more trick: it gathers small gradients into buckets, since each message pays its latency.
+# torch's DDP sends gradients early too, with one more trick: it gathers small ones into buckets, since each message pays its
+# latency.
 #
 # ## Puzzle 4: pipeline
 #

@@ -583,7 +583,7 @@ def test_another_way_within_the_limits_passes(name, answer):
         (
             "overlap",
             after_all,
-            "Right, but it takes 37 steps, 10 more than the 27 allowed. The network has nothing to do until step 12,",
+            "Right, but it takes 37 steps, 10 more than the 27 allowed. The network is idle until step 12,",
         ),
         ("overlap", one_by_one, "Right, but it takes 42 steps, 15 more than the 27 allowed. At step 2 rank 0 waits"),
         ("overlap", updates_at_the_end, "Right, but it takes 32 steps, 5 more than the 27 allowed. Updates wait"),
@@ -626,10 +626,14 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
     [
         ("ring", lambda device, vector: vector, "Each rank has its own numbers only"),
         ("ring", lambda device, vector: ring()(device, vector) / device.ranks, "A sum is wanted here, and no average"),
-        ("ring", ring(turns=lambda ranks: ranks - 1), "Every part's sum is on one rank only"),
+        ("ring", ring(turns=lambda ranks: ranks - 1), "Each part's sum is on one rank only"),
         ("ring", ring(added=lambda ranks: 2 * ranks), "Rank 0 counts numbers of rank 0 more than once"),
         ("ring", ring(turns=lambda ranks: ranks - 2), "In a sum of rank 0 the number of rank 1 is missing"),
-        ("ring", lambda device, vector: ring()(device, vector)[::-1].copy(), "Numbers of different places are added"),
+        (
+            "ring",
+            lambda device, vector: ring()(device, vector)[::-1].copy(),
+            "Numbers from different places were added",
+        ),
         (
             "ring",
             lambda device, vector: around(device, vector, 1),
@@ -640,8 +644,8 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
             lambda device, vector: ring()(device, vector)[:3],
             "must return numbers of shape (8,), not this ndarray (3,)",
         ),
-        ("broadcast", tree(moved=False), "It works from rank 0, and not from another one. 8 ranks, "),
-        ("broadcast", tree(bounded=False), "It works on 8 ranks, and not on every number of ranks. "),
+        ("broadcast", tree(moved=False), "It works from rank 0, but not from other ranks. 8 ranks, "),
+        ("broadcast", tree(bounded=False), "It works on 8 ranks, but not on every number of ranks. "),
         ("broadcast", two_children, "There are steps in which a rank that has the numbers sends nothing"),
         ("broadcast", lambda *given: 2 * tree()(*given), "Rank 0 has other numbers than the root sent"),
         (
@@ -691,7 +695,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         (
             "all_to_all",
             lambda device, blocks: all_gather(device, blocks[0]),
-            "has another block than the one from rank",
+            "should have the block from rank",
         ),
         ("all_to_all", exchange(lambda device: range(device.ranks)), "Rank 0 names rank 0 at step 0"),
     ],
@@ -735,7 +739,7 @@ def test_variables_of_all_ranks_are_no_network():
         device.compute(1)
         return sum(everybody[rank] for rank in range(device.ranks))
 
-    message = "Right, but with 0 bytes sent in all, where 384 are needed: ranks share no variables."
+    message = "Right, but all ranks together sent 0 bytes, and 384 are needed: ranks share no variables."
     assert message in check("puzzles.ring", answer).message
 
 

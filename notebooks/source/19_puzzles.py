@@ -191,7 +191,7 @@ hpclab.check("puzzles.broadcast", broadcast)
 #   the last layer, `layers - 1`, to layer 0.
 # - `update(layer, gradient)` computes for $u$ steps and returns the layer's new weights. Give it the *mean* gradient of both ranks.
 #
-# Return the list of the new weights, layer 0 first. A message takes longer than the computing of a layer: $1 + n \geq b + u$.
+# Return the list of the new weights, layer 0 first. A message takes at least as long as the computing for a layer: $1 + n \geq b + u$.
 #
 # | limit | | with 6 layers of 3 numbers, $b = 2$, $u = 1$ |
 # |---|---|---|
@@ -258,7 +258,7 @@ hpclab.check("puzzles.overlap", overlap)
 #
 # <details><summary>Hint</summary>
 #
-# Write it for one piece first: `batch` goes up rank by rank, the derivative comes down. Then cut the batch with `np.split`. In
+# Write it for one piece first: `batch` goes up rank by rank, and the derivative comes back down. Then cut the batch with `np.split`. In
 # what order can a rank do its $2 m$ computations so that the next rank can begin soon?
 #
 # </details>
@@ -296,7 +296,7 @@ hpclab.check("puzzles.pipeline", pipeline)
 # %% [markdown] id="optimizer"
 # Does your rank 0 do all its forward passes first? Then it has to remember all parts at once. Real pipelines go backward as
 # soon as they can (*1F1B*), and a rank never remembers more than $p$ parts. Where messages are free, the bubble is the
-# same; here, where each takes a step, 1F1B takes 31 steps.
+# same; here, where each takes a step, 1F1B takes 31 steps and is over the limit.
 #
 # ## Puzzle 5: sharded optimiser
 #
@@ -312,7 +312,7 @@ hpclab.check("puzzles.pipeline", pipeline)
 # | bytes sent by any rank, a step of training | $8 \cdot 2 (p - 1) N / p$ | 2 x 96 |
 # | bytes kept: weights and state | $8 (N + N / p)$ | 80 |
 #
-# **Count first**: sum the gradients as in puzzle 1, and let all ranks step all weights. Which limit does that break?
+# **Count first**: sum the gradients as in puzzle 1, and let all ranks update all weights. Which limit does that break?
 #
 # <details><summary>Hint</summary>
 #
@@ -367,8 +367,8 @@ hpclab.check("puzzles.optimizer", optimizer)
 #
 # <details><summary>Hint</summary>
 #
-# A sender whose first message queues keeps all its others waiting too. Draw who sends to whom in the first round: when
-# is no receiver asked twice?
+# A message that queues also holds up those behind it. Draw who sends to whom in the first round: when does no rank get two
+# messages?
 #
 # </details>
 

@@ -59,7 +59,8 @@ def _shared(case: Case, schedule: Schedule) -> str | None:
     if (sent := sum(schedule.sent)) < case.least:
         values = {"sent": sent, "least": case.least}
         return _(
-            "Right, but with {sent} bytes sent in all, where {least} are needed: ranks share no variables.", **values
+            "Right, but all ranks together sent {sent} bytes, and {least} are needed: ranks share no variables.",
+            **values,
         )
     return None
 
@@ -121,7 +122,7 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     if message := _first_of(known, sums):
         return message
     if not (vectors == vectors[:, :1]).all():
-        return _("Numbers of different places are added or swapped: what arrives belongs where it was cut from.")
+        return _("Numbers from different places were added or swapped: what arrives belongs where it was cut from.")
     times = (
         sums[..., None] // vectors[:, 0] % 10
     )  # (rank, number, origin): vectors are of powers of ten, so digits count
@@ -129,7 +130,7 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
         rank, _number, origin = np.argwhere(times > 1)[0]
         return _("Rank {rank} counts numbers of rank {origin} more than once.", rank=rank, origin=origin)
     if ((times == 1).all(2).sum(0) == 1).all():
-        return _("Every part's sum is on one rank only: that's half of the way, since all ranks need all sums.")
+        return _("Each part's sum is on one rank only. That's halfway: all ranks need all sums.")
     rank, _number, origin = np.argwhere(times != 1)[0]
     return _("In a sum of rank {rank} the number of rank {origin} is missing.", rank=rank, origin=origin)
 
@@ -148,9 +149,9 @@ def _broadcast(broadcast: object) -> Result:
     uneven = [puzzles.broadcast(drawn, ranks) for ranks in (drawn.choice((5, 6, 7)), drawn.choice((9, 11, 13)))]
     result = _judge("broadcast", broadcast, _broadcast_wrong, _broadcast_over, [puzzles.broadcast(None)])
     if result and not (result := _judge("broadcast", broadcast, _broadcast_wrong, _broadcast_over, [moved])):
-        return failed(_("It works from rank 0, and not from another one. {why}", why=result.message))
+        return failed(_("It works from rank 0, but not from other ranks. {why}", why=result.message))
     if result and not (result := _judge("broadcast", broadcast, _broadcast_wrong, _broadcast_over, uneven)):
-        return failed(_("It works on 8 ranks, and not on every number of ranks. {why}", why=result.message))
+        return failed(_("It works on 8 ranks, but not on every number of ranks. {why}", why=result.message))
     return result
 
 
@@ -195,7 +196,7 @@ def _overlap_over(case: Case, schedule: Schedule) -> str | None:
     last_backward = max(row["start"] for row in own if row.get("label", "").startswith("B"))
     sends = [row["start"] for row in own if row["action"] == "send"]
     if min(sends) > last_backward:
-        return _("The network has nothing to do until step {step}, when the last gradient is there.", step=min(sends))
+        return _("The network is idle until step {step}, when all gradients have been computed.", step=min(sends))
     waits = [row["start"] for row in own if row["action"] == "wait" and row["start"] <= last_backward]
     if waits:
         return _("At step {step} rank 0 waits for a message, with gradients left to compute.", step=waits[0])
@@ -259,8 +260,8 @@ def _optimizer_wrong(case: Case, weights: np.ndarray) -> str:
 
 def _optimizer_over(case: Case, schedule: Schedule) -> str:
     if max(schedule.sent) > case.limits["sent"]:
-        return _("A rank receives gradients of weights that it needn't step itself.")
-    return _("A rank keeps state for weights that other ranks step as well.")
+        return _("A rank receives gradients of weights that it needn't update itself.")
+    return _("A rank keeps state for weights that other ranks update as well.")
 
 
 @exercise("puzzles.all_to_all")
@@ -277,12 +278,14 @@ def _blocks_wrong(case: Case, blocks: np.ndarray) -> str:
     if _same(np.sort(blocks, 1), np.sort(case.expected, 1)):
         return _("All blocks are there, but not in the order of the ranks that they come from.")
     rank, source = np.argwhere(~right)[0]
-    return _("Rank {rank} has another block than the one from rank {source} at its place.", rank=rank, source=source)
+    return _(
+        "Where rank {rank} should have the block from rank {source}, it has another one.", rank=rank, source=source
+    )
 
 
 def _blocks_over(case: Case, schedule: Schedule) -> str | None:
     if max(schedule.sent) > case.limits["sent"]:
-        return _("Blocks travel by way of ranks that they aren't meant for.")
+        return _("Blocks travel through ranks that they aren't meant for.")
     first = sum(row["action"] == "send" and row["start"] == 0 for row in schedule.rows)
     if first < case.ranks:
         values = {"first": first, "ranks": case.ranks}

@@ -234,10 +234,12 @@ class Footprint:
             self.peak = max(self.peak, self._sample())
 
     def _sample(self) -> int:
+        if (pid := self.pid()) is None:  # psutil takes None for this process
+            return 0
         try:
-            first = psutil.Process(self.pid())
+            first = psutil.Process(pid)
             processes = [first, *first.children(recursive=True)]
-        except (psutil.Error, TypeError):  # not started yet, or ended
+        except psutil.Error:  # it has ended
             return 0
         self.seen.update(processes)
         return sum(map(self._memory, processes))

@@ -413,6 +413,12 @@ def execute(notebook, folder, tell, label) -> dict[str, str]:
     return {cell.id: "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs) for cell in checks}
 
 
+def test_a_footprint_of_what_has_not_started_is_not_this_process():
+    with Footprint(lambda: None) as footprint:
+        time.sleep(1)
+    assert (footprint.seen, footprint.peak) == (set(), 0)
+
+
 @pytest.mark.parametrize(
     "path",
     [

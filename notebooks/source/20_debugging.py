@@ -61,7 +61,7 @@ model = torch.nn.Linear(3, 1)
 # Memory is short, so each rank works through its share of the samples in `parts` pieces. `backward()` *adds* to the gradients:
 # after the last piece, all pieces are in them. Then the ranks add up theirs.
 #
-# The result should not depend on how the work is shared out. **Predict** the loss on one rank, on two, and on two with four
+# The result should not depend on how the work is shared out. **Say first** the loss on one rank, on two, and on two with four
 # pieces each.
 
 
@@ -107,7 +107,7 @@ hpclab.check("debugging.division", train_in_parts)
 # From here on `step(model, optimizer, loss)` takes each step, with the mean of the ranks' gradients.
 #
 # This program should stop as soon as the mean loss over *all* samples is below the target. Each rank has the same number of
-# samples. **Predict** what will happen instead.
+# samples. **Say first** what will happen instead.
 
 
 # %% id="collective-answer" exercise=true
@@ -164,7 +164,7 @@ hpclab.check("debugging.collective", train_until)
 # The ranks share out each batch of `batch_size` samples. The last batch is whatever is left; it isn't dropped, because the
 # samples were expensive.
 #
-# **Predict**: with batches of 8, for which of 48, 47, 44 and 41 samples do two ranks end with the weights of one?
+# **Say first**: with batches of 8, for which of 48, 47, 44 and 41 samples do two ranks end with the weights of one?
 
 
 # %% id="last-answer" exercise=true
@@ -206,7 +206,7 @@ hpclab.check("debugging.last_batch", train_epoch)
 # ## 4. A layer that looks at the batch
 #
 # Between two linear layers there is a batch norm, written out: each feature has its mean over the batch subtracted, and is divided
-# by its standard deviation. The gradients are averaged as they should be, and all shares are equal. **Predict**: do two ranks
+# by its standard deviation. The gradients are averaged as they should be, and all shares are equal. **Say first**: do two ranks
 # end with the weights of one?
 #
 # One tool may help: `mean_over_ranks(tensor)` returns the mean of a tensor over the ranks, and autograd knows its gradient.
@@ -256,7 +256,7 @@ hpclab.check("debugging.batchnorm", train_normed)
 # ## 5. The same dice
 #
 # To make few samples go further, the program adds noise to them, new noise in each step. It sets a seed, so that a run can be
-# repeated. **Predict**: two ranks take two steps. How many different noises do they see?
+# repeated. **Say first**: two ranks take two steps. How many different noises do they see?
 #
 # A trick shows the noise alone: give the program samples that are all zero, and a network that prints what it sees.
 
@@ -304,7 +304,7 @@ hpclab.check("debugging.seed", train_noisy)
 # ## 6. It goes on, but not as it would have
 #
 # Each rank chooses its own samples (with Python's `random`) and noise (with torch), and has a seed of its own in `seeds`. The
-# program trains until step `steps` and writes a checkpoint; launched again, it goes on from there. **Predict**: will ten steps at
+# program trains until step `steps` and writes a checkpoint; launched again, it goes on from there. **Say first**: will ten steps at
 # once, and five and then five, end with the same weights?
 
 

@@ -73,6 +73,7 @@ def test_the_stub_writes_nothing_and_no_prediction_is_made_up(copy):
     assert hpclab.predict("a.c", ..., among=["yes", "no"]).endswith('write one of "yes", "no".')
     assert log(copy) == []
     assert hpclab.came("a.b", 2) == "Result: 2 steps. (No prediction was written down.)"
+    assert hpclab.came("a.d", float("nan")) == hpclab.came("a.d", None)
     assert hpclab.came("a.d", None) == "There is no result yet to compare with."
     assert [row for row in log(copy) if "prediction" in row or row["result"] != "a.b"] == []
 
@@ -110,7 +111,7 @@ def test_the_index_shows_how_good_they_were(copy):
     assert [(row["predictions"], row["made"], row["how good"]) for row in found.predictions] == [
         ("numbers", 3, "off by a factor of 2 (median)"),
         ("intervals", 2, "1 held what came"),
-        ("choices", 1, "1 were right"),
+        ("choices", 1, "1 right"),
     ]
     assert found.done == 1
     assert "1 held what came" in found._repr_html_() and "1 held what came" in repr(found)

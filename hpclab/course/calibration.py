@@ -64,7 +64,7 @@ def table(notes: list[dict]) -> Table:
     kinds = {
         _("numbers"): (factors, lambda: _("off by a factor of {off:.2g} (median)", off=statistics.median(factors))),
         _("intervals"): (intervals, lambda: _("{right} held what came", right=sum(intervals))),
-        _("choices"): (choices, lambda: _("{right} were right", right=sum(choices))),
+        _("choices"): (choices, lambda: _("{right} right", right=sum(choices))),
     }
     return Table(
         {_("predictions"): name, _("made"): len(judged), _("how good"): words()}

@@ -83,9 +83,9 @@ def came(prediction_id: str, value: float | str | None) -> Shown:
     value : number or str, or None
         The result; None if there is none, as while an exercise isn't solved.
     """
-    if value is None:
+    result = value if value is None or isinstance(value, str) else float(value)
+    if result is None or result != result:  # NaN, of a measurement that failed
         return Shown(_("There is no result yet to compare with."))
-    result = value if isinstance(value, str) else float(value)
     story = stories(_notes()).get(prediction_id, Story())
     if story.result is None:
         _note({"result": prediction_id, "value": result})

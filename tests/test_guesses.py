@@ -45,7 +45,8 @@ def test_a_prediction_is_kept_and_shown_beside_the_result(copy):
         ([1, 1.5], 1.6, "Your interval doesn't hold it: why?"),
         (4, 1.0, "You were off by a factor of 4."),
         (0, 3, "Why?"),
-        (0, 0, "You were off by a factor of 1."),
+        (0, 0, "You were right."),
+        (1.5, 1.502, "You were right."),
     ],
 )
 def test_numbers_and_intervals_are_judged(value, result, verdict):

@@ -12,6 +12,8 @@ from hpclab.pages import html
 
 Value = float | list[float] | str
 """A number, the two ends of an interval, or one of some options."""
+SAME = 1.005
+"""Factor below which a number was right: no difference is shown in three digits."""
 _session: list[dict] = []
 """Notes of this process: all that there are outside of a working copy, or where its log can't be written."""
 _units: dict[str, str] = {}
@@ -111,9 +113,10 @@ def _verdict(predicted: Value, result: float | str) -> str:
     if isinstance(predicted, list):
         low, high = predicted
         return _("Your interval holds it.") if low <= result <= high else _("Your interval doesn't hold it: why?")
-    if (off := factor(predicted, result)) == math.inf:
-        return _("Why?")
-    return _("You were off by a factor of {off:.3g}.", off=off)
+    off = factor(predicted, result)
+    if off < SAME:
+        return _("You were right.")
+    return _("Why?") if off == math.inf else _("You were off by a factor of {off:.3g}.", off=off)
 
 
 def _checked(value: object, among: Sequence[str]) -> Value:

@@ -94,7 +94,7 @@ client
 # of the `...` below and run that cell: your prediction is kept in this folder, and shown beside the result.
 
 # %% id="rank-predict"
-hpclab.predict("start.sum", ..., "on each rank")
+hpclab.predict("start.sum", ...)
 
 
 # %% id="rank-do"

@@ -141,7 +141,7 @@ def train(client, ranks, threads=1, **settings):
 # much will their losses differ after 30 steps: a tenth, a thousandth (`1e-3`), a millionth?
 
 # %% id="same-predict"
-hpclab.predict("cnn.same_loss", ..., "difference")
+hpclab.predict("cnn.same_loss", ..., "apart")
 
 
 # %% id="same-do"

@@ -2,7 +2,8 @@
 # # CNN: the same loss, sooner
 #
 # **You will** train a convolutional network with a plain loop, then with two ranks; show that both take the *same*
-# steps; measure how much sooner, with repeats; and mend two bugs that almost everybody writes once.
+# steps; measure how much sooner, with repeats; and mend two bugs that almost everybody writes once. Parts headed *For later*
+# can wait.
 #
 # | | |
 # |---|---|

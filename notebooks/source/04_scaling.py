@@ -3,7 +3,7 @@
 #
 # **You will** measure how training scales on this machine, see where the time of a step goes, and find out how little two
 # CPUs prove; then let your training feel a slower network, and forecast machines that you don't have, beside what
-# others measured on them. Parts that say *for later* can wait: nothing else needs them.
+# others measured on them. Parts headed *For later* can wait.
 #
 # | | |
 # |---|---|
@@ -75,7 +75,7 @@ hpclab.came("scaling.weak_step", 1 / scaling.summary(rows)[1]["efficiency"])
 # The first steps aren't counted; how many they are is found in the run itself (`warm_up` in the rows).
 
 # %% [markdown] id="sweep-open"
-# **What `sweep` does** is no magic. In each round it trains every case once, in shuffled order, and keeps a row of each run: the
+# **What `sweep` does**: in each round it trains every case once, in shuffled order, and keeps a row of each run: the
 # samples of the steps after the first, slow ones, over their seconds. A speed-up then divides two rows of the *same* round.
 # By hand, for one more run, and for the rounds above:
 
@@ -244,7 +244,7 @@ for fit, p in zip(fits, (3, 4), strict=True):  # the speed of one worker, sigma,
 #
 # A curve that fits knows nothing of machines that it hasn't seen. A *cause* may: what a rank computes, how much that
 # varies (all wait for the slowest), how many bytes travel, over which network, and what hides behind the backward pass.
-# As an equation, a step on $p$ ranks takes
+# A step on $p$ ranks takes
 #
 # $$T(p) = c + s\, z(p) + v(p), \qquad v(p) = \max\bigl(V_{\text{last}}(p),\ V(p) - o\, c\bigr)$$
 #
@@ -255,7 +255,7 @@ for fit, p in zip(fits, (3, 4), strict=True):  # the speed of one worker, sigma,
 # - $V(p) = 2 (p - 1)\, \alpha + 2 \frac{p - 1}{p}\, \beta N$ for $N$ bytes in a ring.
 #
 # `calibrate` takes $s$, $N$ and the network as given, and finds the $c$ with which the equation gives the measured steps of two
-# ranks, where both CPUs are as busy as they will be. That is easily done by hand:
+# ranks, where both CPUs are as busy as they will be. By hand:
 
 # %% id="calibrate-do"
 both = [row for row in rows if row["ranks"] == 2]

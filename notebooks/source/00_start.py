@@ -17,13 +17,11 @@
 # Words that are new to you stand in the [glossary](glossary.md#rank), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
-
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
-
-# %% id="imports"
 import hpclab
 
+SIZE = hpclab.size()  # "small", "class" or "cluster"
+
+# %% id="imports"
 EPOCHS = {"small": 1, "class": 3, "cluster": 10}[SIZE]
 
 # %% [markdown] id="machine"
@@ -99,6 +97,8 @@ hpclab.predict("start.sum", ...)
 
 # %% id="rank-do"
 def hello():
+    import os
+
     import torch
     import torch.distributed as dist
 

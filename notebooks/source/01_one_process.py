@@ -15,11 +15,12 @@
 # Words that are new to you stand in the [glossary](glossary.md#roofline), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
+import os
 import random
 import statistics
 import time
@@ -28,7 +29,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import hpclab
 from hpclab import bottlenecks, figures, plots, ratios, roofline, timeline
 from hpclab.course import malloc
 

@@ -15,14 +15,12 @@
 # Words that are new to you stand in the [glossary](glossary.md#reduce-scatter), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import torch
-
-import hpclab
 
 RANKS = 4
 STEPS, REPEATS = {"small": (5, 5), "class": (20, 10), "cluster": (100, 50)}[SIZE]

@@ -15,15 +15,14 @@
 # Words that are new to you stand in the [glossary](glossary.md#data-parallelism), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import torch
 from torch.nn.functional import cross_entropy
 
-import hpclab
 from hpclab.course.plots import pictures
 
 EPOCHS, REPEATS, STEPS = {"small": (1, 3, 15), "class": (2, 5, 20), "cluster": (10, 5, 200)}[SIZE]

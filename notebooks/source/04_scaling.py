@@ -15,14 +15,13 @@
 # Words that are new to you stand in the [glossary](glossary.md#strong-scaling), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import numpy as np
 
-import hpclab
 from hpclab import forecast, laws, plots, scaling, timeline
 from hpclab.course import daint, diagrams
 

@@ -15,9 +15,9 @@
 # Words that are new to you stand in the [glossary](glossary.md#granularity), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import operator
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from distributed import Client, get_task_stream, get_worker
 
-import hpclab
 from hpclab import figures, laws, plots, tasks
 from hpclab.tables import Table
 

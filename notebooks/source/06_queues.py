@@ -14,9 +14,9 @@
 # Words that are new to you stand in the [glossary](glossary.md#backfill), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import functools
@@ -26,7 +26,6 @@ from pathlib import Path
 
 from IPython.display import display
 
-import hpclab
 from hpclab import plots, slurm, views
 from hpclab.course.recorded import notice, on_slurm
 from hpclab.course.waiting import compare

@@ -14,9 +14,9 @@
 # Words that are new to you stand in the [glossary](glossary.md#checkpoint), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import functools
@@ -24,7 +24,6 @@ import functools
 import numpy as np
 import torch
 
-import hpclab
 from hpclab import chaos, plots, rows, views
 from hpclab.course.plots import intervals
 

@@ -14,12 +14,13 @@
 # Words that are new to you stand in the [glossary](glossary.md#handshake), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import io
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -28,7 +29,6 @@ import numpy as np
 import torch
 from distributed import Security
 
-import hpclab
 from hpclab import plots, security, tables
 from hpclab.course.plots import spread
 

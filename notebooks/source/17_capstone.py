@@ -14,9 +14,9 @@
 # Words that are new to you stand in the [glossary](glossary.md#forecast), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import functools
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-import hpclab
 from hpclab import predictions, scaling, slurm, study
 
 REPEATS, STEPS, LONG = {"small": (2, 12, 40), "class": (3, 12, 80), "cluster": (10, 100, 1000)}[SIZE]

@@ -14,14 +14,13 @@
 # They are a set to choose from: do those that you need, or all. New terms are defined in the [glossary](glossary.md#all-reduce), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")  # nothing here is larger on a larger machine
+SIZE = hpclab.size()  # nothing here is larger on a larger machine
 
 # %% id="imports"
 import numpy as np
 
-import hpclab
 from hpclab.course import plots, puzzles, simulated
 
 # %% [markdown] id="machine"

@@ -15,9 +15,9 @@
 # New terms are defined in the [glossary](glossary.md#all-reduce), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
-import os
+import hpclab
 
-SIZE = os.environ.get("HPCLAB_SIZE", "class")
+SIZE = hpclab.size()
 
 # %% id="imports"
 import random
@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch.nn.functional import mse_loss
 from torch.nn.utils import parameters_to_vector
 
-import hpclab
 from hpclab.course.debugging import Watched, differences, interrupted, losses, mean_over_ranks, samples, show
 
 STEPS = {"small": 20, "class": 20, "cluster": 200}[SIZE]

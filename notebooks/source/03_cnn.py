@@ -129,7 +129,6 @@ def train(client, ranks, threads=1, **settings):
         threads=threads,
         oversubscribe=True,
         batch_size=256 // ranks,
-        progress=False,
         **settings,
     )
 
@@ -195,10 +194,9 @@ print(race.verdict())
 # %% id="measure-do"
 rows = hpclab.scaling.sweep(
     client,
-    lambda client, ranks, threads, **_: train(client, ranks, threads, steps=STEPS),
+    lambda client, ranks, threads, **_: train(client, ranks, threads, steps=STEPS, progress=False),
     cases=hpclab.racing.racers(),
     repeats=REPEATS,
-    progress=False,
 )
 gains = hpclab.scaling.paired(rows)
 hpclab.plots.ratios(gains, "times as fast as 1 rank")

@@ -56,7 +56,7 @@ def train(client, ranks, **settings):
 hpclab.predict("scaling.weak_step", ..., "times as long")
 
 # %% id="measure-do"
-rows = scaling.sweep(client, train, ranks=[1, 2], repeats=REPEATS, progress=False)
+rows = scaling.sweep(client, train, ranks=[1, 2], repeats=REPEATS)
 hpclab.tables.Table(
     {"ranks": row["ranks"], "samples a second": round(row["samples_per_s"])}
     | {f"{name} (ms)": round(1e3 * row[f"{name}_s"], 1) for name in ("step", "compute", "comm", "straggle", "data")}
@@ -126,7 +126,7 @@ hpclab.predict("scaling.overlap", ..., "times as fast")
 
 # %% id="overlap-do"
 cases = [{"ranks": 2, "network": thin}, {"ranks": 2, "network": thin, "bucket_cap_mb": 0.1}]
-overlapped = scaling.paired(scaling.sweep(client, train, cases=cases, repeats=REPEATS, progress=False))
+overlapped = scaling.paired(scaling.sweep(client, train, cases=cases, repeats=REPEATS))
 hpclab.tables.Table({"case": row["measure"], "times as fast": hpclab.ratios.told(row)} for row in overlapped)
 
 # %% id="overlap-came"

@@ -118,7 +118,7 @@ class Perceptron(torch.nn.Sequential):
 
 
 with get_task_stream() as stream:
-    run = hpclab.train(client, Perceptron, "fashion_mnist", ranks=2, oversubscribe=True, progress=False)
+    run = hpclab.train(client, Perceptron, "fashion_mnist", ranks=2, oversubscribe=True)
     print(f"accuracy {run.result().accuracy:.3f} after one epoch, which was {len(stream.data)} tasks for Dask")
 
 # %% [markdown] id="when"

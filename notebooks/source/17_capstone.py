@@ -154,7 +154,7 @@ def train(client, ranks=2, channels=(32, 64), **settings):
 
 far = hpclab.Network(latency=5e-3, bandwidth=1e9, ranks=8)
 cases = [{"ranks": 2}, {"ranks": 2, "network": far}, {"ranks": 2, "channels": (16, 32)}]
-trials = scaling.sweep(client, train, cases=cases, repeats=REPEATS, progress=False)
+trials = scaling.sweep(client, train, cases=cases, repeats=REPEATS)
 rows += [row | {"regime": "setting"} for row in trials]
 
 

@@ -46,6 +46,7 @@ def test_a_move_trains_anew_and_leaves_a_ghost(play):
     first = play.run
     assert first.status == "finished" and first.ranks == 2
     assert "before" not in play.place.pages[-1]
+    assert "<p>2 ranks, 128 a step, " in play.place.pages[-1] and ": 30 of 30 (step), " in play.place.pages[-1]
     play.controls["ranks"].value = 1
     assert play.wait(60)
     assert play.run.ranks == 1 and play.run is not first
@@ -133,7 +134,7 @@ def test_what_can_not_be_drawn_is_shown_in_its_place_and_the_next_move_is_drawn(
         assert play.wait(60)
     page = play.place.pages[-1]
     assert "data:image/png" not in page and ">2 ranks, 128 a step" in page, "the table is there all the same"
-    assert re.match(r"<pre>\w+Error: [^\n]+</pre><details><summary>Traceback", page)
+    assert re.search(r"<pre>\w+Error: [^\n]+</pre><details><summary>Traceback", page)
     play.train()
     assert play.wait(60)
     assert play.run.status == "finished" and "data:image/png" in play.place.pages[-1]

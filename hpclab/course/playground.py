@@ -19,6 +19,7 @@ from hpclab.gangs.launch import gang_size
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
 from hpclab.network import Network
+from hpclab.pages import html
 from hpclab.tables import Table, markup
 from hpclab.training.start import Model, train
 
@@ -97,8 +98,11 @@ class Playground:
             control.observe(lambda change: self.train(), "value")
             live.answer_in_subshell(control)
         self.stop = ipywidgets.Button(description=_("Stop"), icon="stop", button_style="warning", disabled=True)
-        self.stop.on_click(lambda button: self._ask(None))
-        live.answer_in_subshell(self.stop)
+        self.stop.on_click(lambda button: self._stop())
+        self.again = ipywidgets.Button(description=_("Run again"), icon="refresh")
+        self.again.on_click(lambda button: self.train())
+        for control in (self.stop, self.again):
+            live.answer_in_subshell(control)
         self.run: Run | None = None
         self.label = ""
         self.before: dict[str, Rows] = {}
@@ -120,6 +124,10 @@ class Playground:
             network=network.value,
         )
         self._ask(Wish(label, {"ranks": ranks.value, "batch_size": share, "network": self.networks[network.value]}))
+
+    def _stop(self) -> None:
+        self.stop.disabled, self.stop.description = True, _("Stopping")
+        self._ask(None)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (default: no limit) until nothing is under way; return whether that is so."""
@@ -152,7 +160,7 @@ class Playground:
             with self._lock:  # a wish finds this thread, or sees that it has to start another
                 if not self._wishes:
                     self._thread = None
-                    self.stop.disabled = True
+                    self.stop.disabled, self.stop.description = True, _("Stop")
                     return
 
     def _watch(self) -> None:
@@ -200,8 +208,19 @@ class Playground:
         """The newest run, and in grey the one before it, as HTML: figure, table, and the error of one that failed."""
         error = "" if self.run is None else self.run.error()
         return live.stacked(
-            lambda: self._figure(rows), lambda: markup(self._table(rows)), lambda: live.preformatted(error)
+            lambda: self._progress(rows),
+            lambda: self._figure(rows),
+            lambda: markup(self._table(rows)),
+            lambda: live.preformatted(error),
         )
+
+    def _progress(self, rows: Rows) -> str:
+        """How far the newest run is, in a line."""
+        done = max((row["step"] + 1 for row in rows if row["kind"] == "step"), default=0)
+        values = {"what": self.label, "done": done, "total": self.settings["steps"], "unit": _("step")}
+        seconds = rows[-1].get("time_s", 0.0) if rows else 0.0
+        text = f"{_('{what}: {done} of {total} ({unit})', **values)}, {_('{seconds:.0f} s', seconds=seconds)}"
+        return html("<p>{{ text }}</p>", text=text)
 
     def _figure(self, rows: Rows) -> str:
         if not stepped(rows) and not self.before:
@@ -219,7 +238,7 @@ class Playground:
         return Table(columns | last | row for row in told)
 
     def _ipython_display_(self) -> None:
-        display(ipywidgets.VBox([*self.controls.values(), self.stop]))
+        display(ipywidgets.VBox([*self.controls.values(), ipywidgets.HBox([self.stop, self.again])]))
         self.place = display(HTML(_("Training begins ...")), display_id=True)
         self.train()
 

@@ -165,3 +165,14 @@ def test_closing_races_with_healing():
     assert client.cluster.status.name == "closed"
     left = [process for process in psutil.Process().children() if process not in before]
     assert not [process for process in left if "spawn_main" in " ".join(process.cmdline())]
+
+
+def test_nannies_at_work_are_no_news(client, caplog):
+    """A worker that was killed on purpose comes back without a warning in the notebook; others are shown."""
+    nannies = logging.getLogger("distributed.nanny")
+    nannies.warning("Restarting worker (status=%s)", "failed")
+    nannies.warning("Worker process still alive after 4.0 seconds, killing")
+    nannies.warning("Worker exceeded 95% memory budget. Restarting...")
+    assert [record.message for record in caplog.records if record.name == nannies.name] == [
+        "Worker exceeded 95% memory budget. Restarting..."
+    ]

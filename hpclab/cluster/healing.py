@@ -113,6 +113,11 @@ class PatientNanny(Nanny):
                 psutil.Process(self.pid).kill()
 
 
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """Whether what a nanny logs is news: that it does its work, starts a worker again or ends one, is none."""
+    return not str(record.msg).startswith(("Restarting worker", "Worker process still alive after"))
+
+
 class LocalCluster(Tended, distributed.LocalCluster):
     """Workers on this machine, as many as were asked for last, whatever befalls them.
 
@@ -132,6 +137,7 @@ class LocalCluster(Tended, distributed.LocalCluster):
         self._why = ""
         """What the last error was."""
         self._warned = False
+        logging.getLogger("distributed.nanny").addFilter(_worth_showing)
         env, pages = zygote.env if zygote else {}, Pages()
         with dask.config.set(pages.config):
             super().__init__(worker_class=PatientNanny, env=env, scheduler_kwargs=pages.options, **options)

@@ -34,6 +34,16 @@ def html(template: str, **values: Any) -> str:
     return _compiled(template).make_module(values).__html__()
 
 
+class Prose(str):
+    """Text that a notebook shows as a paragraph of whole words: what is printed there is broken within words."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return html("<p>{{ text }}</p>", text=str(self))
+
+
 @cache
 def _compiled(template: str) -> Any:
     from jinja2 import Environment  # here, since who only prints needs none

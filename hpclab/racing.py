@@ -16,6 +16,7 @@ from hpclab.figures import Figure, source_word
 from hpclab.gangs.launch import gang_size
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
+from hpclab.pages import Prose
 from hpclab.rows import attempts, source
 from hpclab.tables import Table
 from hpclab.training.start import Model, train
@@ -65,7 +66,7 @@ class Race:
             for trial in trials
         )
 
-    def verdict(self) -> str:
+    def verdict(self) -> Prose:
         """What this race shows, and what this machine can't show, in a few sentences."""
         trials = self.trials()
         first, last = trials[0], trials[-1]
@@ -91,7 +92,7 @@ class Race:
                 " show if talking cost nothing.",
                 cpus=first["cpus"],
             )
-        return words + " " + _("One race is one measurement: repeat it before you believe the ratio.")
+        return Prose(words + " " + _("One race is one measurement: repeat it before you believe the ratio."))
 
 
 def race(

@@ -83,7 +83,8 @@ def _decimals(values: list) -> int | None:
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]
     if not sizes:
         return None
-    decimals = max(0, DIGITS - 1 - math.floor(math.log10(max(sizes))))
+    written = max(len(repr(size).partition(".")[2]) for size in sizes)  # of numbers that were rounded before
+    decimals = min(written, max(0, DIGITS - 1 - math.floor(math.log10(max(sizes)))))
     return decimals if min(sizes) >= 10 ** (1 - decimals) else None
 
 

@@ -409,6 +409,7 @@ def test_race_tells_what_it_can(monkeypatch):
     race = racing.Race({"1 rank": rows(step_s=0.2), "2 ranks": rows(ranks=2, step_s=0.1)})
     assert "2 ranks trained 2.00 times as fast as 1 rank" in race.verdict()
     assert "took turns" not in race.verdict()
+    assert race.verdict()._repr_html_() == f"<p>{race.verdict()}</p>" and repr(race.verdict()) == race.verdict()
     race.runs["2 ranks"] = rows(ranks=2, step_s=0.2, source="emulated")
     assert "took turns" in race.verdict()
     (name, own) = list(racing.lines(race.runs).items())[-1]

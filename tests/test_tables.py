@@ -34,5 +34,9 @@ def test_as_html():
     assert '<th scope="col" style="text-align: right">samples a second</th>' in ROWS._repr_html_()
 
 
+def test_what_was_rounded_gets_no_more_decimals():
+    assert str(Table([{"ms": 10.1}, {"ms": 6.0}])).splitlines()[2:] == ["10.1", " 6.0"]
+
+
 def test_empty_ones_show_nothing():
     assert str(Table()) == Table()._repr_html_() == ""

@@ -181,7 +181,7 @@ race = hpclab.race(client, hpclab.models.CNN, "fashion_mnist", epochs=EPOCHS)
 race.table()
 
 # %% id="sooner-verdict"
-print(race.verdict())
+race.verdict()
 
 # %% [markdown] id="measure"
 # ## How sure?

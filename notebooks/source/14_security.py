@@ -241,12 +241,9 @@ hpclab.came("security.leaks", sum(row["others read it"] == row["secret in it"] =
 def certificates(folder):
     ...
     ### BEGIN SOLUTION
-    made, files = Security.temporary(), {"tls_ca_file": str(Path(folder, "ca_file"))}
-    for role in ("client", "scheduler", "worker"):
-        files |= {f"tls_{role}_{kind}": str(Path(folder, f"{role}_{kind}")) for kind in ("key", "cert")}
-    for name, path in files.items():
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(getattr(made, name))
+    made = Security.temporary()
+    kinds = [f"tls_{role}_{kind}" for role in ("client", "scheduler", "worker") for kind in ("key", "cert")]
+    files = {name: private_file(folder, name, getattr(made, name)) for name in ("tls_ca_file", *kinds)}
     return Security(require_encryption=True, **files)
     ### END SOLUTION
 
@@ -254,10 +251,14 @@ def certificates(folder):
 def job(token, folder):
     ...
     ### BEGIN SOLUTION
-    path = Path(folder, "token")
+    return f"#!/bin/bash\n#SBATCH --job-name=train\ntrain --token-file {private_file(folder, 'token', token)}\n"
+
+
+def private_file(folder, name, text):
+    path = Path(folder, name)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-        file.write(token)
-    return f"#!/bin/bash\n#SBATCH --job-name=train\ntrain --token-file {path}\n"
+        file.write(text)
+    return str(path)
     ### END SOLUTION
 
 

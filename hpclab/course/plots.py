@@ -283,4 +283,5 @@ def intervals(every: Sequence[float], simulated: np.ndarray, measured: dict[int,
     words = [curve(_("simulated"), every, middle), cloud(_("measured"), [*measured], [*measured.values()])]
     words.append(_("Young: {steps:.0f}", steps=young))
     ylabel = _("time lost, as a share of the work")
-    return finish(ax, [{"source": "mixed"}], _("steps between checkpoints"), ylabel, words)
+    finish(ax, [{"source": "mixed"}], _("steps between checkpoints"), ylabel, words)
+    return figures.legend_above(ax, columns=1)

@@ -256,7 +256,7 @@ def float_masks(gradients: np.ndarray, size: float) -> tuple[np.ndarray, float]:
     """
     dice, masked = np.random.default_rng(0), gradients.copy()
     for one, other in itertools.combinations(range(len(gradients)), 2):
-        drawn = dice.normal(0, size, gradients.shape[1]).astype(np.float32)
+        drawn = dice.normal(0, size, gradients.shape[1:]).astype(np.float32)
         masked[one] += drawn
         masked[other] -= drawn
     total = gradients.sum(0)

@@ -166,7 +166,7 @@ def backfill():
 filled = on_slurm(backfill, show=plots.gantt)
 
 # %% id="backfill-came"
-behind = max(filled[2:-1], key=lambda job: job["started_s"])
+behind = max(filled[2:-1], key=lambda job: (job["started_s"], job["job"]))
 hpclab.came("queues.left_behind", behind["name"])
 
 # %% id="compare-do"

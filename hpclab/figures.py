@@ -24,8 +24,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx")
 
-FIGURE = (
-    '<figure style="margin: 0"><img style="max-width: 100%" alt="{{ alt }}" src="data:image/png;base64,{{ image }}">'
+DARK = (
+    '<style>[data-jp-theme-light="false"] .hpclab-figure img'
+    " { filter: invert(1) hue-rotate(180deg); mix-blend-mode: lighten; }</style>"
+)
+"""In JupyterLab's dark theme, turns light and dark about, and leaves the hues."""
+FIGURE = DARK + (
+    '<figure class="hpclab-figure" style="margin: 0">'
+    '<img style="max-width: 100%" alt="{{ alt }}" src="data:image/png;base64,{{ image }}">'
     '<figcaption style="font-size: smaller"><details><summary>{{ title }}</summary>{{ lines | join("<br>" | safe) }}'
     "</details></figcaption></figure>"
 )

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from hpclab import MOVED_NAMES, figures, later
 from hpclab.figures import COLOURS, HATCHES, Values, cloud, curve, finish, look
 from hpclab.language import translate_drawn as _
-from hpclab.rows import grouped, kept, some, source, span
+from hpclab.rows import attempts, grouped, kept, some, source, span
 
 if TYPE_CHECKING:
     from hpclab.laws import LawFit
@@ -46,7 +46,7 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None, *, ghosts: dict[st
     -------
     matplotlib.axes.Axes
         The loss is the mean over the ranks and over about a fortieth of the steps; zero seconds is the first step's
-        start.
+        start. Where a run failed and went on, its line has a gap, and its failures and checkpoints are marked.
     """
     ax = figures.axes(ax)
     looks = [(name, rows, look(place)) for place, (name, rows) in enumerate(runs.items())]
@@ -55,9 +55,47 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None, *, ghosts: dict[st
     for name, rows, style in looks:
         seconds, losses = loss_curve(rows)
         shown = figures.series_name(name, rows)
-        words.append(_line(ax, shown, seconds, losses, markevery=max(1, len(losses) // 8), **style))
+        gaps = _gaps(rows)
+        ax.plot(*_parted(seconds, losses, gaps), label=shown or None, markevery=max(1, len(losses) // 8), **style)
+        words.append(curve(shown, seconds, losses) + _draw_failures(ax, rows, (seconds, losses), gaps))
     every = [row for rows in runs.values() for row in rows]
     return finish(ax, every, _("seconds of training"), _("training loss"), words)
+
+
+def _gaps(rows: list[dict]) -> list[tuple[float, float]]:
+    """When a run had failed and not gone on yet, on the clock of its `loss_curve`."""
+    if not any(row["kind"] == "restart" and "cause" in row for row in rows):
+        return []
+    start, _end = span(rows)
+    failed = [row for row in attempts(rows) if row["restart_s"]]
+    return [(row["end_s"] - start, row["end_s"] + row["restart_s"] - start) for row in failed]
+
+
+def _parted(seconds: list[float], losses: list[float], gaps: list[tuple[float, float]]) -> tuple[list, list]:
+    """A curve that isn't drawn across gaps."""
+    points = sorted([*zip(seconds, losses, strict=True), *((begin, math.nan) for begin, _end in gaps)])
+    return [second for second, _loss in points], [loss for _second, loss in points]
+
+
+def _draw_failures(ax: Axes, rows: list[dict], drawn: tuple, gaps: list[tuple[float, float]]) -> str:
+    """Mark on a loss curve where its run failed, until when, and its checkpoints; return that in words."""
+    if not gaps:
+        return ""
+    seconds, losses = drawn
+    known = ax.get_legend_handles_labels()[1]  # each is named once
+    failure, pause, saved = (
+        None if title in known else title for title in (_("failure"), _("until it went on"), _("checkpoint"))
+    )
+    for number, (begin, end) in enumerate(gaps):
+        ax.axvspan(begin, end, color="0.85", linewidth=0, zorder=0, label=None if number else pause)
+        height = losses[max((place for place, second in enumerate(seconds) if second <= begin), default=0)]
+        mark: dict[str, Any] = {"color": "black", "marker": "X", "linestyle": "none", "markersize": 9, "zorder": 5}
+        ax.plot(begin, height, label=None if number else failure, **mark)
+    start, _end = span(rows)
+    at = [row["time_s"] - start for row in rows if row["kind"] == "checkpoint"]
+    ax.plot(at, [0.015] * len(at), "|", color="0.4", transform=ax.get_xaxis_transform(), label=saved)
+    spans = ", ".join(f"{figures.number(begin)}-{figures.number(end)}" for begin, end in gaps)
+    return _("; failed and went on at {spans} s", spans=spans)
 
 
 def throughput(rows: list[dict], ax: Axes | None = None) -> Axes:

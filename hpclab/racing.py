@@ -197,6 +197,8 @@ def own_cpu(rows: Rows) -> Rows:
     clock: dict[int, float] = {}
     moved = []
     for row in sorted(rows, key=lambda row: row.get("time_s", 0.0)):
+        if row["kind"] in ("restart", "checkpoint"):  # their seconds are those of another clock
+            continue
         if row["kind"] == "step":
             clock[row["rank"]] = clock.get(row["rank"], 0.0) + row["cpu_s"]
             row = row | {"time_s": clock[row["rank"]], "step_s": row["cpu_s"]}

@@ -54,7 +54,7 @@ class LiveView:
         self.kill = ipywidgets.Button(description=_("Kill this rank"), icon="bolt", button_style="danger")
         self.stop.on_click(lambda button: self._stop())
         self.kill.on_click(lambda button: run.kill(self.rank.value))
-        self.controls = ipywidgets.HBox([self.stop, self.rank, self.kill])
+        self.controls = ipywidgets.HBox([self.stop, self.rank, self.kill], layout={"flex_flow": "row wrap"})
         for control in self.controls.children:
             answer_in_subshell(control)
 
@@ -72,7 +72,7 @@ class LiveView:
         )
 
     def _stop(self) -> None:
-        self.stop.disabled = True
+        self.stop.disabled, self.stop.description = True, _("Stopping")
         threading.Thread(target=self.run.stop, name="hpclab-stop", daemon=True).start()
 
 

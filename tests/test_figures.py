@@ -5,6 +5,7 @@ import random
 import re
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from conftest import require
 from IPython.core.formatters import DisplayFormatter
@@ -203,6 +204,24 @@ def test_a_rank_alone_waits_for_a_cpu_and_talks_to_nobody():
     assert views.ranks(two)[0]["talking and waiting"] == "50%"
     alone = plots.split([ABOUT | {"rank": 0} | SPLIT])
     assert "waiting for a CPU 1 ms" in alone.figure.words()
+    plt.close("all")
+
+
+def test_a_loss_curve_has_a_gap_where_its_run_failed_and_marks_it():
+    """Killed at 21.5 s with a checkpoint after step 10; it went on 8 s later with step 11."""
+    before = [row for row in MANY if row["step"] < 13]
+    saved = {"kind": "checkpoint", "attempt": 0, "step": 11, "time_s": 16.7}
+    restart = {"kind": "restart", "attempt": 1, "cause": "killed", "failed_s": 21.5, "time_s": 29.0}
+    after = [row | {"attempt": 1, "time_s": row["time_s"] + 13.0} for row in MANY if row["step"] >= 11]
+    ax = plots.loss({"2 ranks": [*before, saved, restart, *after]})
+    seconds, losses = (np.array(ax.get_lines()[0].get_data()[place]) for place in (0, 1))
+    (gap,) = seconds[np.isnan(losses)]
+    first = before[0]["time_s"] - 1.0
+    assert gap == pytest.approx(21.5 - first)
+    assert seconds[np.flatnonzero(np.isnan(losses))[0] - 1] == pytest.approx(16.6 - first), "lost steps aren't drawn"
+    names = ax.get_legend_handles_labels()[1]
+    assert {"failure", "until it went on", "checkpoint"} < set(names) and len(names) == len(set(names))
+    assert "; failed and went on at 21-29.5 s" in ax.figure.words()
     plt.close("all")
 
 

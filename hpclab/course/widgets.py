@@ -73,7 +73,8 @@ class RaceStage:
         self._racing = threading.Lock()
 
     def _ipython_display_(self) -> None:
-        display(ipywidgets.HBox([self.guess, self.button, self.stop, self.kill]))
+        controls = [self.guess, self.button, self.stop, self.kill]
+        display(ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"}))  # a narrow page cuts none off
         self.note = display(HTML(_("Press the button, or run the next cell.")), display_id=True)
         self._show_here()
 

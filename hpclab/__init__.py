@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hpclab.course.guesses import came as came
     from hpclab.course.guesses import predict as predict
     from hpclab.course.logbook import progress as progress
+    from hpclab.course.sizes import size as size
     from hpclab.gangs.attempt import RankError as RankError
     from hpclab.gangs.cells import CellError as CellError
     from hpclab.gangs.cells import CellInterrupt as CellInterrupt
@@ -58,6 +59,7 @@ _HOME = {
     "restore": "checkpoint",
     "save": "checkpoint",
     "should_stop": "gangs.rank",
+    "size": "course.sizes",
     "train": "training.start",
 }
 _COURSE = (

@@ -146,6 +146,7 @@ def race(
         raise ValueError(f"batch_size (={batch_size}) must be even, as 2 ranks share it.")
     gang_size(client, 2, oversubscribe=True)
     result = Race()
+    line = show is None and live.in_notebook()  # who shows the race otherwise says how it gets on, too
     show = show or (LiveFigure() if live.in_notebook() else LiveText(epochs))
 
     def job(client: Client, ranks: int, threads: int, oversubscribe: bool = False) -> Run:
@@ -173,7 +174,7 @@ def race(
         result.runs[label] = rows
         show(result.runs)
 
-    scaling.sweep(client, job, cases=racers(), repeats=1, seed=None, progress=False, watch=watch)
+    scaling.sweep(client, job, cases=racers(), repeats=1, seed=None, progress=line, title=_("race"), watch=watch)
     return result
 
 

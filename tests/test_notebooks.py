@@ -15,6 +15,7 @@ from conftest import Footprint
 from nbclient import NotebookClient
 from pipeline import IN_BROWSER, build, with_stubs
 
+import hpclab
 from hpclab.course import logbook, slug
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,6 +247,16 @@ def test_language_follows_the_setting_then_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HPCLAB_LANG", "fr")
     with pytest.raises(ValueError, match=r"HPCLAB_LANG \(=fr\).*en, zh"):
         language()
+
+
+def test_the_size_of_a_notebook_is_its_environments(monkeypatch):
+    monkeypatch.delenv("HPCLAB_SIZE", raising=False)
+    assert hpclab.size() == "class"
+    monkeypatch.setenv("HPCLAB_SIZE", "small")
+    assert hpclab.size() == "small"
+    monkeypatch.setenv("HPCLAB_SIZE", "smal")
+    with pytest.raises(ValueError, match=r"HPCLAB_SIZE \(=smal\) is no size; use one of small, class, cluster"):
+        hpclab.size()
 
 
 def test_no_notebook_differs_from_its_source():

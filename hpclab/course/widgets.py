@@ -119,7 +119,7 @@ class RaceStage:
                     _("The cluster is closed. Run the cell with hpclab.connect again, then the one with this button.")
                 )
             self._put(self.note, _("Racing; the picture grows below, or below the next cell."))
-            self.result = racing.race(*self.arguments, show=self.figure, begin=self._follow, **self.settings)
+            self.result = racing.race(*self.arguments, show=self._show, begin=self._follow, **self.settings)
             self._tell(self.result)
             self._put(self.note, _("Press the button to race again."))
         except RankError:
@@ -130,6 +130,23 @@ class RaceStage:
             self.button.disabled, self.stop.disabled, self.kill.disabled = False, True, True
             self.button.description, self.stop.description = _("Race again"), _("Stop")
             self._racing.release()
+
+    def _show(self, runs: dict[str, list[dict]]) -> None:
+        """Show the picture, and in a line how the race gets on."""
+        self.figure(runs)
+        label, rows = next(reversed(runs.items()))
+        steps = [row for row in rows if row["kind"] == "step"]
+        failures = sum(row["kind"] == "restart" for of_run in runs.values() for row in of_run)
+        text = _(
+            "Racer {number} of {count}, {label}: step {step}, {seconds:.0f} s, failures: {failures}",
+            number=len(runs),
+            count=len(racing.racers()),
+            label=label,
+            step=max((row["step"] + 1 for row in steps), default=0),
+            seconds=rows[-1].get("time_s", 0.0),
+            failures=failures,
+        )
+        self._put(self.note, html("<p>{{ text }}</p>", text=text))
 
     def _follow(self, racer: Run) -> None:
         self.racer = racer

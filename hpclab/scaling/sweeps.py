@@ -33,6 +33,7 @@ def sweep(
     seed: int | None = 0,
     folder: str | os.PathLike | None = None,
     progress: bool = True,
+    title: str | None = None,
     watch: Watch = None,
 ) -> list[dict]:
     """Run a job in several cases, in interleaved repeats, so that a drift of the machine affects all cases alike.
@@ -62,7 +63,9 @@ def sweep(
         Where to keep the rows, in ``trials.jsonl``, as they come. If a sweep was interrupted, call it again with the
         same folder, cases, fixed arguments and seed: it measures only what is missing. Default: only return the rows.
     progress : bool, default True
-        Show a progress bar, with the remaining time.
+        Show a progress bar, in a notebook one line, with the remaining time.
+    title : str, optional
+        What the progress bar calls this. Default: "sweep".
     watch : callable, optional
         ``watch(label, rows)`` is called about once a second, and at the end, with the label of the current case and all
         rows of its run.
@@ -92,7 +95,8 @@ def sweep(
     trials = _Kept(folder, chosen, fixed)
     dice = random.Random(seed)
     done = len(trials.of(repeats))
-    with live.bar(repeats * len(chosen), _("sweep"), _("run"), initial=done) if progress else nullcontext() as bar:
+    total, title = repeats * len(chosen), title or _("sweep")
+    with live.bar(total, title, _("run"), initial=done) if progress else nullcontext() as bar:
         for repeat in range(repeats):
             order = range(len(chosen)) if seed is None else dice.sample(range(len(chosen)), len(chosen))
             for place in order:

@@ -155,6 +155,7 @@ def test_past_runs_are_listed_with_what_opens_them_again(client, tmp_path):
     assert oldest["name"] == "first" and oldest["status"] == "finished" and oldest["ranks"] == 2
     assert hpclab.open_run(oldest["folder"]).name == first.name
     shown = str(hpclab.past_runs())
+    assert '<span style="overflow-wrap: anywhere">hpclab.open_run(' in hpclab.past_runs()._repr_html_()
     assert f"hpclab.open_run({oldest['folder']!r})" in shown and "interrupted, or still going" in shown
 
 

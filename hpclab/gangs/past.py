@@ -7,10 +7,18 @@ from typing import Any
 
 from hpclab.gangs.record import titled
 from hpclab.language import translate as _
+from hpclab.pages import html
 from hpclab.tables import Table, markup
 
 TAIL = 2**16
 """Bytes at the end of a run's rows in which its last loss, accuracy and end are looked for."""
+
+
+class _Call(str):
+    """A call to copy, which a narrow page may break anywhere."""
+
+    def __html__(self) -> str:
+        return html('<span style="overflow-wrap: anywhere">{{ call }}</span>', call=str(self))
 
 
 class PastRuns(list):
@@ -41,7 +49,7 @@ class PastRuns(list):
                 _("seconds"): None if row["time_s"] is None else f"{row['time_s']:.1f}",
                 _("last loss"): None if row["loss"] is None else f"{row['loss']:.3f}",
                 _("test accuracy"): None if row["accuracy"] is None else f"{row['accuracy']:.3f}",
-                _("to open it again"): f"hpclab.open_run({row['folder']!r})",
+                _("to open it again"): _Call(f"hpclab.open_run({row['folder']!r})"),
             }
             for row in self
         )

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from hpclab import data
@@ -108,7 +109,7 @@ def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) ->
         from jupyterlab.labapp import LabApp
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("JupyterLab is missing; pip install jupyterlab ipywidgets") from error
-    if _refuses_root(arguments):
+    if _refuses_root(LabApp.serverapp_class(), arguments):
         raise PermissionError("you are root, which Jupyter refuses; in a container of your own, add --allow-root.")
     copied = copy_course(folder)
     first = _find(notebook, copied.folder)
@@ -122,14 +123,11 @@ def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) ->
     LabApp.launch_instance([*settings, *arguments])
 
 
-def _refuses_root(arguments: list[str]) -> bool:
+def _refuses_root(server: Any, arguments: list[str]) -> bool:
     """Whether Jupyter would end as we are root, and neither an argument nor its configuration allows that."""
     allowed = any("allow-root" in word or "allow_root" in word for word in arguments)
     if allowed or getattr(os, "getuid", lambda: 1)() != 0:
         return False
-    from jupyter_server.serverapp import ServerApp
-
-    server = ServerApp()
     server.load_config_file()
     return not server.allow_root
 

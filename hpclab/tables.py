@@ -83,7 +83,8 @@ def _decimals(values: list) -> int | None:
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]
     if not sizes:
         return None
-    written = max(len(repr(size).partition(".")[2]) for size in sizes)  # of numbers that were rounded before
+    # Numbers that were rounded before get no more decimals than they have.
+    written = max(0 if size.is_integer() else len(repr(size).partition(".")[2]) for size in sizes)
     decimals = min(written, max(0, DIGITS - 1 - math.floor(math.log10(max(sizes)))))
     return decimals if min(sizes) >= 10 ** (1 - decimals) else None
 

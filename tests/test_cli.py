@@ -69,7 +69,7 @@ def test_interrupted_demo_leaves_no_process(tmp_path):
         (["demo", "--epochs", "0"], "epochs (=0) must be a whole number >= 1"),
         (["data", "verify", "nowhere"], "source (='nowhere')"),
         (["data", "fetch", "cifar"], "cifar"),
-        (["lab", "--folder", "full/file"], "full/file"),
+        (["lab", "--folder", "full/file", "--allow-root"], "full/file"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, arguments, says):

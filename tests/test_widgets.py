@@ -92,7 +92,11 @@ def test_a_race_that_can_not_begin_is_told_where_it_would_be(client):
     stage = RaceStage(client, "CNN", "fashion_mnist", batch_size=3)
     stage.note = Place()
     stage.button.click()
-    until(lambda: stage.note.shown[-1].data.startswith("<pre>ValueError: batch_size (=3) must be even"))
+    until(
+        lambda: (
+            stage.note.shown and stage.note.shown[-1].data.startswith("<pre>ValueError: batch_size (=3) must be even")
+        )
+    )
     until(lambda: not stage.button.disabled and stage.stop.disabled and stage.kill.disabled)
     with pytest.raises(ValueError, match="must be even"):
         stage.run()

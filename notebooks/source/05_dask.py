@@ -1,18 +1,19 @@
 # %% [markdown] id="title"
 # # Dask, two ways
 #
-# **You will** use one cluster in two ways: as a scheduler that hands out *tasks*, and as the seats of a *gang* that
-# starts together and talks. You will see that nothing runs until it must, watch who works when, measure what a task costs
-# and choose its size, send data once and not a thousand times, and find the same costs on a job queue.
+# **You will** use one cluster in two ways: as a scheduler that hands out *tasks*, and as a place for a *gang* of
+# processes that start together and communicate. You will see that nothing runs until it must, watch who works when,
+# measure what a task costs and choose its size, send data once instead of a thousand times, and find the same costs on
+# a job queue.
 #
 # | | |
 # |---|---|
 # | objectives | say when tasks and when a gang; predict a run's time from the size of its tasks; know what threads share and what processes must be sent; count the bytes and the work of a graph |
 # | prerequisites | the notebook *start* |
 # | minutes | 40 to read and do, 15 of them for the exercises; under 3 to run |
-# | needs | 2 CPUs (with one, rows say *emulated*), 2 GB of memory, 2 ranks, no network; for one part Slurm's programs, else it is skipped |
+# | needs | 2 CPUs (with one, rows say *emulated*), 2 GB of memory, 2 ranks, no network; Slurm's programs for one part, which is skipped without them |
 #
-# Words that are new to you stand in the [glossary](glossary.md#granularity), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#granularity), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -49,11 +50,11 @@ print(
 # %% [markdown] id="lazy"
 # ## Tasks, and when they run
 #
-# 10,000 images lie on a disk. We cut them into ten pieces, each to be read by a task, and ask for the mean and the
+# A disk holds 10,000 images. We cut them into ten pieces, each read by one task, and ask for the mean and the standard
 # deviation of their pixels. Dask's arrays look like numpy's.
 #
-# **Predict**: we ask for the mean, then for the deviation, then for both at once. How many pieces will have been read by then?
-# (And how many when the first line is printed?)
+# **Predict**: we ask for the mean, then for the deviation, then for both at once. How many pieces will have been read
+# by then? (And how many when the first line is printed?)
 
 # %% id="lazy-predict"
 hpclab.predict("dask.reads", ..., "pieces read")
@@ -66,7 +67,7 @@ def read(start, stop):
 
 
 def raw(images, start, stop):
-    return (images[start:stop][0] * 255).astype(np.uint8)  # (N, 1, 28, 28), as on the disk
+    return (images[start:stop][0] * 255).astype(np.uint8)  # (N, 1, 28, 28), as on disk
 
 
 def reads():
@@ -89,23 +90,22 @@ print(f"the deviation: {spread:.12f}, numpy's {whole.std():.12f}")
 hpclab.came("dask.reads", reads())
 
 # %% [markdown] id="lazy-explain"
-# **Explain.** `delayed` and `dask.array` write down what is to be done, a *graph*, and do nothing. `compute` has it done.
-# Afterwards nobody remembers the pieces: who asks twice has everything read twice. Asked for together, both results share
-# what they have in common.
+# **Explain.** `delayed` and `dask.array` only write down what to do: a *graph*. `compute` runs it. Nothing is cached:
+# ask twice, and everything is read twice. Ask for both results at once, and they share their common work.
 #
-# The pieces' sums are whole numbers, which add up exactly in any order, so the mean is numpy's, bit for bit. The deviation
-# is put together from fractions, and may differ in its last digits.
+# The pieces' sums are whole numbers, which add up exactly in any order, so the mean is numpy's, bit for bit. The
+# deviation is combined from fractions, so it may differ in its last digits.
 #
-# No piece knew of another. So the scheduler may give any of them to whoever is free, and give it to another if that worker
-# dies. This is the first way to use a cluster, and right for whatever falls into independent pieces: reading, cleaning,
-# searching, trying out parameters.
+# No piece depends on another. So the scheduler can give each to any free worker, and to another if that one dies. This
+# first way to use a cluster suits all work that splits into independent pieces: reading, cleaning, searching, trying
+# out parameters.
 #
 # ## A gang, on the same workers
 #
-# Training doesn't fall apart like that: in every step all ranks average their gradients, so each needs all others *now*. If
-# ranks were tasks, and there was a free worker for all but one, they would wait for the one, which waits for a worker.
-# `hpclab.train` and `hpclab.launch` seat a **gang**: all ranks at once, or none. This one learns from the same images, with
-# the mean and the deviation that the tasks have found.
+# Training doesn't split like that: in every step all ranks average their gradients, so each needs all the others *now*.
+# If ranks were tasks and one found no free worker, the others would wait for it, while it waits for one of their
+# workers. `hpclab.train` and `hpclab.launch` start a **gang**: all ranks at once, or none. This one trains on the same
+# images, with the mean and the deviation that the tasks computed.
 
 
 # %% id="gang-do"
@@ -122,24 +122,24 @@ with get_task_stream() as stream:
     print(f"accuracy {run.result().accuracy:.3f} after one epoch, which was {len(stream.data)} tasks for Dask")
 
 # %% [markdown] id="when"
-# **Explain.** For Dask the gang was no task at all: its ranks are processes of their own, under the workers, and talk to
-# each other without the scheduler.
+# **Explain.** To Dask the gang was no task at all: its ranks are separate processes, started by the workers, and talk
+# to each other without the scheduler.
 #
 # | | tasks | a gang |
 # |---|---|---|
-# | the pieces | don't know of each other | talk in every step |
+# | the pieces | are independent | communicate in every step |
 # | they start | when a worker is free | all together, or not at all |
-# | more of them than workers | is normal, and evens out the load | wait for seats, or take turns and are *emulated* |
-# | one is lost | it alone is done again, elsewhere | all stop, and go on from a checkpoint |
-# | the slowest | delays nobody but the end | delays everybody, in every step |
+# | more of them than workers | normal: it evens out the load | wait for seats, or take turns and are *emulated* |
+# | if one is lost | only that one is redone, elsewhere | all stop, and resume from a checkpoint |
+# | the slowest | delays only the end | delays all, in every step |
 # | with Dask | `delayed`, `map`, `dask.array`, `dask.bag` | `hpclab.launch`, `hpclab.train`, `%%ranks` |
 #
 # ## Who works when
 #
-# Another job: how well can each image be compressed? The first fifth of the images we try four times as hard. All images
-# are sent to the workers *once*, with `scatter`; each task gets only where its piece begins and ends.
+# Another job: how well does each image compress? We compress the first fifth four times over. `scatter` sends all
+# images to the workers *once*; each task then gets only the start and the end of its piece.
 #
-# **Predict**: cut into 1, 10 or 200 tasks a worker, in which case is everything done first? (Who is idle, and when?)
+# **Predict**: with 1, 10 or 200 tasks a worker, which finishes first? (Who is idle, and when?)
 
 # %% id="stream-predict"
 hpclab.predict("dask.cut", ..., "tasks a worker")
@@ -147,21 +147,21 @@ hpclab.predict("dask.cut", ..., "tasks a worker")
 
 # %% id="stream-do"
 def squeeze(images, start, stop, hard=0):
-    """Bytes of each image, compressed; as many as `hard` at the front take four times as long."""
+    """Bytes of each compressed image; the first `hard` images take four times as long."""
     tries = [4 if number < hard else 1 for number in range(start, stop)]
     pictures = zip(raw(images, start, stop), tries, strict=True)
     return [min(len(zlib.compress(picture, 9)) for _ in range(often)) for picture, often in pictures]
 
 
 def squeeze_all(count, total=MOST, **settings):
-    """Seconds to compress so many images in so many tasks."""
+    """Seconds to compress `total` images in `count` tasks."""
     edges = np.linspace(0, total, count + 1).astype(int).tolist()
     return tasks.clock(client, squeeze, [held] * count, edges[:-1], edges[1:], **settings)
 
 
 # %% id="stream-run"
 held = client.scatter(images, broadcast=True)
-squeeze_all(100, 1000)  # whoever comes first opens the connections
+squeeze_all(100, 1000)  # the first tasks open the connections
 figure, axes = figures.subplots(3, 1, size=(9, 7))
 taken = {}
 for ax, each in zip(axes, (1, 10, 200), strict=True):
@@ -174,24 +174,24 @@ for ax, each in zip(axes, (1, 10, 200), strict=True):
 hpclab.came("dask.cut", min(taken, key=taken.get))
 
 # %% [markdown] id="stream-explain"
-# **Explain.** With a task a worker, one has all the hard images, and the other waits: nobody can take over half a task.
-# With ten, whoever is done takes the next, and both end at nearly the same time. With 200 the load is even, and white
-# gaps have come: between two tasks a worker waits for the scheduler. (This is what Dask's dashboard shows live, as its *task
-# stream*.)
+# **Explain.** With one task a worker, one worker has all the hard images and the rest wait: nobody can take over half a
+# task. With ten, a worker that finishes takes the next task, and all end at nearly the same time. With 200 the load is
+# even, but white gaps appear: between two tasks a worker waits for the scheduler. (Dask's dashboard shows this live, as
+# its *task stream*.)
 #
-# So there are two costs. Too few tasks leave workers idle at the end; too many are paid for one by one.
+# So there are two costs. With too few tasks, workers are idle at the end; with too many, you pay for each one.
 #
 # ## What a task costs
 #
-# Now all images are equally hard, and the work is the same however it is cut: into 1, 2, 4, ... tasks. In the simplest
-# model, $p$ workers share the work $W$, and each of $n$ tasks costs $o$ to hand out, one after the other:
+# Now all images are equally hard, and the work is the same however we cut it: into 1, 2, 4, ... tasks. In the simplest
+# model, $p$ workers share the work $W$, and $n$ tasks are handed out one after the other, at a cost of $o$ each:
 #
 # $$t = W/p + n\,o$$
 #
-# That is the law of a message, alpha + beta times its size, with tasks in place of bytes. We measure some hundred tasks at
-# most, in turns, fit, and let the model predict a number of tasks that it hasn't seen.
+# This is the law for a message, alpha + beta times its size, with tasks in place of bytes. We measure up to 200 tasks a
+# worker, in turns, fit the model, and let it predict an unseen number of tasks.
 #
-# **Predict**: what does a task cost: a microsecond, a millisecond, a second? Write it in milliseconds.
+# **Predict**: what does a task cost: a microsecond, a millisecond, a second? Answer in milliseconds.
 
 # %% id="grain-predict"
 hpclab.predict("dask.task", ..., "ms a task")
@@ -212,17 +212,17 @@ figure = plots.grain(rows, model, unseen).figure
 hpclab.came("dask.task", 1e3 * cost)
 
 # %% [markdown] id="grain-explain"
-# **Explain.** At the right end there is one task, and one worker works. With two, both do, if there is a CPU for each.
-# Further left the line is flat for a while: tasks are cheap compared with what is in them. Beyond the knee (dotted), where
-# handing out takes as long as the work, it rises: ten times as many tasks, ten times as long, for the same work. The band
-# is that of one more measurement; a machine that others use makes it wide.
+# **Explain.** At the right end there is one task, so one worker works. With one task a worker all work, if each has a
+# CPU. Further left the line is flat for a while: tasks cost little compared with the work in them. Beyond the knee
+# (dotted), where handing out takes as long as the work, it rises: ten times as many tasks take ten times as long, for
+# the same work. One more measurement should fall into the band, which is wide if others use the machine.
 #
-# What costs so much? For each task the client writes down what is to be done, the scheduler finds a worker, two
-# encrypted messages travel, a worker unpacks, packs and reports. (On two CPUs they also take these from the
-# workers; with a scheduler on a machine of its own less would be lost.)
+# What costs so much? For each task the client describes the work, the scheduler picks a worker, two encrypted messages
+# travel, and a worker unpacks, packs and reports. (On two CPUs all this takes time from the workers; a scheduler on its
+# own machine takes less.)
 #
-# There is *one* scheduler. Whatever the number of workers, it hands out no more than $1/o$ tasks a second. So a task of $s$
-# seconds keeps no more than $s/o$ workers busy:
+# There is *one* scheduler. However many workers there are, it hands out at most $1/o$ tasks a second. So tasks of $s$
+# seconds keep at most $s/o$ workers busy:
 
 # %% id="reach-do"
 Table(
@@ -233,12 +233,12 @@ Table(
 # %% [markdown] id="share"
 # ## Threads or processes?
 #
-# Workers can also be threads of one process. Then nothing needs to be sent: all see the same memory. But Python lets only
-# one thread run Python code at a time, the one that holds the *global interpreter lock*, the GIL. Code in C, as in numpy,
-# can let go of it while it computes.
+# Workers can also be threads of one process. Then nothing needs to be sent: all see the same memory. But only one
+# thread at a time can run Python code, the one that holds the *global interpreter lock*, the GIL. C code, such as
+# numpy's, can release it while it computes.
 #
-# **Predict**: a loop in Python, in as many threads as there are workers. How many times as fast as one process by itself is
-# that? (And with processes? And for numpy's sort?)
+# **Predict**: a loop in Python runs in as many threads as there are workers. How many times as fast is that as one
+# process by itself? (And with processes? And for numpy's sort?)
 
 # %% id="share-predict"
 hpclab.predict("dask.threads", ..., "times as fast")
@@ -263,12 +263,12 @@ Table(shared)
 hpclab.came("dask.threads", shared[0]["speedup"])
 
 # %% [markdown] id="bytes"
-# **Explain.** Threads can't help the loop: whoever runs Python holds the GIL, and the others wait. They can help the sort,
-# which lets go of it. Processes have a GIL each, and can help both. (If all four are near 1, there was no second CPU for
-# them: somebody else's program had it. *speedup* is the median over the turns, beside the lowest and the highest.) What
-# processes don't have is the same memory.
+# **Explain.** Threads can't speed up the loop: the one that runs Python holds the GIL, and the others wait. They can
+# speed up the sort, which releases it. Each process has its own GIL, so processes can speed up both. (If all four are
+# near 1, there was no second CPU for them: another program had it. *speedup* is the median over the turns, shown with
+# the lowest and the highest.) What processes don't share is memory.
 #
-# **Predict**: an array of a million numbers is given to a task. How many bytes travel to a process? (How many to a thread, and
+# **Predict**: a task gets an array of a million numbers. How many bytes travel to a process? (How many to a thread, and
 # how many come back, if the task returns the sum?)
 
 # %% id="bytes-predict"
@@ -281,21 +281,21 @@ for name, where, given in ("thread", threads, block), ("process", client, block)
     spent = [tasks.clock(where, np.sum, [given]) for _ in range(5 * REPEATS)]
     same = where.submit(address, given).result() == address(block)
     print(f"{name}: {1e3 * np.median(spent):.0f} ms to sum up", "this very array" if same else "a copy")
-print(f"packed, the array has {len(pickle.dumps(block)):,} bytes, its sum {len(pickle.dumps(block.sum())):,}")
+print(f"pickled, the array has {len(pickle.dumps(block)):,} bytes, its sum {len(pickle.dumps(block.sum())):,}")
 threads.close()
 
 # %% id="bytes-came"
 hpclab.came("dask.bytes_sent", len(pickle.dumps(block)))
 
 # %% [markdown] id="queue"
-# **Explain.** So: send data once (`scatter`), or better not at all (let the task read it, as `read` above did), and return
-# what is small. A task's arguments are sent with *each* task that has them.
+# **Explain.** So send data once (`scatter`), or better not at all (let the task read it, as `read` above did), and
+# return small results. A task's arguments are sent with *every* task that has them.
 #
 # ## The same on a job queue
 #
-# On a supercomputer workers don't start when you like. You hand in a *job*, a queue decides when it runs, and only then is
-# there a worker. Here is a real queue, a Slurm of your own; `connect` submits a job for each worker, waits for them, and
-# gives a client like any other. On a site, leave out `private=True`.
+# On a supercomputer workers don't start when you like. You submit a *job*, a queue decides when it runs, and only then
+# do you have a worker. Here is a real one, your own Slurm. `connect` submits a job for each worker, waits for them, and
+# returns a client like any other. On a site, leave out `private=True`.
 #
 # **Predict**: how many times as long as on the local cluster does it take to connect? (And does each task take longer?)
 
@@ -309,7 +309,7 @@ try:
     clusters["slurm"] = hpclab.connect("slurm", private=True, workers=workers, memory="1GB")
     connect_s["slurm"] = time.perf_counter() - begin
 except OSError as error:
-    print("Skipped, as there is no Slurm here:", error)
+    print("Skipped, because there is no Slurm here:", error)
 print("seconds to connect:", {name: round(seconds, 1) for name, seconds in connect_s.items()})
 Table(tasks.overhead(clusters, repeats=REPEATS))
 
@@ -318,22 +318,22 @@ hpclab.came("dask.connect", connect_s["slurm"] / connect_s["local"] if "slurm" i
 
 # %% [markdown] id="queue-explain"
 # **Explain.** Once the jobs run, a worker is a worker: scheduler, messages and encryption are the same. Do the two
-# intervals of a task's cost overlap? (These tasks have nothing in them, and fewer arguments than those above.) What a queue
-# adds comes before: to submit, to wait, to start. On this Slurm nobody stands before you; on a site it may take hours.
-# Hence one connects once, and hands out many tasks.
+# intervals of a task's cost overlap? (These tasks do nothing, and have fewer arguments than those above.) A queue's
+# cost comes first: submitting, waiting, starting. Your queue here is empty; on a site the wait may take hours. So
+# connect once, and hand out many tasks.
 #
 # ## Exercise: choose the chunk
 #
 # Write `chunks(items, workers, item_s, task_s)`. It cuts the list `items` into a list of lists, each of which becomes a
-# task. An item takes `item_s` seconds on average; some, and you don't know which, take several times that. To hand out a
-# task takes `task_s`. The result must be that of the serial code, so each item is needed once, in order. It is tried on
-# four planted jobs, from a laptop to a thousand workers, and then on a real one, in turns with a task for each item and a
+# task. An item takes `item_s` seconds on average; some take several times that, and you don't know which. Handing out a
+# task takes `task_s`. The result must equal the serial code's, so each item appears once, in order. The check plans
+# four jobs with it, from a laptop to a thousand workers, then races it on a real one against a task for each item and a
 # task for each worker.
 #
 # <details><summary>Hint</summary>
 #
-# Write down both costs for chunks of `k` items: how many tasks are there, and how long may the last one let the others wait?
-# Where is the sum smallest?
+# Write down both costs for chunks of `k` items: how many tasks are there, and how long may the last one keep the others
+# waiting? Where is the sum smallest?
 #
 # </details>
 
@@ -353,7 +353,7 @@ hpclab.check("dask.chunk", chunks)
 # %% [markdown] id="bytes-exercise"
 # ## Exercise: send it once
 #
-# This is how it is often written:
+# People often write this:
 #
 # ```python
 # def look_up_all(client, table, queries, look_up):
@@ -361,8 +361,8 @@ hpclab.check("dask.chunk", chunks)
 #     return client.gather(futures)
 # ```
 #
-# It is right, and all workers help. But how often does the table travel? Write a `look_up_all` that returns the same list,
-# with the look-ups done by all workers, and the table sent no more often than needed. The check counts.
+# It is correct, and all workers help. But how often does the table travel? Write a `look_up_all` that returns the same
+# list, shares the look-ups among all workers, and sends the table no more often than needed. The check counts.
 #
 # <details><summary>Hint</summary>
 #
@@ -388,9 +388,9 @@ hpclab.check("dask.bytes", look_up_all)
 #
 # ### Read a task stream
 #
-# Two workers, from 0 to 110 ms. In which share of the workers' time do they compute, in percent? And how many milliseconds
-# would the same computing take, if it could be divided evenly and nothing else took any time? Set `tasks_answer` to the pair,
-# within 5 %.
+# Two workers, from 0 to 110 ms. For what share of the workers' time do they compute, in percent? And how many
+# milliseconds would the same computing take if it were divided evenly and nothing else took any time? Set
+# `tasks_answer` to the pair, within 5 %.
 
 # %% id="quiz-tasks-show"
 from hpclab.course import quizzes
@@ -409,7 +409,7 @@ hpclab.check("dask.quiz_tasks", tasks_answer)
 # %% [markdown] id="quiz-lazy"
 # ### How often?
 #
-# How often is `load` called in all? Set `lazy_answer` to the number.
+# How many times is `load` called in all? Set `lazy_answer` to the number.
 #
 # ```python
 # total = dask.delayed(sum)([dask.delayed(load)(number) for number in range(3)])
@@ -439,19 +439,21 @@ for where in reversed(clusters.values()):
 # %% [markdown] id="end"
 # ## Summary
 #
-# - Independent pieces are *tasks*; what must talk is a *gang*. Both use the same workers.
-# - A graph is a plan. Compute together what shares work.
-# - A task costs a fixed time. It should take many times that, and there should be many more tasks than workers.
-# - Threads share one memory and one GIL. Each process has its own of both, so what it needs must be sent: send it once.
-# - A queue costs waiting before, and nothing after.
+# - Independent pieces are *tasks*; ranks that communicate are a *gang*. Both use the same workers.
+# - A graph is a plan. If results share work, compute them together.
+# - A task costs a fixed time. Make it take many times that, and make many more tasks than workers.
+# - Threads share one memory and one GIL. Each process has its own of both, so you must send it what it needs: send it
+#   once.
+# - A queue makes you wait before the work, and costs nothing after.
 #
 # ### What breaks at scale
 #
-# By the table above, thousands of workers need tasks of ten seconds or more; and at 2 ms a task, a million tasks take half
-# an hour to hand out, with any number of workers. Then tasks become larger, or the workers are seated as a gang.
+# By the table above, thousands of workers need tasks of ten seconds or more; and at 2 ms a task, a million tasks take
+# half an hour to hand out, with any number of workers. Then make the tasks larger, or run the workers as a gang.
 #
 # ### References
 #
 # - M. Rocklin, *Dask: parallel computation with blocked algorithms and task scheduling*, SciPy 2015.
-# - [Dask: best practices](https://docs.dask.org/en/stable/best-practices.html), on sizes of tasks, and on large data in graphs.
+# - [Dask: best practices](https://docs.dask.org/en/stable/best-practices.html), on sizes of tasks, and on large data in
+#   graphs.
 # - D. Beazley, *Understanding the Python GIL*, PyCon 2010.

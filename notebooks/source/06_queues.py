@@ -1,8 +1,8 @@
 # %% [markdown] id="title"
 # # Queues: your turn on a shared machine
 #
-# **You will** start a real Slurm that is yours alone; give it scripts, an array, and a dozen jobs, first come first served
-# and then with backfill; watch who waits for whom; train a network over two of its nodes, and kill one of them.
+# **You will** start a real Slurm of your own; submit scripts, an array, and a dozen jobs, first come first served and
+# then with backfill; watch who waits for whom; train a network on two nodes, and kill one.
 #
 # | | |
 # |---|---|
@@ -11,7 +11,7 @@
 # | minutes | 45 to read and do, 20 of them for the exercises; under 3 to run |
 # | needs | Linux with Slurm's programs (Debian, Ubuntu: `apt install slurm-wlm munge libnss-wrapper`; Binder has them; elsewhere recorded rows are shown), 2 CPUs, 1.5 GB of memory, no network, no root |
 #
-# Words that are new to you stand in the [glossary](glossary.md#backfill), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#backfill), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -36,13 +36,14 @@ print(notice())
 # %% [markdown] id="up"
 # ## A Slurm of your own
 #
-# On a supercomputer hundreds of people share thousands of nodes, and a *job queue* says who runs when. Most use Slurm. So
-# does this notebook: the same daemons and the same commands, of which you are root, user and victim. Its *nodes* are
-# virtual: they share this machine's CPUs, so jobs that compute would slow each other down. (Ours mostly sleep.) `mine.run("sinfo")` runs the
-# command `sinfo` on it; in a terminal `hpclab slurm up` and `hpclab slurm shell` give you one to type at.
+# On a supercomputer hundreds of people share thousands of nodes, and a *job queue* decides who runs when. Most sites
+# use Slurm. So does this notebook: the same daemons and commands, with you as administrator, user and victim. Its
+# *nodes* are virtual: they share this machine's CPUs, so jobs that compute would slow each other down. (Ours mostly
+# sleep.) `mine.run("sinfo")` runs `sinfo` on it; in a terminal, `hpclab slurm up` and `hpclab slurm shell` let you use
+# one by hand.
 #
-# Cells that need Slurm define a function and call it by `on_slurm`. Where there is no Slurm, that shows what the function gave on
-# a machine that has one, and when.
+# Cells that need Slurm define a function and pass it to `on_slurm`. Without Slurm, that shows what the function gave on
+# a machine that has it, and when.
 
 
 # %% id="up-do"
@@ -57,11 +58,11 @@ on_slurm(start)
 # %% [markdown] id="script"
 # ## A script
 #
-# A job is a shell script. Its `#SBATCH` lines say what it needs: **n**ame, **n**odes, CPUs, memory, and how long at most.
-# You hand it in and go; what it prints goes to a file.
+# A job is a shell script. Its `#SBATCH` lines say what it needs: a name, nodes, CPUs, memory, and a time limit. You
+# submit it and leave; its output goes to a file.
 #
-# On a site a script would also load software (`module load python/3.11`), name who pays (`--account`), and choose a queue
-# (`--partition`). What exactly, its documentation tells.
+# On a site a script would also load software (`module load python/3.11`), name the account that pays (`--account`), and
+# choose a queue (`--partition`). The site's documentation gives the details.
 
 # %% id="script-do"
 hello = """#!/bin/bash
@@ -84,7 +85,8 @@ on_slurm(script)
 # %% [markdown] id="array"
 # ## An array
 #
-# The same script for many inputs is an *array*: one script, a job a number, and `%3` lets at most three run at once.
+# To run the same script on many inputs, submit an *array*: one script, one job for each number. `%3` lets at most three
+# run at once.
 
 
 # %% id="array-do"
@@ -100,35 +102,35 @@ def array():
 ax = plots.gantt(on_slurm(array))
 
 # %% [markdown] id="array-explain"
-# **Explain.** A thin line is waiting, a bar is running, with its node. Never more than three run at once, and the next
-# starts a moment after one has ended: the scheduler looks about once a second.
+# **Explain.** A thin line shows a job waiting, a bar shows it running, with its node. Never more than three run at
+# once, and the next starts a moment after one ends: the scheduler looks about once a second.
 #
 # ## Who goes first?
 #
-# A dozen jobs come at once. The first takes half of the machine. The second, *wide*, needs all of it. Then come eight
-# short ones, a *greedy* one, and one that is wide again.
+# A dozen jobs arrive at once. The first takes half of the machine. The second, *wide*, needs all of it. Then come eight
+# short ones, a *greedy* one, and another wide one.
 #
-# **Predict**: first come, first served. The short jobs need one CPU, and two are idle. After how many seconds does the first of
-# them start? (*long* takes 8 seconds, *wide* 2.)
+# **Predict**: first come, first served. The short jobs need one CPU, and two are idle. After how many seconds does the
+# first of them start? (*long* takes 8 seconds, *wide* 2.)
 
 # %% id="fifo-predict"
 hpclab.predict("queues.fifo", ..., "seconds")
 
 # %% id="jobs"
-#        name  nodes  CPUs  minutes asked for  seconds taken
+#        name  nodes  CPUs  minutes requested  seconds taken
 DOZEN = [("long", 1, 2, 3, 8), ("wide", 2, 4, 2, 2)]
 DOZEN += [("short", 1, 1, 1, 2)] * 8
 DOZEN += [("greedy", 1, 1, 10, 2), ("wide", 2, 4, 1, 1)]
 
 
 def run_dozen(queue):
-    """Hand them all in, wait for the last, and return what became of each."""
+    """Submit them all, wait for the last, and return what happened to each."""
     for name, nodes, cpus, minutes, seconds in DOZEN:
         asks = f"--job-name={name}", f"--nodes={nodes}", f"--ntasks={cpus}", f"--time={minutes}"
         queue.run("sbatch", *asks, "--output=/dev/null", "--wrap", f"sleep {seconds}")
     while any(job["ended_s"] is None for job in queue.jobs()):
         time.sleep(0.5)
-    time.sleep(1)  # for a last look
+    time.sleep(1)  # so that the live view shows the end
     return queue.jobs()
 
 
@@ -145,10 +147,10 @@ fifo = on_slurm(first_come, show=plots.gantt)
 hpclab.came("queues.fifo", min(job["started_s"] - job["submitted_s"] for job in fifo if job["name"] == "short"))
 
 # %% [markdown] id="backfill"
-# **Explain.** *wide* is next, and can't start. So nobody behind it may, though two CPUs have nothing to do.
+# **Explain.** *wide* is next and can't start. So no job behind it may start, though two CPUs are idle.
 #
-# Now the same dozen with *backfill*: a job may overtake if that delays nobody before it. The scheduler can know only if each
-# job has said how long it takes at most.
+# Now the same dozen with *backfill*: a job may overtake if it delays no job ahead of it. The scheduler can know that
+# only if every job has stated its time limit.
 #
 # Which jobs overtake *wide* now? **Predict** the one that doesn't, though it takes just as little time.
 
@@ -173,18 +175,18 @@ hpclab.came("queues.left_behind", behind["name"])
 compare({"first come, first served": fifo, "backfill": filled}, cpus=4)
 
 # %% [markdown] id="compare-explain"
-# **Explain.** The short jobs fill the hole beside *long*: they asked for one minute, and *long* holds its CPUs for up to
-# three. *greedy* takes two seconds as they do, but asked for ten minutes: the scheduler must believe it, and ten minutes
-# don't fit before *wide*. **To ask for less is to start sooner.** Ask for too little, though, and your job is killed when
-# its time is over.
+# **Explain.** The short jobs fill the hole beside *long*: they asked for one minute, and *long* holds its CPUs for up
+# to three. *greedy* also takes two seconds, but asked for ten minutes. The scheduler must believe it, and ten minutes
+# don't fit before *wide*. **Ask for less and you start sooner.** Ask for too little, though, and your job is killed
+# when its time is up.
 #
-# (Slurm's clock counts whole seconds, and it looks at its queue about once a second: read the differences, not the digits.)
+# (Slurm counts whole seconds, and looks at its queue about once a second: read the differences, not the digits.)
 #
 # ## The same cell on a queue
 #
-# A cluster of workers on a queue is one word away. Each worker is a job; the training doesn't know. On a site with Slurm it
-# is `hpclab.connect("slurm", workers=2, walltime="00:30:00", account=...)`; here we hand over our own Slurm, with three
-# nodes, one of them to spare.
+# To get a cluster of workers on a queue, change one word. Each worker is a job; the training doesn't notice. On a site
+# with Slurm, call `hpclab.connect("slurm", workers=2, walltime="00:30:00", account=...)`; here we pass our own Slurm,
+# with three nodes, one of them a spare.
 
 # %% id="connect-do"
 model = functools.partial(hpclab.models.CNN, channels=(8, 16))
@@ -209,8 +211,8 @@ on_slurm(connect)
 # %% [markdown] id="kill"
 # ## A node dies
 #
-# The node of one worker loses its power in the middle of the training, which writes a checkpoint after every 20 steps.
-# **Predict**: how many steps must be done again? (And what do you have to do?)
+# One worker's node loses power in the middle of the training, which writes a checkpoint every 20 steps. **Predict**:
+# how many steps must be redone? (And what do you have to do?)
 
 # %% id="kill-predict"
 hpclab.predict("queues.steps_lost", ..., "steps")
@@ -240,15 +242,16 @@ lost = [row["last"] + 1 - row["first"] - row["kept"] for row in hpclab.rows.atte
 hpclab.came("queues.steps_lost", sum(lost))
 
 # %% [markdown] id="kill-explain"
-# **Explain.** Nothing. Slurm saw its node down, and the job on it failed. hpclab asked for another worker, which Slurm gave
-# a place on the spare node, and the gang went on there from its last checkpoint: to the last bit as if nothing had been.
-# When a job's *walltime* is about to end, it goes the same way, with a checkpoint just before.
+# **Explain.** You do nothing. Slurm saw its node go down, and the job on it failed. hpclab asked for another worker,
+# Slurm placed it on the spare node, and the gang resumed there from its last checkpoint: its weights are equal to the
+# last bit, as if nothing had happened. When a job's *walltime* is about to end, the same happens, after one more
+# checkpoint.
 #
 # ## Without hpclab
 #
-# Most sites have Slurm and torch, and no hpclab. `train_ddp.py` is what `hpclab.train` does, as a script of its own: open it in
-# the file browser, folder *scripts*. What `launch` told each rank, it must learn from its environment: its number, how many
-# ranks there are, and where they meet. This job script takes them from Slurm:
+# Most sites have Slurm and torch, but not hpclab. `train_ddp.py` does what `hpclab.train` does, as a standalone script:
+# open it in the file browser, folder *scripts*. From its environment it must read what `launch` tells each rank: its
+# number, how many ranks there are, and where they meet. This job script takes them from Slurm:
 
 # %% id="without-look"
 scripts = hpclab.data.share() / "notebooks" / "scripts"
@@ -257,8 +260,8 @@ for name in ("train_ddp.py", "train_ddp.sh"):
 print(Path("train_ddp.sh").read_text())
 
 # %% [markdown] id="without-predict"
-# **Predict**: the same network, data, seed, batch and ranks, once by `hpclab.train` and once by `sbatch`. In how many of six
-# digits after the point will their losses agree?
+# **Predict**: the same network, data, seed, batch and ranks, once by `hpclab.train` and once by `sbatch`. In how many
+# of six decimal digits will their losses agree?
 
 # %% id="without-predict-do"
 hpclab.predict("queues.digits", ..., "digits")
@@ -285,15 +288,15 @@ ours, theirs = on_slurm(without)
 hpclab.came("queues.digits", sum(round(ours, digits) == round(theirs, digits) for digits in range(1, 7)))
 
 # %% [markdown] id="without-explain"
-# **Explain.** Nothing in the mathematics changed, so at most the rounding did. What hpclab adds is around it: the start, rows
-# and plots, errors with the rank that failed, checkpoints and restarts. With `torchrun --nproc-per-node=2 train_ddp.py DATA` the
-# script runs on a machine without Slurm. The page *What is below each call* of the documentation names such a counterpart for
-# every call, and tells how to get from your laptop to a site: ssh, modules, transfer, accounting.
+# **Explain.** The mathematics is the same, so at most the rounding differs. hpclab adds what surrounds it: the start,
+# rows and plots, errors that name the failed rank, checkpoints and restarts. On a machine without Slurm, run the script
+# with `torchrun --nproc-per-node=2 train_ddp.py DATA`. The documentation's page *What is below each call* lists the
+# counterparts of hpclab's calls, and tells how to get from your laptop to a site: ssh, modules, transfer, accounting.
 
 # %% [markdown] id="backfill-exercise"
 # ## Exercise: slip through
 #
-# A machine of 2 nodes with 4 CPUs each, and backfill. This is what `squeue` says when you come:
+# A machine has 2 nodes with 4 CPUs each, and backfill. This is what `squeue` shows when you arrive:
 #
 # | job | state | time used | time limit | nodes | CPUs | node list (reason) |
 # |---|---|---|---|---|---|---|
@@ -301,17 +304,17 @@ hpclab.came("queues.digits", sum(round(ours, digits) == round(theirs, digits) fo
 # | side | running | 0:01 | 2:00 | 1 | 1 | n2 |
 # | wide | pending | 0:00 | 2:00 | 2 | 8 | (Resources) |
 #
-# Your job runs `simulate`. It reads its input for one minute, with one CPU; then come 9 CPU-minutes of work, which it divides
-# evenly among all the CPUs that its job has on one node. Write the options of `sbatch` with which your job is done before *wide*
-# starts, and isn't killed at its time limit, a whole number of minutes. You have no right to set priorities.
+# Your job runs `simulate`. For one minute it reads its input, with one CPU; then it divides 9 CPU-minutes of work
+# evenly among all the CPUs that its job has on one node. Write the `sbatch` options with which your job finishes before
+# *wide* starts and isn't killed at its time limit, a whole number of minutes. You may not set priorities.
 #
-# The check hands these jobs to a real Slurm, which decides who starts. Only the clock is faster: no job really takes minutes, and
-# whether yours would have been killed is computed from what it asked for and got.
+# The check submits these jobs to a real Slurm, which decides who starts. Only the clock is faster: no job really takes
+# minutes, and whether yours would have been killed is computed from what it asked for and got.
 #
 # <details><summary>Hint</summary>
 #
-# A hole has a width and a length. Which CPUs are idle *now*, and until when may they be lent? How long does `simulate` take with
-# one CPU, with two, with more?
+# A hole has a width and a length. Which CPUs are idle *now*, and until when can you borrow them? How long does
+# `simulate` take with one CPU, with two, with more?
 #
 # </details>
 
@@ -327,9 +330,8 @@ hpclab.check("queues.backfill", options)
 # %% [markdown] id="array-exercise"
 # ## Exercise: an array that is a good neighbour
 #
-# In the folder of the job lies a program, `./square`, which takes a number and writes its square to `out-<number>`. Write
-# a job script for the numbers 3 to 8 as an array, of which at most two run at the same time: it has to be one script, handed
-# in once.
+# The job's folder holds a program, `./square`, which takes a number and writes its square to `out-<number>`. Write a
+# job script that runs it for the numbers 3 to 8 as an array, at most two at the same time: one script, submitted once.
 #
 # <details><summary>Hint</summary>
 #
@@ -360,7 +362,8 @@ hpclab.check("queues.array", script)
 # - a: Each *short* one overtook *wide*: it came later, and started sooner.
 # - b: Without the short ones *wide* would have started sooner.
 # - c: At 60 seconds two CPUs are idle.
-# - d: When the short ones had ended, *greedy* still had to wait for *wide*: by its limit it could have delayed it.
+# - d: When the short ones had ended, *greedy* still had to wait for *wide*: by its time limit it could have delayed
+#   *wide*.
 # - e: *greedy* ran longer than *short*.
 # - f: *wide* could have started beside *long*.
 
@@ -381,8 +384,8 @@ hpclab.check("queues.quiz_gantt", gantt_answer)
 # %% [markdown] id="quiz-array"
 # ### An array's time
 #
-# A script with `#SBATCH --array=0-20:5%2` is handed in; each of its jobs takes 10 minutes, and the machine is empty. How many jobs
-# are there, and after how many minutes is the last one done? Set `array_answer` to the pair.
+# You submit a script with `#SBATCH --array=0-20:5%2` to an empty machine; each of its jobs takes 10 minutes. How many
+# jobs are there, and after how many minutes is the last one done? Set `array_answer` to the pair.
 
 # %% id="quiz-array-answer" exercise=true
 array_answer = ...
@@ -396,19 +399,20 @@ hpclab.check("queues.quiz_array", array_answer)
 # %% [markdown] id="end"
 # ## Summary
 #
-# - A job says what it needs, and for how long at most; the queue decides when it gets it.
+# - A job says what it needs and sets a time limit; the queue decides when it runs.
 # - First come, first served leaves holes. Backfill fills them with jobs that are short *and say so*.
-# - Many small things are one array, with a limit that leaves room for others.
-# - A training on a queue is the same cell, or a script of 50 lines that reads its rank from the environment; nodes that die and walltimes that end cost what was done since the last
-#   checkpoint.
+# - Submit many small jobs as one array, with a limit that leaves room for others.
+# - To train on a queue, run the same cell, or a script of under 70 lines that reads its rank from the environment; if a
+#   node dies or a walltime ends, you lose what was done since the last checkpoint.
 #
 # ### What breaks at scale
 #
-# Real queues don't go by arrival: they weigh waiting, size, and how much your group has used lately (*fair share*). A wide
-# job may wait for days while its nodes drain, idle. And ten thousand tiny jobs are an attack on the scheduler: bundle them.
+# Real queues don't go by arrival: they weigh waiting, size, and how much your group has used lately (*fair share*). A
+# wide job may wait for days while its nodes drain, idle. Ten thousand tiny jobs are an attack on the scheduler: bundle
+# them.
 #
 # ### References
 #
 # - Slurm's documentation: `man sbatch`, and slurm.schedmd.com (*Scheduling Configuration Guide*).
-# - Mu'alem and Feitelson (2001): *Utilization, predictability, workloads, and user runtime estimates in scheduling the IBM
-#   SP2 with backfilling*. IEEE TPDS 12(6).
+# - Mu'alem and Feitelson (2001): *Utilization, predictability, workloads, and user runtime estimates in scheduling the
+#   IBM SP2 with backfilling*. IEEE TPDS 12(6).

@@ -1,8 +1,8 @@
 # %% [markdown] id="title"
 # # Faults: what a failure costs
 #
-# **You will** kill ranks and workers of a training that runs, and watch it go on; see which steps were lost, done again, and
-# kept; check that not a bit of the result differs; and find out how often a checkpoint should be written.
+# **You will** kill ranks and workers of a running training, and watch it recover; see which steps were lost, redone and
+# kept; check that not a bit of the result differs; and find out how often to write a checkpoint.
 #
 # | | |
 # |---|---|
@@ -11,7 +11,7 @@
 # | minutes | 40 to read and do, 15 of them for the exercises; under 3 to run |
 # | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
 #
-# Words that are new to you stand in the [glossary](glossary.md#checkpoint), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#checkpoint), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -43,15 +43,15 @@ undisturbed = train().result()
 [whole] = rows.attempts(undisturbed.rows)
 work = whole["end_s"] - whole["start_s"]
 step_s = work / STEPS
-MTBF = max(0.5, work / 4)  # seconds: some failures a training, on a slow machine as on a fast one
+MTBF = max(0.5, work / 4)  # seconds: a few failures per training, on slow machines and fast ones
 
 # %% [markdown] id="die"
 # ## A rank dies
 #
-# A process is killed: since the memory ran out, since a machine lost its power, since somebody's job was more important.
+# A process is killed: memory ran out, a machine lost power, or a more important job needed the node.
 #
-# **Predict**: two ranks train, and one is killed. After how many seconds does your notebook say so? (And what becomes of the
-# other rank?)
+# **Predict**: two ranks train, and one is killed. After how many seconds does your notebook say so? (And what happens
+# to the other rank?)
 
 # %% id="die-predict"
 hpclab.predict("faults.told", ..., "seconds")
@@ -68,17 +68,17 @@ except hpclab.RankError as error:
 hpclab.came("faults.told", run.rows[-1]["time_s"] - rows.span(run.rows)[1])
 
 # %% [markdown] id="die-explain"
-# **Explain.** The rank that is left can't go on: in the next all-reduce it would wait for its peer for ever. So the first
-# failure ends the gang, and what you see is its cause, not the "connection closed by peer" of those who followed.
+# **Explain.** The surviving rank can't go on: in the next all-reduce it would wait for its peer forever. So the first
+# failure ends the gang, and you see its cause, not the "connection closed by peer" of the ranks that failed after it.
 #
 # ## And goes on
 #
-# All work was lost, though, and that is what **checkpoints** are for. With `max_restarts` the gang is started anew, and
-# goes on from the newest one. Below, failures come at random, about one in `MTBF` seconds (the *mean time between
-# failures*). Ranks start in a tenth of a second here, since they are forked from a process that has imported torch; with
-# most tools this alone takes seconds.
+# But all work was lost. **Checkpoints** prevent that: with `max_restarts` the gang restarts, and resumes from the
+# newest one. Below, failures come at random, about one in `MTBF` seconds (the *mean time between failures*). Ranks
+# start in a tenth of a second here, because they are forked from a process that has already imported torch; with most
+# tools the import alone takes seconds.
 #
-# Press *Kill this rank* too, while it goes.
+# While it runs, press *Kill this rank* too.
 
 # %% id="go-on-do"
 run = train(max_restarts=100, checkpoint_every=20)
@@ -94,22 +94,22 @@ plots.recovery(killed)
 views.recovery(killed)
 
 # %% [markdown] id="go-on-explain"
-# **Explain.** Where the line is thick and red, steps were done that no checkpoint knew of: they were lost, and done again.
-# Grey is the time from a failure to the next step. Everything that counts is blue, and each step is there once.
+# **Explain.** Steps on a thick orange line came after the last checkpoint: they were lost, and done again. Grey is the
+# time from a failure to the next step. Everything that counts is blue, and each step appears there once.
 #
-# **Not a bit differs** from the training without failures. That asks for more than saving the weights:
+# **Not a bit differs** from the training without failures. Saving the weights isn't enough for that. It also takes:
 #
-# - the optimiser's momentum, and the place in the schedule of its learning rate;
-# - the place in the epoch, so that no image is seen twice, and none never;
-# - the state of the random numbers, of each rank;
-# - and the *order* in which gradients are added up. Floating-point sums depend on it, and DDP by itself arranges its
-#   buckets anew after the first step: with three ranks or more, the last bits of a resumed run would differ. In a rank
-#   of hpclab the buckets are arranged once, when the model is wrapped, and stay.
+# - the optimiser's momentum, and the position in the learning-rate schedule;
+# - the position in the epoch, so that each image is seen exactly once;
+# - the random state of each rank;
+# - and the *order* in which gradients are added up. Floating-point sums depend on it, and DDP by itself rearranges its
+#   buckets after the first step: with three ranks or more, the last bits of a resumed run would differ. hpclab's ranks
+#   arrange the buckets once, when the model is wrapped.
 #
 # ## A worker dies
 #
-# If a whole worker goes, as with a machine, its ranks go with it. Its place is empty until another worker comes. With
-# `min_ranks` the gang would go on with fewer, each of which takes more samples.
+# If a whole worker dies, for instance with its machine, so do its ranks. Its place stays empty until another worker
+# comes. With `min_ranks` the gang would go on with fewer ranks, each taking more samples.
 
 # %% id="worker-do"
 run = train(max_restarts=5, checkpoint_every=20)
@@ -121,11 +121,11 @@ views.recovery(run.rows)
 # %% [markdown] id="often"
 # ## How often to save?
 #
-# Each checkpoint takes time. Each failure costs what was done since the last one, half an interval on average, and the
-# restart. To write often costs more of the first, to write seldom more of the second.
+# Each checkpoint takes time. Each failure costs a restart and the work since the last checkpoint, half an interval on
+# average. Save often and you pay for checkpoints; save seldom and you pay for failures.
 #
-# The simulation below throws the dice a thousand times: work in pieces, each ended by a checkpoint; a piece that a failure
-# meets is done again.
+# The simulation below rolls the dice a thousand times. Each piece of work ends with a checkpoint; if a failure hits it,
+# it is done again.
 
 # %% id="simulate-do"
 saves = [row["save_s"] for row in run.rows if row["kind"] == "checkpoint"]
@@ -138,7 +138,7 @@ dice = np.random.default_rng(0)
 
 
 def simulate(interval, work, draws=1000):
-    """Seconds for so much work, shape (draws,)."""
+    """Seconds to finish `work` seconds of work under failures, shape (draws,)."""
     spent = np.zeros(draws)
     whole, rest = divmod(work, interval)
     for piece in [interval + save_s] * int(whole) + [rest]:
@@ -155,11 +155,11 @@ every = np.unique(np.geomspace(1, STEPS / 2, 12).round().astype(int))  # steps b
 simulated = np.array([simulate(count * step_s, work) / work - 1 for count in every])  # (intervals, draws)
 
 # %% [markdown] id="measure"
-# And measured: the same training under failures, with a checkpoint after every step, at two intervals between, and only
-# at each quarter.
+# Now measure it: the same training under failures, with a checkpoint after every step, at two longer intervals, and
+# only after each quarter.
 #
-# **Predict**, from what a checkpoint, a restart and a step take here: after how many steps should a checkpoint be written, so that
-# the least time is lost?
+# **Predict**, from what a checkpoint, a restart and a step take here: how many steps between checkpoints lose the least
+# time?
 
 # %% id="measure-predict"
 hpclab.predict("faults.every", ..., "steps between checkpoints")
@@ -185,22 +185,21 @@ hpclab.tables.Table(
 hpclab.came("faults.every", every[middle.argmin()])
 
 # %% [markdown] id="measure-explain"
-# **Explain.** The left end pays for writing, the right end for failures, and the valley between is wide: half or twice the
-# best interval costs little more. One measurement is one throw of the dice, so don't expect it on the line. Where it lies
-# above the band, something took time that the simulation leaves out, such as a busy disk, or the first steps after a
-# restart, which are slower.
-# Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds a term for machines that fail about as
-# often as they save.
+# **Explain.** The left end pays for saving, the right end for failures, and the valley between is wide: half or twice
+# the best interval costs little more. One measurement is one roll of the dice, so don't expect it on the line. If it
+# lies above the band, something took time that the simulation leaves out, such as a busy disk, or the slower first
+# steps after a restart. Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds terms that
+# matter when saving takes a good part of the MTBF.
 #
-# The MTBF of a gang is that of one machine, *divided by their number*: a thousand machines that each fail once in three
-# years fail about once a day, together.
+# The MTBF of a gang is that of one machine, *divided by the number of machines*: a thousand machines that each fail
+# once in three years together fail about once a day.
 #
 # ## Exercise: the interval
 #
-# Nobody hands you a save time and an MTBF: a cluster keeps a log. Write `interval(log, machines)`, which reads the log of a
-# finished run and returns the seconds of work between two checkpoints for the *next* job, the same program on `machines`
-# machines. Near the best will do: a tenth more lost than necessary passes. The log is a list of rows of two kinds (times in
-# seconds):
+# Nobody hands you a save time and an MTBF: a cluster keeps a log. Write `interval(log, machines)`, which reads the log
+# of a finished run and returns the seconds of work between two checkpoints for the *next* job, the same program on
+# `machines` machines. Near the best will do: losing a tenth more than necessary passes. The log is a list of rows of
+# two kinds (times in seconds):
 #
 # ```python
 # {"kind": "attempt", "attempt": 0, "machines": 64, "submitted_s": 0.0, "started_s": 9100.0, "ended_s": 20350.0,
@@ -208,13 +207,13 @@ hpclab.came("faults.every", every[middle.argmin()])
 # {"kind": "checkpoint", "attempt": 0, "rank": 3, "save_s": 2.7}  # one row a rank
 # ```
 #
-# All ranks wait until a checkpoint is whole. The next job's machines are of the same kind: a checkpoint takes as long, and each
-# machine fails as often.
+# All ranks wait until a checkpoint is complete. The next job runs on the same kind of machine: a checkpoint takes as
+# long, and each machine fails as often.
 #
 # <details><summary>Hint</summary>
 #
-# An MTBF is a time divided by a number of failures. Which time, and which failures? And what does a rank do between its own
-# save and that of the last one?
+# An MTBF is a time divided by a number of failures. Which time, and which failures? And what does a rank do between its
+# own save and the last rank's?
 #
 # </details>
 
@@ -240,9 +239,9 @@ hpclab.check("faults.interval", interval)
 # %% [markdown] id="state"
 # ## Exercise: what a checkpoint holds
 #
-# Write `pack(model, optimizer, schedule, step)`, which returns a dict to be written, and `unpack(state, model, optimizer,
-# schedule)`, which puts it into fresh ones and returns the step to go on with. The model has dropout. A training that was
-# resumed shall equal one that wasn't, to the last bit.
+# Write `pack(model, optimizer, schedule, step)`, which returns a dict to write, and
+# `unpack(state, model, optimizer, schedule)`, which loads it into fresh objects and returns the step to go on with. The
+# model has dropout. A resumed training must equal an undisturbed one, to the last bit.
 #
 # <details><summary>Hint</summary>
 #
@@ -280,8 +279,8 @@ hpclab.check("faults.state", (pack, unpack))
 #
 # ### Read a recovery
 #
-# How many steps did this run do twice? And how many seconds passed from the failure to the next attempt's first step? Set
-# `recovery_answer` to the pair, within 15 %.
+# How many steps did this run do twice? And how many seconds passed from the failure to the next attempt's first step?
+# Set `recovery_answer` to the pair, within 15 %.
 
 # %% id="quiz-recovery-show"
 from hpclab.course import quizzes
@@ -300,9 +299,9 @@ hpclab.check("faults.quiz_recovery", recovery_answer)
 # %% [markdown] id="quiz-mtbf"
 # ### Will it last?
 #
-# A job needs 500 machines for 4 days. Each machine has a mean time between failures of 1,000 days; failures are independent and
-# equally likely at any time. With no checkpoint, what is the chance, in percent, that the job ends undisturbed? Set `mtbf_answer` to the number,
-# within 5 %.
+# A job needs 500 machines for 4 days. Each machine has a mean time between failures of 1,000 days; failures are
+# independent and equally likely at any time. Without checkpoints, what is the chance, in percent, that the job finishes
+# undisturbed? Set `mtbf_answer` to the number, within 5 %.
 
 # %% id="quiz-mtbf-answer" exercise=true
 mtbf_answer = ...
@@ -323,14 +322,14 @@ client.close()
 # ## Summary
 #
 # - The first failure ends a gang; checkpoints decide how much that costs.
-# - A run that goes on can equal one that was never disturbed, bit for bit, if all that has a memory is saved.
-# - The best interval grows with the square root of what a checkpoint costs, and of the time between failures.
+# - A resumed run can equal an undisturbed one, bit for bit, if you save everything that has a memory.
+# - The best interval grows with the square roots of a checkpoint's cost and of the time between failures.
 #
 # ### What breaks at scale
 #
-# With ten thousand machines a failure comes every few hours, and a checkpoint of a large model takes minutes: so it is
-# written by all ranks at once, in the background, or to the memory of a neighbour first. And a failure that raises no error
-# (a wrong bit in a sum, a machine that is only slow) is the worst of all.
+# With ten thousand machines a failure comes every few hours, and a checkpoint of a large model takes minutes. So all
+# ranks write it at once, in the background, or to a neighbour's memory first. Worst of all are failures that raise no
+# error: a wrong bit in a sum, a machine that is only slow.
 #
 # ### References
 #

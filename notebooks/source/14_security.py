@@ -1,17 +1,17 @@
 # %% [markdown] id="title"
 # # Security: who else can run code here?
 #
-# **You will** let a stranger run code on your worker, and then shut it out; measure what encryption costs; load a file that
-# runs its sender's code; find a secret where others see it; and add up gradients that nobody but their owners have seen.
+# **You will** let a stranger run code on your worker, then shut it out; measure what encryption costs; load a file that
+# runs its sender's code; find a secret where others can see it; and add up gradients that only their owners have seen.
 #
 # | | |
 # |---|---|
 # | objectives | say who can reach a Dask cluster, and what stops them; measure what TLS costs; load only what can't run; keep a secret out of scripts, command lines and logs; mask gradients so that only their sum shows |
 # | prerequisites | the notebooks *start* and *ddp-from-scratch* |
 # | minutes | 40 to read and do, 20 of them for the exercises; under 2 to run |
-# | needs | 1 CPU, 1.5 GB of memory, 4 ranks that take turns, no network; for the modes of files Linux |
+# | needs | 1 CPU, 1.5 GB of memory, 4 ranks that take turns, no network; Linux, to see file modes |
 #
-# Words that are new to you stand in the [glossary](glossary.md#handshake), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#handshake), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -33,20 +33,19 @@ from hpclab import plots, security, tables
 from hpclab.course.plots import spread
 
 ROUNDS, TASKS, RANKS = {"small": (4, 100, 4), "class": (15, 200, 4), "cluster": (20, 1000, 8)}[SIZE]
-os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # of a data store, say; what we start inherits it
+os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # for a data store, say; all that we start inherits it
 
 # %% [markdown] id="loopback"
 # ## Loopback is not private
 #
-# The cluster below listens on 127.0.0.1 only, so nobody gets there from another machine. But a login node has hundreds of
-# users, and to the kernel a connection is a connection, whoever makes it: a file has an owner and a mode, a port has
-# neither.
+# The cluster below listens on 127.0.0.1 only, so no other machine can reach it. But a login node has hundreds of users,
+# and the kernel accepts a connection from any of them: a file has an owner and a mode, a port has neither.
 #
-# The *stranger* is a second program. It is told the address and nothing else: no password, no file, nothing of our
+# The *stranger* is a second program. It gets the address and nothing else: no password, no file, nothing of our
 # environment.
 #
-# **Predict**: the cluster is started with `security=False`. What will the stranger do: nothing, list our workers, or run code
-# on them?
+# **Predict**: the cluster is started with `security=False`. What will the stranger do: nothing, list our workers, or
+# run code on them?
 
 # %% id="loopback-predict"
 hpclab.predict("security.stranger", ..., among=("nothing", "list workers", "run code"))
@@ -60,18 +59,18 @@ print(f"our worker is process {[*plain.run(os.getpid).values()]}; the stranger {
 hpclab.came("security.stranger", "run code" if found.startswith("ran code") else "nothing")
 
 # %% [markdown] id="loopback-explain"
-# **Explain.** The stranger ran a function of its own in *our* worker, as *our* user, with all that we may do: read our
-# files, submit our jobs, use our token. That is no hole in Dask. To run what a client sends is what a scheduler is *for*:
-# remote code execution, by design. So the only fence is the door: **who is let in**. (The stranger here has our user id,
-# but nothing asked for it. One of this package's tests does the same as another user.)
+# **Explain.** The stranger ran its own function in *our* worker, as *our* user, with all our rights: to read our files,
+# submit our jobs, use our token. That is no bug in Dask. Running what a client sends is what a scheduler is *for*:
+# remote code execution, by design. So the door is the only defence: **who is let in**. (The stranger here has our user
+# id, but nothing checked that. One of hpclab's tests does the same as another user.)
 #
 # ## The door
 #
-# By default `hpclab.connect` makes a fresh certificate for each cluster. Scheduler, workers and client have it in memory,
-# with its private key, and each proves to the other that it does.
+# By default `hpclab.connect` makes a fresh certificate and private key for each cluster. Scheduler, workers and client
+# hold both in memory, and each proves to the other that it has the key.
 #
-# **Predict**: four come to the door. One speaks no TLS; one speaks TLS, and has no certificate; one has made its own, as
-# good as ours; the last has ours. How many are let in?
+# **Predict**: four come to the door. One speaks no TLS; one speaks TLS without a certificate; one has made its own, as
+# good as ours; the last has ours. How many get in?
 
 # %% id="door-predict"
 hpclab.predict("security.door", ..., "of four")
@@ -84,9 +83,9 @@ client = hpclab.connect(workers=1)
 hpclab.came("security.door", sum(not row["what it gets"].startswith("refused") for row in knocked))
 
 # %% [markdown] id="handshake"
-# What stands there in red is the log of our scheduler, about those that it refused: look for such lines in yours.
+# The red text is our scheduler's log of those it refused: look for such lines in your own logs.
 #
-# All this happens in a *handshake*, before the first byte of Dask's own. In ours, this was agreed:
+# All this happens in a *handshake*, before the first byte of Dask's own. Ours agreed on this:
 
 # %% id="handshake-do"
 security.handshake(client)
@@ -94,10 +93,10 @@ security.handshake(client)
 # %% [markdown] id="cost"
 # ## What it costs
 #
-# **Predict**: with TLS, how many times as long do 32 MiB take? (And hundreds of tiny tasks? How many more bytes are sent? How
-# much later is the cluster up?)
+# **Predict**: with TLS, how many times as long do 32 MiB take? (And hundreds of tiny tasks? How many more bytes are
+# sent? How much longer does the cluster take to start?)
 #
-# Machines drift, so plain and TLS take turns; each round gives one ratio, and all of them an interval.
+# A machine's speed drifts, so plain and TLS take turns; each round gives one ratio, and all rounds give an interval.
 
 # %% id="cost-predict"
 hpclab.predict("security.cost", ..., "times as long")
@@ -111,19 +110,18 @@ tables.Table(cost)
 hpclab.came("security.cost", cost[1]["ratio"])
 
 # %% [markdown] id="cost-explain"
-# **Explain.** A tiny task is a few messages of some hundred bytes, and nearly all of its time goes into Python, on
-# either side: next to that a cipher is quick. A large array is little Python and many bytes, and each of them goes through
-# the cipher. On the wire next to nothing is added, some 20 bytes for a record of up to 16 kB. And the start has one more
-# thing to do, a key and its certificate. Where an interval holds 1, these rounds show no difference. (When this was
-# written, on two shared cores, intervals lay between 0.93 and 1.06 for tiny tasks, and between 1.1 and 1.6 for 32 MiB.)
+# **Explain.** A tiny task is a few messages of some hundred bytes, and nearly all of its time goes into Python, on both
+# sides; beside that the cipher is quick. A large array is little Python and many bytes, each of which passes through
+# the cipher. TLS adds almost nothing on the wire, some 20 bytes a record of up to 16 kB. Starting takes one more step:
+# making a key and its certificate. If an interval contains 1, these rounds show no difference. (When this was written,
+# on two shared cores, intervals lay between 0.93 and 1.06 for tiny tasks, and between 1.1 and 1.6 for 32 MiB.)
 #
-# And gradients? They don't go this way at all: ranks send them to each other by gloo, which doesn't encrypt (see the table
-# at the end).
+# Gradients don't go this way at all: ranks exchange them over gloo, which doesn't encrypt (see the table at the end).
 #
 # ## What a file can do
 #
-# A pickle is a program, and to load it is to run it: `__reduce__` says which function to call, with what. The one below
-# only prints.
+# A pickle is a program, and loading it runs it: `__reduce__` says which function to call, with which arguments. The one
+# below only prints.
 #
 # **Predict**: how many of these four run the sender's code?
 
@@ -158,23 +156,23 @@ for name, read in {
 hpclab.came("security.pickle", 4 - refused)
 
 # %% [markdown] id="pickle-explain"
-# **Explain.** `weights_only=True` builds tensors, numbers, strings, and dicts and lists of them, and refuses any other
-# name. JSON has no such names at all. So in hpclab:
+# **Explain.** `weights_only=True` builds tensors, numbers, strings, and dicts and lists of them; it refuses any other
+# class or function that the file names. JSON can't name any. So in hpclab:
 #
-# - a checkpoint is read with `weights_only=True`, and what couldn't be read so is refused when it is *written*;
-# - what a rank reports goes to its worker as JSON; your function, and what it returns, pass through the worker's code as bytes.
-#   Only the rank unpickles the function, which is yours, and only your notebook the value, which is your rank's.
+# - a checkpoint is read with `weights_only=True`, and what couldn't be read that way is refused when it is *written*;
+# - a rank reports to its worker in JSON; your function and its result pass through the worker's code as bytes. Only the
+#   rank unpickles the function, which is yours, and only your notebook unpickles the result, which is your rank's.
 #
-# Dask's own messages are msgpack, a format like JSON, but they *carry* pickles: your functions, their arguments and their
-# results. Whoever may send a scheduler a task may run code. That is why its door must be shut before the first message.
+# Dask's own messages are msgpack, a format like JSON, but they *carry* pickles: your functions, their arguments and
+# their results. Anyone who can send a scheduler a task can run code. So its door must be shut before the first message.
 #
 # ## Where secrets leak
 #
-# The stranger is out. But secrets also walk out by themselves. Two programs get the same token: one on its command line,
+# The stranger is out, but secrets also leak by themselves. Two programs get the same token: one on its command line,
 # the other in a file.
 #
-# **Predict**: of six places, the command lines and environments of both and two files, in how many can another user of this
-# machine read it?
+# **Predict**: there are six places: both command lines, both environments, and two files. In how many can another user
+# of this machine read the token?
 
 # %% id="leaks-predict"
 hpclab.predict("security.leaks", ..., "of six places")
@@ -196,15 +194,15 @@ places
 hpclab.came("security.leaks", sum(row["others read it"] == row["secret in it"] == "yes" for row in places))
 
 # %% [markdown] id="leaks-explain"
-# **Explain.** A command line is public: on Linux `/proc/PID/cmdline` has the mode `r--r--r--` for as long as the program
-# runs (unless the administrator mounts /proc with `hidepid`). The environment is for the same user only; but all that we
-# start inherits it, and it is where the stranger found our token. A file is as private as its mode, and that from the first
-# byte: between `write_text` and a later `chmod` there is a moment in which others may open it, and what is open stays open.
+# **Explain.** A command line is public: on Linux `/proc/PID/cmdline` has the mode `r--r--r--` while the program runs
+# (unless the administrator mounts /proc with `hidepid`). Only the same user can read the environment; but every process
+# that we start inherits it, and there the stranger found our token. A file is as private as its mode, from the first
+# byte on: between `write_text` and a later `chmod` others may open it, and an open file stays open.
 #
 # Look through these too before you share them: **a notebook's outputs**, which are saved with it, **logs**, **job
-# scripts**, which queues keep, **git's history**. And few know this one: a Jupyter kernel talks to its notebook over ports of
-# loopback, in the clear, and whoever connects to one of them reads all cells and outputs. (To send cells takes a key.)
-# `hpclab lab --KernelManager.transport=ipc` takes sockets in a private folder instead.
+# scripts**, which queues keep, and **git's history**. Less well known: a Jupyter kernel talks to its notebook over
+# loopback ports, unencrypted, and anyone who connects to one of them can read all cells and outputs. (Sending cells
+# takes a key.) `hpclab lab --KernelManager.transport=ipc` uses sockets in a private folder instead.
 #
 # ## Exercise: harden
 #
@@ -219,20 +217,20 @@ hpclab.came("security.leaks", sum(row["others read it"] == row["secret in it"] =
 #     return f"#!/bin/bash\n#SBATCH --job-name=train\ntrain --token {token}\n"
 # ```
 #
-# Write both anew. `certificates(folder)` returns what the scheduler, workers and clients of a cluster get, a
-# `distributed.Security`: anyone without the same one is refused, and each cluster has its own. Its workers are jobs on other
-# nodes, so what they need is in *files* of the folder, private keys too. `job(token, folder)` returns the text of a job
-# script. It may write files to its folder, too. Others can enter both folders. `train` takes its token by `--token TOKEN`, by
-# `--token-file FILE`, or from the environment, by the name `TRAIN_TOKEN`.
+# Rewrite both. `certificates(folder)` returns what the scheduler, workers and clients of a cluster get, a
+# `distributed.Security`: anyone without the same one is refused, and each cluster has its own. The workers are jobs on
+# other nodes, so what they need, private keys too, must be in *files* in the folder. `job(token, folder)` returns the
+# text of a job script. It may also write files to its folder. Others can enter both folders. `train` takes its token by
+# `--token TOKEN`, by `--token-file FILE`, or from the environment variable `TRAIN_TOKEN`.
 #
-# The check starts a scheduler and a worker, sends strangers to their ports, reads your script and your files as others could,
-# and runs the script.
+# The check starts a scheduler and a worker, sends strangers to their ports, reads your script and your files as others
+# could, and runs the script.
 #
 # <details><summary>Hint</summary>
 #
-# A stranger at the door had made a certificate of its own. `help(Security)` tells how one is made; it holds texts, and the
-# constructor takes names of files as well. What else must you tell it, so that it insists? The two programs above show how a
-# file is private from its first byte.
+# A stranger at the door had made its own certificate. `help(Security)` tells how to make one; that holds texts, but the
+# constructor also takes file names. What else must you tell it, so that it insists? The two programs above show how to
+# keep a file private from its first byte.
 #
 # </details>
 
@@ -268,15 +266,15 @@ hpclab.check("security.harden", (certificates, job))
 # %% [markdown] id="aggregation"
 # ## A sum of secrets
 #
-# Encryption keeps strangers out. But say that some hospitals train one model, and none of them trusts the *server* which
-# adds up their gradients: from a gradient one can often rebuild the images that it was computed from (Zhu and others,
-# 2019).
+# Encryption keeps strangers out. But suppose several hospitals train one model, and none trusts the *server* that adds
+# up their gradients: from a gradient one can often reconstruct the images behind it (Zhu and others, 2019).
 #
-# **Secure aggregation** (Bonawitz and others, 2017): each pair of ranks agrees on random numbers, a *mask*. One of the two
-# adds it to its gradient, the other takes it away. What each sends looks like dice; in the sum all masks cancel.
+# **Secure aggregation** (Bonawitz and others, 2017): each pair of ranks agrees on random numbers, a *mask*. One of the
+# two adds it to its gradient, the other subtracts it. What each sends looks random; in the sum all masks cancel.
 #
-# First, each pair needs a secret, over a wire on which others listen. Each rank draws a private key, and shows everybody
-# the public one; from its own private and the other's public key each of a pair computes the same secret (X25519).
+# First, each pair needs a shared secret, agreed over a wire that others can read. Each rank draws a private key and
+# publishes the matching public one; from its own private and the other's public key, each of a pair computes the same
+# secret (X25519).
 
 # %% id="gang-do"
 gang = hpclab.gang(client, ranks=RANKS, oversubscribe=True)
@@ -297,25 +295,26 @@ seeds = {other: HKDF(SHA256(), 32, None, b"masks").derive(secret) for other, sec
 {other: HKDF(SHA256(), 3, None, b"fingerprint").derive(secret).hex() for other, secret in secrets.items()}
 
 # %% [markdown] id="prg"
-# Each rank shows a fingerprint of what it shares with each other one (never the seed itself: outputs are saved). What rank
-# 0 has for 1, rank 1 has for 0.
+# Each rank shows a fingerprint of what it shares with each other rank (never the seed itself: outputs are saved). Rank
+# 0's for rank 1 equals rank 1's for rank 0.
 #
-# A seed has 32 bytes, and a mask takes millions. numpy's generators won't do: from some of their numbers the next can be
-# computed. `security.prg(seed, step, count)` takes the stream of a cipher, ChaCha20: the same on both sides, another in
-# each step. (A mask used twice hides nothing: the difference of two shares would be that of the gradients.)
+# A seed has 32 bytes, but a mask needs millions. numpy's generators won't do: from some of their numbers one can
+# compute the next. `security.prg(seed, step, count)` uses the stream of a cipher, ChaCha20: the same on both sides, a
+# new one in each step. (A mask used twice hides nothing: the difference of the two shares would be that of the
+# gradients.)
 #
 # ## Exercise: the masks
 #
-# Gradients are turned into whole numbers first, in units of $2^{-32}$, as `uint64`. Those wrap around at $2^{64}$ and lose
-# nothing: `numbers + mask - mask` is `numbers`, always.
+# Gradients first become whole numbers, in units of $2^{-32}$, as `uint64`. These wrap around at $2^{64}$ and lose
+# nothing: `numbers + mask - mask` is always `numbers`.
 #
-# Write `mask(numbers, rank, seeds, step, prg)`, which returns what this rank sends, an array of `uint64` as long. `seeds` is
-# a dict with a seed for each other rank. The sum over all ranks shall be exact; a share shall tell nobody a thing, not even
-# another rank, which knows its own mask; and each step shall have new masks.
+# Write `mask(numbers, rank, seeds, step, prg)`, which returns what this rank sends, a `uint64` array of the same
+# length. `seeds` is a dict with a seed for each other rank. The sum over all ranks must be exact; a share must reveal
+# nothing, not even to another rank, which knows its own mask; and every step needs new masks.
 #
 # <details><summary>Hint</summary>
 #
-# Of each pair one adds, the other takes away. What do both know that tells them apart?
+# In each pair one rank adds, the other subtracts. What do both know that tells them apart?
 #
 # </details>
 
@@ -335,8 +334,8 @@ def mask(numbers, rank, seeds, step, prg):
 hpclab.check("security.masks", mask)
 
 # %% [markdown] id="sum"
-# Now in earnest: each rank has the gradient of a CNN on images of its own, masks it, and sends its share to rank 0, the
-# server. (Until yours is written, nothing is masked.)
+# Now for real: each rank computes a CNN's gradient on its own images, masks it, and sends its share to rank 0, the
+# server. (Until you write `mask`, nothing is masked.)
 
 # %% id="sum-push"
 gang.push(mask=mask, prg=security.prg, np=np, hpclab=hpclab)
@@ -352,7 +351,7 @@ numbers = (gradient * 2**32).round().long().numpy().view(np.uint64)
 share = numbers if (masked := mask(numbers, rank, seeds, 0, prg)) is None else masked
 shares = [torch.empty(len(share), dtype=torch.long) for other in range(ranks)]
 dist.gather(torch.from_numpy(share.view(np.int64)), shares if rank == 0 else None)
-dist.all_reduce(plain := torch.from_numpy(numbers.astype(np.int64)))  # to compare; in earnest nobody would
+dist.all_reduce(plain := torch.from_numpy(numbers.astype(np.int64)))  # only to compare: a real system never would
 dist.all_reduce(gradient)
 if rank == 0:
     total = sum(one.numpy().view(np.uint64) for one in shares).view(np.int64)  # modulo 2**64
@@ -360,7 +359,8 @@ if rank == 0:
     print(f"equal to the sums of floats within {np.abs(total / 2**32 - gradient.numpy()).max():.0e}, by rounding")
 
 # %% [markdown] id="look"
-# **Predict**: how does the histogram of one rank's share look? (And why not simply add float masks to float gradients?)
+# **Predict**: what does the histogram of one rank's share look like? (And why not simply add float masks to float
+# gradients?)
 
 # %% id="look-predict"
 hpclab.predict("security.share", ..., among=("a peak", "a bell", "flat"))
@@ -382,45 +382,46 @@ tables.Table(
 )
 
 # %% [markdown] id="look-explain"
-# **Explain.** In units of $2^{64}$ every gradient lies next to 0, or next to 1, where those below 0 wrap around. The share
-# lies everywhere alike. (In the table: *like* is the correlation, *wrong* the length of the error over that of the sum.) With true dice that
-# would be exact: add to a number one that may be *any* with equal chance, and the result may be any, with equal chance. A
-# cipher's stream can't be told from dice in any time that we have.
+# **Explain.** On this scale, in units of $2^{64}$, every gradient lies close to 0, or, if negative, wraps around to
+# just below 1. The share is spread evenly. (In the table, *like* is the correlation; *wrong* is the length of the error
+# over that of the sum.) With truly random masks that would be exact: if you add a number that takes *any* value with
+# equal chance, so does the result. Nobody can tell a cipher's stream from true randomness in any practical time.
 #
-# Floats can't do that. Small masks hide little, and large ones eat the gradient's last digits, which don't come back when the
-# masks cancel: $(g + m) - m \ne g$. Whole numbers cost no more than the rounding before.
+# Floats can't do that. Small masks hide little, and large ones destroy the gradient's last digits, which don't come
+# back when the masks cancel: $(g + m) - m \ne g$. Whole numbers cost only the rounding at the start.
 #
 # ### What it doesn't do
 #
-# - **Drop-outs**: a rank that is gone leaves masks which nobody cancels. Bonawitz and others hand out parts of each seed
-#   beforehand, so that enough of those left can put it together.
-# - **Collusion**: if all others put together what they know, what is left is your gradient. (No masking helps: they
+# - **Drop-outs**: a rank that drops out leaves masks that nobody cancels. Bonawitz and others hand out parts of each
+#   seed beforehand, so that enough survivors can reconstruct it.
+# - **Collusion**: if all the others combine what they know, they are left with your gradient. (No masking helps: they
 #   could also subtract their own gradients from the sum.)
-# - **A rank that lies**: the server can't see that a gradient is absurd, as it sees none.
-# - **Somebody in between**, who hands each a public key of his own. Ours came by gloo, which doesn't say who sent them; in
-#   earnest each is signed by one whom all know.
-# - **The sum itself** tells something. Noise in it (*differential privacy*) helps, and costs accuracy.
+# - **A rank that lies**: the server can't see that a gradient is absurd, because it sees none.
+# - **A man in the middle**, who hands each side his own public key. Our keys came over gloo, which doesn't say who sent
+#   them; a real system has each one signed by someone they all know.
+# - **The sum itself** reveals something. Adding noise to it (*differential privacy*) helps, and costs accuracy.
 #
 # ## What is protected from whom
 #
-# | from | scheduler and workers | where ranks meet | gradients on their way | dashboard |
+# | from | scheduler and workers | where ranks meet | gradients in transit | dashboard |
 # |---|---|---|---|---|
-# | another user of this host | TLS, certificates | a file in a folder of mode 0700 | **gloo on loopback: not encrypted, asks for no name** | **can be read** |
+# | another user of this host | TLS, certificates | a file in a folder of mode 0700 | **gloo on loopback: no encryption, no authentication** | **can be read** |
 # | other machines, ranks on one host | listen on loopback only | a file | listen on loopback only | loopback only |
-# | other machines, ranks on several | TLS, certificates | over Dask's TLS | **gloo: not encrypted, asks for no name** | loopback only |
+# | other machines, ranks on several | TLS, certificates | over Dask's TLS | **gloo: no encryption, no authentication** | loopback only |
 # | your own user id, and root | **not at all** | **not at all** | **not at all** | **not at all** |
 #
-# Gloo trusts its network, as do NCCL and most MPI. Sites handle that *below* it: a private interconnect that only compute
-# nodes are on, nodes that belong to one job at a time, or an encrypted network laid over the open one (WireGuard, IPsec),
-# which costs some of its speed. `docs/security.md` in hpclab's repository has all of this, with the test for each claim.
+# Gloo trusts its network, as do NCCL and most MPI. Sites protect traffic *below* it: a private interconnect that only
+# compute nodes are on, nodes that run one job at a time, or an encrypted network over the open one (WireGuard, IPsec),
+# which costs some of its speed. `docs/security.md` in hpclab's repository has all of this, with the test behind each
+# claim, and says which claims have none.
 
 # %% [markdown] id="quiz-modes"
 # ## Quiz
 #
 # ### What can a stranger read?
 #
-# Another ordinary user of the host, in none of your groups, knows all of these names. Which files can they read? Every folder above
-# these can be entered by everybody. Set `modes_answer` to the set of the letters.
+# Another ordinary user of the host, in none of your groups, knows all of these names. Which files can they read?
+# Everybody can enter all folders above these. Set `modes_answer` to the set of the letters.
 
 # %% id="quiz-modes-show"
 from hpclab.course import quizzes
@@ -439,9 +440,10 @@ hpclab.check("security.quiz_modes", modes_answer)
 # %% [markdown] id="quiz-mask"
 # ### What does the server learn?
 #
-# Three ranks have whole numbers from 0 to 99, and mask them so that all masks cancel modulo 100. Each mask may be any number from 0
-# to 99 with equal chance. The server sees the shares 37, 85 and 12. What is the sum of the ranks' numbers modulo 100? And from
-# the share 37 alone, how many numbers are still possible for rank 0? Set `mask_answer` to the pair.
+# Three ranks have whole numbers from 0 to 99, and mask them so that all masks cancel modulo 100. Each mask is any
+# number from 0 to 99 with equal chance. The server sees the shares 37, 85 and 12. What is the sum of the ranks' numbers
+# modulo 100? And from the share 37 alone, how many numbers are still possible for rank 0? Set `mask_answer` to the
+# pair.
 
 # %% id="quiz-mask-answer" exercise=true
 mask_answer = ...
@@ -462,16 +464,17 @@ for each in (gang, client, plain):
 # %% [markdown] id="end"
 # ## Summary
 #
-# - A port has no owner and no mode: on a shared host loopback is public. What runs its clients' code must ask who they are.
-# - Encryption costs where bytes are many, and else hardly; how much is measured in turn, with an interval.
-# - Who loads a pickle runs it. Tensors come by `weights_only=True`, rows by JSON.
+# - A port has no owner and no mode: on a shared host loopback is public. A program that runs its clients' code must
+#   check who they are.
+# - Encryption costs time for large data, and hardly any otherwise; measure how much, in turns, with an interval.
+# - Loading a pickle runs it. Load tensors with `weights_only=True`, and rows from JSON.
 # - A secret belongs in a file of mode 0600, from its first byte; scripts and command lines hold the file's *name*.
 # - Masks that cancel hide each gradient from those who add them up; modulo $2^{64}$ the sum is exact.
 #
 # ### What breaks at scale
 #
-# Each of a thousand ranks would draw 999 masks in every step, and some rank always drops out: real systems mask with few
-# neighbours, in a sparse graph, and recover seeds. And the more people share a network, the less it is a private one.
+# Each of a thousand ranks would draw 999 masks in every step, and some rank always drops out: real systems mask with
+# few neighbours, in a sparse graph, and recover seeds. And the more people share a network, the less private it is.
 #
 # ### References
 #

@@ -1,8 +1,8 @@
 # %% [markdown] id="title"
 # # Capstone: predict, then measure
 #
-# **You will** say in numbers, with intervals, how a training scales before you have seen it, measure it, and be scored by a
-# rule that rewards neither a huge interval nor a bold one. At the end you have one page, which you can hand in.
+# **You will** say in numbers, with intervals, how a training scales before you have seen it; measure it; and be scored
+# by a rule that rewards neither a huge interval nor a bold one. You end with one page that you can hand in.
 #
 # | | |
 # |---|---|
@@ -11,7 +11,7 @@
 # | minutes | 45 to read and do, 15 of them for the exercise; under 3 to run |
 # | needs | 2 CPUs (with one, rows say *emulated*), 2 GB of memory, 2 ranks, no network; Slurm's programs for the queue, else the workers are started without one |
 #
-# Words that are new to you stand in the [glossary](glossary.md#forecast), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#forecast), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -33,13 +33,13 @@ BATCH = 96
 # %% [markdown] id="score"
 # ## Exercise: a score that rewards honesty
 #
-# A prediction without an interval says nothing of how far to believe it; one from zero to infinity is never wrong, and
-# useless. So an interval has a price: **its width**, and if the value lies outside, also something **for each unit by which
-# it missed**. How dear must a miss be?
+# A prediction without an interval doesn't say how far to trust it; an interval from zero to infinity is never wrong,
+# and useless. So an interval has a price: **its width**, plus, if the value lies outside, something **for each unit by
+# which it missed**. How much should a miss cost?
 #
-# You claim that your interval holds with probability `level`, for instance 0.9. Suppose that you widen it at one end by a
-# little. That costs this little. It saves the price of a miss times this little, in those cases in which the value lies
-# beyond that end. If your interval is right, with as many cases beyond each end, neither widening nor narrowing should pay.
+# You claim that your interval holds with probability `level`, for instance 0.9. Suppose that you widen it at one end by
+# a small $d$. That costs $d$, and saves $d$ times the price of a miss whenever the value lies beyond that end. If your
+# interval is right, with equal chances beyond each end, neither widening nor narrowing should pay.
 #
 # Write `score(low, high, value, level)`: what the interval costs once the value is known. Less is better.
 #
@@ -64,9 +64,9 @@ hpclab.check("capstone.score", score)
 # %% [markdown] id="honest"
 # ## Does honesty pay?
 #
-# Try it. Ten thousand values are drawn from a bell curve of spread 1, and intervals of level 0.9 of several widths are
-# scored, by the package's own `interval_score`. **Predict**: which half-width costs least? (Nine of ten values of a bell
-# curve lie within 1.64 of its middle.)
+# Try it: the cell below draws ten thousand values from a bell curve of spread 1, and scores intervals of level 0.9 of
+# several widths by the package's own `interval_score`. **Predict**: which half-width costs least? (Nine of ten values
+# of a bell curve lie within 1.64 of its middle.)
 
 # %% id="honest-predict"
 hpclab.predict("capstone.honest", ..., "half-width")
@@ -86,33 +86,36 @@ hpclab.tables.Table(
 hpclab.came("capstone.honest", min(costs, key=costs.get))
 
 # %% [markdown] id="honest-explain"
-# **Explain.** The bold ones pay for misses, the cautious ones for width, and what costs least is what is true. A score with
-# this property is called *proper*: whoever wants to win says what they believe.
+# **Explain.** Bold intervals pay for misses, cautious ones for width, and the honest one costs least. A score with this
+# property is called *proper*: to win, say what you believe.
 #
-# To add up scores of different things, a speed-up and a share, say, the *logarithms* are scored below. Then an interval from
-# 1.0 to 1.2 costs as much as one from 0.50 to 0.60, and a score of 0.2 means: about a fifth wide, and it held.
+# To add up scores of different things, such as a speed-up and a share, we score the *logarithms* below. Then an
+# interval from 1.0 to 1.2 costs as much as one from 0.50 to 0.60, and a score of 0.2 means: about a fifth wide, and it
+# held.
 
 # %% [markdown] id="predict"
 # ## Predict
 #
-# The course's CNN will be trained by one rank and by two, with a batch of 96 pictures: of all ranks together (*strong*), and
-# of each (*weak*). Then two ranks will feel the network of a cluster that isn't here, eight ranks in a ring, with 5 ms a
-# message and 1 Gb/s; train a CNN with half the channels; and lose a rank in the middle. Six numbers will come out:
+# You will train the course's CNN on one rank and on two, with a batch of 96 pictures: in all (*strong*), or on each
+# rank (*weak*). Then two ranks will run on the emulated network of a cluster that isn't here, eight ranks in a ring,
+# with 5 ms a message and 1 Gb/s; train a CNN with half the channels; and lose a rank halfway. Six numbers will come
+# out:
 #
 # - **strong**: how many times as fast two ranks are as one, with the same batch in all;
-# - **weak**: how many times as many pictures a second two ranks take in as one does, with the same batch each, divided by 2;
-# - **computing**: which share of a two-rank step (weak) a rank computes, rather than waits or fetches data;
-# - **far**: how fast two ranks are on that network, over how fast they are on this machine's;
-# - **narrow**: how many times as many pictures a second two ranks take in with half the channels. (The second convolution
+# - **weak**: the pictures a second of two ranks over those of one, with the same batch each, divided by 2;
+# - **computing**: the share of a two-rank step (weak) in which a rank computes, rather than waits or fetches data;
+# - **far**: the speed of two ranks on that network over their speed on this machine's;
+# - **narrow**: the pictures a second of two ranks with half the channels, over those with all. (The second convolution
 #   then does a quarter of the operations.)
-# - **failure**: how many times as long a training takes if one of its two ranks is killed halfway. Every tenth step writes
-#   a checkpoint.
+# - **failure**: how many times as long a training takes if one of its two ranks is killed halfway. Every tenth step
+#   writes a checkpoint.
 #
-# Write down an interval for each that holds with probability 0.9. Take what you know: your results of *cnn*, *scaling* and
-# *faults*, a look at how busy this machine is, and for *far* the arithmetic. A ring of eight ranks sends 14 messages, one after
-# the other, in each step, and a step of two ranks takes some tens of milliseconds. **The intervals below are ours, and not very good.
-# Change them**, then run the cell: it adds them to a file, with the time, and a hash over them and all that came before.
-# `begin`, below, adds to the same file that a measurement starts, so that everybody sees what was written before what.
+# For each, write down an interval that holds with probability 0.9. Use what you know: your results from *cnn*,
+# *scaling* and *faults*, a look at how busy this machine is, and for *far* some arithmetic. A ring of eight ranks sends
+# 14 messages, one after the other, in each step, and a step of two ranks takes some tens of milliseconds. **The
+# intervals below are ours, and not very good. Change them**, then run the cell: it adds them to a file, with the time
+# and a hash over them and everything before. `begin`, below, notes in the same file that a measurement starts, so that
+# everybody sees what was written before what.
 
 # %% id="predict-do"
 predicted = {
@@ -129,8 +132,8 @@ predictions.write(book, predicted)
 # %% [markdown] id="measure"
 # ## Measure
 #
-# The workers are jobs of a private Slurm, if its programs are here. On a site leave out `private=True`, and nothing else
-# changes. The cases run in turn, again and again, so that a drift of the machine meets all of them alike.
+# The workers are jobs of a private Slurm, if its programs are installed. On a site leave out `private=True`; nothing
+# else changes. The cases run in turns, round after round, so that a drift of the machine affects all of them alike.
 
 # %% id="connect"
 if slurm.missing():
@@ -160,9 +163,9 @@ rows += [row | {"regime": "setting"} for row in trials]
 
 # %% id="failure-do"
 def seconds(kill):
-    """From the first step to the last, of a training that loses a rank halfway, or none."""
+    """From the first step to the last, with or without a rank killed halfway."""
     run = train(client, steps=LONG, checkpoint_every=10, max_restarts=3)
-    while kill and len(run.rows) < LONG:  # two ranks: half of their rows
+    while kill and len(run.rows) < LONG:  # half of the rows of two ranks
         time.sleep(0.02)
     if kill:
         run.kill(1)
@@ -175,7 +178,8 @@ slower = [seconds(kill=True) / seconds(kill=False) for _ in range(REPEATS)]
 # %% [markdown] id="judge"
 # ## Be judged
 #
-# The ratios are medians over the rounds. Only predictions from before the measurement count: of several, the newest.
+# The ratios are medians over the rounds. Only predictions from before the measurement count, and of these only the
+# newest.
 
 # %% id="judge-do"
 trials = {regime: [row for row in rows if row.get("regime") == regime] for regime in ("strong", "weak", "setting")}
@@ -197,10 +201,10 @@ predictions.figure(scores, rows)
 predictions.table(scores)
 
 # %% [markdown] id="judge-explain"
-# **Explain** each miss, and each interval that was needlessly wide: what did you not know, or not use? Then look at how three
-# others would have done: one who is never wrong, one who is sure of the textbook (twice as fast, nothing lost, a quarter of
-# the operations in a quarter of the time, and arithmetic that forgets that computing goes on), and one who knew the answer to
-# 10 %.
+# **Explain** each miss, and each needlessly wide interval: what did you not know, or not use? Then compare yourself
+# with three others: one is never wrong; one trusts the textbook (twice as fast, nothing lost, a quarter of the
+# operations in a quarter of the time, and network arithmetic that leaves out the computing); one knew the answer to
+# within 10 %.
 
 # %% id="others-do"
 others = {
@@ -221,14 +225,14 @@ hpclab.tables.Table(
 # %% [markdown] id="report"
 # ## The report
 #
-# One page with everything: what you wrote and when, what was measured, on what machine, the figures, the scores, and the rows
-# themselves. It needs no other file and no network: open it from the file browser, or hand it in.
+# One page with everything: what you wrote and when, what was measured, on what machine, the figures, the scores, and
+# the rows themselves. It needs no other file and no network: open it from the file browser, or hand it in.
 #
-# **Can it be cheated?** Measure, look, write better intervals, measure again: the score improves, but the page says how many
-# measurements had begun before those intervals were written, and lists them all. Changing an entry, or leaving one out from
-# among the others, breaks the chain of hashes. What remains possible: to measure without `begin` and look, to cut entries off
-# the *end* of the file, or to delete it and start over. No file on your own disk can rule that out. If it matters, give the
-# hash of your prediction to somebody else before you measure, as clinical trials are registered.
+# **Can you cheat?** Measure, look, write better intervals, measure again: your score improves, but the page says how
+# many measurements had begun before you wrote those intervals, and lists them all. If you change an entry, or remove
+# one from the middle, the chain of hashes breaks. You could still measure without `begin` and look, cut entries off the
+# *end* of the file, or start it over, with new hashes. No file on your own disk can rule that out. If it matters, give
+# the hash of your prediction to someone else before you measure, as clinical trials are registered.
 
 # %% id="report-do"
 meaning = {
@@ -237,7 +241,7 @@ meaning = {
     "computing": "share of a two-rank step that is computing",
     "far": "two ranks on a ring of eight, 5 ms and 1 Gb/s, over this machine's network",
     "narrow": "two ranks, half the channels over all of them",
-    "failure": "time of a training that loses a rank halfway, over one that loses none",
+    "failure": "time of a training that loses a rank halfway, over that of one that loses none",
 }
 predictions.report(folder / "report.html", entry, scores, rows, meaning, entries)
 
@@ -246,8 +250,8 @@ predictions.report(folder / "report.html", entry, scores, rows, meaning, entries
 #
 # ### Whose forecasts are best?
 #
-# A, B and C each forecast four runs, by 90 % intervals. Judge them by the interval score, a penalty: the less the better. Which
-# statements are true? Set `score_answer` to the set of their letters.
+# A, B and C each forecast four runs, with 90 % intervals. Judge them by the interval score, a penalty: less is better.
+# Which statements are true? Set `score_answer` to the set of their letters.
 #
 # - a: A's intervals hold what was measured in every run.
 # - b: A has the best mean score.
@@ -273,9 +277,9 @@ hpclab.check("capstone.quiz_score", score_answer)
 # %% [markdown] id="quiz-ranks"
 # ### How many ranks?
 #
-# A step computes for 64 ms on one rank, and for 64 / p ms on each of p. Then a ring sends 2 (p - 1) messages one after the other.
-# Each takes 0.5 ms, all of it latency, and nothing is hidden. With how many ranks is a step shortest, and how many milliseconds
-# does it take? Set `ranks_answer` to the pair.
+# A step computes for 64 ms on one rank, and for 64 / p ms on each of p. Then a ring sends 2 (p - 1) messages one after
+# the other. Each takes 0.5 ms, all of it latency, and nothing is hidden. How many ranks make a step shortest, and how
+# many milliseconds does it then take? Set `ranks_answer` to the pair.
 
 # %% id="quiz-ranks-answer" exercise=true
 ranks_answer = ...
@@ -302,8 +306,8 @@ client.close()
 #
 # ### What breaks at scale
 #
-# A thousand node-hours are asked for with a forecast, and granted on it. Who can't say beforehand what a run will show, with
-# an interval, has no way to notice that it went wrong.
+# You ask for a thousand node-hours with a forecast, and get them on the strength of it. If you can't say beforehand
+# what a run will show, with an interval, you can't notice that it went wrong.
 #
 # ### References
 #

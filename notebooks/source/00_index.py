@@ -1,8 +1,8 @@
 # %% [markdown] id="title"
 # # hpclab: the course
 #
-# **Real clusters, real training, real measurements, in a notebook cell.** In each notebook you predict, run, and explain;
-# what you see was measured while you watched, on the machine that you are on. Exercises check themselves.
+# **Real clusters, real training, real measurements, in a notebook cell.** In each notebook you predict, run, and explain.
+# What you see is measured while you watch, on the machine you are using. Exercises check themselves.
 #
 # | | |
 # |---|---|
@@ -16,9 +16,9 @@
 # %% [markdown] id="progress"
 # ## Where you are
 #
-# When a check says *pass*, the exercise and the day are written down in this folder, in `.hpclab-progress.jsonl`, and nowhere
-# else: nothing is sent to anyone. So are your predictions, and what came: once you have made some, a table shows how good
-# they are. Run this cell again whenever you come back.
+# When a check says *pass*, hpclab writes the exercise and the date to `.hpclab-progress.jsonl` in this folder. Your
+# predictions and their outcomes go there too, and nothing is sent anywhere. Once you have made some predictions, a table
+# shows how good they are. Run this cell again whenever you come back.
 
 # %% id="progress-do"
 import hpclab
@@ -28,8 +28,8 @@ hpclab.progress()
 # %% [markdown] id="short"
 # ## 90 minutes
 #
-# The shortest way through: see a machine for what it is, train on it, and say what the measurement proves. The minutes are
-# for reading and for the exercises, without the parts that are headed *For later*.
+# The shortest path: find out what your machine gives you, train on it, and say what the measurement proves. The minutes
+# cover reading and exercises, but not the parts headed *For later*.
 #
 # | notebook | minutes | needs |
 # |---|---|---|
@@ -40,12 +40,11 @@ hpclab.progress()
 # %% [markdown] id="day"
 # ## One day
 #
-# These three with their parts *for later*, and what happens below and around them: one process, gradients by hand, a queue,
-# failures.
+# The three above with their parts *for later*, plus a single process, gradients by hand, a queue, and failures.
 #
 # | notebook | minutes | needs |
 # |---|---|---|
-# | [One process first: what it leaves on the table](01_one_process.ipynb) | 40 | 1 CPU, 1 GB, no ranks |
+# | [One process first: what you leave on the table](01_one_process.ipynb) | 40 | 1 CPU, 1 GB, no ranks |
 # | [Data parallel from scratch](02_ddp_from_scratch.ipynb) | 45 | 1 CPU, 1.5 GB, 4 ranks |
 # | [Queues: your turn on a shared machine](06_queues.ipynb) | 45 | Linux with Slurm's programs, 2 CPUs, 1.5 GB |
 # | [Faults: what a failure costs](13_faults.ipynb) | 40 | 2 CPUs, 1.5 GB, 2 ranks |
@@ -53,7 +52,7 @@ hpclab.progress()
 # %% [markdown] id="term"
 # ## A term
 #
-# All of them. The capstone comes last.
+# All of them, with the capstone last.
 #
 # | notebook | minutes | needs |
 # |---|---|---|
@@ -66,9 +65,9 @@ hpclab.progress()
 # %% [markdown] id="machine"
 # ## What this machine has
 #
-# A cloud machine or a container is a part of a host. These are the limits that bind you; what is *missing* comes with the
-# line that gets it. With fewer CPUs than ranks every notebook works too: ranks then take turns, and their rows say
-# *emulated*.
+# A cloud machine or a container is only part of a host. The limits below are yours; next to anything *missing* is the
+# line that installs it. Every notebook also works with fewer CPUs than ranks: the ranks then take turns, and their rows
+# say *emulated*.
 
 # %% id="machine-do"
 print(hpclab.doctor.advice())
@@ -77,8 +76,8 @@ hpclab.doctor.examine(quick=True)
 # %% [markdown] id="more"
 # ## More
 #
-# - The words of the field, English and Chinese: the [glossary](glossary.md#gang).
-# - A cluster holds memory until it is closed. Each notebook closes its own in its last cell; if one was left open,
+# - The terms of the field, in English and Chinese: the [glossary](glossary.md#gang).
+# - A cluster holds memory until you close it. Each notebook closes its own at the end; if you left one open,
 #   *Kernel*, *Shut Down All Kernels* ends it.
-# - `hpclab lab` brings a newer course into this folder and never overwrites what you changed: the new notebook then lies
+# - `hpclab lab` brings a newer course into this folder but never overwrites what you changed: it puts the new notebook
 #   beside yours, as `03_cnn.new.ipynb`.

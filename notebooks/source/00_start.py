@@ -1,9 +1,9 @@
 # %% [markdown] id="title"
 # # Start here: the race
 #
-# **You will** see what this machine really gives you, start a cluster on it, and watch the same neural network being
-# trained by one rank, by one process with all threads, and by two ranks. Then you can say which was sooner, by how
-# much, and how sure you are.
+# **You will** see what this machine really gives you, start a cluster on it, and watch one rank, one process with all
+# threads, and two ranks train the same neural network. Then you can say which was fastest, by how much, and how sure you
+# are.
 #
 # | | |
 # |---|---|
@@ -14,7 +14,7 @@
 #
 # Run the cells one by one with <kbd>Shift</kbd>+<kbd>Enter</kbd>. *Run All* works too.
 #
-# Words that are new to you stand in the [glossary](glossary.md#rank), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#rank), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -27,10 +27,10 @@ EPOCHS = {"small": 1, "class": 3, "cluster": 10}[SIZE]
 # %% [markdown] id="machine"
 # ## What this machine really has
 #
-# A cloud machine, a container or a batch job often gets a *part* of a host. Python's usual answers, `os.cpu_count()`
-# and the memory that `top` shows, are those of the host. What binds you is the smallest of three things: the CPUs
-# that your process may run on (its *affinity*), the CPU time and memory that its *cgroup* allows, and its *ulimits*.
-# hpclab reads all three.
+# A cloud machine, a container or a batch job often gets only *part* of a host. The usual answers, Python's
+# `os.cpu_count()` and the memory that `top` shows, describe the whole host. Your real limit is the smallest of three: the
+# CPUs your process may run on (its *affinity*), the CPU time and memory its *cgroup* allows, and its *ulimits*. hpclab
+# reads all three.
 
 # %% id="machine-look"
 hpclab.doctor.examine()
@@ -39,17 +39,17 @@ hpclab.doctor.examine()
 # ## Exercise: how large a gang fits?
 #
 # In distributed training each process is called a **rank**, and the ranks that work together are a **gang**. Here each
-# rank uses one thread. It runs at full speed if it has a CPU for itself, and it runs at all if it has memory: about
-# `hpclab.machine.RANK_MEMORY` bytes a rank, beside `hpclab.machine.BASE_MEMORY` bytes for this notebook and the
+# rank uses one thread. It runs at full speed only with a CPU to itself, and it runs at all only with enough memory: about
+# `hpclab.machine.RANK_MEMORY` bytes per rank, on top of `hpclab.machine.BASE_MEMORY` bytes for this notebook and the
 # scheduler.
 #
-# Write `largest_gang(cpus, memory)`. It returns the number of ranks of the largest gang that fits at full speed on *any*
-# machine, by the CPUs and the bytes of memory that you may use there; 0 where not even one rank fits. Your function is tried
-# on machines that you don't see: large and small ones, and some that are short of one thing only.
+# Write `largest_gang(cpus, memory)`. For *any* machine, given the CPUs and the bytes of memory that you may use there, it
+# returns the number of ranks in the largest gang that fits at full speed, or 0 if not even one rank fits. The check tries
+# your function on machines that you don't see: large ones, small ones, and some that are short of only one thing.
 #
 # <details><summary>Hint</summary>
 #
-# Two limits hold at once: a rank too many for either of them is a rank too many. What do you get for this machine, with
+# Two limits hold at once: a gang that exceeds either one doesn't fit. What do you get for this machine, with
 # `hpclab.machine.cpus()` and `hpclab.machine.memory()`?
 #
 # </details>
@@ -70,12 +70,12 @@ hpclab.check("start.gang", largest_gang)
 # %% [markdown] id="connect"
 # ## A cluster of your own
 #
-# `connect` starts a Dask cluster on this machine: a scheduler, and **workers**, which are processes that wait for
-# work. All that they say to each other is encrypted, because on a shared host the loopback network is not private.
-# The very same line, with another argument, will later start workers in the queue of a supercomputer.
+# `connect` starts a Dask cluster on this machine: a scheduler, and **workers**, processes that wait for work. All traffic
+# between them is encrypted, because on a shared host the loopback network isn't private. Later, the same line with another
+# argument starts workers in a supercomputer's queue.
 #
-# The race needs two ranks. On a machine with one CPU they will have to take turns: only `oversubscribe=True` allows that,
-# and hpclab then marks what it measures as *emulated*.
+# The race needs two ranks. With only one CPU they have to take turns: you must allow that with `oversubscribe=True`, and
+# hpclab then marks what it measures as *emulated*.
 
 # %% id="connect-do"
 client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
@@ -84,12 +84,12 @@ client
 # %% [markdown] id="rank"
 # ## Two ranks say hello
 #
-# `launch` runs any function of yours on a gang. Each rank is a process of its own, and knows its number and how many
-# they are. `all_reduce` adds up what all ranks hold, and gives each the sum: it is the one operation that
-# data-parallel training stands on.
+# `launch` runs any function of yours on a gang. Each rank is a process of its own; it knows its number and how many ranks
+# there are. `all_reduce` adds up what all ranks hold and gives each of them the sum. Data-parallel training is built on
+# this one operation.
 #
-# **Predict** before you run it: rank 0 holds 1, rank 1 holds 2. What will each of them return? Write your number in place
-# of the `...` below and run that cell: your prediction is kept in this folder, and shown beside the result.
+# **Predict** before you run it: rank 0 holds 1, rank 1 holds 2. What will each of them return? Replace the `...` below
+# with your number and run that cell: hpclab keeps your prediction in this folder and shows it beside the result.
 
 # %% id="rank-predict"
 hpclab.predict("start.sum", ...)
@@ -117,15 +117,15 @@ hpclab.came("start.sum", sums[0])
 # Three racers train the same small network (a CNN with 50,186 weights) on 10,000 pictures of clothes:
 #
 # 1. **1 rank**: one process with one thread;
-# 2. **1 rank x all threads**: one process, in which torch may use every CPU of yours;
+# 2. **1 rank x all threads**: one process, in which torch may use all your CPUs;
 # 3. **2 ranks**: two processes with one thread each. In every step each takes *half* of the batch, and they average
 #    what they learned.
 #
-# All take the same steps, on the same pictures, from the same first weights. They start one after the other, because
-# together they would take each other's CPUs. (With one CPU, the second racer stays at home.)
+# All take the same steps, on the same pictures, from the same initial weights. They run one after another, because
+# together they would compete for CPUs. (With only one CPU, the second racer sits out.)
 #
-# How many times as fast as the first will the third be? Say so with the slider, *before* you look. (A slider that you
-# leave alone predicts nothing.)
+# How many times as fast as the first will the third be? Set the slider *before* you look. (If you don't move it, it
+# doesn't count as a prediction.)
 
 # %% id="predict-do"
 stage = hpclab.widgets.RaceStage(client, "CNN", "fashion_mnist", epochs=EPOCHS)
@@ -134,9 +134,9 @@ stage
 # %% [markdown] id="race"
 # ## Run
 #
-# Run this cell, and watch. The picture is drawn anew each second. To race again, move the slider if you like and press
-# *Race* above: this output is then replaced. And if you like to see a failure, press *Kill a rank* while they race: the
-# process dies, as on a machine whose power fails, its gang goes on from the newest checkpoint, and the line has a gap.
+# Run this cell and watch. The picture is redrawn every second. To race again, move the slider if you like and press
+# *Race again* above: the new race replaces this output. To see a failure, press *Kill a rank* during a race. The process
+# dies as if its machine had lost power, its gang resumes from the newest checkpoint, and the curve shows a gap.
 
 # %% id="race-do"
 stage.run()
@@ -144,37 +144,38 @@ stage.run()
 # %% [markdown] id="explain"
 # ## Explain
 #
-# **The same loss.** Two ranks with half a batch each, whose gradients are averaged, take the same step as one rank
-# with the whole batch. The curves differ in their seconds, not in their heights. (The small ripples differ, because
-# sums are rounded in another order. That nothing else differs takes three conditions: equal halves, a loss that is a
-# mean, and a network without batch norm. The notebook *cnn* shows what happens without them.)
+# **The same loss.** Two ranks with half a batch each, whose gradients are averaged, take the same step as one rank with
+# the whole batch. The curves differ in time, not in height. (The small ripples differ, because sums are rounded in another
+# order. For nothing else to differ, three conditions must hold: equal halves, a loss that is a mean, and a network without
+# batch norm. The notebook *cnn* shows what happens when they don't.)
 #
 # **Sooner, but not twice.** If you have two CPUs, look at *times as fast*. What keeps it below 2?
 #
 # - In each step the ranks wait for each other, and exchange 201 kB of gradients.
 # - Two busy CPUs share caches and memory, and also run this notebook, the scheduler and your browser.
-# - Your two "CPUs" may be one core. Cloud machines usually sell *hardware threads*: two of them share one core's arithmetic
-#   units, so both together are far from twice as fast as one. `hpclab.doctor.examine()` says so where the machine shows it.
-# - *Start-up* isn't counted in *training*. Look at its column, and compare it with the training. The first launch after
-#   `connect` is the slowest; later ones start from processes that have already loaded torch. No number of ranks makes
-#   start-up shorter, so its share grows as training gets faster: that is Amdahl's law at work.
+# - Your two "CPUs" may be one core. Cloud machines usually sell *hardware threads*: two of them share one core's
+#   arithmetic units, so the pair is far from twice as fast as one. `hpclab.doctor.examine()` says so if the machine
+#   reveals it.
+# - *Start-up* isn't counted in *training*. Compare the two columns. The first launch after `connect` is the slowest; later
+#   ones start from processes that have already loaded torch. Adding ranks never shortens start-up, so its share grows as
+#   training gets faster: that is Amdahl's law at work.
 #
 # **One process with all threads** is the racer that many tutorials leave out. On a single machine, threads can be just
-# as good as ranks, and simpler. Ranks win when there is more than one machine, when Python itself is the bottleneck,
-# or when a step is too small to be cut into threads. Be honest with your readers: show both.
+# as good as ranks, and simpler. Ranks win when you have several machines, when Python itself is the bottleneck, or when a
+# step is too small to split among threads. Be honest with your readers: show both.
 #
 # **If you have one CPU**, the ranks took turns. The line marked *a CPU each* counts only the seconds in which a rank
-# was running: what two CPUs would show if talking cost nothing. It is *emulated*, and says so.
+# was running: what two CPUs would show if communication cost nothing. It is *emulated*, and labelled so.
 #
-# **How sure are you?** Press *Race* twice more and compare the ratios. If they differ by 10 %, you cannot claim differences
-# below 10 %. The notebook *scaling* teaches how to claim more.
+# **How sure are you?** Press *Race again* twice and compare the ratios. If they differ by 10 %, you cannot claim
+# differences below 10 %. The notebook *scaling* teaches how to claim more.
 
 # %% [markdown] id="quiz-race"
 # ## Quiz
 #
 # ### Read a race
 #
-# Three racers train the same network until their loss is 0.4, on a machine with 8 CPUs. They raced once. Which of these
+# Three racers trained the same network to a loss of 0.4, on a machine with 8 CPUs. They raced once. Which of these
 # statements are true? Set `race_answer` to the set of their letters, such as `{"a", "f"}`.
 #
 # - a: The 4 ranks are 3 times as fast as 1 rank.
@@ -223,7 +224,7 @@ hpclab.check("start.quiz_allreduce", allreduce_answer)
 # %% [markdown] id="close"
 # ## Close
 #
-# The workers hold memory until you close them. After this cell no process of the cluster remains.
+# The workers hold memory until you close them. This cell ends every process of the cluster.
 
 # %% id="close-do"
 client.close()
@@ -231,23 +232,23 @@ client.close()
 # %% [markdown] id="end"
 # ## Summary
 #
-# - What you may use is bounded by affinity, cgroup and ulimits, not by the size of the host.
-# - A rank is a process; a gang is the ranks that train together; a worker is what starts and watches a rank.
+# - Affinity, cgroup and ulimits limit what you may use, whatever the size of the host.
+# - A rank is a process; a gang is the ranks that train together; a worker starts a rank and watches it.
 # - Two ranks reach the same loss in fewer seconds, *if* they have two CPUs.
-# - A speed-up is a ratio of two measurements: say what was measured, on what, and how often.
+# - A speed-up is a ratio of two measurements: say what you measured, on what, and how often.
 #
 # ### What breaks at scale
 #
-# With a thousand ranks someone is always late, somebody's process dies each day, and the exchange of gradients takes
-# longer than the step. The notebooks *scaling* and *faults* take these up.
+# With a thousand ranks one is always late, some process dies every day, and exchanging gradients takes longer than
+# computing them. The notebooks *scaling* and *faults* take these up.
 #
 # ### Next
 #
-# Open the notebook **cnn**: the same loss, sooner. There you look inside the step, and mend two classic bugs.
+# Open the notebook **cnn**: the same loss, sooner. There you look inside the step, and fix two classic bugs.
 #
 # ### References
 #
 # - H. Xiao, K. Rasul, R. Vollgraf, *Fashion-MNIST*, 2017, arXiv:1708.07747 (the pictures; MIT licence).
-# - P. Goyal and others, *Accurate, Large Minibatch SGD*, 2017, arXiv:1706.02677 (why batches can be shared out).
+# - P. Goyal and others, *Accurate, Large Minibatch SGD*, 2017, arXiv:1706.02677 (why batches can be split).
 # - S. Li and others, *PyTorch Distributed*, 2020, arXiv:2006.15704 (how DDP averages gradients).
 # - G. Amdahl, *Validity of the single processor approach*, AFIPS 1967.

@@ -1,9 +1,9 @@
 # %% [markdown] id="title"
-# # One process first: what it leaves on the table
+# # One process first: what you leave on the table
 #
 # **You will** take one training step apart, see how near each layer comes to what this machine could do, and try what
-# costs nothing but a line of code: threads, another memory layout, half the digits, a compiler. Who parallelises a
-# slow program gets a slow program on many machines.
+# costs only a line of code: threads, another memory layout, half the bits, a compiler. Parallelise a slow program and you
+# get a slow program on many machines.
 #
 # | | |
 # |---|---|
@@ -12,7 +12,7 @@
 # | minutes | 40 to read and do, 15 of them for the exercise; under 3 to run |
 # | needs | 1 CPU (2 for threads to help), 1 GB of memory (2 GB for the compiler), no ranks, no network |
 #
-# Words that are new to you stand in the [glossary](glossary.md#roofline), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#roofline), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -38,7 +38,7 @@ ROUNDS, BATCH = {"small": (4, 32), "class": (5, 64), "cluster": (20, 128)}[SIZE]
 # %% [markdown] id="step"
 # ## One step
 #
-# The step of the notebook *cnn*, with its four parts named for the profiler, and with five switches that we need later.
+# This is the step of the notebook *cnn*, with its four parts named for the profiler and five switches for later.
 # All are off: one thread, and the defaults of torch and of the C library.
 
 
@@ -79,10 +79,10 @@ plain = Step()
 # %% [markdown] id="profile"
 # ## Where does the time go?
 #
-# **Predict**: which of the four parts (data, forward, backward, optimizer) takes the most?
+# **Predict**: which of the four parts (data, forward, backward, optimizer) takes longest?
 #
-# A *profiler* notes when each operation begins and ends. *Self time* is what an operation spends itself, without those
-# that it calls. We look at shares, because seconds differ from machine to machine and from minute to minute.
+# A *profiler* notes when each operation begins and ends. *Self time* is what an operation spends itself, excluding the
+# operations it calls. We look at shares, because seconds differ from machine to machine and from minute to minute.
 
 # %% id="profile-predict"
 hpclab.predict("one-process.part", ..., among=PARTS)
@@ -90,7 +90,7 @@ hpclab.predict("one-process.part", ..., among=PARTS)
 
 # %% id="profile-do"
 def trace(step, steps=3):
-    os.environ["KINETO_LOG_LEVEL"] = "6"  # else the profiler announces itself
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # keeps the profiler from announcing itself
     step()
     with profile(activities=[ProfilerActivity.CPU]) as traced:
         for _ in range(steps):
@@ -114,10 +114,9 @@ hpclab.came("one-process.part", max(parts, key=parts.get))
 plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 
 # %% [markdown] id="profile-explain"
-# **Explain.** The backward pass computes two gradients, that of the weights and that of the input, where the forward pass
-# computes one result: so it takes about twice as long, or more. Inside both, a few operations take nearly all of the
-# time: convolutions, pooling and their gradients. Doubling the optimiser's speed gains almost nothing. That is
-# Amdahl's law, within one step.
+# **Explain.** The forward pass computes one result; the backward pass computes two gradients, of the weights and of the
+# input, so it takes about twice as long, or more. Within both, a few operations take nearly all the time: convolutions,
+# pooling and their gradients. Doubling the optimiser's speed gains almost nothing. That is Amdahl's law within one step.
 #
 # The profile says *where* the time goes. It doesn't say whether that is *much*: for that, we must know what the machine
 # could do.
@@ -125,17 +124,17 @@ plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 # %% [markdown] id="roof"
 # ## The roof
 #
-# A core has a maximum rate of floating-point operations, and memory a maximum rate of bytes. An operation that
-# does few operations with each byte waits for memory, however fast the core is. How many it does with a byte is its
-# **intensity**; and so its rate can't exceed
+# A core has a maximum rate of floating-point operations, and memory a maximum rate of bytes. An operation that does few
+# floating-point operations per byte waits for memory, however fast the core is. Its operations per byte are its
+# **intensity**, and its rate can't exceed
 #
 # $$\min(\text{peak},\ \text{bandwidth} \times \text{intensity}).$$
 #
-# That is the *roofline*: a slope, where memory binds, up to a *ridge*, and then a flat roof, where arithmetic binds. We
-# measure both ceilings here: the peak by a product of matrices, the bandwidth by running through arrays too large for
-# the caches. The operations and bytes of each layer are *counted*.
+# That is the *roofline*: a slope, where memory is the limit, up to a *ridge*, then a flat roof, where arithmetic is. We
+# measure both ceilings here: the peak by multiplying matrices, the bandwidth by running through arrays too large for the
+# caches. The operations and bytes of each layer are *counted*.
 #
-# **Predict**: how many operations does the second convolution do with each byte? On which side of the ridge is that?
+# **Predict**: how many operations does the second convolution do per byte? On which side of the ridge is that?
 
 # %% id="roof-predict"
 hpclab.predict("one-process.intensity", ..., "operations a byte")
@@ -160,16 +159,16 @@ hpclab.tables.Table(roofline.against(rows, ceiling))
 hpclab.came("one-process.intensity", rows[3]["intensity"])
 
 # %% [markdown] id="roof-explain"
-# **Explain.** The second convolution does about a hundred operations with each byte: it is far right of the ridge, where
-# arithmetic binds. ReLU touches each number once: far left. No faster core would help it; *fusing* it with its neighbour would, as
-# its bytes then never go to memory. The first convolution has one input channel, and so little to reuse.
+# **Explain.** The second convolution does about a hundred operations per byte: far right of the ridge, so arithmetic
+# limits it. ReLU touches each number once: far left. A faster core wouldn't help it; *fusing* it with its neighbour would,
+# because its bytes then never go to memory. The first convolution has one input channel, so it has little to reuse.
 #
 # Four things to keep in mind:
 #
-# - A point far below *both* roofs is bound by something else: by what it costs to call an operation at all, by a kernel
-#   that uses no vector instructions (pooling, often), or by other programs on this machine.
+# - Something else limits a point far below *both* roofs: the overhead of calling an operation, a kernel that uses no
+#   vector instructions (pooling, often), or other programs on this machine.
 # - A point can lie *above* the slope: its arrays fit into a cache, which is faster than the memory that we measured.
-# - It can lie above the flat roof too: the operations are those of the definition, and a library may know a way with fewer.
+# - It can lie above the flat roof too: we count operations by the definition, and a library may know a way with fewer.
 # - The ceilings are what *we* reached, not what the data sheet says; the machine may have been busy while we measured.
 
 # %% [markdown] id="levers"
@@ -177,16 +176,16 @@ hpclab.came("one-process.intensity", rows[3]["intensity"])
 #
 # | switch | what changes |
 # |---|---|
-# | threads | each operation is cut in pieces, one for each CPU |
-# | channels last | the channels of a pixel lie side by side in memory, as the fastest convolutions want them |
-# | bf16 | products take numbers of 16 bits: half the bytes; where the CPU has instructions for it, faster arithmetic |
-# | keep memory | `malloc` keeps what the step has freed for the next step, where it would give it back to the system |
+# | threads | each operation is cut into pieces, one for each CPU |
+# | channels last | a pixel's channels lie side by side in memory, the layout that the fastest convolutions use |
+# | bf16 | products take 16-bit numbers: half the bytes, and faster arithmetic if the CPU has instructions for it |
+# | keep memory | `malloc` keeps what one step has freed for the next, instead of returning it to the system |
 # | compile | torch writes C++ for the network, fuses what it can, and compiles it |
 #
 # **Predict**: with all threads, how many times as fast as the plain step? (And is any of the others *slower*?)
 #
-# We measure in turn with the plain step, and take the ratio of each turn: a slow minute then meets both. If the interval
-# holds 1, we say so: **no difference shown**.
+# We alternate each switch with the plain step and take the ratio in each turn, so that a slow minute affects both. If the
+# interval contains 1, we say so: **no difference shown**.
 
 # %% id="levers-predict"
 hpclab.predict("one-process.threads", ..., "times as fast")
@@ -203,8 +202,8 @@ gains = ratios.sooner({name: Step(**switch) for name, switch in switches.items()
 
 
 # %% [markdown] id="compile"
-# The compiler works for half a minute, and needs memory: it gets a process of its own, which gives all of it back. It
-# needs a C++ compiler; where none is, the row is left out. (At the size *small* it is left out too.)
+# The compiler works for half a minute and needs a lot of memory, so it gets its own process, which returns all of it at
+# the end. It needs a C++ compiler; without one, the row is left out. (At the size *small* it is left out too.)
 
 
 # %% id="compile-do"
@@ -228,28 +227,28 @@ hpclab.tables.Table({"switch": row["measure"], "times as fast": ratios.told(row)
 hpclab.came("one-process.threads", gains[0]["ratio"])
 
 # %% [markdown] id="levers-explain"
-# **Explain** *your* table; another machine has another one.
+# **Explain** *your* table; another machine gives another.
 #
-# - *Threads*: as many times as fast as there are CPUs would be ideal. What is missing: operations too small to be cut, and
+# - *Threads*: ideally, as many times as fast as you have CPUs. What gets in the way: operations too small to split, and
 #   memory, which all CPUs share. On one CPU no difference can be shown. And if others use this machine, then after each
 #   operation all threads wait for the one that got no CPU: two threads can be *several times slower* than one.
-# - *Channels last*: saves the convolutions from turning their arrays around, first in, then out.
+# - *Channels last*: saves the convolutions from rearranging their arrays on the way in and out.
 # - *bf16*: without instructions for it (look for `bf16` among the flags that `lscpu` shows) a CPU must convert each number
-#   to 32 bits and back, and it may be many times *slower*. On a GPU, or on a server of the last years, the same
-#   line is a gain. A switch that is right elsewhere can be wrong here: measure.
-# - *keep memory* (shows no difference where the C library isn't glibc): a step allocates some megabytes for its results and frees them. By default glibc's `malloc` returns large
-#   blocks to the system; in the next step the system must clear and map each page anew. That can take as long as the
-#   arithmetic. hpclab sets `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` in every rank, so all racers of the other
-#   notebooks have this switch on, the ones with one rank too: no speed-up there comes from it. A script of your own
-#   doesn't have it unless you set them.
-# - *compile*: fusing saves bytes of small operations. If the large ones, which a library does, take all of the time, there
-#   is little to save.
+#   to 32 bits and back, and may be many times *slower*. On a GPU or a recent server, the same line is a gain. A switch
+#   that helps elsewhere can hurt here: measure.
+# - *keep memory* (shows no difference unless the C library is glibc): a step allocates some megabytes for its results and
+#   frees them. By default glibc's `malloc` returns large blocks to the system; in the next step the system must clear and
+#   map each page again. That can take as long as the arithmetic. hpclab sets `MALLOC_TRIM_THRESHOLD_` and
+#   `MALLOC_MMAP_THRESHOLD_` in every rank, so all racers in the other notebooks, including those with one rank, have this
+#   switch on: none of their speed-up comes from it. A script of your own doesn't have it unless you set them.
+# - *compile*: fusing saves the bytes of small operations. If large library operations take all the time, there is little
+#   to save.
 
 # %% [markdown] id="together"
-# ## What was left on the table
+# ## What you left on the table
 #
-# Now all switches whose interval lies above 1, together. **Predict**: do their gains multiply, and what does that give?
-# In the picture the plain step is above, the tuned one below, on the same scale; a process by itself is rank 0.
+# Now combine all switches whose interval lies above 1, except the compiler. **Predict**: do their gains multiply, and what
+# does that give? The picture shows the plain step above the tuned one, on the same scale; a single process is rank 0.
 
 # %% id="together-predict"
 hpclab.predict("one-process.together", ..., "times as fast")
@@ -266,7 +265,7 @@ plots.timelines([timeline.named(trace(step)) for step in (plain, tuned)])
 hpclab.came("one-process.together", together["ratio"])
 
 # %% [markdown] id="same"
-# Sooner is worth nothing if it learns less. From the same first weights, over the same batches:
+# Faster is worth nothing if the network learns less. From the same initial weights, over the same batches:
 
 # %% id="same-do"
 learners = {"plain": Step(), "bf16": Step(bf16=True), "all that helped": Step(**settings)}
@@ -274,25 +273,26 @@ learned = {name: [step() for _ in range(15)][-1] for name, step in learners.item
 hpclab.tables.Table({"step": name, "loss after 15 steps": f"{loss:.4f}"} for name, loss in learned.items())
 
 # %% [markdown] id="same-explain"
-# A float32 has 24 significant bits, a bf16 only 8 of them: about two decimal digits. So the losses agree in their first
-# digits only. The weights themselves stay in 32 bits; only the products are taken in 16.
+# A float32 has 24 significant bits, a bf16 only 8: about two decimal digits. So the losses agree only in their first
+# digits. The weights themselves stay in 32 bits; only the products use 16.
 
 # %% [markdown] id="bottleneck"
 # ## Exercise: name the bottleneck
 #
 # A program loads a batch, `batch = program.load()`, and works on it, `program.work(batch)`; `program.batches` says how
-# often. Each program here is bound by one thing:
+# often. Each program here has one bottleneck:
 #
-# - `"data"`: most of a step is spent on loading;
-# - `"compute"`: by arithmetic, right of the ridge;
-# - `"memory"`: by the bytes that its operations move, left of it.
+# - `"data"`: loading takes most of a step;
+# - `"compute"`: arithmetic is the limit, right of the ridge;
+# - `"memory"`: the bytes that its operations move are the limit, left of it.
 #
-# Write `diagnose(programs)`, which returns a list with the name for each program. It is tried on programs that you haven't
-# seen, of other lengths and sizes. Look at shares and counts, not at seconds: this machine may be busy while it is checked.
+# Write `diagnose(programs)`, which returns a list with the name for each program. The check runs it on programs that you
+# haven't seen, of other lengths and sizes. Look at shares and counts, not at seconds: the machine may be busy during the
+# check.
 #
 # <details><summary>Hint 1</summary>
 #
-# First ask whether the work is what takes the time. One measurement can be unlucky: take the median of some.
+# First ask whether the work is what takes the time. One measurement can be unlucky: take the median of several.
 #
 # </details>
 #
@@ -341,8 +341,8 @@ hpclab.check("one-process.bottleneck", diagnose)
 #
 # ### Read a roofline
 #
-# Four programs on one machine, drawn below its two ceilings. Which statements are true? Set `roofline_answer` to the set of
-# their letters.
+# The figure shows four programs on one machine, below its two ceilings. Which statements are true? Set `roofline_answer`
+# to the set of their letters.
 #
 # - a: Memory limits A, and A has reached more than 80 % of what memory allows.
 # - b: Memory that is twice as fast would raise A's ceiling to twice its height.
@@ -368,9 +368,9 @@ hpclab.check("one-process.quiz_roofline", roofline_answer)
 # %% [markdown] id="quiz-split"
 # ### Split a step
 #
-# The parts of a step come one after the other. Now the data are loaded while the previous step computes, and fully hidden; and a
-# new kernel makes the backward pass twice as fast. How many times as fast is the step? Set `split_answer` to the number, within
-# 1 %.
+# The parts of a step run one after another. Now two things change: data loading is fully hidden behind the previous step,
+# and a new kernel makes the backward pass twice as fast. How many times as fast is the step? Set `split_answer` to the
+# number, within 1 %.
 
 # %% id="quiz-split-show"
 quizzes.show("one-process.quiz_split")
@@ -388,17 +388,17 @@ hpclab.check("one-process.quiz_split", split_answer)
 # ## Summary
 #
 # - A profile says where the time goes; a roofline says whether that is much.
-# - Left of the ridge more arithmetic is free, and fewer bytes are what helps; right of it, the other way round.
-# - One process has switches that cost a line each. Which of them helps is a property of the machine: measure in turn, give
-#   the interval, and say "no difference shown" where it holds 1.
-# - The other notebooks compare with a process that keeps memory, and with one that also uses all threads; their other switches
-#   are off. If one of those helped above, say so beside any speed-up that you claim.
+# - Left of the ridge extra arithmetic is free, and only fewer bytes help; right of it, the other way round.
+# - One process has switches that cost a line each. Which ones help depends on the machine: alternate them with the plain
+#   step, give the interval, and say "no difference shown" if it contains 1.
+# - The other notebooks compare with a process that keeps memory, and with one that also uses all threads; their other
+#   switches are off. If one of those helped above, say so beside any speed-up that you claim.
 #
 # ### What breaks at scale
 #
-# With a hundred ranks a slow step is paid for a hundred times. And what didn't matter begins to: one process's loader
-# keeps up, but a hundred that read the same disk don't; a step made three times as fast hides less communication, so the
-# same network takes a larger share of it. The notebook *scaling* shows that share.
+# With a hundred ranks you pay for a slow step a hundred times. And things that didn't matter begin to: one process's
+# loader keeps up, but a hundred reading the same disk don't; a step made three times as fast hides less communication, so
+# the same network takes a larger share of it. The notebook *scaling* shows that share.
 #
 # ### References
 #

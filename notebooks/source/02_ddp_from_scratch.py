@@ -2,8 +2,8 @@
 # # Data parallel from scratch
 #
 # **You will** build distributed training from nothing: the layers, the loss and the gradient by hand; then a ring that
-# sums the gradients of four ranks with nothing but *send* and *receive*; count its bytes, time it, and end with the
-# same weights as torch's own `DistributedDataParallel`.
+# sums the gradients of four ranks using only *send* and *receive*. You count its bytes, time it, and end with the same
+# weights as torch's own `DistributedDataParallel`.
 #
 # | | |
 # |---|---|
@@ -12,7 +12,7 @@
 # | minutes | 45 to read and do, 25 of them for the exercises; under 2 to run |
 # | needs | 1 CPU (four ranks take turns on fewer than four, and rows say *emulated*), 1.5 GB of memory, 4 ranks, no network |
 #
-# Words that are new to you stand in the [glossary](glossary.md#reduce-scatter), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#reduce-scatter), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -28,12 +28,12 @@ STEPS, REPEATS = {"small": (5, 5), "class": (20, 10), "cluster": (100, 50)}[SIZE
 # %% [markdown] id="by-hand"
 # ## Layers, loss and gradient by hand
 #
-# A perceptron of two layers turns 784 pixels into 64 numbers, cuts off those below zero, and turns the rest into ten
-# scores, one a class. The loss is the mean of $-\log p$ of the true class, where $p$ is the softmax of the scores.
+# A two-layer perceptron turns 784 pixels into 64 numbers, sets the negative ones to zero, and turns the result into ten
+# scores, one per class. The loss is the mean of $-\log p$ of the true class, where $p$ is the softmax of the scores.
 #
 # Backwards, the chain rule begins with a surprise: the derivative of that loss by the scores is just *softmax minus
-# truth*. Each layer then needs two products of matrices: one with what went in gives the gradient of its weights, one
-# with its weights hands the rest on to the layer below.
+# truth*, divided by the size of the batch. Each layer then needs two matrix products: one with the layer's input gives the
+# gradient of its weights, one with its weights passes the rest on to the layer below.
 #
 # All parameters lie in one long vector, because a vector is easy to send.
 
@@ -63,8 +63,8 @@ start = 0.05 * torch.randn(64 * 784 + 64 + 10 * 64 + 10)
 images = hpclab.data.load("fashion_mnist", "train")
 
 # %% [markdown] id="autograd"
-# **Predict**: torch's autograd gets the same loss. How far will its gradient be from ours, as a share of the largest number
-# in it? (`1e-3` is a thousandth.)
+# **Predict**: torch's autograd gets the same loss. How far will its gradient be from ours, as a share of the largest
+# number in it? (`1e-3` is a thousandth.)
 
 # %% id="autograd-predict"
 hpclab.predict("ddp-from-scratch.gradient", ..., "of the largest number")
@@ -75,7 +75,7 @@ loss, gradient = loss_and_gradient(start, x, y)
 judged = start.clone().requires_grad_()
 loss_and_gradient(judged, x, y)[0].backward()
 apart = (gradient - judged.grad).abs().max()
-print(f"{len(gradient):,} numbers up to {gradient.abs().max():.2f}, apart by {apart:.0e}")
+print(f"{len(gradient):,} numbers up to {gradient.abs().max():.2f} differ by at most {apart:.0e}")
 
 # %% id="autograd-came"
 hpclab.came("ddp-from-scratch.gradient", apart / gradient.abs().max())
@@ -83,24 +83,24 @@ hpclab.came("ddp-from-scratch.gradient", apart / gradient.abs().max())
 # %% [markdown] id="idea"
 # ## The idea of data parallelism
 #
-# The loss of a batch is the *mean* over its pictures, and so is its gradient. So a batch can be shared out: cut it into equal
-# parts, let each rank compute the gradient of one part, and take the mean of these gradients. That is the gradient of the
+# The loss of a batch is the *mean* over its pictures, and so is its gradient. So you can split a batch: cut it into equal
+# parts, let each rank compute the gradient of one part, and average these gradients. The result is the gradient of the
 # whole batch:
 
 # %% id="idea-do"
 halves = [loss_and_gradient(start, x[half], y[half])[1] for half in (slice(64), slice(64, 128))]
-print(f"the mean of both halves' gradients is {(sum(halves) / 2 - gradient).abs().max():.0e} apart from the batch's")
+print(f"the mean of the halves' gradients differs from the batch's by {(sum(halves) / 2 - gradient).abs().max():.0e}")
 
 # %% [markdown] id="idea-explain"
-# If all ranks start with the same weights, and take the same step with that mean, they *keep* the same weights, without ever
-# sending them. Only gradients travel. What is left to build is the mean over ranks, and the rest of this notebook builds it.
+# If all ranks start with the same weights and take the same step with that mean, they *keep* the same weights without ever
+# sending them. Only gradients travel. All that's missing is the mean over ranks; the rest of this notebook builds it.
 
 # %% [markdown] id="gang"
 # ## Four ranks that stay
 #
-# A *gang* is a group of processes. This one lives between the cells: a cell that begins with `%%ranks` runs on every
-# rank, and each keeps its own variables. `rank`, `ranks`, `torch` and `dist` (torch.distributed) are there from the
-# start. What they print is shown under their rank; what is equal is shown once.
+# A *gang* is a group of processes. This one stays alive between cells: a cell that begins with `%%ranks` runs on every
+# rank, and each rank keeps its own variables. `rank`, `ranks`, `torch` and `dist` (torch.distributed) are predefined. Each
+# rank's output appears under its number; output that is the same on all ranks appears once.
 
 # %% id="gang-do"
 client = hpclab.connect()
@@ -115,10 +115,10 @@ mine
 # %% [markdown] id="shift"
 # ## Send and receive
 #
-# Let each rank know only its two neighbours, in a ring. `shift` sends to the right, and returns what comes from the left.
-# `isend` begins to send and returns at once. Why not receive first? Because then every rank would wait for a message,
-# and none would have sent one: a *deadlock*. Try it in a cell of your own, then interrupt it (■ in the toolbar). You are
-# shown on which line each rank stood; their variables are still there, and the next cell works.
+# Each rank knows only its two neighbours, in a ring. `shift` sends to the right and returns what arrives from the left.
+# `isend` starts to send and returns at once. Why not receive first? Because then every rank would wait for a message that
+# nobody has sent: a *deadlock*. Try it in a cell of your own, then interrupt it (■ in the toolbar). You see the line at
+# which each rank was waiting; the ranks keep their variables, and the next cell works.
 
 # %% id="shift-do"
 # %%ranks
@@ -141,9 +141,9 @@ shift(torch.tensor([mine])).item()
 # %% [markdown] id="gather"
 # ### All-gather
 #
-# Each rank has one part of a vector, its own; soon all shall have all of it. In every step each rank sends on what it
-# got last: first its own part, then its left neighbour's, and so on. After `ranks - 1` steps every part has been
-# everywhere.
+# Each rank starts with its own part of a vector; in the end every rank needs all of it. In every step each rank passes on
+# what it got last: first its own part, then its left neighbour's, and so on. After `ranks - 1` steps every rank has every
+# part.
 
 
 # %% id="gather-do"
@@ -159,16 +159,16 @@ all_gather([torch.full((2,), mine if part == rank else 0.0) for part in range(ra
 # %% [markdown] id="scatter"
 # ## Exercise: reduce-scatter
 #
-# Now the other half. Each rank has a *whole* vector, its own gradient, cut into `ranks` parts. In the end, rank `r` shall
-# have the sum over all ranks of part `r`, and nobody more than that.
+# Now the other half. Each rank has a *whole* vector, its own gradient, cut into `ranks` parts. In the end, rank `r` must
+# return the sum over all ranks of part `r`, and only that.
 #
 # Write `reduce_scatter(parts, shift, rank, ranks)`. `parts` is a list of tensors, which you may change; `shift(tensor)`
-# sends a tensor to the right and returns what comes from the left, and all ranks must call it equally often. Return the
-# sum of part `rank`. No rank shall send more than `ranks - 1` parts.
+# sends a tensor to the right and returns what arrives from the left, and all ranks must call it equally often. Return the
+# sum of part `rank`. No rank may send more than `ranks - 1` parts.
 #
 # <details><summary>Hint</summary>
 #
-# Draw three ranks and three parts on paper, and go backwards: where must part `r` be one step before the end? What
+# Draw three ranks and three parts on paper, and work backwards: where must part `r` be one step before the end? What
 # travels is a sum that grows on its way.
 #
 # </details>
@@ -191,8 +191,8 @@ hpclab.check("ddp-from-scratch.reduce_scatter", reduce_scatter)
 # %% [markdown] id="reduce"
 # ## All-reduce
 #
-# A reduce-scatter and an all-gather: together they give every rank the whole sum. (Until yours is written, torch's own
-# all-reduce takes its place below, and no bytes are counted.)
+# A reduce-scatter followed by an all-gather gives every rank the whole sum. (Until you have written yours, torch's own
+# all-reduce replaces it below, and no bytes are counted.)
 #
 # **Predict**: how many times the bytes of the vector does each of the four ranks send? (And each of a thousand?)
 
@@ -206,7 +206,7 @@ gang.push(reduce_scatter=reduce_scatter, loss_and_gradient=loss_and_gradient, ba
 # %% id="reduce-do"
 # %%ranks
 def all_reduce(x):
-    padded = torch.cat([x, torch.zeros(-len(x) % ranks)])  # to parts of equal size
+    padded = torch.cat([x, torch.zeros(-len(x) % ranks)])  # so that all parts are equal
     parts = list(padded.chunk(ranks))
     parts[rank] = reduce_scatter(parts, shift, rank, ranks)
     if parts[rank] is None:  # not written yet
@@ -225,13 +225,13 @@ hpclab.came("ddp-from-scratch.bytes", gang.pull("sent", on=0)[0] / start.nbytes 
 
 # %% [markdown] id="reduce-explain"
 # **Explain.** Each half sends $p - 1$ of $p$ parts, so together $2 (p - 1) / p \cdot N$ bytes. That is less than
-# $2 N$, *whatever the number of ranks*: the ring's great virtue. Had each rank sent its vector to every other one, it
-# would be $(p - 1) N$.
+# $2 N$, *whatever the number of ranks*: the ring's great virtue. If each rank sent its vector to every other rank, it
+# would send $(p - 1) N$.
 #
 # ## The cost of a message
 #
-# Bytes aren't all. A message also has a latency, $\alpha$, however short it is; each byte then costs $\beta$. A ring sends
-# $2 (p - 1)$ messages in turn: $T = 2 (p - 1) \alpha + 2 \frac{p - 1}{p} \beta N$. Measure it, and fit both.
+# Bytes aren't everything. Every message also has a latency, $\alpha$, however short it is; each byte then costs $\beta$.
+# A ring sends $2 (p - 1)$ messages in turn: $T = 2 (p - 1) \alpha + 2 \frac{p - 1}{p} \beta N$. Measure it, and fit both.
 
 # %% id="time-push"
 sizes = [4_000, 40_000, 400_000, 4_000_000] * REPEATS  # bytes
@@ -255,14 +255,13 @@ rows = hpclab.scaling.by_slowest(gang.rows)
 line = hpclab.laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["duration_s"] for row in rows])
 hpclab.plots.allreduce(rows, line)
 alpha, beta = line.values["alpha"] / (2 * (RANKS - 1)), line.values["beta"] / (2 * (RANKS - 1) / RANKS)
-print(f"a message: alpha {1e6 * alpha:.0f} microseconds, and {1e-9 / beta:.2f} GB a second (1 / beta)")
+print(f"a message: alpha {1e6 * alpha:.0f} microseconds, 1 / beta {1e-9 / beta:.2f} GB a second")
 
 # %% [markdown] id="time-explain"
-# **Explain.** Short vectors cost their latency, $2 (p - 1)$ times; that grows with the ranks, and more *bandwidth* doesn't
-# help. A network with a lower latency does, and so do fewer messages: DDP gathers many small gradients into *buckets* of
-# up to 25 MB before it sends them. On fewer CPUs than
-# ranks, most of $\alpha$ is the wait for one's turn, and the points scatter (that is why the figure says *emulated*).
-# Make `RANKS` as many as your CPUs, and run again: how much of it is left?
+# **Explain.** Short vectors cost the latency, $2 (p - 1)$ times; that grows with the ranks, and more *bandwidth* doesn't
+# help. A network with lower latency does, and so do fewer messages: DDP gathers many small gradients into *buckets* of
+# up to 25 MB before it sends them. With fewer CPUs than ranks (the figure then says *emulated*), most of $\alpha$ is
+# waiting for a turn, and the points scatter. Set `RANKS` to your number of CPUs, and run again: how much of it is left?
 #
 # ## Exercise: the step
 #
@@ -272,7 +271,7 @@ print(f"a message: alpha {1e6 * alpha:.0f} microseconds, and {1e-9 / beta:.2f} G
 #
 # <details><summary>Hint</summary>
 #
-# All parts are equally large. What is the mean of a batch, as made from the means of its parts?
+# All parts are equally large. How do you get the mean of a batch from the means of its parts?
 #
 # </details>
 
@@ -291,9 +290,9 @@ hpclab.check("ddp-from-scratch.step", step)
 # %% [markdown] id="ddp"
 # ## The same as torch's
 #
-# Everything together: your gradient, your ring, your step, beside torch's layers, autograd and DDP, from the same weights
-# and with the same pictures. **Predict**: how far apart is a weight of ours from torch's in the end, at most? (And are ours
-# *equal* on all ranks?)
+# Now put your gradient, your ring and your step together, and run them beside torch's layers, autograd and DDP, from the
+# same weights, on the same pictures. **Predict**: at the end, how far is any weight of ours from torch's, at most? (And
+# are ours *equal* on all ranks?)
 
 # %% id="ddp-predict"
 hpclab.predict("ddp-from-scratch.weights", ..., "apart")
@@ -314,26 +313,26 @@ for number in range(STEPS):
     x, y = batch(images, range(128 * number + rank, 128 * (number + 1), ranks))
     weights = step(weights, loss_and_gradient(weights, x, y)[1], all_reduce, ranks, lr=0.2)
     if weights is None:
-        print("the step isn't written yet")
+        print("you haven't written the step yet")
         break
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(ddp(x), y).backward()
     optimizer.step()
 else:
     apart = (weights - torch.nn.utils.parameters_to_vector(model.parameters())).abs().max()
-    print(f"{STEPS} steps: at most {apart:.1e} apart from torch's; ours sum up to {weights.double().sum().item()}")
+    print(f"{STEPS} steps: at most {apart:.1e} from torch's; ours add up to {weights.double().sum().item()}")
 
 # %% id="ddp-came"
 hpclab.came("ddp-from-scratch.weights", gang.pull("apart", on=0)[0])
 
 # %% [markdown] id="ddp-explain"
-# **Explain.** The difference is rounding: sums taken in another order. But between the ranks there is *none*: each part
-# was summed once, by one rank, and the others have a copy. If every rank summed for itself, in its own order, the
-# weights would drift apart, a little more with every step, and nobody would notice.
+# **Explain.** The difference is rounding: sums taken in another order. But between the ranks there is *none*: one rank
+# summed each part, once, and the others have a copy. If every rank summed for itself, in its own order, the weights would
+# drift apart, a little more with every step, and nobody would notice.
 #
-# Why does DDP not wait, as we do, until all gradients are there? Because it can send the last layers' gradients while it
-# still computes those of the first. *Can*: it sends full buckets only, and all gradients of this small network fit into one,
-# so here DDP sends as late as we do. The notebook *scaling* makes the buckets smaller, and shows the overlap on a timeline.
+# Unlike us, DDP needn't wait for all gradients: it can send the last layers' gradients while it still computes those of
+# the first. *Can*: it sends only full buckets, and all gradients of this small network fit into one, so here DDP sends as
+# late as we do. The notebook *scaling* makes the buckets smaller, and shows the overlap on a timeline.
 
 # %% [markdown] id="quiz-deadlock"
 # ## Quiz
@@ -341,8 +340,8 @@ hpclab.came("ddp-from-scratch.weights", gang.pull("apart", on=0)[0])
 # ### Who waits for whom?
 #
 # Four ranks run `exchange`, each with its own number. A `send` waits until the other rank receives the message, a `receive`
-# until the other sends it. At which line is each rank in the end? Set `deadlock_answer` to a list of four line numbers, by rank,
-# with 0 for a rank that returns.
+# until the other sends it. At which line is each rank in the end? Set `deadlock_answer` to a list of four line numbers, in
+# rank order, with 0 for a rank that returns.
 #
 # ```text
 #  1  def exchange(rank):
@@ -372,9 +371,9 @@ hpclab.check("ddp-from-scratch.quiz_deadlock", deadlock_answer)
 # %% [markdown] id="quiz-line"
 # ### Alpha and beta
 #
-# These all-reduces were timed on another network, and they follow `alpha + beta x bytes`. Read alpha, in microseconds, and
-# the bandwidth 1 / beta, in megabytes a second (1 MB is 10^6 bytes). Set `line_answer` to the pair. Within 30 % is near enough:
-# both axes are logarithmic.
+# These all-reduces were timed on another network, and they follow `alpha + beta x bytes`. Read off alpha, in microseconds,
+# and the bandwidth 1 / beta, in megabytes a second (1 MB is 10^6 bytes). Set `line_answer` to the pair. Within 30 % is near
+# enough: both axes are logarithmic.
 
 # %% id="quiz-line-show"
 from hpclab.course import quizzes
@@ -397,17 +396,17 @@ client.close()
 # %% [markdown] id="end"
 # ## Summary
 #
-# - A gradient by hand is a few products of matrices, and autograd is there to check it.
-# - Who sends and who receives must match on all ranks; else all wait for ever.
-# - Ring all-reduce = reduce-scatter + all-gather: $2 (p - 1) / p \cdot N$ bytes a rank, whatever $p$; $2 (p - 1)$
-#   latencies, which grow with $p$.
-# - The mean of the parts' gradients is the whole batch's. Sum without dividing, and the step is $p$ times too long.
+# - A gradient by hand is a few matrix products, and autograd checks it.
+# - Sends and receives must match on all ranks; otherwise they wait for ever.
+# - Ring all-reduce = reduce-scatter + all-gather: $2 (p - 1) / p \cdot N$ bytes a rank, below $2 N$ for any $p$;
+#   $2 (p - 1)$ latencies, which grow with $p$.
+# - The mean of the parts' gradients is the whole batch's. If you sum without dividing, the step is $p$ times too long.
 #
 # ### What breaks at scale
 #
-# A ring of a thousand ranks pays two thousand latencies a bucket: there, trees and hierarchies (rings of few hosts,
-# inside which ranks share memory) take over. And reduce-scatter *alone* is what ZeRO and FSDP are built of: why
-# should every rank keep all the optimiser's state, if each could own one part?
+# A ring of a thousand ranks pays two thousand latencies a bucket: at that size trees take over, and hierarchies (rings of
+# a few hosts, inside which ranks share memory). And reduce-scatter *alone* is a building block of ZeRO and FSDP: why
+# should every rank keep the whole optimiser state if each could own one part?
 #
 # ### References
 #

@@ -2,7 +2,7 @@
 # # CNN: the same loss, sooner
 #
 # **You will** train a convolutional network with a plain loop, then with two ranks; show that both take the *same*
-# steps; measure how much sooner, with repeats; and mend two bugs that almost everybody writes once. Parts headed *For later*
+# steps; measure the speed-up, with repeats; and fix two bugs that almost everybody writes once. Parts headed *For later*
 # can wait.
 #
 # | | |
@@ -12,7 +12,7 @@
 # | minutes | 30 to read and do, 15 of them for the exercises; 40 with the parts *for later*; under 3 to run |
 # | needs | 1 CPU (2 to see a speed-up), 1.5 GB of memory, 2 ranks, no network |
 #
-# Words that are new to you stand in the [glossary](glossary.md#data-parallelism), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#data-parallelism), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -30,9 +30,9 @@ EPOCHS, REPEATS, STEPS = {"small": (1, 3, 15), "class": (2, 5, 20), "cluster": (
 # %% [markdown] id="data"
 # ## The pictures
 #
-# Fashion-MNIST: grey pictures of clothes, 28 by 28 pixels, in ten classes. A part of it, 10,000 to learn from and 2,000
-# to be tested on, comes with hpclab. It lies on disk as a few plain arrays that are *mapped* into memory: a batch is
-# read when it is asked for, and not before.
+# Fashion-MNIST: grey pictures of clothes, 28 by 28 pixels, in ten classes. hpclab ships a part of it: 10,000 pictures for
+# training and 2,000 for testing. They are stored as a few plain arrays that are *mapped* into memory, so a batch is
+# read only when you ask for it.
 
 # %% id="data-look"
 images = hpclab.data.load("fashion_mnist", "train")
@@ -42,9 +42,9 @@ pictures(batch, [images.classes[label] for label in labels])
 # %% [markdown] id="serial"
 # ## Correct and serial first
 #
-# A convolution looks at each pixel's neighbourhood with the same few weights, wherever in the picture it is. Two of
-# them, each followed by pooling to half the size, and one linear layer make our network. This is all that training is:
-# take a batch, compute the loss, compute the gradient, take a step.
+# A convolution looks at each pixel's neighbourhood with the same few weights, everywhere in the picture. Our network is
+# two of them, each followed by pooling to half the size, and one linear layer. This is all that training is: take a batch,
+# compute the loss, compute the gradient, take a step.
 
 # %% id="serial-do"
 torch.manual_seed(0)
@@ -64,17 +64,17 @@ for step, chosen in enumerate(order[: 20 * 128].split(128)):
 # %% [markdown] id="idea"
 # ## The idea of data parallelism
 #
-# The loss of a batch is the *mean* over its pictures, and so is its gradient. Cut the batch in two halves, let two
-# ranks compute the gradients of one half each, and average the two: that is the gradient of the whole batch. If both
-# ranks start with the same weights, and take the same step with the same averaged gradient, then they *keep* the same
-# weights, without ever sending them.
+# The loss of a batch is the *mean* over its pictures, and so is its gradient. Cut the batch in two, let each of two ranks
+# compute the gradient of one half, and average the two: that is the gradient of the whole batch. If both ranks start with
+# the same weights and take the same step with the same averaged gradient, they *keep* the same weights without ever
+# sending them.
 #
-# torch's `DistributedDataParallel` does the averaging. `hpclab.train` puts it around your model, deals out the pictures,
-# and sends the rows of measurements here.
+# torch's `DistributedDataParallel` does the averaging. `hpclab.train` wraps it around your model, deals out the pictures,
+# and sends the measurements back as rows.
 #
-# "The same gradient" holds on three conditions: the halves are equally large, the loss is a *mean* over the pictures, and no
-# layer looks at the batch as a whole. Below are four cases: equal halves; 96 pictures and 32; a loss that is a *sum*; batch
-# norm. **Predict**: how many of the four differ from the whole batch's gradient by more than rounding?
+# "The same gradient" holds on three conditions: the halves are equally large, the loss is a *mean* over the pictures, and
+# no layer looks at the batch as a whole. Below are four cases: equal halves; 96 pictures and 32; a loss that is a *sum*;
+# batch norm. **Predict**: how many of the four differ from the whole batch's gradient by more than rounding?
 
 # %% id="conditions-predict"
 hpclab.predict("cnn.conditions", ..., "of the four")
@@ -90,7 +90,7 @@ def gradient(net, part, reduction="mean"):
 
 
 def distance(net, cut, reduction="mean"):
-    """Between the mean of two parts' gradients and the whole batch's, relative to the latter."""
+    """How far the mean of two parts' gradients is from the whole batch's, relative to the latter."""
     whole, *parts = (gradient(net, part, reduction) for part in (slice(None), slice(0, cut), slice(cut, None)))
     return float((sum(parts) / 2 - whole).norm() / whole.norm())
 
@@ -108,10 +108,10 @@ hpclab.tables.Table({"case": case, "relative difference": f"{found:.0e}"} for ca
 hpclab.came("cnn.conditions", sum(found > 1e-5 for found in apart.values()))
 
 # %% [markdown] id="conditions-explain"
-# **Explain.** The mean of two means is the mean of all only if both parts have the same size. A *sum* over the whole batch is
-# twice the mean of the two sums. And batch norm subtracts the mean of *its* batch: half a batch has another mean, so each
-# rank computes another function. (`torch.nn.SyncBatchNorm` has the ranks agree on the mean first.) `hpclab.train` deals out
-# equal parts and leaves out the rest; the course's CNN has no batch norm.
+# **Explain.** The mean of two means is the overall mean only if both parts have the same size. A *sum* over the whole batch
+# is twice the mean of the two sums. And batch norm subtracts the mean of *its* batch: half a batch has another mean, so
+# each rank computes another function. (`torch.nn.SyncBatchNorm` makes the ranks agree on the mean first.) `hpclab.train`
+# deals out equal parts and leaves out the remainder; the course's CNN has no batch norm.
 
 # %% [markdown] id="connect-explain"
 # Now a cluster, and a function that trains on it:
@@ -166,15 +166,15 @@ hpclab.came("cnn.same_loss", difference[-1])
 
 # %% [markdown] id="same-explain"
 # **Explain.** Single precision keeps about seven digits, and a sum taken in another order is rounded differently. Under the
-# three conditions above that is all the difference there is. It isn't a fault of data parallelism: one process with another
-# number of threads shows the same. (A large learning rate *amplifies* such differences in the early steps, as weather does:
-# two correct runs part visibly, and end equally good.)
+# three conditions above there is no other difference. Data parallelism isn't to blame: one process with another number of
+# threads shows the same. (A large learning rate *amplifies* such differences in the early steps, like the weather: two
+# correct runs diverge visibly, and end equally good.)
 
 # %% [markdown] id="sooner"
 # ## Sooner
 #
 # Now the race, with a learning rate that learns: one rank; one process with all threads; two ranks. All three keep freed
-# memory (*one-process* shows why): a baseline without that switch would be slower, and flatter the two ranks.
+# memory (*one-process* shows why): a baseline without that switch would be slower, and make two ranks look better.
 
 # %% id="sooner-do"
 race = hpclab.race(client, hpclab.models.CNN, "fashion_mnist", epochs=EPOCHS)
@@ -186,10 +186,10 @@ race.verdict()
 # %% [markdown] id="measure"
 # ## How sure?
 #
-# A race is one measurement on a machine that others use too. A **sweep** runs each case several times, in turn and in
-# shuffled order, so that a slow minute meets all cases alike. Each speed-up divides two runs of the *same* round: what slowed
-# both cancels. The interval is Student's, at 95 %, over the rounds. The first steps aren't counted: they allocate memory and
-# build the buckets of gradients.
+# A race is one measurement, on a machine that others use too. A **sweep** runs each case several times, interleaved and in
+# shuffled order, so that a slow minute affects all cases alike. Each speed-up divides two runs of the *same* round: what
+# slowed both cancels. The interval is Student's, at 95 %, over the rounds. The first steps don't count: they allocate
+# memory and build the gradient buckets.
 
 # %% id="measure-do"
 rows = hpclab.scaling.sweep(
@@ -205,16 +205,16 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # %% [markdown] id="measure-explain"
 # **Why wasn't it twice as fast?** Go through the suspects in order:
 #
-# - *Waiting for data*: the share of the step's time is in the rows (`data_share`).
-# - *Talking*: 201 kB of gradients a step. They all fit into one of DDP's buckets, which is full only when the backward pass
-#   ends, so none of it is hidden. (*scaling* shows how smaller buckets hide some.)
-# - *Sharing*: two busy CPUs share memory, caches, and this notebook's kernel, which draws. Hardware threads of one core even
-#   share its arithmetic units.
+# - *Waiting for data*: its share of the step's time is in the rows (`data_share`).
+# - *Communication*: 201 kB of gradients a step. They all fit into one of DDP's buckets, which is full only when the
+#   backward pass ends, so none of it is hidden. (*scaling* shows how smaller buckets hide some.)
+# - *Sharing*: two busy CPUs share memory and caches, and this notebook's kernel, which draws, needs CPU time too. Hardware
+#   threads of one core share even its arithmetic units.
 # - *Smaller batches*: half a batch doesn't always take half the time.
 #
-# An interval that holds 1 shows no difference. Few rounds make it wide, and rightly: bars from the lowest to the highest of
-# three runs would lie apart by chance once in ten times, and those of two runs once in three. To claim more, measure more
-# rounds. With one CPU, nothing here can be sooner: the rows say *emulated*.
+# An interval that contains 1 shows no difference. Few rounds make it wide, and rightly so: min-to-max bars of three runs
+# separate by chance once in ten times, and those of two runs once in three. To claim more, measure more rounds. With one
+# CPU, nothing here can be faster: the rows say *emulated*.
 
 # %% id="data-share"
 {row["label"]: round(row["data_share"], 3) for row in rows}
@@ -222,22 +222,22 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # %% [markdown] id="order"
 # ## Exercise: the order of the data
 #
-# Before each epoch the pictures are shuffled and dealt out to the ranks. No rank asks another one: each works out its own
-# share alone. Much can go wrong here without any error. Say that every rank shuffles with dice of its own: some pictures are
-# seen twice, others never. Or the dice don't know the epoch: the model then sees the same batches in the same order again and
-# again. Or one rank has a picture more than the others: it waits in its last all-reduce for ever.
+# Before each epoch the pictures are shuffled and dealt out to the ranks. The ranks don't talk about it: each works out its
+# own share. Much can go wrong here without any error. If every rank shuffles with its own dice, some pictures are seen
+# twice and others never. If the dice ignore the epoch, the model sees the same batches in the same order again and again.
+# If one rank has a picture more than the others, it waits in its last all-reduce for ever.
 #
 # Write `epoch_order(length, rank, ranks, seed, epoch)`. It returns the list of pictures (numbers below `length`) that this
 # rank visits in that epoch, such that
 #
-# - all ranks share out *one* shuffled order, another in each epoch and for each seed;
-# - called again with the same arguments it returns the same list, in whatever process;
-# - every picture is visited, and all ranks have equally many: where `ranks` doesn't divide `length`, a few pictures are
+# - all ranks share out *one* shuffled order, a different one for each epoch and each seed;
+# - called again with the same arguments it returns the same list, in any process;
+# - every picture is visited, and all ranks have equally many: if `ranks` doesn't divide `length`, a few pictures are
 #   visited twice, fewer than there are ranks.
 #
 # <details><summary>Hint</summary>
 #
-# What do all ranks know alike? A `torch.Generator`, or a `random.Random`, can be seeded, and belongs to nobody else.
+# What do all ranks know alike? A `torch.Generator` or a `random.Random` can be seeded, and nothing else draws from it.
 #
 # </details>
 
@@ -260,11 +260,11 @@ hpclab.check("cnn.order", epoch_order)
 # ## Exercise: the learning rate
 #
 # You found a good learning rate for a batch of `base_batch` pictures on one process. Now `ranks` ranks take
-# `batch_size` pictures *each*, so a step sees more pictures, and an epoch has fewer steps. If the rate stays as it
-# was, the weights move less far in an epoch: training looks slower, although each second does more.
+# `batch_size` pictures *each*, so a step sees more pictures, and an epoch has fewer steps. If you leave the rate alone, the
+# weights move less far in an epoch: training looks slower, although each second does more.
 #
 # Write `scaled_lr(base_lr, base_batch, batch_size, ranks)`, so that one large step moves the weights as far as the
-# small steps that it replaces. The optimiser is SGD; this *linear* rule is its own. (Adam divides by the size of the
+# small steps that it replaces. The optimiser is SGD; this *linear* rule is SGD's. (Adam divides by the size of the
 # gradient, and is often scaled by the square root instead.)
 #
 # <details><summary>Hint</summary>
@@ -288,11 +288,11 @@ hpclab.check("cnn.learning_rate", scaled_lr)
 # %% [markdown] id="play"
 # ## For later: play
 #
-# Each move of a control below trains anew, with a real gang; the curve of before stays, in grey. Before each
-# move, say what will become of the samples a second, and where the time will go,
+# Each time you move a control below, a real gang trains again; the previous curve stays, in grey. Before each move,
+# predict the samples a second, and where the time will go,
 #
-# - if the same samples a step are shared by one rank more? If they are half as many?
-# - if a slow network lies between the ranks (its waiting is *emulated*, all else is real)? And which batch helps then?
+# - if one rank more shares the same samples a step? If there are half as many samples?
+# - if a slow network lies between the ranks (its waiting is *emulated*, all else is real)? Which batch size helps then?
 #
 # The second cell waits for the first run, for those who run all cells.
 
@@ -306,7 +306,7 @@ done = play.wait()
 # %% [markdown] id="look"
 # ## For later: what it learned
 #
-# The weights came back. Give them to a model here, and look at what it says of pictures that it never saw.
+# The trained weights came back. Load them into a model here, and see how it labels pictures that it has never seen.
 
 # %% id="look-do"
 fit = train(client, ranks=2, epochs=EPOCHS).result()
@@ -324,8 +324,8 @@ fit
 #
 # ### State an interval
 #
-# Three variants of a program, each measured in six rounds beside the same baseline: the mean ratio, with its 95 % interval. Which
-# statements are true? Set `interval_answer` to the set of their letters.
+# Three variants of a program, each measured in six rounds beside the same baseline: the mean ratio, with its 95 % interval.
+# Which statements are true? Set `interval_answer` to the set of their letters.
 #
 # - a: At this level, A is faster than the baseline.
 # - b: B is exactly as fast as the baseline.
@@ -351,9 +351,9 @@ hpclab.check("cnn.quiz_interval", interval_answer)
 # %% [markdown] id="quiz-batch"
 # ### Steps and rate
 #
-# One process trained well by SGD with batches of 20 pictures and a learning rate of 0.1. Now 4 ranks take batches of 25 pictures
-# *each*, from 40,000 pictures. How many steps has an epoch, and which learning rate does the linear rule give? Set `batch_answer`
-# to the pair.
+# One process trained well by SGD with batches of 20 pictures and a learning rate of 0.1. Now 4 ranks take batches of 25
+# pictures *each*, from 40,000 pictures. How many steps are in an epoch, and which learning rate does the linear rule give?
+# Set `batch_answer` to the pair.
 
 # %% id="quiz-batch-answer" exercise=true
 batch_answer = ...
@@ -370,15 +370,15 @@ client.close()
 # %% [markdown] id="end"
 # ## Summary
 #
-# - Data parallelism computes the *same* gradient in parts. What differs is rounding, and the time.
-# - A speed-up needs a baseline that nobody can call weak: one process with all threads belongs in the figure.
-# - Two bugs that raise no error: the order of the data doesn't change between epochs (torch's `DistributedSampler` wants
+# - Data parallelism computes the *same* gradient in parts. Only rounding and the time differ.
+# - A speed-up needs a baseline that nobody can call weak: show one process with all threads too.
+# - Two bugs raise no error: the order of the data doesn't change between epochs (torch's `DistributedSampler` needs
 #   `set_epoch` before each); the learning rate isn't scaled to the global batch.
 #
 # ### What breaks at scale
 #
 # With many ranks the global batch becomes so large that a scaled learning rate diverges in the first steps. Goyal and
-# others warm it up over some epochs; beyond some thousand pictures a step even that fails, and other optimisers
+# others warm it up over a few epochs; beyond some thousands of pictures a step even that fails, and other optimisers
 # (LARS, LAMB) take over.
 #
 # ### References

@@ -2,8 +2,8 @@
 # # Scaling laws: what a measurement proves
 #
 # **You will** measure how training scales on this machine, see where the time of a step goes, and find out how little two
-# CPUs prove; then let your training feel a slower network, and forecast machines that you don't have, beside what
-# others measured on them. Parts headed *For later* can wait.
+# CPUs prove. Then you emulate a slower network, and forecast machines that you don't have, next to what others measured on
+# them. Parts headed *For later* can wait.
 #
 # | | |
 # |---|---|
@@ -12,7 +12,7 @@
 # | minutes | 35 to read and do, 15 of them for the exercise; 60 with the parts *for later*; under 3 to run |
 # | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
 #
-# Words that are new to you stand in the [glossary](glossary.md#strong-scaling), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#strong-scaling), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -47,8 +47,8 @@ def train(client, ranks, **settings):
 # %% [markdown] id="measure"
 # ## Measure
 #
-# One way to scale is *strong*: the batch of all ranks together stays, so each computes less. The other is *weak*: the
-# batch of each rank stays, so together they do more. Here is the weak way, with repeats in turn.
+# *Strong* scaling keeps the global batch fixed, so each rank computes less. *Weak* scaling keeps the batch of each rank
+# fixed, so together they do more. Here we scale weakly, with interleaved repeats.
 #
 # **Predict**: with one rank a step takes some time. Two ranks, with the same batch *each*: how many times as long?
 
@@ -67,15 +67,15 @@ hpclab.tables.Table(
 hpclab.came("scaling.weak_step", 1 / scaling.summary(rows)[1]["efficiency"])
 
 # %% [markdown] id="measure-explain"
-# **Explain.** With two ranks a step takes longer, and the columns tell where it goes. *compute* is the CPU's time: if it
-# grows, two busy CPUs share caches and memory. *straggle* is the wait for whichever rank comes later; of a rank by itself
-# it is the wait for a CPU. *comm* is what even the last rank waits for: the averaging of gradients that no computing
-# hides. If it is many times what the network takes below, both ranks waited for a CPU: others use this machine too.
-# The first steps aren't counted; how many they are is found in the run itself (`warm_up` in the rows).
+# **Explain.** With two ranks a step takes longer, and the columns tell where the time goes. *compute* is CPU time: if it
+# grows, two busy CPUs share caches and memory. *straggle* is the wait for the slower rank; for a rank by itself it is the
+# wait for a CPU. *comm* is what even the last rank waits for: the averaging of gradients that no computing hides. If it is
+# many times what the network takes below, both ranks waited for a CPU: others use this machine too. The first steps don't
+# count; the run itself determines how many (`warm_up` in the rows).
 
 # %% [markdown] id="sweep-open"
-# **What `sweep` does**: in each round it trains every case once, in shuffled order, and keeps a row of each run: the
-# samples of the steps after the first, slow ones, over their seconds. A speed-up then divides two rows of the *same* round.
+# **What `sweep` does**: in each round it trains every case once, in shuffled order. It keeps one row per run: the samples
+# of the steps after the first, slow ones, divided by their seconds. A speed-up then divides two rows of the *same* round.
 # By hand, for one more run, and for the rounds above:
 
 # %% id="sweep-open-do"
@@ -92,7 +92,7 @@ gains = [speed[turn, 2] / speed[turn, 1] for turn in range(REPEATS)]
 print(f"by hand {np.exp(np.mean(np.log(gains))):.3f} times the samples, paired {scaling.paired(rows)[0]['ratio']:.3f}")
 
 # %% [markdown] id="remarks"
-# Two more functions look at the rows for you: is this sweep strong or weak, and is anything odd about it?
+# Two more functions check the rows for you: is this sweep strong or weak, and is anything odd about it?
 
 # %% id="remarks-do"
 print(scaling.regime(rows), "scaling;", *(scaling.remarks(rows) or ["nothing to remark"]))
@@ -100,9 +100,9 @@ print(scaling.regime(rows), "scaling;", *(scaling.remarks(rows) or ["nothing to 
 # %% [markdown] id="look"
 # ## For later: look inside a step
 #
-# torch's profiler writes down what each rank does when. Both clocks are the same, so one *sees* who waits for whom. (A
+# torch's profiler records what each rank does when. Both ranks use one clock, so you can *see* which waits for which. (A
 # traced step is slower.) Three runs: on this machine; on a slow network, 1 ms and 50 Mb/s; and on the same network with
-# gradients in *buckets* of 0.1 MB. In one of them a rank sends while it still computes: which one?
+# gradients in *buckets* of 0.1 MB. In one of them a rank sends while it is still computing: which one?
 
 # %% id="thin"
 thin = hpclab.Network(latency=1e-3, bandwidth=50e6)
@@ -113,13 +113,13 @@ runs += [train(client, 2, trace=3, network=thin, **buckets).result() for buckets
 plots.timelines([timeline.spans(run.folder) for run in runs], height=3)
 
 # %% [markdown] id="look-explain"
-# The light blue bars are the all-reduces, below the rank that they belong to. Each begins when a rank's bucket of gradients is
-# full, and ends on both ranks at once; the time that the slow network needs comes after the bar, as the emulation adds it.
+# The light blue bars are the all-reduces, each drawn below its rank. A bar begins when its rank's bucket of gradients is
+# full, and ends on both ranks at once; the slow network's time comes after the bar, because the emulation adds it there.
 #
-# Above and in the middle the bars come *after* the backward pass. DDP can send while it computes, but only buckets that are
-# full, and all of this network's gradients (201 kB) fit into one bucket of its default size (1 MB for the first, then 25).
-# Below there are two. The classifier's gradients, which come first, fill one of them; it travels under the backward pass
-# through the convolutions. **Predict**: with two buckets, how many times as fast as with one is a step?
+# In the top and middle pictures the bars come *after* the backward pass. DDP can send while it computes, but only full
+# buckets, and all of this network's gradients (201 kB) fit into one bucket of its default size (1 MB for the first, then
+# 25). The bottom picture has two. The classifier's gradients, which come first, fill one of them; it travels during the
+# backward pass through the convolutions. **Predict**: with two buckets, how many times as fast as with one is a step?
 
 # %% id="overlap-predict"
 hpclab.predict("scaling.overlap", ..., "times as fast")
@@ -133,16 +133,16 @@ hpclab.tables.Table({"case": row["measure"], "times as fast": hpclab.ratios.told
 hpclab.came("scaling.overlap", overlapped[0]["ratio"])
 
 # %% [markdown] id="overlap-explain"
-# Two buckets cost one more latency, 2 ms here, and hide what the first one takes, up to the length of the backward pass. On a
-# network with a *high latency* and much bandwidth small buckets would lose. (If no difference is shown, others were using
-# this machine: look at *straggle* above.)
+# A second bucket costs one more latency, 2 ms here (two messages of 1 ms), and hides what the first one takes, up to the
+# length of the backward pass. On a network with *high latency* and much bandwidth, small buckets would lose. (If no
+# difference is shown, others were using this machine: look at *straggle* above.)
 #
-# `timeline.merge(run.folder)` writes the same picture as a file for Perfetto, with every operation in it.
+# `timeline.merge(run.folder)` writes the same picture, with every operation in it, as a file for Perfetto.
 
 # %% [markdown] id="network"
 # ## For later: the network
 #
-# How long does averaging take, by itself? A message of $m$ bytes takes its latency $\alpha$, however short it is, and a time
+# How long does averaging take by itself? A message of $m$ bytes takes a latency $\alpha$, however short it is, plus a time
 # $\beta$ for each byte:
 #
 # $$T(m) = \alpha + \beta m$$
@@ -162,22 +162,22 @@ ax = plots.allreduce(messages, line)
 # %% [markdown] id="laws"
 # ## Three laws
 #
-# **Amdahl**: of a job of fixed size (strong scaling) a share $\sigma$ can't be shared out. One worker takes time 1, and $n$
+# **Amdahl**: in a job of fixed size (strong scaling), a share $\sigma$ can't be divided. One worker takes time 1, and $n$
 # workers take $\sigma + (1 - \sigma)/n$. So the speed-up is
 #
 # $$S(n) = \frac{1}{\sigma + (1 - \sigma)/n} = \frac{n}{1 + \sigma (n - 1)}, \quad\text{never more than } 1/\sigma.$$
 #
 # **Gustafson**: the job grows with the workers (weak scaling), and $\sigma$ is the serial share of the time on $n$ of them:
-# $S(n) = n - \sigma (n - 1)$. The same serial share costs much less, because the shared part has grown.
+# $S(n) = n - \sigma (n - 1)$. The same serial share costs much less, because the divided part has grown.
 #
-# **The universal scalability law** (USL, Gunther) is Amdahl's with one more effect:
+# **The universal scalability law** (USL, Gunther) adds one more effect to Amdahl's:
 #
 # $$S(n) = \frac{n}{1 + \sigma (n - 1) + \kappa\, n (n - 1)}$$
 #
-# - $\sigma$, *contention*: the share of the work that one has to do while the others wait, as at a single till. Each worker waits
-#   for the $n - 1$ others. Here: the one link, the one memory, the rank that comes last.
-# - $\kappa$, *coherency*: what each *pair* of workers spends on agreeing, and there are about $n^2/2$ pairs. With it the curve
-#   has a top, after which more workers are slower.
+# - $\sigma$, *contention*: the share of the work that one worker does while the others wait, as at a single till. Each
+#   worker waits for the $n - 1$ others. Here: the one link, the one memory, the slowest rank.
+# - $\kappa$, *coherency*: what each *pair* of workers spends on agreeing, and there are about $n^2/2$ pairs. It gives the
+#   curve a peak, beyond which more workers are slower.
 
 
 # %% id="laws-do"
@@ -193,10 +193,10 @@ ax = diagrams.speedups(n, curves)
 # %% [markdown] id="prove"
 # ## What do two CPUs prove?
 #
-# It is tempting to fit Amdahl's law to two points, and draw it to a thousand CPUs. Not to those above: they are of weak
-# scaling, his law is about strong scaling, and `scaling.fit(rows, "amdahl")` refuses them. But suppose that you had measured
-# the strong way. What could two counts of workers tell? Here are five repeats of each, with 3 % noise, from a machine whose
-# serial share we know: 0.1.
+# It is tempting to fit Amdahl's law to two points, and draw it to a thousand CPUs. Don't use those above: they come from
+# weak scaling, his law is about strong scaling, and `scaling.fit(rows, "amdahl")` refuses them. But suppose that you had
+# measured strong scaling. What could two counts of workers tell you? Here are five repeats of each, with 3 % noise, from a
+# machine whose serial share we know: 0.1.
 
 # %% id="prove-do"
 dice = np.random.default_rng(0)
@@ -211,9 +211,9 @@ for draw in range(3):
 print(laws.choose(n, x))
 
 # %% [markdown] id="prove-explain"
-# **Not identifiable** is an answer, and often the only honest one. With one worker and two every law fits. With 16 and
-# little noise they part: a law can be named, and Amdahl's, fitted to data that isn't its own, gives a *tight and wrong*
-# interval. A tight interval is no evidence for its law.
+# **Not identifiable** is an answer, and often the only honest one. With one and two workers only, every law fits. With 16
+# and little noise the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a *tight
+# and wrong* interval. A tight interval is no evidence for its law.
 
 # %% id="prove-more"
 n = np.repeat([1, 2, 4, 8, 16], 3)
@@ -223,9 +223,9 @@ fits = [laws.fit_amdahl(n, x), laws.fit_usl(n, x)]
 print(*fits, laws.choose(n, x), sep="\n")
 
 # %% [markdown] id="choose-open"
-# **What `choose` does**: a law with one number more always fits at least as well, so it must pay for that number. The AICc adds
-# up both, what a law leaves over and what its $p$ numbers cost (the last is the size of the noise). The smaller law is named
-# unless the larger one's AICc is lower by 2. By hand, beside the package's:
+# **What `choose` does**: a law with an extra parameter always fits at least as well, so the parameter must earn its place.
+# The AICc adds the misfit that a law leaves and the price of its $p$ parameters (the last is the size of the noise).
+# `choose` names the smaller law unless the larger one's AICc is lower by more than 2. By hand, beside the package's:
 
 # %% id="choose-open-do"
 k = len(n)
@@ -235,26 +235,26 @@ for fit, p in zip(fits, (3, 4), strict=True):  # the speed of one worker, sigma,
     print(f"{fit.law}: AICc by hand {aicc:.3f}, by the package {fit.aicc:.3f}")
 
 # %% [markdown] id="choose-open-explain"
-# Before that it asks whether the data tell at all: five different counts and eight measurements; no bend that the law doesn't
-# have; and a band, at twice the largest count, of no more than 25 % either way.
+# It names a law only if the data can tell: five different counts and eight measurements; no bend that the law doesn't have;
+# and a band, at twice the largest count, of no more than 25 % either way.
 
 # %% [markdown] id="dial"
 # ## For later: a cause instead of a curve
 #
-# A curve that fits knows nothing of machines that it hasn't seen. A *cause* may: what a rank computes, how much that
+# A fitted curve knows nothing of machines that it hasn't seen. A *cause* may: how long a rank computes, how much that
 # varies (all wait for the slowest), how many bytes travel, over which network, and what hides behind the backward pass.
 # A step on $p$ ranks takes
 #
 # $$T(p) = c + s\, z(p) + v(p), \qquad v(p) = \max\bigl(V_{\text{last}}(p),\ V(p) - o\, c\bigr)$$
 #
-# - $c$: seconds of computing; $s$: by how much they scatter (their standard deviation); $z(p)$: how many of these the slowest of
-#   $p$ ranks is behind the mean (0.6 of two, 1.8 of sixteen);
-# - $v(p)$: what one sees of the communication. $V(p)$ is all of it; a share $o$ of the computing, the backward pass, can hide it,
-#   but not the last bucket, which takes $V_{\text{last}}(p)$. This network has one bucket, so nothing is hidden.
+# - $c$: seconds of computing; $s$: their standard deviation; $z(p)$: by how many of these the slowest of $p$ ranks is
+#   behind the mean (0.6 of two, 1.8 of sixteen);
+# - $v(p)$: the visible communication. $V(p)$ is all of it; it can hide behind a share $o$ of the computing, the backward
+#   pass, except for the last bucket, which takes $V_{\text{last}}(p)$. This model has one bucket, so nothing is hidden.
 # - $V(p) = 2 (p - 1)\, \alpha + 2 \frac{p - 1}{p}\, \beta N$ for $N$ bytes in a ring.
 #
-# `calibrate` takes $s$, $N$ and the network as given, and finds the $c$ with which the equation gives the measured steps of two
-# ranks, where both CPUs are as busy as they will be. By hand:
+# `calibrate` takes $s$, $N$ and the network as given, and finds the $c$ for which the equation gives the measured steps of
+# two ranks, with both CPUs as busy as they will be. By hand:
 
 # %% id="calibrate-do"
 both = [row for row in rows if row["ranks"] == 2]
@@ -270,8 +270,8 @@ by_hand = np.exp(np.mean(np.log(steps))) - jitter * forecast.slowest(2) - ring
 print(f"computing: {1e3 * by_hand:.2f} ms by hand, {1e3 * known.workload.compute_s:.2f} ms by calibrate")
 
 # %% [markdown] id="dial-it"
-# Now forecast what a slow network would make of up to 16 ranks. Then measure it: two real ranks, which pay for averaging what
-# that many would.
+# Now forecast how a slow network would affect up to 16 ranks. Then measure it: two real ranks that pay what averaging over
+# that many would cost.
 
 # %% id="dial-do"
 slow = {count: hpclab.Network(latency=5e-3, bandwidth=1e9, ranks=count) for count in (2, 4, 8, 16)}
@@ -288,16 +288,16 @@ hpclab.tables.Table(
 )
 
 # %% [markdown] id="dial-explain"
-# The forecast's wait for the slowest grows with the ranks; the emulation has only two, so it knows nothing of that part.
-# Everything else they share. Dial another network, and see: double the latency, or take `topology="tree"`. (A network
-# that is hardly slower than this machine itself is refused: an emulation can only add time.)
-# The band is that of one measurement, from how the repeats above differ: a handful on a busy machine makes it wide.
+# The forecast's wait for the slowest grows with the ranks; the emulation has only two ranks, so it lacks that part. They
+# share everything else. Try another network: double the latency, or take `topology="tree"`. (hpclab refuses a network less
+# than twice as slow as this machine itself: an emulation can only add time.) The band is for a single measurement, from
+# how the repeats above differ: a handful of repeats on a busy machine makes it wide.
 #
 # ## For later: a ring or a tree?
 #
-# There are several ways to sum up gradients. In a **ring** each rank sends a $p$-th of the bytes to its neighbour, $2 (p - 1)$
-# times; all links are busy all the time. In a **tree** ranks add up in pairs, then the pairs in pairs, and the sum goes back down:
-# only $2 \log_2 p$ messages, but each of them is the whole vector. Time runs downwards:
+# There are several ways to sum gradients. In a **ring** each rank sends a $p$-th of the bytes to its neighbour, $2 (p - 1)$
+# times; all links are busy all the time. In a **tree** ranks add up in pairs, then the pairs in pairs, and the sum goes back
+# down: only $2 \log_2 p$ messages in turn, but each is the whole vector. Time runs downwards:
 
 # %% id="tree-do"
 diagrams.collectives()
@@ -310,8 +310,8 @@ diagrams.collectives()
 # | halving-doubling: a tree whose messages halve on the way up | $2 \log_2 p\; \alpha + 2 \frac{p - 1}{p}\, \beta N$ |
 # | parameter server: all send to one, and get the sum back | $2 \alpha + p\, \beta N$ |
 #
-# To explore faster than one can measure, move these sliders: the same forecast for up to 1,024 ranks, by the way in which
-# gradients are summed. The stars are what was measured here, the whiskers at the right the bands.
+# To explore faster than you can measure, move these sliders: they show the same forecast for up to 1,024 ranks, for each
+# way of summing gradients. Stars mark what was measured here; the whiskers at the right are the bands.
 # When does a tree beat a ring?
 
 # %% id="explore-do"
@@ -320,11 +320,12 @@ hpclab.widgets.Explorer(known, scaling.summary(rows))
 # %% [markdown] id="beyond"
 # ## For later: beyond this machine
 #
-# Nobody here has a hundred GPUs. Others measured on them, and wrote it down: InceptionV3 on 1 to 128 nodes of Piz Daint,
-# whose gradients were summed by parameter servers (1, 1, 3, 2, 4, 12, 40 and 116 of them). We give the first six points
-# to a law, and to a forecast that knows the servers, and that none can share the last layer's 8 MB of weights. What each
-# link carried, nobody wrote down. In that year users saw TensorFlow's gRPC at 500 MB a second, which is 4 Gb/s, and elsewhere
-# filling a link of 10 Gb/s. We guess 10; beside it are 4, 8 and 12, and a forecast that is told how unsure the guess is: 30 %.
+# Nobody here has a hundred GPUs. Others measured on them, and published it: InceptionV3 on 1 to 128 nodes of Piz Daint,
+# with gradients summed by parameter servers (1, 1, 3, 2, 4, 12, 40 and 116 of them). We give the first six points
+# to a law, and to a forecast that knows the number of servers, and that they can't split the last layer's 8 MB of weights.
+# Nobody recorded what each link carried. That year one user saw TensorFlow's gRPC at 500 MB a second, which is 4 Gb/s, and
+# another saw it fill a link of 10 Gb/s. We guess 10; beside it are 4, 8 and 12, and a forecast told that the guess is
+# uncertain by 30 %.
 
 # %% id="beyond-do"
 law = laws.fit_usl(daint.NODES[: daint.KNOWN], daint.RATES[: daint.KNOWN])
@@ -337,44 +338,44 @@ guesses = {f"{speed} Gb/s": daint.forecast(speed) for speed in (10, 4, 8, 12)}
 daint.table(law, guesses | {"10 Gb/s, unsure": unsure})
 
 # %% [markdown] id="beyond-explain"
-# All saw the points up to 32 nodes, none the last two.
+# All were given the points up to 32 nodes, but neither of the last two.
 #
 # The *law* says that it doesn't know: `choose` names none from six measurements, and at 128 nodes the band of the USL
 # reaches from hundreds to hundreds of thousands. (Its line is 4 % off at 64 nodes and 23 % at 128: up to 32 nothing
-# shows that one server's link will be full.)
+# shows that one server's link will fill up.)
 #
-# The *forecast* is sharp, 4 % either way, but only as good as the link that it is told. With 10 Gb/s it is 3 % off at 128
-# nodes, and at 64, where the link is all but full, 8 %: outside its band. With 8 it would be 21 % too low at 128, with
-# 12 14 % too high. Told that the link is known to 30 %, it gives bands that hold both records; that of 128 nodes reaches
-# from 5,200 to 15,400. So much was known, and no more.
+# The *forecast* is sharp, 4 % either way, but only as good as the link speed it is given. With 10 Gb/s it is 3 % off at 128
+# nodes; at 64, where the link is nearly full, it is 8 % off, outside its band. With 8 it would be 21 % too low at 128, with
+# 12 it would be 14 % too high. Told that the link is known to 30 %, it gives bands that contain both records; at 128 nodes
+# the band reaches from 5,200 to 15,400. That much was known, and no more.
 #
-# And with 4, the other speed that users saw? 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16 nodes, which the
-# forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other numbers makes a link of
-# 4 Gb/s agree with six measured points. So the points refute 4, and can't tell 8 from 12: compare a forecast with what you have
-# measured before you believe what it says of the rest.
+# And with 4, the other speed that users saw? 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16 nodes, which
+# the forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other numbers makes
+# a link of 4 Gb/s agree with six measured points. So the points refute 4, but can't tell 8 from 12: compare a forecast with
+# what you have measured before you believe the rest of it.
 #
-# What a cause has over a curve is that it says *what to measure next*: here the link, on two nodes, in a minute. That is
-# why we never draw a law beyond its points without a forecast beside it.
+# A cause beats a curve because it says *what to measure next*: here the link, on two nodes, in a minute. That is why we
+# never draw a law beyond its points without a forecast beside it.
 
 # %% [markdown] id="curves"
 # ## Exercise: 64 planted sweeps
 #
-# Write `judge(rows)`. It gets the rows of a sweep, and returns a pair: the name of the law ("amdahl" or "usl") and a 95 %
-# interval (low, high) of its sigma, where the rows tell it; `None, None` where they don't. A row looks like this:
+# Write `judge(rows)`. It gets the rows of a sweep and returns a pair: the name of the law ("amdahl" or "usl") and a 95 %
+# interval (low, high) of its sigma if the rows can tell; `None, None` if they can't. A row looks like this:
 #
 # ```python
 # {"kind": "trial", "run": 7, "epoch": 2, "ranks": 4, "threads": 1, "batch": 512, "samples_per_s": 731.2,
 #  "source": "measured"}
 # ```
 #
-# A `run` is one launch; it reports a row after each of its epochs. `batch` is that of all ranks together. Your function is tried
-# on 64 sweeps of which the truth is known, and its claims are counted: laws where there is one to see, silence where there is
-# none, and how many of the intervals hold the planted sigma. A few may miss. How many should?
+# A `run` is one launch; it reports a row after each of its epochs. `batch` is the batch of all ranks together. The check
+# runs your function on 64 sweeps whose truth is known, and counts its claims: laws where there is one to see, silence where
+# there is none, and how many of the intervals contain the planted sigma. A few may miss. How many should?
 #
 # <details><summary>Hint</summary>
 #
-# `hpclab.laws.choose` takes every point for an independent measurement, of strong scaling, on a machine. Which rows are that?
-# If a run has a bad start, what happens to its four rows?
+# `hpclab.laws.choose` takes every point for an independent measurement, of strong scaling, on a machine. Which rows are
+# that? If a run has a bad start, what happens to its four rows?
 #
 # </details>
 
@@ -431,7 +432,7 @@ hpclab.check("scaling.quiz_timeline", timeline_answer)
 # %% [markdown] id="quiz-regime"
 # ### Strong or weak?
 #
-# A sweep, with the time of a step. Which statements are true? Set `regime_answer` to the set of their letters.
+# The table shows the time of a step in a sweep. Which statements are true? Set `regime_answer` to the set of their letters.
 #
 # - a: This is weak scaling.
 # - b: With 8 ranks the efficiency is 62.5 %.
@@ -462,10 +463,10 @@ client.close()
 # ## Summary
 #
 # - A step is computing, communication that nothing hides, waiting for the slowest, and data. Each is in the rows.
-# - Two CPUs identify no law; *not identifiable* is an honest answer, with what to measure next.
-# - A law describes what was measured. To go beyond, forecast from causes, calibrated on your points, and with a band
-#   that has in it how well the network is known.
-# - A forecast is scored on points that it hasn't seen.
+# - Two CPUs identify no law; *not identifiable* is an honest answer, and says what to measure next.
+# - A law describes what you measured. To go further, forecast from causes, calibrated on your points, with a band that
+#   includes how well you know the network.
+# - Score a forecast on points that it hasn't seen.
 #
 # ### What breaks at scale
 #

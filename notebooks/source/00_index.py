@@ -2,7 +2,8 @@
 # # hpclab: the course
 #
 # **Real clusters, real training, real measurements, in a notebook cell.** In each notebook you predict, run, and explain.
-# What you see is measured while you watch, on the machine you are using. Exercises check themselves.
+# Unless it is labelled otherwise, what you see is measured while you watch, on the machine you are using. Exercises check
+# themselves.
 #
 # | | |
 # |---|---|
@@ -52,7 +53,7 @@ hpclab.progress()
 # %% [markdown] id="term"
 # ## A term
 #
-# All of them, with the capstone last.
+# All notebooks, with the capstone last.
 #
 # | notebook | minutes | needs |
 # |---|---|---|

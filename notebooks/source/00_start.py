@@ -43,9 +43,9 @@ hpclab.doctor.examine()
 # `hpclab.machine.RANK_MEMORY` bytes per rank, on top of `hpclab.machine.BASE_MEMORY` bytes for this notebook and the
 # scheduler.
 #
-# Write `largest_gang(cpus, memory)`. For *any* machine, given the CPUs and the bytes of memory that you may use there, it
-# returns the number of ranks in the largest gang that fits at full speed, or 0 if not even one rank fits. The check tries
-# your function on machines that you don't see: large ones, small ones, and some that are short of only one thing.
+# Write `largest_gang(cpus, memory)`. It takes the CPUs and the bytes of memory that you may use on *any* machine, and
+# returns the number of ranks in the largest gang that fits there at full speed, or 0 if not even one rank fits. The check
+# tries your function on machines that you don't see: large ones, small ones, and some that are short of only one thing.
 #
 # <details><summary>Hint</summary>
 #
@@ -239,12 +239,13 @@ client.close()
 #
 # ### What breaks at scale
 #
-# With a thousand ranks one is always late, some process dies every day, and exchanging gradients takes longer than
+# With a thousand ranks, one is always late, some process dies every day, and exchanging gradients takes longer than
 # computing them. The notebooks *scaling* and *faults* take these up.
 #
 # ### Next
 #
-# Open the notebook **cnn**: the same loss, sooner. There you look inside the step, and fix two classic bugs.
+# Open the notebook **cnn**: the same loss, sooner. There you see the training loop itself, measure the speed-up with
+# repeats, and learn to avoid two classic bugs.
 #
 # ### References
 #

@@ -1,9 +1,9 @@
 # %% [markdown] id="title"
 # # One process first: what you leave on the table
 #
-# **You will** take one training step apart, see how near each layer comes to what this machine could do, and try what
-# costs only a line of code: threads, another memory layout, half the bits, a compiler. Parallelise a slow program and you
-# get a slow program on many machines.
+# **You will** take one training step apart, see how close each layer comes to this machine's limits, and try what costs
+# only a line of code: threads, another memory layout, half the bits, a compiler. Parallelise a slow program and you get a
+# slow program on many machines.
 #
 # | | |
 # |---|---|
@@ -118,8 +118,7 @@ plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 # input, so it takes about twice as long, or more. Within both, a few operations take nearly all the time: convolutions,
 # pooling and their gradients. Doubling the optimiser's speed gains almost nothing. That is Amdahl's law within one step.
 #
-# The profile says *where* the time goes. It doesn't say whether that is *much*: for that, we must know what the machine
-# could do.
+# The profile says *where* the time goes, not how much faster it could go: for that, we must know what the machine can do.
 
 # %% [markdown] id="roof"
 # ## The roof
@@ -131,7 +130,7 @@ plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 # $$\min(\text{peak},\ \text{bandwidth} \times \text{intensity}).$$
 #
 # That is the *roofline*: a slope, where memory is the limit, up to a *ridge*, then a flat roof, where arithmetic is. We
-# measure both ceilings here: the peak by multiplying matrices, the bandwidth by running through arrays too large for the
+# measure both ceilings here: the peak by multiplying matrices, the bandwidth by streaming through arrays too large for the
 # caches. The operations and bytes of each layer are *counted*.
 #
 # **Predict**: how many operations does the second convolution do per byte? On which side of the ridge is that?
@@ -168,7 +167,7 @@ hpclab.came("one-process.intensity", rows[3]["intensity"])
 # - Something else limits a point far below *both* roofs: the overhead of calling an operation, a kernel that uses no
 #   vector instructions (pooling, often), or other programs on this machine.
 # - A point can lie *above* the slope: its arrays fit into a cache, which is faster than the memory that we measured.
-# - It can lie above the flat roof too: we count operations by the definition, and a library may know a way with fewer.
+# - It can lie above the flat roof too: we count operations by the definition, and a library may need fewer.
 # - The ceilings are what *we* reached, not what the data sheet says; the machine may have been busy while we measured.
 
 # %% [markdown] id="levers"
@@ -202,8 +201,8 @@ gains = ratios.sooner({name: Step(**switch) for name, switch in switches.items()
 
 
 # %% [markdown] id="compile"
-# The compiler works for half a minute and needs a lot of memory, so it gets its own process, which returns all of it at
-# the end. It needs a C++ compiler; without one, the row is left out. (At the size *small* it is left out too.)
+# The compiler works for half a minute and needs a lot of memory, so it gets its own process, which gives all of it back.
+# It needs a C++ compiler; without one, the row is left out. (At the size *small* it is left out too.)
 
 
 # %% id="compile-do"
@@ -387,7 +386,7 @@ hpclab.check("one-process.quiz_split", split_answer)
 # %% [markdown] id="end"
 # ## Summary
 #
-# - A profile says where the time goes; a roofline says whether that is much.
+# - A profile says where the time goes; a roofline says how much faster it could go.
 # - Left of the ridge extra arithmetic is free, and only fewer bytes help; right of it, the other way round.
 # - One process has switches that cost a line each. Which ones help depends on the machine: alternate them with the plain
 #   step, give the interval, and say "no difference shown" if it contains 1.
@@ -398,7 +397,7 @@ hpclab.check("one-process.quiz_split", split_answer)
 #
 # With a hundred ranks you pay for a slow step a hundred times. And things that didn't matter begin to: one process's
 # loader keeps up, but a hundred reading the same disk don't; a step made three times as fast hides less communication, so
-# the same network takes a larger share of it. The notebook *scaling* shows that share.
+# communication takes a larger share of it. The notebook *scaling* shows that share.
 #
 # ### References
 #

@@ -31,9 +31,9 @@ STEPS, REPEATS = {"small": (5, 5), "class": (20, 10), "cluster": (100, 50)}[SIZE
 # A two-layer perceptron turns 784 pixels into 64 numbers, sets the negative ones to zero, and turns the result into ten
 # scores, one per class. The loss is the mean of $-\log p$ of the true class, where $p$ is the softmax of the scores.
 #
-# Backwards, the chain rule begins with a surprise: the derivative of that loss by the scores is just *softmax minus
-# truth*, divided by the size of the batch. Each layer then needs two matrix products: one with the layer's input gives the
-# gradient of its weights, one with its weights passes the rest on to the layer below.
+# Backwards, the chain rule begins with a surprise: the derivative of that loss with respect to the scores is just *softmax
+# minus truth*, divided by the batch size. Each layer then needs two matrix products: one with its input gives the gradient
+# of its weights, one with its weights passes the rest on to the layer below.
 #
 # All parameters lie in one long vector, because a vector is easy to send.
 
@@ -93,7 +93,7 @@ print(f"the mean of the halves' gradients differs from the batch's by {(sum(halv
 
 # %% [markdown] id="idea-explain"
 # If all ranks start with the same weights and take the same step with that mean, they *keep* the same weights without ever
-# sending them. Only gradients travel. All that's missing is the mean over ranks; the rest of this notebook builds it.
+# sending them. Only gradients travel. What's missing is the mean over ranks; the rest of this notebook builds it.
 
 # %% [markdown] id="gang"
 # ## Four ranks that stay

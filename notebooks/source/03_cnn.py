@@ -2,8 +2,8 @@
 # # CNN: the same loss, sooner
 #
 # **You will** train a convolutional network with a plain loop, then with two ranks; show that both take the *same*
-# steps; measure the speed-up, with repeats; and fix two bugs that almost everybody writes once. Parts headed *For later*
-# can wait.
+# steps; measure the speed-up, with repeats; and avoid two bugs that almost everybody writes once. Parts headed
+# *For later* can wait.
 #
 # | | |
 # |---|---|
@@ -222,17 +222,17 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # %% [markdown] id="order"
 # ## Exercise: the order of the data
 #
-# Before each epoch the pictures are shuffled and dealt out to the ranks. The ranks don't talk about it: each works out its
-# own share. Much can go wrong here without any error. If every rank shuffles with its own dice, some pictures are seen
+# Before each epoch the pictures are shuffled and dealt out to the ranks. No rank asks another: each works out its own
+# share alone. Much can go wrong here without any error. If every rank shuffles with its own dice, some pictures are seen
 # twice and others never. If the dice ignore the epoch, the model sees the same batches in the same order again and again.
-# If one rank has a picture more than the others, it waits in its last all-reduce for ever.
+# If one rank has a picture more than the others, it waits for ever in its last all-reduce.
 #
 # Write `epoch_order(length, rank, ranks, seed, epoch)`. It returns the list of pictures (numbers below `length`) that this
 # rank visits in that epoch, such that
 #
 # - all ranks share out *one* shuffled order, a different one for each epoch and each seed;
 # - called again with the same arguments it returns the same list, in any process;
-# - every picture is visited, and all ranks have equally many: if `ranks` doesn't divide `length`, a few pictures are
+# - every picture is visited, and all ranks get equally many: if `ranks` doesn't divide `length`, a few pictures are
 #   visited twice, fewer than there are ranks.
 #
 # <details><summary>Hint</summary>
@@ -288,13 +288,13 @@ hpclab.check("cnn.learning_rate", scaled_lr)
 # %% [markdown] id="play"
 # ## For later: play
 #
-# Each time you move a control below, a real gang trains again; the previous curve stays, in grey. Before each move,
-# predict the samples a second, and where the time will go,
+# Each time you move a control below, a real gang trains again; the previous curve stays, in grey. Before each move, ask
+# yourself what will happen to the samples a second, and where the time will go,
 #
-# - if one rank more shares the same samples a step? If there are half as many samples?
+# - if one more rank shares the same samples per step? If there are half as many samples per step?
 # - if a slow network lies between the ranks (its waiting is *emulated*, all else is real)? Which batch size helps then?
 #
-# The second cell waits for the first run, for those who run all cells.
+# The second cell makes *Run All* wait for the first run.
 
 # %% id="play-do"
 play = hpclab.playground.Playground(client, hpclab.models.CNN, "fashion_mnist", steps=STEPS * 5)
@@ -306,7 +306,8 @@ done = play.wait()
 # %% [markdown] id="look"
 # ## For later: what it learned
 #
-# The trained weights came back. Load them into a model here, and see how it labels pictures that it has never seen.
+# Train two ranks again, load the weights that come back into a model here, and see how it labels pictures that it has
+# never seen.
 
 # %% id="look-do"
 fit = train(client, ranks=2, epochs=EPOCHS).result()

@@ -48,7 +48,7 @@ def train(client, ranks, **settings):
 # ## Measure
 #
 # *Strong* scaling keeps the global batch fixed, so each rank computes less. *Weak* scaling keeps the batch of each rank
-# fixed, so together they do more. Here we scale weakly, with interleaved repeats.
+# fixed, so together they do more. Here is weak scaling, with interleaved repeats.
 #
 # **Predict**: with one rank a step takes some time. Two ranks, with the same batch *each*: how many times as long?
 
@@ -193,10 +193,10 @@ ax = diagrams.speedups(n, curves)
 # %% [markdown] id="prove"
 # ## What do two CPUs prove?
 #
-# It is tempting to fit Amdahl's law to two points, and draw it to a thousand CPUs. Don't use those above: they come from
-# weak scaling, his law is about strong scaling, and `scaling.fit(rows, "amdahl")` refuses them. But suppose that you had
-# measured strong scaling. What could two counts of workers tell you? Here are five repeats of each, with 3 % noise, from a
-# machine whose serial share we know: 0.1.
+# It is tempting to fit Amdahl's law to two points, and draw it to a thousand CPUs. The points above won't do: they come
+# from weak scaling, Amdahl's law is about strong scaling, and `scaling.fit(rows, "amdahl")` refuses them. But suppose that
+# you had measured strong scaling. What could two counts of workers tell you? Here are five repeats of each, with 3 % noise,
+# from a machine whose serial share we know: 0.1.
 
 # %% id="prove-do"
 dice = np.random.default_rng(0)
@@ -211,9 +211,9 @@ for draw in range(3):
 print(laws.choose(n, x))
 
 # %% [markdown] id="prove-explain"
-# **Not identifiable** is an answer, and often the only honest one. With one and two workers only, every law fits. With 16
-# and little noise the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a *tight
-# and wrong* interval. A tight interval is no evidence for its law.
+# **Not identifiable** is an answer, and often the only honest one. With only one and two workers, every law fits. Up to 16,
+# with little noise, the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a
+# *tight and wrong* interval. A tight interval is no evidence for its law.
 
 # %% id="prove-more"
 n = np.repeat([1, 2, 4, 8, 16], 3)
@@ -235,8 +235,8 @@ for fit, p in zip(fits, (3, 4), strict=True):  # the speed of one worker, sigma,
     print(f"{fit.law}: AICc by hand {aicc:.3f}, by the package {fit.aicc:.3f}")
 
 # %% [markdown] id="choose-open-explain"
-# It names a law only if the data can tell: five different counts and eight measurements; no bend that the law doesn't have;
-# and a band, at twice the largest count, of no more than 25 % either way.
+# It names a law only if the data can tell: they need five different counts and eight measurements, no bend that the law
+# can't explain, and a band of no more than 25 % either way at twice the largest count.
 
 # %% [markdown] id="dial"
 # ## For later: a cause instead of a curve
@@ -247,8 +247,8 @@ for fit, p in zip(fits, (3, 4), strict=True):  # the speed of one worker, sigma,
 #
 # $$T(p) = c + s\, z(p) + v(p), \qquad v(p) = \max\bigl(V_{\text{last}}(p),\ V(p) - o\, c\bigr)$$
 #
-# - $c$: seconds of computing; $s$: their standard deviation; $z(p)$: by how many of these the slowest of $p$ ranks is
-#   behind the mean (0.6 of two, 1.8 of sixteen);
+# - $c$: seconds of computing; $s$: their standard deviation; $z(p)$: how many standard deviations the slowest of $p$ ranks
+#   is behind the mean (0.6 for two ranks, 1.8 for sixteen);
 # - $v(p)$: the visible communication. $V(p)$ is all of it; it can hide behind a share $o$ of the computing, the backward
 #   pass, except for the last bucket, which takes $V_{\text{last}}(p)$. This model has one bucket, so nothing is hidden.
 # - $V(p) = 2 (p - 1)\, \alpha + 2 \frac{p - 1}{p}\, \beta N$ for $N$ bytes in a ring.
@@ -324,8 +324,7 @@ hpclab.widgets.Explorer(known, scaling.summary(rows))
 # with gradients summed by parameter servers (1, 1, 3, 2, 4, 12, 40 and 116 of them). We give the first six points
 # to a law, and to a forecast that knows the number of servers, and that they can't split the last layer's 8 MB of weights.
 # Nobody recorded what each link carried. That year one user saw TensorFlow's gRPC at 500 MB a second, which is 4 Gb/s, and
-# another saw it fill a link of 10 Gb/s. We guess 10; beside it are 4, 8 and 12, and a forecast told that the guess is
-# uncertain by 30 %.
+# another saw it fill a link of 10 Gb/s. We guess 10, and also try 4, 8, 12, and 10 with an uncertainty of 30 %.
 
 # %% id="beyond-do"
 law = laws.fit_usl(daint.NODES[: daint.KNOWN], daint.RATES[: daint.KNOWN])
@@ -346,8 +345,8 @@ daint.table(law, guesses | {"10 Gb/s, unsure": unsure})
 #
 # The *forecast* is sharp, 4 % either way, but only as good as the link speed it is given. With 10 Gb/s it is 3 % off at 128
 # nodes; at 64, where the link is nearly full, it is 8 % off, outside its band. With 8 it would be 21 % too low at 128, with
-# 12 it would be 14 % too high. Told that the link is known to 30 %, it gives bands that contain both records; at 128 nodes
-# the band reaches from 5,200 to 15,400. That much was known, and no more.
+# 12 it would be 14 % too high. Told that the link speed is uncertain by 30 %, it gives bands that contain both records; at
+# 128 nodes the band reaches from 5,200 to 15,400. That much was known, and no more.
 #
 # And with 4, the other speed that users saw? 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16 nodes, which
 # the forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other numbers makes

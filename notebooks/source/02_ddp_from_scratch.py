@@ -83,9 +83,8 @@ hpclab.came("ddp-from-scratch.gradient", apart / gradient.abs().max())
 # %% [markdown] id="idea"
 # ## The idea of data parallelism
 #
-# The loss of a batch is the *mean* over its pictures, and so is its gradient. So you can split a batch: cut it into equal
-# parts, let each rank compute the gradient of one part, and average these gradients. The result is the gradient of the
-# whole batch:
+# The loss of a batch is the *mean* over its pictures, and so is its gradient. So cut the batch into equal parts, let each
+# rank compute the gradient of one part, and average: the result is the gradient of the whole batch.
 
 # %% id="idea-do"
 halves = [loss_and_gradient(start, x[half], y[half])[1] for half in (slice(64), slice(64, 128))]
@@ -116,9 +115,9 @@ mine
 # ## Send and receive
 #
 # Each rank knows only its two neighbours, in a ring. `shift` sends to the right and returns what arrives from the left.
-# `isend` starts to send and returns at once. Why not receive first? Because then every rank would wait for a message that
-# nobody has sent: a *deadlock*. Try it in a cell of your own, then interrupt it (■ in the toolbar). You see the line at
-# which each rank was waiting; the ranks keep their variables, and the next cell works.
+# `isend` starts to send and returns at once. Why not receive first? Every rank would wait for a message that nobody has
+# sent: a *deadlock*. Try it in a cell of your own, then interrupt it (■ in the toolbar). You see the line at which each
+# rank was waiting; the ranks keep their variables, and the next cell works.
 
 # %% id="shift-do"
 # %%ranks
@@ -290,9 +289,8 @@ hpclab.check("ddp-from-scratch.step", step)
 # %% [markdown] id="ddp"
 # ## The same as torch's
 #
-# Now put your gradient, your ring and your step together, and run them beside torch's layers, autograd and DDP, from the
-# same weights, on the same pictures. **Predict**: at the end, how far is any weight of ours from torch's, at most? (And
-# are ours *equal* on all ranks?)
+# Now run your gradient, ring and step beside torch's layers, autograd and DDP, from the same weights, on the same pictures.
+# **Predict**: at the end, how far is any weight of ours from torch's, at most? (And are ours *equal* on all ranks?)
 
 # %% id="ddp-predict"
 hpclab.predict("ddp-from-scratch.weights", ..., "apart")
@@ -404,9 +402,9 @@ client.close()
 #
 # ### What breaks at scale
 #
-# A ring of a thousand ranks pays two thousand latencies a bucket: at that size trees take over, and hierarchies (rings of
-# a few hosts, inside which ranks share memory). And reduce-scatter *alone* is a building block of ZeRO and FSDP: why
-# should every rank keep the whole optimiser state if each could own one part?
+# A ring of a thousand ranks pays two thousand latencies a bucket: there, trees and hierarchies (rings of a few hosts,
+# inside which ranks share memory) take over. And reduce-scatter *alone* is a building block of ZeRO and FSDP: why should
+# every rank keep the whole optimiser state if each could own one part?
 #
 # ### References
 #

@@ -64,10 +64,9 @@ for step, chosen in enumerate(order[: 20 * 128].split(128)):
 # %% [markdown] id="idea"
 # ## The idea of data parallelism
 #
-# The loss of a batch is the *mean* over its pictures, and so is its gradient. Cut the batch in two, let each of two ranks
-# compute the gradient of one half, and average the two: that is the gradient of the whole batch. If both ranks start with
-# the same weights and take the same step with the same averaged gradient, they *keep* the same weights without ever
-# sending them.
+# The loss of a batch is the *mean* over its pictures, and so is its gradient. Let each of two ranks compute the gradient of
+# half a batch, and average the two: that is the gradient of the whole batch. If both ranks start with the same weights and
+# take the same step with that average, they *keep* the same weights without ever sending them.
 #
 # torch's `DistributedDataParallel` does the averaging. `hpclab.train` wraps it around your model, deals out the pictures,
 # and sends the measurements back as rows.
@@ -165,10 +164,10 @@ hpclab.tables.Table(
 hpclab.came("cnn.same_loss", difference[-1])
 
 # %% [markdown] id="same-explain"
-# **Explain.** Single precision keeps about seven digits, and a sum taken in another order is rounded differently. Under the
-# three conditions above there is no other difference. Data parallelism isn't to blame: one process with another number of
-# threads shows the same. (A large learning rate *amplifies* such differences in the early steps, like the weather: two
-# correct runs diverge visibly, and end equally good.)
+# **Explain.** Single precision keeps about seven digits, and a sum taken in another order rounds differently. Under the
+# three conditions above nothing else differs. Data parallelism isn't to blame: one process with another number of threads
+# shows the same. (A large learning rate *amplifies* such differences in the early steps, as weather does: two correct runs
+# diverge visibly, and end equally good.)
 
 # %% [markdown] id="sooner"
 # ## Sooner
@@ -208,8 +207,8 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # - *Waiting for data*: its share of the step's time is in the rows (`data_share`).
 # - *Communication*: 201 kB of gradients a step. They all fit into one of DDP's buckets, which is full only when the
 #   backward pass ends, so none of it is hidden. (*scaling* shows how smaller buckets hide some.)
-# - *Sharing*: two busy CPUs share memory and caches, and this notebook's kernel, which draws, needs CPU time too. Hardware
-#   threads of one core share even its arithmetic units.
+# - *Sharing*: two busy CPUs share memory and caches, and also run this notebook's kernel, which draws. Hardware threads of
+#   one core even share its arithmetic units.
 # - *Smaller batches*: half a batch doesn't always take half the time.
 #
 # An interval that contains 1 shows no difference. Few rounds make it wide, and rightly so: min-to-max bars of three runs

@@ -1,9 +1,9 @@
 # %% [markdown] id="title"
 # # Scaling laws: what a measurement proves
 #
-# **You will** measure how training scales on this machine, see where the time of a step goes, and find out how little two
-# CPUs prove. Then you emulate a slower network, and forecast machines that you don't have, next to what others measured on
-# them. Parts headed *For later* can wait.
+# **You will** measure how training scales on this machine, see where a step's time goes, and find out how little two CPUs
+# prove. Then you emulate a slower network, and forecast machines that you don't have, next to what others measured on them.
+# Parts headed *For later* can wait.
 #
 # | | |
 # |---|---|
@@ -295,9 +295,9 @@ hpclab.tables.Table(
 #
 # ## For later: a ring or a tree?
 #
-# There are several ways to sum gradients. In a **ring** each rank sends a $p$-th of the bytes to its neighbour, $2 (p - 1)$
-# times; all links are busy all the time. In a **tree** ranks add up in pairs, then the pairs in pairs, and the sum goes back
-# down: only $2 \log_2 p$ messages in turn, but each is the whole vector. Time runs downwards:
+# Gradients can be summed in several ways. In a **ring** each rank sends a $p$-th of the bytes to its neighbour, $2 (p - 1)$
+# times; all links are always busy. In a **tree** ranks add up in pairs, then the pairs in pairs, and the sum goes back down:
+# only $2 \log_2 p$ messages in turn, but each is the whole vector. Time runs downwards:
 
 # %% id="tree-do"
 diagrams.collectives()
@@ -310,9 +310,8 @@ diagrams.collectives()
 # | halving-doubling: a tree whose messages halve on the way up | $2 \log_2 p\; \alpha + 2 \frac{p - 1}{p}\, \beta N$ |
 # | parameter server: all send to one, and get the sum back | $2 \alpha + p\, \beta N$ |
 #
-# To explore faster than you can measure, move these sliders: they show the same forecast for up to 1,024 ranks, for each
-# way of summing gradients. Stars mark what was measured here; the whiskers at the right are the bands.
-# When does a tree beat a ring?
+# To explore faster than you can measure, move these sliders: the same forecast for up to 1,024 ranks, for each way of
+# summing. Stars mark what was measured here; the whiskers at the right are the bands. When does a tree beat a ring?
 
 # %% id="explore-do"
 hpclab.widgets.Explorer(known, scaling.summary(rows))
@@ -346,7 +345,7 @@ daint.table(law, guesses | {"10 Gb/s, unsure": unsure})
 # The *forecast* is sharp, 4 % either way, but only as good as the link speed it is given. With 10 Gb/s it is 3 % off at 128
 # nodes; at 64, where the link is nearly full, it is 8 % off, outside its band. With 8 it would be 21 % too low at 128, with
 # 12 it would be 14 % too high. Told that the link speed is uncertain by 30 %, it gives bands that contain both records; at
-# 128 nodes the band reaches from 5,200 to 15,400. That much was known, and no more.
+# 128 nodes the band reaches from 5,200 to 15,400. No more was known.
 #
 # And with 4, the other speed that users saw? 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16 nodes, which
 # the forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other numbers makes
@@ -359,17 +358,17 @@ daint.table(law, guesses | {"10 Gb/s, unsure": unsure})
 # %% [markdown] id="curves"
 # ## Exercise: 64 planted sweeps
 #
-# Write `judge(rows)`. It gets the rows of a sweep and returns a pair: the name of the law ("amdahl" or "usl") and a 95 %
-# interval (low, high) of its sigma if the rows can tell; `None, None` if they can't. A row looks like this:
+# Write `judge(rows)`. It gets a sweep's rows and returns the name of the law ("amdahl" or "usl") and a 95 % interval
+# (low, high) of its sigma, as a pair, if the rows can tell; `None, None` if they can't. A row looks like this:
 #
 # ```python
 # {"kind": "trial", "run": 7, "epoch": 2, "ranks": 4, "threads": 1, "batch": 512, "samples_per_s": 731.2,
 #  "source": "measured"}
 # ```
 #
-# A `run` is one launch; it reports a row after each of its epochs. `batch` is the batch of all ranks together. The check
-# runs your function on 64 sweeps whose truth is known, and counts its claims: laws where there is one to see, silence where
-# there is none, and how many of the intervals contain the planted sigma. A few may miss. How many should?
+# A `run` is one launch; it reports a row after each epoch. `batch` is the batch of all ranks together. The check runs your
+# function on 64 sweeps whose truth is known, and counts its claims: laws where there is one to see, silence where there is
+# none, and how many of the intervals contain the planted sigma. A few may miss. How many should?
 #
 # <details><summary>Hint</summary>
 #

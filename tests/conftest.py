@@ -24,7 +24,10 @@ os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
 
 SHARED, ROOM = pytest.StashKey[tempfile.TemporaryDirectory](), pytest.StashKey["Room"]()
-LONGEST = ("browser", "notebooks", "queues", "slurm", "recovery", "exercises", "grading", "gang", "gangs", "launcher")
+LONGEST = (
+    *("browser", "notebooks", "queues", "slurm", "recovery", "exercises", "debugging", "puzzles", "grading", "gang"),
+    *("gangs", "launcher"),
+)
 """Files of tests that take longest, in this order: they begin first, so that two workers end at about the same time."""
 SHOWN_SECONDS = 1.0
 """What a file took is shown from here on."""

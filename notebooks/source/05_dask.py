@@ -263,8 +263,8 @@ Table(shared)
 hpclab.came("dask.threads", shared[0]["speedup"])
 
 # %% [markdown] id="bytes"
-# **Explain.** Threads can't speed up the loop: the one that runs Python holds the GIL, and the others wait. They can
-# speed up the sort, which releases it. Each process has its own GIL, so processes can speed up both. (If all four are
+# **Explain.** Threads can't make the loop faster: the one that runs Python holds the GIL, and the others wait. They can
+# shorten the sort, which releases it. Each process has its own GIL, so processes help with both. (If all four are
 # near 1, there was no second CPU for them: another program had it. *speedup* is the median over the turns, shown with
 # the lowest and the highest.) What processes don't share is memory.
 #

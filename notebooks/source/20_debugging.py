@@ -97,7 +97,7 @@ losses(client, train_in_parts, model, x, y, STEPS, cases=[(1, 1), (2, 1), (1, 2)
 #
 # </details>
 
-# %% id="division-check" points=1
+# %% id="division-check" points=2
 hpclab.check("debugging.division", train_in_parts)
 
 # %% [markdown] id="collective"
@@ -154,7 +154,7 @@ show(client, train_until, model, x, y, 0.5, 100)
 #
 # </details>
 
-# %% id="collective-check" points=1
+# %% id="collective-check" points=2
 hpclab.check("debugging.collective", train_until)
 
 # %% [markdown] id="last"
@@ -198,7 +198,7 @@ differences(client, train_epoch, model, x, y, 8, counts=(48, 47, 44, 41))
 #
 # </details>
 
-# %% id="last-check" points=1
+# %% id="last-check" points=2
 hpclab.check("debugging.last_batch", train_epoch)
 
 # %% [markdown] id="norm"
@@ -248,7 +248,7 @@ differences(client, train_normed, two_layers, x, y, STEPS, counts=(48, 24))
 #
 # </details>
 
-# %% id="norm-check" points=1
+# %% id="norm-check" points=2
 hpclab.check("debugging.batchnorm", train_normed)
 
 # %% [markdown] id="seed"
@@ -296,7 +296,7 @@ weights = show(client, train_noisy, Watched, 0 * x, y, 17, 2)
 #
 # </details>
 
-# %% id="seed-check" points=1
+# %% id="seed-check" points=2
 hpclab.check("debugging.seed", train_noisy)
 
 # %% [markdown] id="resume"
@@ -354,7 +354,7 @@ interrupted(client, train_on, model, x, y, [5, 6], stops=(5, 10))
 #
 # </details>
 
-# %% id="resume-check" points=1
+# %% id="resume-check" points=2
 hpclab.check("debugging.checkpoint", train_on)
 
 # %% [markdown] id="close"

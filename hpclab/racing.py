@@ -28,6 +28,8 @@ BATCH = 192
 """Samples a step, over all ranks. Smaller ones spend a larger part of each step on talking, larger ones learn less
 from an epoch."""
 
+BUSY = 0.1
+"""Which share of its steps a lone rank must wait for a CPU until we say that others use this machine."""
 CHECKPOINT_EVERY, RESTARTS = 20, 100
 """Steps between a racer's checkpoints, and how often it may go on after somebody has killed one of its ranks."""
 
@@ -91,6 +93,13 @@ class Race:
                 " The line marked 'a CPU each' counts the CPU seconds of one rank alone: what a CPU for each rank would"
                 " show if talking cost nothing.",
                 cpus=first["cpus"],
+            )
+        if (waited := (first["straggle_s"] or 0.0) / first["step_s"]) > BUSY:
+            words += " " + _(
+                "Other programs used this machine: {label} waited for a CPU in {share:.0%} of its time, so expect another"
+                " ratio next time.",
+                label=first["label"],
+                share=waited,
             )
         return Prose(words + " " + _("One race is one measurement: repeat it before you believe the ratio."))
 

@@ -410,6 +410,10 @@ def test_race_tells_what_it_can(monkeypatch):
     assert "2 ranks trained 2.00 times as fast as 1 rank" in race.verdict()
     assert "took turns" not in race.verdict()
     assert race.verdict()._repr_html_() == f"<p>{race.verdict()}</p>" and repr(race.verdict()) == race.verdict()
+    assert "Other programs used" not in race.verdict()
+    for row in race.runs["1 rank"][1:]:
+        row["wait_s"] = 0.2 * row["step_s"]
+    assert "Other programs used this machine: 1 rank waited for a CPU in 20% of its time" in race.verdict()
     race.runs["2 ranks"] = rows(ranks=2, step_s=0.2, source="emulated")
     assert "took turns" in race.verdict()
     (name, own) = list(racing.lines(race.runs).items())[-1]

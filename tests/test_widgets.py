@@ -153,3 +153,13 @@ def test_sliders_and_columns_are_in_the_units_and_counts_that_people_use(explore
     assert dict(explorer.sliders["bandwidth"].options)["1 Gb/s"] == 1e9 == explorer.sliders["bandwidth"].value
     [row, *_] = explorer.table(explorer.curves())
     assert [*row][1:] == ["1", "4", "16", "64", "256", "1024"]
+
+
+def test_races_gather_in_one_table_with_an_interval():
+    """Ratios 1.6 and 1.4: Student's 12.7 of one degree of freedom makes it wide."""
+    stage = RaceStage(None, "CNN", "fashion_mnist")
+    assert not stage.table()
+    stage.raced = {"2 ranks": [1.6, 1.4]}
+    assert [*stage.table()[0].values()] == ["2 ranks", 2, "no difference shown (0.64 to 3.50)"]
+    stage.raced = {"2 ranks": [1.6, 1.4, 1.5, 1.5, 1.5]}
+    assert stage.table()[0]["times as fast"].startswith("1.50 (1.4")

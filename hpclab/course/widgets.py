@@ -10,7 +10,7 @@ import numpy as np
 from distributed import Client
 from IPython.display import HTML, DisplayHandle, display
 
-from hpclab import plots, racing
+from hpclab import plots, racing, ratios
 from hpclab.course import guesses
 from hpclab.figures import Figure
 from hpclab.forecast import Forecast
@@ -45,6 +45,8 @@ class RaceStage:
         self.arguments = (client, model, data)
         self.settings = settings
         self.result: racing.Race | None = None
+        self.raced: dict[str, list[float]] = {}
+        """How many times as fast as the first each other racer was, a race at a time."""
         self.guess = ipywidgets.FloatSlider(
             value=1.0,
             min=0.2,
@@ -166,15 +168,25 @@ class RaceStage:
             self.racer.kill(left[-1])
 
     def _tell(self, result: racing.Race) -> None:
-        trials = result.trials()
-        measured = trials[0]["train_s"] / trials[-1]["train_s"]
+        first, *others = result.trials()
+        for trial in others:
+            self.raced.setdefault(trial["label"], []).append(first["train_s"] / trial["train_s"])
         page = html(
-            "{{ table }}<p><strong>{{ predicted }}</strong> {{ verdict }}</p>",
+            "{{ table }}<p><strong>{{ predicted }}</strong> {{ verdict }}</p>{{ all }}",
             table=markup(result.table()),
-            predicted=guesses.came(self.PREDICTION, measured),
+            predicted=guesses.came(self.PREDICTION, first["train_s"] / others[-1]["train_s"]),
             verdict=result.verdict(),
+            all=markup(self.table()),
         )
         self._put(self.text, page)
+
+    def table(self) -> Table:
+        """All races of this stage together, a row a racer; empty until there are two."""
+        return Table(
+            {_("all races"): label, _("races"): len(gains), _("times as fast"): ratios.told(ratios.interval(gains))}
+            for label, gains in self.raced.items()
+            if len(gains) > 1
+        )
 
     def _put(self, place: DisplayHandle | None, page: str) -> None:
         if place is not None:

@@ -167,8 +167,8 @@ stage.run()
 # **If you have one CPU**, the ranks took turns. The line marked *a CPU each* counts only the seconds in which a rank
 # was running: what two CPUs would show if communication cost nothing. It is *emulated*, and labelled so.
 #
-# **How sure are you?** Press *Race again* twice and compare the ratios. If they differ by 10 %, you cannot claim
-# differences below 10 %. The notebook *scaling* teaches how to claim more.
+# **How sure are you?** Press *Race again* twice. A second table then holds all races, with the interval of their ratios: two
+# races say little, five say more. The notebook *scaling* teaches how to claim more.
 
 # %% [markdown] id="quiz-race"
 # ## Quiz

@@ -127,7 +127,9 @@ hpclab.predict("scaling.overlap", ..., "times as fast")
 # %% id="overlap-do"
 cases = [{"ranks": 2, "network": thin}, {"ranks": 2, "network": thin, "bucket_cap_mb": 0.1}]
 overlapped = scaling.paired(scaling.sweep(client, train, cases=cases, repeats=REPEATS))
-hpclab.tables.Table({"case": row["measure"], "times as fast": hpclab.ratios.told(row)} for row in overlapped)
+hpclab.tables.Table(
+    {"case": row["measure"], "times as fast as one bucket": hpclab.ratios.told(row)} for row in overlapped
+)
 
 # %% id="overlap-came"
 hpclab.came("scaling.overlap", overlapped[0]["ratio"])

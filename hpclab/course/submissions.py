@@ -46,8 +46,8 @@ class Step:
     """How many copies of the check the notebook has; this is the last."""
     changed: bool = False
     """Whether the student's own cell asked for something else than the course's, which counts."""
-    points: float = 1.0
-    """What a pass of the course's check is worth."""
+    points: float = field(default=1.0, compare=False)
+    """What a pass of the course's check is worth; a student's cell that says otherwise is the same check."""
 
 
 @dataclass

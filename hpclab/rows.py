@@ -59,7 +59,7 @@ def lines(path: str | os.PathLike) -> Iterator[tuple[int, dict | None]]:
     """
     with open(path, "rb") as file:  # as bytes, since one line that isn't UTF-8 must not hide the others
         for number, text in enumerate(file, start=1):
-            row = _row(text)
+            row = parsed(text)
             cut_off = not text.endswith(b"\n") or text.endswith(CUT_OFF)
             if text.strip() and (row is not None or not cut_off):
                 yield number, row
@@ -105,7 +105,7 @@ def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
         size = os.fstat(handle).st_size
         os.lseek(handle, max(0, size - LONGEST), os.SEEK_SET)
         last = os.read(handle, LONGEST).rpartition(b"\n")[2]
-        end = b"" if not last else CUT_OFF if _row(last) is None else b"\n"
+        end = b"" if not last else CUT_OFF if parsed(last) is None else b"\n"
         text = end + line(row).encode()
         if os.write(handle, text) < len(text):
             raise OSError(f"{os.fspath(path)} took a part of a line only; is the disk full?")
@@ -113,7 +113,8 @@ def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
         os.close(handle)
 
 
-def _row(text: bytes) -> dict | None:
+def parsed(text: bytes) -> dict | None:
+    """The row that a line of a file of JSON lines holds; None if it holds none."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):  # also what isn't UTF-8, and brackets without end

@@ -1,6 +1,5 @@
 """Kernel: the runs that lie in a folder of results, the newest first."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from hpclab.gangs.record import titled
 from hpclab.language import translate as _
 from hpclab.pages import html
+from hpclab.rows import parsed
 from hpclab.tables import Table, markup
 
 TAIL = 2**16
@@ -78,12 +78,12 @@ def _summary(file: Path) -> dict | None:
     """A run in a row; None for a file that isn't one of a run, or can't be read."""
     try:
         with open(file, "rb") as rows:
-            first = json.loads(rows.readline())
+            first = parsed(rows.readline())
             rows.seek(max(rows.tell(), file.stat().st_size - TAIL))
-            last = [row for line in rows.read().splitlines() if (row := _row(line))]
-    except (OSError, ValueError):
+            last = [row for line in rows.read().splitlines() if (row := parsed(line))]  # the first may be cut off
+    except OSError:
         return None
-    if not isinstance(first, dict) or first.get("kind") != "run":
+    if first is None or first.get("kind") != "run":
         return None
     newest = {name: row[name] for row in last for name in ("loss", "test_accuracy") if row.get(name) is not None}
     end: dict = next((row for row in reversed(last) if row.get("kind") == "end" and "status" in row), {})
@@ -97,11 +97,3 @@ def _summary(file: Path) -> dict | None:
         "loss": newest.get("loss"),
         "accuracy": newest.get("test_accuracy"),
     }
-
-
-def _row(line: bytes) -> dict | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # its beginning was cut off
-        return None
-    return row if isinstance(row, dict) else None

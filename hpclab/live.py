@@ -77,9 +77,30 @@ def bar(total: int, what: str, unit: str, *, initial: int = 0) -> Any:
     """A bar that says how a loop gets on: in a notebook a `Line`, which a saved one shows too; else one of tqdm's."""
     if in_notebook():
         return Line(total, what, unit, initial)
-    made = tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=0.2)
-    made.failures = 0
-    return made
+    return _Bar(total=total, initial=initial, desc=what, unit=unit, mininterval=0.2)
+
+
+def progress(
+    what: str, done: int, total: int, unit: str, seconds: float, *, note: str = "", failures: int = 0, left_s: float = 0
+) -> str:
+    """How far something is, in a line."""
+    parts = [_("{what}: {done} of {total} ({unit})", what=what, done=done, total=total, unit=unit), note]
+    parts.append(_("failures: {count}", count=failures) if failures else "")
+    parts.append(_("{seconds:.0f} s", seconds=seconds))
+    parts.append(_("about {seconds:.0f} s left", seconds=left_s) if left_s else "")
+    return ", ".join(filter(None, parts))
+
+
+class _Bar(tqdm):
+    """A bar of tqdm's that says how often a run had to begin another attempt, too."""
+
+    failures = 0
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        known = super().format_dict
+        failures = _("failures: {count}", count=self.failures) if self.failures else None
+        return known | {"postfix": ", ".join(filter(None, (known["postfix"], failures)))}
 
 
 class Line:
@@ -122,16 +143,10 @@ class Line:
     def text(self) -> str:
         """What it says now."""
         spent = time.monotonic() - self.started if self.took is None else self.took
-        parts = [_("{what}: {done} of {total} ({unit})", what=self.what, done=self.n, total=self.total, unit=self.unit)]
-        if self.note:
-            parts.append(self.note)
-        if self.failures:
-            parts.append(_("failures: {count}", count=self.failures))
-        parts.append(_("{seconds:.0f} s", seconds=spent))
-        if self.took is None and self.n > self.initial:
-            left = spent * (self.total - self.n) / (self.n - self.initial)
-            parts.append(_("about {seconds:.0f} s left", seconds=left))
-        return ", ".join(parts)
+        going = self.took is None and self.n > self.initial
+        left_s = spent * (self.total - self.n) / (self.n - self.initial) if going else 0.0
+        count = self.n, self.total, self.unit
+        return progress(self.what, *count, spent, note=self.note, failures=self.failures, left_s=left_s)
 
 
 def follow(

@@ -190,8 +190,7 @@ def race(
 def _undisturbed(rows: Rows) -> dict:
     """A racer's trial, in whose time failures aren't counted."""
     trial = scaling.trial(rows)
-    failed = any(row["kind"] == "restart" for row in rows)
-    lost_s = sum(row["lost_s"] + row["restart_s"] for row in attempts(rows)) if failed else 0.0
+    lost_s = sum(row["lost_s"] + row["restart_s"] for row in attempts(rows))
     return trial | {"train_s": trial["train_s"] - lost_s, "lost_s": lost_s}
 
 

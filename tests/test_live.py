@@ -164,4 +164,7 @@ def test_a_line_says_how_a_loop_gets_on_and_at_the_end_what_it_took(shown, monke
 def test_outside_of_a_notebook_it_is_a_bar_in_the_terminal(capsys):
     with live.bar(2, "sweep", "run") as bar:
         bar.update(2)
-    assert "sweep: 100%" in capsys.readouterr().err
+        bar.failures += 1
+        bar.set_postfix_str("2 ranks, step 3")
+    shown = capsys.readouterr().err
+    assert "sweep: 100%" in shown and "2 ranks, step 3, failures: 1" in shown

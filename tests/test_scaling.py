@@ -30,7 +30,8 @@ def rows(ranks=1, threads=1, step_s=0.1, steps=15, source="measured", samples=64
         spent = step_s * 10 if step < 5 else step_s  # what must not count
         time_s += spent
         times = {"time_s": time_s, "step_s": spent, "data_s": spent / 4, "cpu_s": spent / 2}
-        common = {"kind": "step", "step": step, "samples": samples, "loss": 1.0, "source": source}
+        common = {"kind": "step", "attempt": 0, "ranks": ranks, "step": step, "samples": samples, "loss": 1.0}
+        common["source"] = source
         found += [common | times | {"rank": rank} for rank in range(ranks)]
     return found
 

@@ -8,7 +8,7 @@ from types import EllipsisType
 from hpclab.course import logbook
 from hpclab.course.calibration import Story, factor, stories
 from hpclab.language import translate as _
-from hpclab.pages import html
+from hpclab.pages import Prose
 
 Value = float | list[float] | str
 """A number, the two ends of an interval, or one of some options."""
@@ -20,22 +20,12 @@ _units: dict[str, str] = {}
 """What each number counts."""
 
 
-class Shown(str):
-    """A sentence that shows itself in a notebook and in a terminal."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return html('<p class="hpclab-prediction">{{ text }}</p>', text=str(self))
-
-
 def predict(
     prediction_id: str,
     value: float | Sequence[float] | str | EllipsisType,
     unit: str = "",
     among: Sequence[str] = (),
-) -> Shown:
+) -> Prose:
     """Write down a prediction, before you look; `came` then shows it beside the result.
 
     It is kept in this working copy of the course and sent nowhere. You may change it until the result was shown: a
@@ -60,22 +50,22 @@ def predict(
     _units[prediction_id] = unit
     if value is ...:
         if among:
-            return Shown(
+            return Prose(
                 _("Your prediction: in place of the three dots, write one of {options}.", options=_quoted(among))
             )
         blank = f"___ {unit}".strip()
         how = _("In place of the three dots, write a number, or two for an interval: (low, high).")
-        return Shown(_("Your prediction: {blank}.", blank=blank) + " " + how)
+        return Prose(_("Your prediction: {blank}.", blank=blank) + " " + how)
     kept = _checked(value, among)
     story = stories(_notes()).get(prediction_id, Story())
     if story.newest is None or story.newest["value"] != kept:
         _note({"prediction": prediction_id, "value": kept, "unit": unit})
         if story.result is not None:
-            return Shown(_("Written down: {value}. It doesn't count: you have seen a result.", value=_told(kept, unit)))
-    return Shown(_("Written down: {value}.", value=_told(kept, unit)))
+            return Prose(_("Written down: {value}. It doesn't count: you have seen a result.", value=_told(kept, unit)))
+    return Prose(_("Written down: {value}.", value=_told(kept, unit)))
 
 
-def came(prediction_id: str, value: float | str | None) -> Shown:
+def came(prediction_id: str, value: float | str | None) -> Prose:
     """Show a result beside what was predicted, and note the first result, for `progress`.
 
     Parameters
@@ -87,14 +77,14 @@ def came(prediction_id: str, value: float | str | None) -> Shown:
     """
     result = value if value is None or isinstance(value, str) else float(value)
     if result is None or result != result:  # NaN, of a measurement that failed
-        return Shown(_("There is no result yet to compare with."))
+        return Prose(_("There is no result yet to compare with."))
     story = stories(_notes()).get(prediction_id, Story())
     if story.result is None:
         _note({"result": prediction_id, "value": result})
-    told = _told(result, _units.get(prediction_id, ""))
+    came_out = _told(result, _units.get(prediction_id, ""))
     if story.newest is None:
-        return Shown(_("Result: {value}. (No prediction was written down.)", value=told))
-    sentences = [_("Result: {value}.", value=told)]
+        return Prose(_("Result: {value}. (No prediction was written down.)", value=came_out))
+    sentences = [_("Result: {value}.", value=came_out)]
     if story.counts is not None:
         predicted = story.counts["value"]
         verdict = _verdict(predicted, result)
@@ -103,7 +93,7 @@ def came(prediction_id: str, value: float | str | None) -> Shown:
     if story.newest is not story.counts:
         later = _told(story.newest["value"], story.newest["unit"])
         sentences.append(_("After a result was seen you wrote {value}; that doesn't count.", value=later))
-    return Shown(" ".join(sentences))
+    return Prose(" ".join(sentences))
 
 
 def _verdict(predicted: Value, result: float | str) -> str:

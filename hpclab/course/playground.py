@@ -217,9 +217,8 @@ class Playground:
     def _progress(self, rows: Rows) -> str:
         """How far the newest run is, in a line."""
         done = max((row["step"] + 1 for row in rows if row["kind"] == "step"), default=0)
-        values = {"what": self.label, "done": done, "total": self.settings["steps"], "unit": _("step")}
         seconds = rows[-1].get("time_s", 0.0) if rows else 0.0
-        text = f"{_('{what}: {done} of {total} ({unit})', **values)}, {_('{seconds:.0f} s', seconds=seconds)}"
+        text = live.progress(self.label, done, self.settings["steps"], _("step"), seconds)
         return html("<p>{{ text }}</p>", text=text)
 
     def _figure(self, rows: Rows) -> str:
@@ -232,10 +231,10 @@ class Playground:
 
     def _table(self, rows: Rows) -> Table:
         runs = {self.label: rows} | self.before
-        told = [{_("run"): name} | views.gang(rows) for name, rows in runs.items() if stepped(rows)]
-        columns = dict.fromkeys(name for row in told for name in row)  # a rank alone waits for a CPU, others talk
+        shown = [{_("run"): name} | views.gang(rows) for name, rows in runs.items() if stepped(rows)]
+        columns = dict.fromkeys(name for row in shown for name in row)  # a rank alone waits for a CPU, others talk
         last = {_("source"): columns.pop(_("source"), None)}
-        return Table(columns | last | row for row in told)
+        return Table(columns | last | row for row in shown)
 
     def _ipython_display_(self) -> None:
         display(ipywidgets.VBox([*self.controls.values(), ipywidgets.HBox([self.stop, self.again])]))

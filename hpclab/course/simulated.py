@@ -10,6 +10,7 @@ import math
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,10 +192,9 @@ class Device:
     def _live(self, program: Callable[["Device"], Any]) -> None:
         """The rank's thread."""
         try:
-            self._await_turn()
-            self.result = program(self)
-        except _Stopped:
-            pass
+            with suppress(_Stopped):  # how `_fail` and the end of a run leave a program; the fault is noted already
+                self._await_turn()
+                self.result = program(self)
         except BaseException as error:
             error.add_note(f"on rank {self.rank} at step {self._cluster.step}")
             self._cluster.error = self._cluster.error or error

@@ -17,7 +17,7 @@ from hpclab.forecast import Forecast
 from hpclab.gangs.attempt import RankError
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
-from hpclab.live import answer_in_subshell, drawn, put, trouble
+from hpclab.live import answer_in_subshell, drawn, progress, put, trouble
 from hpclab.network import Hierarchy, Network
 from hpclab.pages import html
 from hpclab.tables import Table, markup
@@ -139,15 +139,9 @@ class RaceStage:
         label, rows = next(reversed(runs.items()))
         steps = [row for row in rows if row["kind"] == "step"]
         failures = sum(row["kind"] == "restart" for of_run in runs.values() for row in of_run)
-        text = _(
-            "Racer {number} of {count}, {label}: step {step}, {seconds:.0f} s, failures: {failures}",
-            number=len(runs),
-            count=len(racing.racers()),
-            label=label,
-            step=max((row["step"] + 1 for row in steps), default=0),
-            seconds=rows[-1].get("time_s", 0.0),
-            failures=failures,
-        )
+        note = _("{label}, step {step}", label=label, step=max((row["step"] + 1 for row in steps), default=0))
+        count, seconds = len(racing.racers()), rows[-1].get("time_s", 0.0)
+        text = progress(_("race"), len(runs), count, _("racer"), seconds, note=note, failures=failures)
         self._put(self.note, html("<p>{{ text }}</p>", text=text))
 
     def _follow(self, racer: Run) -> None:
@@ -278,9 +272,10 @@ class Explorer:
         if row["ranks"] == 1:
             return ""
         place, value = np.searchsorted(self.ranks, row["ranks"]), row["efficiency"]
-        if any(found["efficiency_low"][place] <= value <= found["efficiency_high"][place] for found in curves.values()):
+        ends = [[columns[f"efficiency{end}"][place] for end in ("_low", "", "_high")] for columns in curves.values()]
+        if any(low <= value <= high for low, _middle, high in ends):
             return ""
-        nearest = min((found["efficiency"][place] for found in curves.values()), key=lambda other: abs(other - value))
+        nearest = min((middle for _low, middle, _high in ends), key=lambda other: abs(other - value))
         return _(
             "No curve passes the star at {ranks} ranks: it was measured on this machine's own network and batch"
             " ({value:.2f}), the curves are for those of the sliders (the nearest: {nearest:.2f}).",

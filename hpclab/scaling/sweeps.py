@@ -101,7 +101,7 @@ def sweep(
             order = range(len(chosen)) if seed is None else dice.sample(range(len(chosen)), len(chosen))
             for place in order:
                 if not trials.has(place, repeat):
-                    run = _watched(job(client, **fixed | chosen[place]), _told(bar, watch))
+                    run = _watched(job(client, **fixed | chosen[place]), _watcher(bar, watch))
                     trials.add(place, repeat, trial(run.rows))
                     if bar is not None:
                         bar.failures += sum(row["kind"] == "restart" for row in run.rows)
@@ -109,13 +109,13 @@ def sweep(
     return trials.of(repeats)
 
 
-def _told(bar: Any, watch: Watch) -> Watch:
+def _watcher(bar: Any, watch: Watch) -> Watch:
     """What is called with a run's rows: `watch`, and a bar that says how far the run is."""
 
     def look(name: str, rows: list[dict]) -> None:
         if bar is not None:
             steps = [row["step"] for row in rows if row["kind"] == "step" and row.get("step") is not None]
-            bar.set_postfix_str(f"{name}, step {max(steps, default=-1) + 1}")
+            bar.set_postfix_str(_("{label}, step {step}", label=name, step=max(steps, default=-1) + 1))
         if watch is not None:
             watch(name, rows)
 

@@ -12,6 +12,8 @@ import numpy as np
 import scipy  # whose parts are loaded when they are first used: fits need more memory than the rest
 from numpy.typing import ArrayLike, NDArray
 
+from hpclab.pages import Said
+
 LEVEL = 0.95
 """Confidence of intervals and bands, unless another is asked for."""
 COUNTS = 5
@@ -151,7 +153,7 @@ def alpha_beta(size: ArrayLike, alpha: float, beta: float) -> Array:
 
 
 @dataclass(frozen=True)
-class LawFit:
+class LawFit(Said):
     """A law fitted to measurements.
 
     Attributes
@@ -348,7 +350,7 @@ def fit_alpha_beta(size: ArrayLike, seconds: ArrayLike, noise: str = "relative",
 
 
 @dataclass(frozen=True)
-class LawVerdict:
+class LawVerdict(Said):
     """Which law the measurements identify, if any.
 
     Attributes

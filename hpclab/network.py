@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpclab.gangs.rank import emulate
+from hpclab.pages import Said
 
 Array = NDArray[np.float64]
 
@@ -29,7 +30,7 @@ SPIN_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(Said):
     """A network between ranks, by the alpha-beta model: a message takes a latency, plus a time for its bytes.
 
     Parameters

@@ -34,14 +34,18 @@ def html(template: str, **values: Any) -> str:
     return _compiled(template).make_module(values).__html__()
 
 
-class Prose(str):
-    """Text that a notebook shows as a paragraph of whole words: what is printed there is broken within words."""
-
-    def __repr__(self) -> str:
-        return str(self)
+class Said:
+    """What a notebook shows as a paragraph of whole words: what is printed there is broken within words."""
 
     def _repr_html_(self) -> str:
         return html("<p>{{ text }}</p>", text=str(self))
+
+
+class Prose(Said, str):
+    """Text that shows itself as a paragraph."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @cache

@@ -2,17 +2,21 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
+from hpclab import live
 from hpclab.language import translate as _
 from hpclab.laws import LEVEL, quantile
 
 Measures = Mapping[str, Callable[[Any], float]]
 
 
-def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float = LEVEL) -> list[dict]:
+def paired(
+    measures: Measures, one: Any, other: Any, rounds: int, level: float = LEVEL, *, progress: bool = True
+) -> list[dict]:
     """Measure two things in turn, and give the ratio of the other to the one, with an interval.
 
     Parameters
@@ -23,6 +27,8 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
         How often, >= 2; each round gives a ratio of its own, since machines drift.
     level : float, default LEVEL
         Of the interval, by Student's t on the ratios' logarithms.
+    progress : bool, default True
+        Show a line that says how far it is.
 
     Returns
     -------
@@ -31,20 +37,23 @@ def paired(measures: Measures, one: Any, other: Any, rounds: int, level: float =
 
     Examples
     --------
-    >>> rows = paired({"length": len}, "ab", "abcd", rounds=3)
+    >>> rows = paired({"length": len}, "ab", "abcd", rounds=3, progress=False)
     >>> rows[0]["ratio"].round(6), rows[0]["low"].round(6)
     (np.float64(2.0), np.float64(2.0))
     """
     if rounds < 2:
         raise ValueError(f"rounds (={rounds}) must be >= 2, as one ratio has no interval.")
     ratios: dict[str, list[float]] = {name: [] for name in measures}
-    for turn in range(rounds):
-        for name, measure in measures.items():
-            first, second = (one, other) if turn % 2 == 0 else (other, one)
-            values = [measure(first), measure(second)][:: (-1) ** turn]
-            if not min(values) > 0:
-                raise ValueError(f"measures[{name!r}] gave {min(values)!r}; a ratio needs numbers above 0.")
-            ratios[name].append(values[1] / values[0])
+    with live.bar(rounds, ", ".join(measures), _("round")) if progress else nullcontext() as bar:
+        for turn in range(rounds):
+            for name, measure in measures.items():
+                first, second = (one, other) if turn % 2 == 0 else (other, one)
+                values = [measure(first), measure(second)][:: (-1) ** turn]
+                if not min(values) > 0:
+                    raise ValueError(f"measures[{name!r}] gave {min(values)!r}; a ratio needs numbers above 0.")
+                ratios[name].append(values[1] / values[0])
+            if bar is not None:
+                bar.update()
     return [
         {"measure": name, **interval(ratios[name], level), "rounds": rounds, "source": "measured"} for name in measures
     ]

@@ -13,11 +13,14 @@ from hpclab.pages import html
 TABLE = (
     '<table><thead><tr>{% for name, side, _cells in columns %}<th scope="col" style="text-align: {{ side }}">{{ name }}'
     "</th>{% endfor %}</tr></thead><tbody>{% for number in range(rows) %}<tr>{% for _name, side, cells in columns %}"
-    '<td style="text-align: {{ side }}">{{ cells[number] }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>'
+    '<td style="text-align: {{ side }}{% if cells[number] | length <= whole %}; white-space: nowrap{% endif %}">'
+    "{{ cells[number] }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>"
 )
 NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?( ?%)?")
 DIGITS = 4
 """Of the largest number of a column; the others have as many decimals."""
+WHOLE = 20
+"""Longest cell that stays on one line: a number with its interval breaks at its hyphen otherwise."""
 UNITS = ((r"_per_s$", " a second"), (r"_(s|h|ms)$", r" (\1)"), (r"_mb$", " (MB)"), ("_", " "))
 """What names of rows have, and what a reader finds in their place."""
 
@@ -50,7 +53,7 @@ def text(rows: list[dict]) -> str:
 
 def markup(rows: list[dict]) -> str:
     """Rows as an HTML table whose header cells a screen reader can name; what has ``__html__`` is HTML already."""
-    return html(TABLE, columns=_columns(rows), rows=len(rows)) if rows else ""
+    return html(TABLE, columns=_columns(rows), rows=len(rows), whole=WHOLE) if rows else ""
 
 
 def heading(name: str) -> str:

@@ -22,7 +22,7 @@ def test_as_text():
 
 
 def test_as_html():
-    sides = re.findall(r'<td style="text-align: (\w+)">([^<]*)</td>', ROWS._repr_html_())
+    sides = re.findall(r'<td style="text-align: (\w+)[^"]*">([^<]*)</td>', ROWS._repr_html_())
     assert sides[:6] == [
         ("left", "one"),
         ("right", "1.50"),
@@ -40,3 +40,11 @@ def test_what_was_rounded_gets_no_more_decimals():
 
 def test_empty_ones_show_nothing():
     assert str(Table()) == Table()._repr_html_() == ""
+
+
+def test_a_short_cell_stays_on_one_line():
+    """A browser breaks a line after a hyphen, also of 100-108."""
+    page = Table([{"range": "100-108", "words": "what takes more than one line in a narrow window"}])._repr_html_()
+    assert dict(re.findall(r'<td style="text-align: left(; white-space: nowrap)?">([^<]*)', page)) == {
+        "; white-space: nowrap": "100-108", "": "what takes more than one line in a narrow window"
+    }  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client, Future
+from distributed.comm import get_address_host
 
 from hpclab.gangs import wire
 from hpclab.gangs.errors import note
@@ -146,7 +147,7 @@ class Attempt:
         """Give up the ranks whose workers have gone."""
         for place in self.places:
             if place.worker in workers:
-                self.end(_lost(place, f"was lost with its worker {place.worker}"))
+                self.end(_lost(place, "was lost with its worker"))
 
     def look(self) -> None:
         """End a gang that hangs, and keep where each rank stands; end one whose time is over."""
@@ -289,7 +290,7 @@ def _outcome(future: Future, place: wire.RankPlace) -> wire.RankOutcome:
 def _lost(place: wire.RankPlace, why: str, kind: str = "WorkerLost", consequence: bool = False) -> wire.RankOutcome:
     """The outcome of a rank that can't bring one."""
     failure = wire.Failed(type=kind, message=why, consequence=consequence)
-    return wire.RankOutcome(place.rank, place.worker, failure=failure)
+    return wire.RankOutcome(place.rank, get_address_host(place.worker), failure=failure)
 
 
 def unpickle(body: bytes, what: str) -> Any:

@@ -21,9 +21,11 @@ SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
 import numpy as np
+from IPython.display import display
 
 from hpclab import forecast, laws, plots, scaling, timeline
 from hpclab.course import daint, diagrams
+from hpclab.pages import Prose
 
 REPEATS, STEPS = {"small": (4, 12), "class": (6, 15), "cluster": (10, 100)}[SIZE]
 BATCH = 96
@@ -95,7 +97,8 @@ print(f"by hand {np.exp(np.mean(np.log(gains))):.3f} times the samples, paired {
 # Two more functions check the rows for you: is this sweep strong or weak, and is anything odd about it?
 
 # %% id="remarks-do"
-print(scaling.regime(rows), "scaling;", *(scaling.remarks(rows) or ["nothing to remark"]))
+print(scaling.regime(rows), "scaling")
+Prose(" ".join(scaling.remarks(rows)) or "nothing to remark")
 
 # %% [markdown] id="look"
 # ## For later: look inside a step
@@ -154,12 +157,12 @@ hpclab.came("scaling.overlap", overlapped[0]["ratio"])
 # %% id="network-do"
 messages = scaling.allreduce(client, ranks=2, oversubscribe=True)
 line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["duration_s"] for row in messages])
-print(line)
+line
 
 # %% id="network-show-do"
 own = scaling.network(messages)
-print(own)
 ax = plots.allreduce(messages, line)
+own
 
 # %% [markdown] id="laws"
 # ## Three laws
@@ -210,7 +213,7 @@ for draw in range(3):
     print(f"draw {draw}: a serial share of {low:.3f} to {high:.3f}; at most {1 / high:.0f} to {most} times as fast")
 
 # %% id="prove-choose-do"
-print(laws.choose(n, x))
+laws.choose(n, x)
 
 # %% [markdown] id="prove-explain"
 # **Not identifiable** is an answer, and often the only honest one. With only one and two workers, every law fits. Up to 16,
@@ -222,7 +225,7 @@ n = np.repeat([1, 2, 4, 8, 16], 3)
 x = 100 * laws.usl(n, 0.05, 0.005) * (1 + 0.02 * dice.standard_normal(len(n)))
 print("truth: usl, sigma 0.05, kappa 0.005")
 fits = [laws.fit_amdahl(n, x), laws.fit_usl(n, x)]
-print(*fits, laws.choose(n, x), sep="\n")
+display(*fits, laws.choose(n, x))
 
 # %% [markdown] id="choose-open"
 # **What `choose` does**: a law with an extra parameter always fits at least as well, so the parameter must earn its place.
@@ -329,7 +332,7 @@ hpclab.widgets.Explorer(known, scaling.summary(rows))
 
 # %% id="beyond-do"
 law = laws.fit_usl(daint.NODES[: daint.KNOWN], daint.RATES[: daint.KNOWN])
-print(laws.choose(law.n, law.x))
+display(laws.choose(law.n, law.x))
 unsure = daint.forecast(10, link_error=0.3)
 ax = plots.law(daint.RECORDED, law, unsure)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpclab import live
 from hpclab.course import quizzes
 from hpclab.course.questions import Numbers, numbers
 from hpclab.course.verdicts import (
@@ -171,9 +172,11 @@ def _race_chunks(client: Any, cut: object, workers: int, count: int = 300, item_
     }
     spent: dict[str, list[float]] = {name: [] for name in racers}
     for turns in (5, 10):  # more of them where the first ones don't tell
-        for turn in range(turns):
-            for name in sorted(racers, reverse=turn % 2 == 1):
-                spent[name].append(seconds(racers[name]))
+        with live.bar(turns, _("your chunks against two baselines"), _("round")) as bar:
+            for turn in range(turns):
+                for name in sorted(racers, reverse=turn % 2 == 1):
+                    spent[name].append(seconds(racers[name]))
+                bar.update()
         result = _judge_race(spent)
         if result.status != "inconclusive":
             break

@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hpclab.course import copy
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -129,13 +131,14 @@ def test_post_build_stops_at_the_first_error_and_installs_only_the_package():
 
 def test_start_hands_over_with_the_environment_set():
     """Run as Binder does, with a command that shows what Jupyter would get."""
-    names = ("HPCLAB_SIZE", "DASK_DISTRIBUTED__DASHBOARD__LINK")
+    names = ("HPCLAB_SIZE", "DASK_DISTRIBUTED__DASHBOARD__LINK", "JUPYTER_CONFIG_PATH")
     code = f"import os, sys; print(os.getppid(), sys.argv[1], *map(os.environ.get, {names}), sep='\\n')"
-    environment = os.environ | {"JUPYTERHUB_SERVICE_PREFIX": "/user/ann/"}
+    environment = os.environ | {"JUPYTERHUB_SERVICE_PREFIX": "/user/ann/", "JUPYTER_CONFIG_PATH": "/site"}
     command = [ROOT / "binder/start", sys.executable, "-c", code, "a b"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    link, settings = "/user/ann/proxy/{port}/status", f"{copy.SETTINGS}:/site"
     # The parent is this very process: bash was replaced (exec), so that signals reach Jupyter.
-    assert done.stdout.splitlines() == [str(os.getpid()), "a b", "small", "/user/ann/proxy/{port}/status"]
+    assert done.stdout.splitlines() == [str(os.getpid()), "a b", "small", link, settings]
 
 
 def test_every_chore_of_make_parses_and_is_listed():

@@ -103,7 +103,7 @@ def open_lab(folder: str | Path, arguments: list[str], notebook: str = INDEX) ->
     Notes
     -----
     What this JupyterLab leaves out for students, for authors ``jupyter lab`` has: nbgrader's menu, and questions about
-    news. It keeps the state of controls in notebooks, so that one which is opened again shows them.
+    news. It wraps long lines of code, and keeps the state of controls in notebooks: opened again, they show them.
     """
     try:
         from jupyterlab.labapp import LabApp

@@ -49,7 +49,9 @@ class Fit:
     def __repr__(self) -> str:
         size = sum(weight.numel() for weight in self.weights.values())
         accuracy = "untested" if self.accuracy is None else f"accuracy {self.accuracy:.3f}"
-        return f"<Fit {size:,} weights, {accuracy}, {self.folder}>"
+        here = Path.cwd()
+        folder = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
+        return f"<Fit {size:,} weights, {accuracy}, {folder}>"
 
 
 def train(

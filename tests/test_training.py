@@ -62,6 +62,9 @@ def plain_loop(seed, steps, batch):
         loss = nn.functional.cross_entropy(model(inputs), torch.from_numpy(labels[chosen].astype(np.int64)))
         optimizer.zero_grad()
         loss.backward()
+        norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm()
+        for weight in model.parameters():
+            weight.grad *= min(1, 1 / (norm + 1e-6))  # as torch documents it
         optimizer.step()
         schedule.step()
         found.append(loss.item())

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 TEST_BATCH = 64
 """Least images that a rank tests at once; else as many as in training, whose memory is there to be used again."""
 
+CLIP = 1.0
+"""Largest norm of a step's gradient under `train`'s own optimiser: a larger one throws the loss up while it warms up."""
+
 
 def replicate(job: Job) -> tuple[bytes, float | None]:
     """What every rank runs; returns the weights, from rank 0, and the last test accuracy."""
@@ -86,6 +89,8 @@ class _Replica:
         for inputs, labels in self.loader:  # (B, C, H, W), (B,)
             loaded, busy = time.perf_counter(), time.thread_time()
             loss = self._backward(inputs, labels)
+            if self.schedule is not None:
+                nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
             self.optimizer.step()
             if self.schedule is not None:
                 self.schedule.step()

@@ -102,7 +102,7 @@ def train(
         Samples per *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
     lr : float, default 0.05
         Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), for SGD with momentum
-        0.9.
+        0.9 on gradients whose norm is clipped to 1 (Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063).
     threads : int, default 1
         Threads that torch may use in each rank.
     oversubscribe, wait : bool, default False
@@ -113,7 +113,8 @@ def train(
         End after this many steps, without tests and, unless `checkpoint_every` is given, without checkpoints: for
         measuring speed.
     optimizer : callable, optional
-        Given the model's parameters, returns the optimiser to use instead of SGD and its schedule; `lr` is then unused.
+        Given the model's parameters, returns the optimiser to use instead of SGD, its schedule and its clipping; `lr`
+        is then unused.
     loss : callable, optional
         Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape (). Default:
         cross-entropy.

@@ -50,6 +50,7 @@ def main():
             loss = nn.functional.cross_entropy(model(inputs), labels)
             optimizer.zero_grad()
             loss.backward()  # DDP averages the gradients of all ranks here
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             dist.all_reduce(mean := loss.detach() / ranks)  # only for the print

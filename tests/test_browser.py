@@ -486,9 +486,9 @@ def held():
     figures = [one for one in gc.get_objects() if issubclass(type(one), matplotlib.figure.Figure)]
     return len(comm.get_comm_manager().comms), len(figures)
 before = held()
-for number in range(500):
+for number in range(50):
     play.place.update(HTML(play.page(play.run.rows)))
-held() == before
+all(now <= then for now, then in zip(held(), before))  # what still drew the run may end meanwhile
 ---
 client.close()
 """
@@ -497,7 +497,7 @@ client.close()
 def test_the_playground_and_the_card_answer_the_keyboard(page, lab, home):
     """A slider relaunches the gang while the run of before goes on; Stop ends it; the card follows its control.
 
-    And 500 updates leave no comm, no figure and no second picture behind.
+    And 50 updates leave no comm, no figure and no second picture behind.
     """
     from playwright.sync_api import expect
 

@@ -88,7 +88,7 @@ assert all(isinstance(one, str) and one.endswith("Error") for one in seen), seen
 """
 
 
-def test_a_class_of_thirty_is_graded_and_each_is_told_apart(tmp_path, course, sandbox, monkeypatch):
+def test_a_class_is_graded_and_each_is_told_apart(tmp_path, course, sandbox, monkeypatch):
     monkeypatch.setenv("HPCLAB_PATIENCE", "2")
     monkeypatch.setenv("TEACHERS_SECRET", "s3cret")
     (tmp_path / "secret").write_text("marks")
@@ -109,8 +109,8 @@ def test_a_class_of_thirty_is_graded_and_each_is_told_apart(tmp_path, course, sa
     )
     handed_in(
         folder,
-        **{f"right{number}": notebook(RIGHT) for number in range(9)},
-        **{f"wrong{number}": notebook(WRONG) for number in range(4)},
+        **{f"right{number}": notebook(RIGHT) for number in range(3)},
+        **{f"wrong{number}": notebook(WRONG) for number in range(2)},
         stub=notebook("def scaled_lr(*given): ..."),
         loops=notebook("def scaled_lr(*given):\n    while True: pass"),
         hoards=notebook("import numpy\nheld = numpy.ones(10**10)", RIGHT),
@@ -135,10 +135,10 @@ def test_a_class_of_thirty_is_graded_and_each_is_told_apart(tmp_path, course, sa
     (folder / "essay.txt").write_text("I have no notebook.")
     (folder / "link.ipynb").symlink_to(tmp_path / "secret")
     found = graded(folder, course, time_s=60, memory=15 * 10**8)
-    assert len(found) == 32
+    assert len(found) == 24
     for name, (verdict, says) in {
-        **{f"right{number}": ("pass", "moves the weights as far") for number in range(9)},
-        **{f"wrong{number}": ("fail", "Unscaled") for number in range(4)},
+        **{f"right{number}": ("pass", "moves the weights as far") for number in range(3)},
+        **{f"wrong{number}": ("fail", "Unscaled") for number in range(2)},
         "stub": ("fail", "Not answered yet"),
         "loops": ("fail", "didn't end"),
         "hoards": ("pass", "cell 2 raised MemoryError"),

@@ -8,8 +8,8 @@ from hpclab.gangs.host import MALLOC
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3): free memory at the top beyond which it is given back; size from which on an
 allocation is mapped by itself, and unmapped when it is freed."""
-KEPT, DEFAULT = int(MALLOC["MALLOC_TRIM_THRESHOLD_"]), 2**17
-"""Bytes: as hpclab sets both in every rank, and glibc's own 128 kB."""
+KEPT, FIRST = int(MALLOC["MALLOC_TRIM_THRESHOLD_"]), 2**17
+"""Bytes: as hpclab sets both in every rank, and the 128 kB with which glibc begins, before it adapts them."""
 
 
 def missing() -> bool:
@@ -18,12 +18,14 @@ def missing() -> bool:
 
 
 def keep(kept: bool) -> None:
-    """Have malloc keep freed memory of this process from now on, or give it back as it does by default.
+    """Have malloc keep freed memory of this process from now on, or give back each large block.
+
+    A process that sets neither lies between the two: glibc raises its limits as larger blocks are freed (mallopt(3)).
 
     Changes nothing where the C library isn't glibc; see `missing`.
     """
     if missing():
         return
-    size = KEPT if kept else DEFAULT
+    size = KEPT if kept else FIRST
     for parameter in (TRIM_THRESHOLD, MMAP_THRESHOLD):
         ctypes.CDLL(None).mallopt(parameter, size)

@@ -39,7 +39,7 @@ ROUNDS, BATCH = {"small": (4, 32), "class": (5, 64), "cluster": (20, 128)}[SIZE]
 # ## One step
 #
 # This is the step of the notebook *cnn*, with its four parts named for the profiler and five switches for later.
-# All are off: one thread, and the defaults of torch and of the C library.
+# All are off: one thread, torch's defaults, and a `malloc` that gives back every freed block above 128 kB.
 
 
 # %% id="step-do"
@@ -236,8 +236,9 @@ hpclab.came("one-process.threads", gains[0]["ratio"])
 #   to 32 bits and back, and may be many times *slower*. On a GPU or a recent server, the same line is a gain. A switch
 #   that helps elsewhere can hurt here: measure.
 # - *keep memory* (shows no difference unless the C library is glibc): a step allocates some megabytes for its results and
-#   frees them. By default glibc's `malloc` returns large blocks to the system; in the next step the system must clear and
-#   map each page again. That can take as long as the arithmetic. hpclab sets `MALLOC_TRIM_THRESHOLD_` and
+#   frees them. Here *off* means that `malloc` returns blocks above 128 kB to the system (glibc begins so, and then adapts
+#   its limits); in the next step the system must clear and map each page again. That can take as long as the arithmetic.
+#   A process that sets nothing lies somewhere between off and on. hpclab sets `MALLOC_TRIM_THRESHOLD_` and
 #   `MALLOC_MMAP_THRESHOLD_` in every rank, so all racers in the other notebooks, including those with one rank, have this
 #   switch on: none of their speed-up comes from it. A script of your own doesn't have it unless you set them.
 # - *compile*: fusing saves the bytes of small operations. If large library operations take all the time, there is little

@@ -33,7 +33,7 @@ STEPS, REPEATS = {"small": (5, 5), "class": (20, 10), "cluster": (100, 50)}[SIZE
 #
 # Backwards, the chain rule begins with a surprise: the derivative of that loss with respect to the scores is just *softmax
 # minus truth*, divided by the batch size. Each layer then needs two matrix products: one with its input gives the gradient
-# of its weights, one with its weights passes the rest on to the layer below.
+# of its weights, one with its weights passes the rest on to the layer below (the first layer has none below).
 #
 # All parameters lie in one long vector, because a vector is easy to send.
 
@@ -216,7 +216,7 @@ def all_reduce(x):
 
 sent = 0
 total = all_reduce(torch.full((len(start),), mine))
-print("the sum is right:", bool((total == 1111).all()))
+print("the sum is right:", bool((total == sum(10.0**other for other in range(ranks))).all()))
 print(f"{sent:,} bytes sent; 2 (p - 1) / p N is {2 * (ranks - 1) / ranks * total.nbytes:,.0f}")
 
 # %% id="reduce-came"
@@ -259,8 +259,9 @@ print(f"a message: alpha {1e6 * alpha:.0f} microseconds, 1 / beta {1e-9 / beta:.
 # %% [markdown] id="time-explain"
 # **Explain.** Short vectors cost the latency, $2 (p - 1)$ times; that grows with the ranks, and more *bandwidth* doesn't
 # help. A network with lower latency does, and so do fewer messages: DDP gathers many small gradients into *buckets* of
-# up to 25 MB before it sends them. With fewer CPUs than ranks (the figure then says *emulated*), most of $\alpha$ is
-# waiting for a turn, and the points scatter. Set `RANKS` to your number of CPUs, and run again: how much of it is left?
+# about 25 MB (the first of about 1 MB) before it sends them. With fewer CPUs than ranks (the figure then says *emulated*), most of $\alpha$ is
+# waiting for a turn, and the points scatter. Set `RANKS` to your number of CPUs (at least 2), and run again: how much
+# of it is left?
 #
 # ## Exercise: the step
 #

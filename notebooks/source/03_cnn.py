@@ -109,7 +109,7 @@ hpclab.came("cnn.conditions", sum(found > 1e-5 for found in apart.values()))
 # %% [markdown] id="conditions-explain"
 # **Explain.** The mean of two means is the overall mean only if both parts have the same size. A *sum* over the whole batch
 # is twice the mean of the two sums. And batch norm subtracts the mean of *its* batch: half a batch has another mean, so
-# each rank computes another function. (`torch.nn.SyncBatchNorm` makes the ranks agree on the mean first.) `hpclab.train`
+# each rank computes another function. (On GPUs, `torch.nn.SyncBatchNorm` makes the ranks agree on mean and variance first.) `hpclab.train`
 # deals out equal parts and leaves out the remainder; the course's CNN has no batch norm.
 
 # %% [markdown] id="connect-explain"
@@ -166,7 +166,7 @@ hpclab.came("cnn.same_loss", difference[-1])
 # %% [markdown] id="same-explain"
 # **Explain.** Single precision keeps about seven digits, and a sum taken in another order rounds differently. Under the
 # three conditions above nothing else differs. Data parallelism isn't to blame: one process with another number of threads
-# shows the same. (A large learning rate *amplifies* such differences in the early steps, as weather does: two correct runs
+# can show the same. (A large learning rate *amplifies* such differences in the early steps, as weather does: two correct runs
 # diverge visibly, and end equally good.)
 
 # %% [markdown] id="sooner"
@@ -224,12 +224,13 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # Before each epoch the pictures are shuffled and dealt out to the ranks. No rank asks another: each works out its own
 # share alone. Much can go wrong here without any error. If every rank shuffles with its own dice, some pictures are seen
 # twice and others never. If the dice ignore the epoch, the model sees the same batches in the same order again and again.
-# If one rank has a picture more than the others, it waits for ever in its last all-reduce.
+# If one rank has a picture more than the others, it may take a step more than they do, and then nobody answers its last
+# all-reduce.
 #
 # Write `epoch_order(length, rank, ranks, seed, epoch)`. It returns the list of pictures (numbers below `length`) that this
 # rank visits in that epoch, such that
 #
-# - all ranks share out *one* shuffled order, a different one for each epoch and each seed;
+# - all ranks share out *one* shuffled order; it changes with the epoch, and with the seed;
 # - called again with the same arguments it returns the same list, in any process;
 # - every picture is visited, and all ranks get equally many: if `ranks` doesn't divide `length`, a few pictures are
 #   visited twice, fewer than there are ranks.

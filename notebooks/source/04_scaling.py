@@ -70,7 +70,7 @@ hpclab.came("scaling.weak_step", 1 / scaling.summary(rows)[1]["efficiency"])
 
 # %% [markdown] id="measure-explain"
 # **Explain.** With two ranks a step takes longer, and the columns tell where the time goes. *compute* is CPU time: if it
-# grows, two busy CPUs share caches and memory. *straggle* is the wait for the slower rank; for a rank by itself it is the
+# grows, two busy CPUs share caches and memory, or even one core. *straggle* is the wait for the slower rank; for a rank by itself it is the
 # wait for a CPU. *comm* is what even the last rank waits for: the averaging of gradients that no computing hides. If it is
 # many times what the network takes below, both ranks waited for a CPU: others use this machine too. The first steps don't
 # count; the run itself determines how many (`warm_up` in the rows).
@@ -139,7 +139,8 @@ hpclab.came("scaling.overlap", overlapped[0]["ratio"])
 
 # %% [markdown] id="overlap-explain"
 # A second bucket costs one more latency, 2 ms here (two messages of 1 ms), and hides what the first one takes, up to the
-# length of the backward pass. On a network with *high latency* and much bandwidth, small buckets would lose. (If no
+# length of the backward pass. On a network whose extra latencies take longer than the backward pass can hide, small
+# buckets would lose. (If no
 # difference is shown, others were using this machine: look at *straggle* above.)
 #
 # `timeline.merge(run.folder)` writes the same picture, with every operation in it, as a file for Perfetto.
@@ -173,14 +174,15 @@ own
 # $$S(n) = \frac{1}{\sigma + (1 - \sigma)/n} = \frac{n}{1 + \sigma (n - 1)}, \quad\text{never more than } 1/\sigma.$$
 #
 # **Gustafson**: the job grows with the workers (weak scaling), and $\sigma$ is the serial share of the time on $n$ of them:
-# $S(n) = n - \sigma (n - 1)$. The same serial share costs much less, because the divided part has grown.
+# $S(n) = n - \sigma (n - 1)$. The same $\sigma$ costs much less: it is a share of the time on $n$ workers, whose
+# divided part has grown.
 #
 # **The universal scalability law** (USL, Gunther) adds one more effect to Amdahl's:
 #
 # $$S(n) = \frac{n}{1 + \sigma (n - 1) + \kappa\, n (n - 1)}$$
 #
 # - $\sigma$, *contention*: the share of the work that one worker does while the others wait, as at a single till. Each
-#   worker waits for the $n - 1$ others. Here: the one link, the one memory, the slowest rank.
+#   worker waits for the $n - 1$ others. Here: the one link, the one memory.
 # - $\kappa$, *coherency*: what each *pair* of workers spends on agreeing, and there are about $n^2/2$ pairs. It gives the
 #   curve a peak, beyond which more workers are slower.
 
@@ -216,8 +218,8 @@ for draw in range(3):
 laws.choose(n, x)
 
 # %% [markdown] id="prove-explain"
-# **Not identifiable** is an answer, and often the only honest one. With only one and two workers, every law fits. Up to 16,
-# with little noise, the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a
+# **Not identifiable** is an answer, and often the only honest one. With only one and two workers, Amdahl's law
+# fits whatever the truth is, and so would any other that has a parameter to adjust. Up to 16, with little noise, the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a
 # *tight and wrong* interval. A tight interval is no evidence for its law.
 
 # %% id="prove-more"
@@ -313,7 +315,7 @@ diagrams.collectives()
 # | ring | $2 (p - 1)\, \alpha + 2 \frac{p - 1}{p}\, \beta N$ |
 # | tree | $2 \log_2 p\; (\alpha + \beta N)$ |
 # | halving-doubling: a tree whose messages halve on the way up | $2 \log_2 p\; \alpha + 2 \frac{p - 1}{p}\, \beta N$ |
-# | parameter server: all send to one, and get the sum back | $2 \alpha + p\, \beta N$ |
+# | parameter server: all send to one, and get the sum back, both at the same time | $2 \alpha + p\, \beta N$ |
 #
 # To explore faster than you can measure, move these sliders: the same forecast for up to 1,024 ranks, for each way of
 # summing. Stars mark what was measured here; the whiskers at the right are the bands. When does a tree beat a ring?
@@ -348,7 +350,7 @@ daint.table(law, guesses | {"10 Gb/s, unsure": unsure})
 # shows that one server's link will fill up.)
 #
 # The *forecast* is sharp, 4 % either way, but only as good as the link speed it is given. With 10 Gb/s it is 3 % off at 128
-# nodes; at 64, where the link is nearly full, it is 8 % off, outside its band. With 8 it would be 21 % too low at 128, with
+# nodes; at 64, where the link is four fifths full, it is 8 % off, outside its band. With 8 it would be 21 % too low at 128, with
 # 12 it would be 14 % too high. Told that the link speed is uncertain by 30 %, it gives bands that contain both records; at
 # 128 nodes the band reaches from 5,200 to 15,400. No more was known.
 #
@@ -473,7 +475,8 @@ client.close()
 #
 # ### What breaks at scale
 #
-# The slowest of a thousand ranks is three standard deviations late in every step; a ring of a thousand ranks pays two
+# The slowest of a thousand ranks is about three standard deviations late in every step, if they vary like a bell curve; a
+# ring of a thousand ranks pays two
 # thousand latencies; and one full link stops them all. The notebook *faults* shows what happens when one of them dies.
 #
 # ### References

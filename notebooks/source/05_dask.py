@@ -136,8 +136,9 @@ with get_task_stream() as stream:
 #
 # ## Who works when
 #
-# Another job: how well does each image compress? We compress the first fifth four times over. `scatter` sends all
-# images to the workers *once*; each task then gets only the start and the end of its piece.
+# Another job: how well does each image compress? We compress the first fifth four times over. `scatter` sends the
+# data set to the workers *once* (only the name of its folder: each worker maps the files itself); each task then gets
+# only the start and the end of its piece.
 #
 # **Predict**: with 1, 10 or 200 tasks a worker, which finishes first? (Who is idle, and when?)
 
@@ -174,8 +175,8 @@ for ax, each in zip(axes, (1, 10, 200), strict=True):
 hpclab.came("dask.cut", min(taken, key=taken.get))
 
 # %% [markdown] id="stream-explain"
-# **Explain.** With one task a worker, one worker has all the hard images and the rest wait: nobody can take over half a
-# task. With ten, a worker that finishes takes the next task, and all end at nearly the same time. With 200 the load is
+# **Explain.** With one task a worker, the first ones have all the hard images and the rest wait: nobody can take over half
+# a task. With ten, a worker that finishes takes the next task, and all end at nearly the same time. With 200 the load is
 # even, but white gaps appear: between two tasks a worker waits for the scheduler. (Dask's dashboard shows this live, as
 # its *task stream*.)
 #
@@ -214,15 +215,15 @@ hpclab.came("dask.task", 1e3 * cost)
 # %% [markdown] id="grain-explain"
 # **Explain.** At the right end there is one task, so one worker works. With one task a worker all work, if each has a
 # CPU. Further left the line is flat for a while: tasks cost little compared with the work in them. Beyond the knee
-# (dotted), where handing out takes as long as the work, it rises: ten times as many tasks take ten times as long, for
-# the same work. One more measurement should fall into the band, which is wide if others use the machine.
+# (dotted), where handing out takes as long as the work, it rises: far beyond it ten times as many tasks take nearly ten
+# times as long, for the same work. One more measurement should fall into the band, which is wide if others use the machine.
 #
-# What costs so much? For each task the client describes the work, the scheduler picks a worker, two encrypted messages
-# travel, and a worker unpacks, packs and reports. (On two CPUs all this takes time from the workers; a scheduler on its
+# What costs so much? For each task the client describes the work, the scheduler picks a worker, encrypted messages
+# travel there and back, and a worker unpacks, packs and reports. (On two CPUs all this takes time from the workers; a scheduler on its
 # own machine takes less.)
 #
-# There is *one* scheduler. However many workers there are, it hands out at most $1/o$ tasks a second. So tasks of $s$
-# seconds keep at most $s/o$ workers busy:
+# There is *one* scheduler. If it hands out a task every $o$ seconds, as here, then tasks of $s$ seconds keep at most
+# $s/o$ workers busy, however many there are:
 
 # %% id="reach-do"
 Table(
@@ -444,7 +445,7 @@ for where in reversed(clusters.values()):
 # - A task costs a fixed time. Make it take many times that, and make many more tasks than workers.
 # - Threads share one memory and one GIL. Each process has its own of both, so you must send it what it needs: send it
 #   once.
-# - A queue makes you wait before the work, and costs nothing after.
+# - A queue makes you wait before the work, and changes little after.
 #
 # ### What breaks at scale
 #

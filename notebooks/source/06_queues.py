@@ -242,7 +242,8 @@ lost = [row["last"] + 1 - row["first"] - row["kept"] for row in hpclab.rows.atte
 hpclab.came("queues.steps_lost", sum(lost))
 
 # %% [markdown] id="kill-explain"
-# **Explain.** You do nothing. Slurm saw its node go down, and the job on it failed. hpclab asked for another worker,
+# **Explain.** You do nothing. Slurm was told that its node is down (by itself it would notice after a timeout, of minutes
+# on most sites), and the job on it failed. hpclab asked for another worker,
 # Slurm placed it on the spare node, and the gang resumed there from its last checkpoint: its weights are equal to the
 # last bit, as if nothing had happened. When a job's *walltime* is about to end, the same happens, after one more
 # checkpoint.
@@ -309,7 +310,7 @@ hpclab.came("queues.digits", sum(round(ours, digits) == round(theirs, digits) fo
 # *wide* starts and isn't killed at its time limit, a whole number of minutes. You may not set priorities.
 #
 # The check submits these jobs to a real Slurm, which decides who starts. Only the clock is faster: no job really takes
-# minutes, and whether yours would have been killed is computed from what it asked for and got.
+# minutes, starting takes no time, a job may use its limit to the full, and whether yours would have been killed is computed from what it asked for and got.
 #
 # <details><summary>Hint</summary>
 #
@@ -402,8 +403,8 @@ hpclab.check("queues.quiz_array", array_answer)
 # - A job says what it needs and sets a time limit; the queue decides when it runs.
 # - First come, first served leaves holes. Backfill fills them with jobs that are short *and say so*.
 # - Submit many small jobs as one array, with a limit that leaves room for others.
-# - To train on a queue, run the same cell, or a script of under 70 lines that reads its rank from the environment; if a
-#   node dies or a walltime ends, you lose what was done since the last checkpoint.
+# - To train on a queue, run the same cell, or a script of under 70 lines that reads its rank from the environment. If a
+#   node dies, the cell loses what was done since its last checkpoint; our script, which writes none, loses everything.
 #
 # ### What breaks at scale
 #

@@ -68,14 +68,14 @@ except hpclab.RankError as error:
 hpclab.came("faults.told", run.rows[-1]["time_s"] - rows.span(run.rows)[1])
 
 # %% [markdown] id="die-explain"
-# **Explain.** The surviving rank can't go on: in the next all-reduce it would wait for its peer forever. So the first
-# failure ends the gang, and you see its cause, not the "connection closed by peer" of the ranks that failed after it.
+# **Explain.** The surviving rank can't go on: its next all-reduce needs its peer. (If the process was killed, it gets an
+# error soon; if a machine lost power, it may wait very long.) So the first failure ends the gang, and you see its cause, not the "connection closed by peer" of the ranks that failed after it.
 #
 # ## And goes on
 #
 # But all work was lost. **Checkpoints** prevent that: with `max_restarts` the gang restarts, and resumes from the
-# newest one. Below, failures come at random, about one in `MTBF` seconds (the *mean time between failures*). Ranks
-# start in a tenth of a second here, because they are forked from a process that has already imported torch; with most
+# newest one. Below, failures come at random, about one in `MTBF` seconds (the *mean time between failures*). On
+# Linux ranks start in about a tenth of a second here, because they are forked from a process that has already imported torch; with most
 # tools the import alone takes seconds.
 #
 # While it runs, press *Kill this rank* too.
@@ -121,11 +121,11 @@ views.recovery(run.rows)
 # %% [markdown] id="often"
 # ## How often to save?
 #
-# Each checkpoint takes time. Each failure costs a restart and the work since the last checkpoint, half an interval on
-# average. Save often and you pay for checkpoints; save seldom and you pay for failures.
+# Each checkpoint takes time. Each failure costs a restart and the work since the last checkpoint: half an interval on
+# average, if intervals are much shorter than the MTBF. Save often and you pay for checkpoints; save seldom and you pay for failures.
 #
-# The simulation below rolls the dice a thousand times. Each piece of work ends with a checkpoint; if a failure hits it,
-# it is done again.
+# The simulation below rolls the dice a thousand times. Each piece of work but the last ends with a checkpoint; if a failure
+# hits it, it is done again.
 
 # %% id="simulate-do"
 saves = [row["save_s"] for row in run.rows if row["kind"] == "checkpoint"]
@@ -187,8 +187,8 @@ hpclab.came("faults.every", every[middle.argmin()])
 # %% [markdown] id="measure-explain"
 # **Explain.** The left end pays for saving, the right end for failures, and the valley between is wide: half or twice
 # the best interval costs little more. One measurement is one roll of the dice, so don't expect it on the line. If it
-# lies above the band, something took time that the simulation leaves out, such as a busy disk, or the slower first
-# steps after a restart. Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds terms that
+# lies above the band, that is bad luck, one draw in twenty, or something took time that the simulation leaves out, such
+# as a busy disk, a slower restart, or the slower first steps after one. Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds terms that
 # matter when saving takes a good part of the MTBF.
 #
 # The MTBF of a gang is that of one machine, *divided by the number of machines*: a thousand machines that each fail

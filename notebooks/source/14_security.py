@@ -179,6 +179,7 @@ hpclab.predict("security.leaks", ..., "of six places")
 
 # %% id="leaks-do"
 token, folder = os.environ["STORE_TOKEN"], tempfile.TemporaryDirectory()
+os.chmod(folder.name, 0o755)  # others may enter it, as many home folders
 usual, private = Path(folder.name, "usual"), Path(folder.name, "private")
 usual.write_text(token)
 with open(os.open(private, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
@@ -196,8 +197,8 @@ hpclab.came("security.leaks", sum(row["others read it"] == row["secret in it"] =
 # %% [markdown] id="leaks-explain"
 # **Explain.** A command line is public: on Linux `/proc/PID/cmdline` has the mode `r--r--r--` while the program runs
 # (unless the administrator mounts /proc with `hidepid`). Only the same user can read the environment; but every process
-# that we start inherits it, and there the stranger found our token. A file is as private as its mode, from the first
-# byte on: between `write_text` and a later `chmod` others may open it, and an open file stays open.
+# that we start inherits it, and there the stranger found our token. A file is as private as its mode and those of its
+# folders, from the first byte on: between `write_text` and a later `chmod` others may open it, and an open file stays open.
 #
 # Look through these too before you share them: **a notebook's outputs**, which are saved with it, **logs**, **job
 # scripts**, which queues keep, and **git's history**. Less well known: a Jupyter kernel talks to its notebook over
@@ -300,8 +301,7 @@ seeds = {other: HKDF(SHA256(), 32, None, b"masks").derive(secret) for other, sec
 #
 # A seed has 32 bytes, but a mask needs millions. numpy's generators won't do: from some of their numbers one can
 # compute the next. `security.prg(seed, step, count)` uses the stream of a cipher, ChaCha20: the same on both sides, a
-# new one in each step. (A mask used twice hides nothing: the difference of the two shares would be that of the
-# gradients.)
+# new one in each step. (Never use a mask twice: the difference of the two shares would be that of the gradients.)
 #
 # ## Exercise: the masks
 #
@@ -385,7 +385,8 @@ tables.Table(
 # **Explain.** On this scale, in units of $2^{64}$, every gradient lies close to 0, or, if negative, wraps around to
 # just below 1. The share is spread evenly. (In the table, *like* is the correlation; *wrong* is the length of the error
 # over that of the sum.) With truly random masks that would be exact: if you add a number that takes *any* value with
-# equal chance, so does the result. Nobody can tell a cipher's stream from true randomness in any practical time.
+# equal chance, so does the result. As far as anyone knows, ChaCha20's stream can't be told from true randomness in any
+# practical time.
 #
 # Floats can't do that. Small masks hide little, and large ones destroy the gradient's last digits, which don't come
 # back when the masks cancel: $(g + m) - m \ne g$. Whole numbers cost only the rounding at the start.
@@ -406,8 +407,8 @@ tables.Table(
 # | from | scheduler and workers | where ranks meet | gradients in transit | dashboard |
 # |---|---|---|---|---|
 # | another user of this host | TLS, certificates | a file in a folder of mode 0700 | **gloo on loopback: no encryption, no authentication** | **can be read** |
-# | other machines, ranks on one host | listen on loopback only | a file | listen on loopback only | loopback only |
-# | other machines, ranks on several | TLS, certificates | over Dask's TLS | **gloo: no encryption, no authentication** | loopback only |
+# | other machines, to a cluster on this machine | listen on loopback only | a file | listen on loopback only | loopback only |
+# | other machines, to a cluster on several | TLS, certificates | over Dask's TLS | **gloo: no encryption, no authentication** | loopback only |
 # | your own user id, and root | **not at all** | **not at all** | **not at all** | **not at all** |
 #
 # Gloo trusts its network, as do NCCL and most MPI. Sites protect traffic *below* it: a private interconnect that only

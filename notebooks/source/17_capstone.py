@@ -90,8 +90,8 @@ hpclab.came("capstone.honest", min(costs, key=costs.get))
 # property is called *proper*: to win, say what you believe.
 #
 # To add up scores of different things, such as a speed-up and a share, we score the *logarithms* below. Then an
-# interval from 1.0 to 1.2 costs as much as one from 0.50 to 0.60, and a score of 0.2 means: about a fifth wide, and it
-# held.
+# interval from 1.0 to 1.2 costs as much as one from 0.50 to 0.60, and an interval that is about a
+# fifth wide and held scores 0.2.
 
 # %% [markdown] id="predict"
 # ## Predict

@@ -41,8 +41,8 @@ STEPS = {"small": 20, "class": 20, "cluster": 200}[SIZE]
 # 1. Read it, and **predict** what will go wrong.
 # 2. Run it. The next cell shows the symptom on two real ranks.
 # 3. **Diagnose** it in one sentence, in writing, before you change anything.
-# 4. Mend the program where it is, run both cells again, and then the check. It runs your function on two and three real ranks,
-#    and compares it with one process.
+# 4. Mend the program where it is, run both cells again, and then the check. It runs your function on several real ranks, and
+#    mostly compares it with one process.
 #
 # `show` launches a program and returns the weights that each rank ends with. If a rank fails, or the ranks wait for each other
 # for three seconds, it prints hpclab's report instead. The other tools (`losses`, `differences`, `interrupted`) use `show`, and
@@ -372,8 +372,8 @@ client.close()
 #    the *first* step tells more than hours of loss curves: is it a multiple of the right one? Is it one rank's? Are samples
 #    missing?
 # 3. **Fix all seeds**, so that two runs are equal. Then every difference means something.
-# 4. **If it hangs, look where each rank stands.** They are in different calls, or one has left. Go back to the last `if`,
-#    `break`, `continue` or `except` on which the ranks could decide differently.
+# 4. **If it hangs, look where each rank stands.** They are in different calls, or one has left, or each waits for a message
+#    that nobody sends. Go back to the last `if`, `break`, `continue` or `except` on which the ranks could decide differently.
 # 5. **Assert invariants**: equal weights on all ranks; each sample once an epoch; different noise on each rank; a resumed run
 #    equal to one that never stopped. Most of these bugs raise no error. An assertion does.
 # 6. **Write down the diagnosis before the repair**, change one thing at a time, and keep what showed the bug as a test.
@@ -382,7 +382,7 @@ client.close()
 # |---|---|---|
 # | mismatched collectives | it hangs | where each rank stands |
 # | a missing division | training diverges on more ranks, or "needs another learning rate" | the first gradient, against one process's |
-# | an uneven last batch | slightly different weights | the same, with a number of samples that doesn't divide |
+# | an uneven last batch | slightly different weights, or NaN if a rank gets no samples | the same, with a number of samples that doesn't divide |
 # | batch norm by ranks | worse with more ranks, as shares get smaller | the same, with shares that differ |
 # | one seed for all ranks | none, but the model is worse | the first noise of each rank |
 # | a forgotten random state | a resumed run differs | a comparison with a run that never stopped, bit by bit |

@@ -31,7 +31,7 @@ TEST_BATCH = 64
 """Least images that a rank tests at once; else as many as in training, whose memory is there to be used again."""
 
 CLIP = 1.0
-"""Largest norm of a step's gradient under `train`'s own optimiser: a larger one throws the loss up while it warms up."""
+"""Largest norm of a step's gradient under `train`'s own optimiser; larger ones throw the loss up as the rate rises."""
 
 
 def replicate(job: Job) -> tuple[bytes, float | None]:

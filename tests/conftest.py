@@ -233,7 +233,7 @@ class Footprint:
         self.thread.join()
 
     def _watch(self):
-        while not self.done.wait(0.3):
+        while not self.done.wait(1):
             self.peak = max(self.peak, self._sample())
 
     def _sample(self) -> int:

@@ -426,7 +426,7 @@ def execute(notebook, folder, tell, label) -> dict[str, str]:
 
 def test_a_footprint_of_what_has_not_started_is_not_this_process():
     with Footprint(lambda: None) as footprint:
-        time.sleep(1)
+        time.sleep(2)
     assert (footprint.seen, footprint.peak) == (set(), 0)
 
 

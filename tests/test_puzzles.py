@@ -625,7 +625,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
     ("name", "answer", "message"),
     [
         ("ring", lambda device, vector: vector, "Each rank has its own numbers only"),
-        ("ring", lambda device, vector: ring()(device, vector) / device.ranks, "A sum is wanted here, and no average"),
+        ("ring", lambda device, vector: ring()(device, vector) / device.ranks, "This needs a sum, not an average"),
         ("ring", ring(turns=lambda ranks: ranks - 1), "Each part's sum is on one rank only"),
         ("ring", ring(added=lambda ranks: 2 * ranks), "Rank 0 counts numbers of rank 0 more than once"),
         ("ring", ring(turns=lambda ranks: ranks - 2), "In a sum of rank 0 the number of rank 1 is missing"),
@@ -661,7 +661,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ("overlap", overlap(lambda own, arrived: own), "Each rank goes its own way"),
         ("overlap", overlap(lambda own, arrived: arrived), "What arrived took the place of the rank's own gradient"),
         ("overlap", overlap(lambda own, arrived: own + arrived), "The gradients are summed, so the step"),
-        ("overlap", overlap(order=lambda layers: layers), "A gradient is averaged with that of another layer"),
+        ("overlap", overlap(order=lambda layers: layers), "A gradient is averaged with another layer's"),
         ("overlap", overlap(lambda own, arrived: 0 * own), "Nothing was updated"),
         ("overlap", overlap(lambda own, arrived: (own - arrived) / 2), "These aren't the weights after a step"),
         ("overlap", lambda device, layers, backward, update: backward(0), "backward(0) is out of turn"),

@@ -92,7 +92,7 @@ def came(prediction_id: str, value: float | str | None) -> Prose:
         sentences.append(verdict)
     if story.newest is not story.counts:
         later = _told(story.newest["value"], story.newest["unit"])
-        sentences.append(_("After a result was seen you wrote {value}; that doesn't count.", value=later))
+        sentences.append(_("After seeing a result you wrote {value}; that doesn't count.", value=later))
     return Prose(" ".join(sentences))
 
 

@@ -24,7 +24,7 @@ def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[]
             if believed := [letter for letter in sorted(chosen) if not truths[letter]]:
                 return failed(messages[believed[0]])
             if missing := sum(truths.values()) - len(chosen):
-                return failed(_("All that you chose is true, and {missing} more of the statements.", missing=missing))
+                return failed(_("Everything you chose is true, but you missed {missing} more.", missing=missing))
             return passed(_("These statements are true, and no others."))
 
         return question

@@ -35,14 +35,14 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     for place in (0.5, 0.2, 0.9):
         if not _same(held := paid(low, high, low + place * width), width):
             return _(
-                "An interval of width {width:.3g} that held costs its width, wherever in it the value lies; not"
-                " {found:.3g}.",
+                "An interval of width {width:.3g} that contains the value costs its width, wherever in it the value"
+                " lies, not {found:.3g}.",
                 width=width,
                 found=held,
             )
     near, far = ([paid(low, high, value) - width for value in (low - by, high + by)] for by in (0.5, 1.5))
     if all(_same(miss, 0) for miss in near):
-        return _("A miss costs nothing: who names a single point would win.")
+        return _("A miss costs nothing: naming a single point would win.")
     if any(_same(miss, 0) for miss in near):
         return _("You see a miss on one side only: a value can lie below an interval, or above.")
     if all(map(_same, near, far)):

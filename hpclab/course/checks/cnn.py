@@ -142,7 +142,7 @@ def _intervals() -> Truths:
         "f": True,
     }
     return truths, {
-        "b": _("An interval that holds 1 shows no difference. It doesn't show that there is none."),
+        "b": _("An interval that contains 1 shows no difference. It doesn't show that there is none."),
         "d": _("Two intervals that share so much don't tell which of the two is faster."),
         "e": _("The interval is of the mean ratio; single rounds scatter much more."),
     }
@@ -153,8 +153,8 @@ def _batch() -> Numbers:
     pictures, ranks, batch, rate, base_batch = 40_000, 4, 25, 0.1, 20
     steps = sum(1 for _first in range(0, pictures, ranks * batch))
     return (steps, rate * ranks * batch / base_batch), [
-        ((pictures / batch, rate * batch / base_batch), _("A step has the pictures of all ranks.")),
-        ((pictures / batch, rate * ranks * batch / base_batch), _("A step has the pictures of all ranks.")),
+        ((pictures / batch, rate * batch / base_batch), _("A step uses the images of all ranks.")),
+        ((pictures / batch, rate * ranks * batch / base_batch), _("A step uses the images of all ranks.")),
         ((steps, rate * ranks), _("Scaled by the ranks alone: one rank's batch isn't the base batch.")),
         ((steps, rate), _("Unscaled: an epoch has fewer steps now, and each goes no further than before.")),
     ]

@@ -80,7 +80,7 @@ def _miscounted(counts: np.ndarray, own: int) -> str | None:
     if np.count_nonzero(counts) < ranks:
         return _("Numbers of some ranks are missing: a rank passes on what has come, with its own added.")
     if not np.allclose(counts[counts > 0], 1):
-        return _("A sum is wanted here, and no average.")
+        return _("This needs a sum, not an average.")
     if parts != [own]:
         return _("The sum is whole, but of another part than the rank's own: with which part must it begin?")
     return None

@@ -192,7 +192,7 @@ def _collective(program: object) -> Result:
         problem, path, stops, target = _stopping(hidden, size)
         _stop(program, size, problem, target, path, stops)
         _stop(program, size, problem, 0.0, path, stops | {"mean": LONGEST})
-    return passed(_("All ranks stop after the same step, and it is the one after which one process would."))
+    return passed(_("All ranks stop after the same step, the one after which a single process would stop."))
 
 
 def _stop(program: object, size: int, problem: tuple, target: float, path: list, stops: dict[str, int]) -> None:
@@ -481,8 +481,8 @@ def _astray(rank: int, drawn: list, draws: list[list], done: int) -> str | None:
     if chosen:
         return _("The choice of samples goes on as it would have, but the noise doesn't.")
     if any(_agree(drawn, draws[rank][: len(drawn)], part) for part in (0, 1)):
-        return _("After the interruption rank {rank} draws again what it drew at the start.", rank=rank)
-    return _("After the interruption rank {rank} draws other numbers than it would have drawn.", rank=rank)
+        return _("After the interruption, rank {rank} draws the same numbers as at the start.", rank=rank)
+    return _("After the interruption, rank {rank} draws different numbers from those it would have drawn.", rank=rank)
 
 
 def _agree(drawn: list, others: list, part: int) -> bool:

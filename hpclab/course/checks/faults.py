@@ -86,8 +86,8 @@ def _misread(log: _Log) -> list[tuple[str, float]]:
     ratio, count = log.machines / attempts[0]["machines"], len(failures)
     lived = sum(row["ended_s"] - row["started_s"] for row in failures)
     waiting = _("What waits in a queue can't fail: only time in which the machines ran counts.")
-    partly = _("Attempts that didn't fail were time without a failure, too: leave none of that time out.")
-    slowest = _("A checkpoint isn't done before its slowest rank is.")
+    partly = _("Attempts that didn't fail were also time without a failure: leave none of it out.")
+    slowest = _("A checkpoint isn't done until its slowest rank is.")
     readings = [
         (_("Not every end is a failure: look at the causes."), log.save_s, log.mtbf_s * count / len(attempts)),
         (waiting, log.save_s, attempts[-1]["ended_s"] / count / ratio),
@@ -155,7 +155,7 @@ def _resume(pack: Any, unpack: Any) -> Result:
         _("Its weights aren't those of the checkpoint."): _same(resumed.model, undisturbed.model),
         _("The optimiser has forgotten its momentum."): _same(resumed.optimizer, undisturbed.optimizer),
         _("The learning rate is where it was at the start."): _same(resumed.schedule, undisturbed.schedule),
-        _("Dropout draws other numbers than it would have drawn."): torch.equal(torch.get_rng_state(), draws),
+        _("Dropout draws different numbers from those it would have drawn."): torch.equal(torch.get_rng_state(), draws),
     }.items():
         if not same:
             return failed(message)

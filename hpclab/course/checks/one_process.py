@@ -87,7 +87,9 @@ def _names(returned: Any, count: int) -> list[str]:
             )
         )
     if strange := [name for name in returned if name not in KINDS]:
-        reject(_("A name is one of {kinds}, not {strange!r}.", strange=strange[0], kinds=", ".join(map(repr, KINDS))))
+        reject(
+            _("A name must be one of {kinds}, not {strange!r}.", strange=strange[0], kinds=", ".join(map(repr, KINDS)))
+        )
     return list(returned)
 
 
@@ -123,7 +125,7 @@ def _split(program: Any) -> tuple[float, float]:
 
 def _mistake(named: list[str], planted: list[str]) -> str:
     if len(set(named)) == 1:
-        return _("All programs have the same name from you, and not all are bound by the same.")
+        return _("You gave all programs the same name, but they aren't all bound by the same thing.")
     wrong = {pair for pair in zip(planted, named, strict=True) if pair[0] != pair[1]}
     if {("compute", "memory"), ("memory", "compute")} <= wrong:
         return _("Compute and memory are swapped: on which side of the ridge does a program wait for bytes?")

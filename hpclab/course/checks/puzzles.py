@@ -117,7 +117,7 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     vectors = case.given["vectors"]
     known = {
         _("Each rank has its own numbers only: nothing that arrived was added."): vectors,
-        _("A sum is wanted here, and no average."): vectors.mean(0),
+        _("This needs a sum, not an average."): vectors.mean(0),
     }
     if message := _first_of(known, sums):
         return message
@@ -182,7 +182,7 @@ def _overlap_wrong(case: Case, weights: np.ndarray) -> str:
         _("Each rank goes its own way: from the first step on their weights differ."): gradients,
         _("What arrived took the place of the rank's own gradient, where the mean is wanted."): gradients[::-1],
         _("The gradients are summed, so the step is as many times too long as there are ranks."): 2 * gradients.mean(0),
-        _("A gradient is averaged with that of another layer: messages arrive in the order in which they were sent."): (
+        _("A gradient is averaged with another layer's: messages arrive in the order in which they were sent."): (
             (gradients + gradients[::-1, ::-1]) / 2
         ),
         _("Nothing was updated."): 0 * gradients,

@@ -151,7 +151,7 @@ def _gantt() -> Truths:
     return truths, {
         "b": _("What wide waits for is long; when did the short ones end?"),
         "e": _("Compare the lengths of the bars, not what the jobs asked for."),
-        "f": _("CPUs are idle beside long, but how many does wide need?"),
+        "f": _("Some CPUs are idle beside long, but how many does wide need?"),
     }
 
 
@@ -167,5 +167,5 @@ def _rounds() -> Numbers:
         ((4, 20), _("Both ends belong to the array.")),
         ((jobs, 10), _("They may not all run at once.")),
         ((jobs, 50), _("Two may run at once.")),
-        ((jobs, 25), _("A round with one job left takes as long as another.")),
+        ((jobs, 25), _("A round with only one job takes as long as any other.")),
     ]

@@ -42,7 +42,7 @@ def _curves(judge: object) -> Result:
         if law is not None and law == sweep.truth
     ]
     if any(interval is None for _sigma, interval in intervals):
-        return failed(_("A law without an interval of its sigma: how far could that be off?"))
+        return failed(_("You named a law without an interval for its sigma: how far off could sigma be?"))
     ends = [(sigma, *interval) for sigma, interval in intervals if interval is not None]
     counts = {"held": sum(low <= sigma <= high for sigma, low, high in ends), "of": len(ends)}
     if counts["of"] - counts["held"] > MISSES:
@@ -61,9 +61,16 @@ def _curves(judge: object) -> Result:
             )
         )
     if pairs["amdahl", "usl"] > MISTAKES:
-        return failed(_("A larger law always fits at least as well: which is the smallest that none beats?"))
+        return failed(
+            _(
+                "A law with more parameters always fits at least as well: which is the smallest that no larger one"
+                " beats?"
+            )
+        )
     if pairs["usl", "amdahl"] > MISTAKES:
-        return failed(_("A tight interval is no evidence for a law: look at what a larger law explains beyond it."))
+        return failed(
+            _("A tight interval is no evidence for a law: look at what a law with more parameters explains beyond it.")
+        )
     if median(high - low for _sigma, low, high in ends) > 0.06:
         return failed(_("Your intervals of sigma are so wide that they say nothing."))
     return passed(
@@ -162,7 +169,7 @@ def _timeline() -> Truths:
     return truths, {
         "b": _("Most of what rank 0 waits for is the other rank; the network's part is what even the last one waits."),
         "e": _("Everybody waits for the slowest rank. Which one is that?"),
-        "f": _("A bar begins when a rank is ready, and ends for all at once: its length tells who was early."),
+        "f": _("A bar begins when a rank is ready and ends for all ranks at once: its length shows who was early."),
     }
 
 

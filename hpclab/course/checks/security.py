@@ -90,9 +90,9 @@ def _knock(own: Any, others: Any) -> None:
                 reject(_("A client without a certificate was let in, and ran code on your worker."))
             for address in addresses:
                 if await asyncio.to_thread(_greeted, address):
-                    reject(_("A socket without a certificate was greeted at {at}.", at=address))
+                    reject(_("A connection without a certificate was answered at {at}.", at=address))
             if await _let_in(addresses[0], Security.temporary()):
-                reject(_("A client with certificates that it made itself was let in."))
+                reject(_("A client with self-made certificates was let in."))
             if await _let_in(addresses[0], others):
                 reject(
                     _("One certificate for all: who was ever let into one cluster can enter each one that you start.")
@@ -183,12 +183,12 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
             script = call(job, token, str(folder))
         if not isinstance(script, str):
             reject(_("The second function returns the text of a job script, not {returned!r}.", returned=script))
-        yield _("The token stands in the job script."), _tells(script, token)
-        yield _("A private key stands in the job script."), "PRIVATE KEY" in script
+        yield _("The token is in the job script."), _tells(script, token)
+        yield _("A private key is in the job script."), "PRIVATE KEY" in script
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             readable = _tells(file.read_text("utf-8", "replace"), token) and _others_read(file, folder)
             mode = f"{file.stat().st_mode & 0o777:04o}"
-            yield _("The token stands in a file that others can read, of mode {mode}.", mode=mode), readable
+            yield _("The token is in a file that others can read (mode {mode}).", mode=mode), readable
         output = _run(script, programs, folder)
         yield _("The job prints the token, and so it is in its log."), _tells(output, token)
         if not (programs / "seen").exists():
@@ -326,6 +326,6 @@ def _masked() -> Numbers:
     return (sum(shares) % modulus, len(possible)), [
         ((134, 100), _("Numbers wrap around at 100.")),
         ((34, 1), _("The server sees 37, but a number plus a mask that may be anything.")),
-        ((34, 37), _("A mask may be larger than what is left: numbers wrap around.")),
+        ((34, 37), _("A mask can be larger than the share: numbers wrap around.")),
         ((34, 3), _("Each rank's mask may be any of the numbers, whoever else takes part.")),
     ]

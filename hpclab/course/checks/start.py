@@ -94,7 +94,7 @@ def _race() -> Truths:
         "f": False,
     }
     return truths, {
-        "c": _("Compare with one process that may use the same CPUs, not with one that uses a single one."),
+        "c": _("Compare with one process that may use the same CPUs, not with one that uses a single CPU."),
         "d": _("Efficiency is the speed-up over 1 rank, divided by the CPUs in use."),
         "e": _("The table ends at 4 CPUs; what lies beyond was neither measured nor explained by a cause."),
         "f": _("One race is one measurement: nothing says how much it would differ from the next."),
@@ -109,6 +109,6 @@ def _allreduce() -> Numbers:
     return (held[0],), [
         ((10.0,), _("There are two calls, and the second one adds up what the first one left.")),
         ((20.0,), _("Four ranks take part in the second call, not two.")),
-        ((100.0,), _("A sum of four equal numbers is no square.")),
+        ((100.0,), _("Adding four equal numbers isn't squaring one of them.")),
         ((2.5,), _("all_reduce adds; to average, one divides by the number of ranks.")),
     ]

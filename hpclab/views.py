@@ -175,7 +175,7 @@ def _where(run: Any) -> str:
     head, text = run.name, _("{call} shows it again.", call=call)
     if run.going:
         head = _("Seen at {time}", time=time.strftime("%H:%M:%S"))
-        text = _("If its kernel has gone since, {call} shows what came after.", call=call)
+        text = _("If the kernel has stopped since then, {call} shows what happened afterwards.", call=call)
     return html("<details><summary>{{ head }}</summary>{{ text }}</details>", head=head, text=text)
 
 

@@ -394,7 +394,7 @@ def test_a_kernel_restarted_in_mid_run_leaves_what_was_seen(gang, lab):
     choose(gang, "Kernel", "Restart Kernel…")
     gang.get_by_role("button", name="Confirm Kernel Restart").click()
     assert no_rank_left(60)
-    seen = gang.locator(".jp-OutputArea-output", has_text="If its kernel has gone since")
+    seen = gang.locator(".jp-OutputArea-output", has_text="If the kernel has stopped since then")
     assert "talking and waiting" in seen.inner_text()
     shoot(gang, "gang-restarted")
     with gang.expect_response(lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url):

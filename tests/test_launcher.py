@@ -140,7 +140,7 @@ def test_a_run_is_shown_again_from_its_folder(client):
 
 def test_past_runs_are_listed_with_what_opens_them_again(client, tmp_path):
     """The newest first; what isn't a run, or was cut off as its kernel went, does no harm."""
-    assert hpclab.past_runs() == [] and "No runs" in hpclab.past_runs()._repr_html_()
+    assert hpclab.past_runs() == [] and "no runs" in hpclab.past_runs()._repr_html_()
     first = hpclab.launch(client, talk, 3, ranks=2, name="first")
     first.result(60)
     text = (first.folder / "rows.jsonl").read_text().splitlines(keepends=True)

@@ -628,7 +628,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ("ring", lambda device, vector: ring()(device, vector) / device.ranks, "This needs a sum, not an average"),
         ("ring", ring(turns=lambda ranks: ranks - 1), "Each part's sum is on one rank only"),
         ("ring", ring(added=lambda ranks: 2 * ranks), "Rank 0 counts numbers of rank 0 more than once"),
-        ("ring", ring(turns=lambda ranks: ranks - 2), "In a sum of rank 0 the number of rank 1 is missing"),
+        ("ring", ring(turns=lambda ranks: ranks - 2), "In a sum on rank 0, the number from rank 1 is missing"),
         (
             "ring",
             lambda device, vector: ring()(device, vector)[::-1].copy(),

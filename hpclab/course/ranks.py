@@ -127,7 +127,7 @@ def _hanging(gang: list[_Rank]) -> Result:
     if any("barrier" in member.where for member in gang):
         return failed(
             _(
-                "Deadlock: {stands}. A barrier is one more call that every rank must reach, and this one can't.",
+                "Deadlock: {stands}. A barrier is one more call that every rank must reach, and not every rank does.",
                 stands=text,
             )
         )

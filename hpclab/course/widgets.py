@@ -277,8 +277,8 @@ class Explorer:
             return ""
         nearest = min((middle for _low, middle, _high in ends), key=lambda other: abs(other - value))
         return _(
-            "No curve passes the star at {ranks} ranks: it was measured on this machine's own network and batch"
-            " ({value:.2f}), the curves are for those of the sliders (the nearest: {nearest:.2f}).",
+            "No curve passes through the star at {ranks} ranks: it was measured with this machine's own network and"
+            " batch ({value:.2f}), but the curves use those of the sliders (the nearest: {nearest:.2f}).",
             ranks=row["ranks"],
             value=value,
             nearest=nearest,

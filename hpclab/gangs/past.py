@@ -28,10 +28,10 @@ class PastRuns(list):
         return str(self._table())
 
     def _repr_html_(self) -> str:
-        return markup(self._table()) or _("No runs are here.")
+        return markup(self._table()) or _("There are no runs here.")
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self) or _("No runs are here."))
+        printer.text(str(self) or _("There are no runs here."))
 
     def _table(self) -> Table:
         words = {

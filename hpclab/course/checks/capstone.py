@@ -18,7 +18,9 @@ def _score(score: Any) -> Result:
         high = low + hidden.uniform(1, 3)
         if message := _misjudged(score, low, high, level):
             return failed(message)
-    return passed(_("Neither a huge interval nor a bold one wins by it: the best is to say what you believe."))
+    return passed(
+        _("With this score, neither a huge interval nor a bold one wins: it is best to say what you believe.")
+    )
 
 
 def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
@@ -29,7 +31,7 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
 
     middle, width = (low + high) / 2, high - low
     if paid(low, high, middle) < 0:
-        return _("Less is better here: a score is what an interval costs, and never below 0.")
+        return _("Lower is better here: a score is what an interval costs, and is never below 0.")
     if math.isclose(paid(low - 5, high + 5, middle), paid(low, high, middle)):
         return _("Width costs nothing: who says 'between nothing and everything' would win.")
     for place in (0.5, 0.2, 0.9):
@@ -92,8 +94,8 @@ def _scores() -> Truths:
     }
     return truths, {
         "b": _("To hold always is easy with an interval that says nothing: its width costs."),
-        "d": _("Narrow is good only if it holds: add up what the misses cost."),
-        "e": _("How often does one of four 90 % intervals miss, if all of them are honest?"),
+        "d": _("A narrow interval is good only if it contains the value: add up what the misses cost."),
+        "e": _("If all four 90 % intervals are honest, how often does at least one of them miss?"),
     }
 
 

@@ -56,9 +56,9 @@ def _unshared(epoch: list[list[int]], length: int, ranks: int) -> str | None:
     visited = [image for own in epoch for image in own]
     padding = -length % ranks
     if len(visited) - len(set(visited)) > padding:
-        return _("Images are visited twice in an epoch: the ranks don't share out one order.")
+        return _("Some images are visited twice in an epoch: the ranks don't divide up one common order.")
     if set(visited) != set(range(length)):
-        return _("In an epoch the ranks together don't visit every image.")
+        return _("In an epoch, the ranks together don't visit every image.")
     return None
 
 
@@ -96,7 +96,7 @@ def _misconceptions(variants: list[tuple[float, int, int, int]]) -> dict[str, np
     return {
         _("Unscaled: an epoch has fewer steps now, and each goes no further than before."): base,
         _("Scaled by a square root: that keeps the noise of a step, not its length."): base * np.sqrt(factor),
-        _("Divided where it should grow: fewer steps, and each of them shorter."): base / factor,
+        _("You divided where you should multiply: there are fewer steps, and each is shorter."): base / factor,
         _("Scaled by the ranks alone: one rank's batch isn't the base batch."): base * ranks,
         _("Scaled by one rank's batch: the step has the others' images too."): base * batch / base_batch,
         _("Scaled by the global batch: the base rate was made for a batch already."): base * batch * ranks,

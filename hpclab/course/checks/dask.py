@@ -116,7 +116,7 @@ def _sizes(chunks: Any, count: int) -> np.ndarray:
     if missing:
         reject(_("Not the serial result: {missing} of {count} items are in no chunk.", missing=missing, count=count))
     if items != list(range(count)):
-        reject(_("Not the serial result: items are in another order, or in two chunks, or new."))
+        reject(_("Not the serial result: some items are out of order, in two chunks, or new."))
     return np.array([len(chunk) for chunk in chunks])
 
 
@@ -198,7 +198,7 @@ def _judge_race(spent: dict[str, list[float]]) -> Result:
             return inconclusive(
                 _(
                     "Good by the model, but in this run {baseline} took {low:.2f} to {high:.2f} times as long: the"
-                    " noise hides the difference. Run the cell again when this machine has less to do.",
+                    " noise hides the difference. Run the cell again when this machine is less busy.",
                     **comparison,
                 )
             )

@@ -78,7 +78,7 @@ def _miscounted(counts: np.ndarray, own: int) -> str | None:
     if (counts > 1.5).any():
         return _("Some numbers are in the sum twice: count the steps, and what each of them brings.")
     if np.count_nonzero(counts) < ranks:
-        return _("Numbers of some ranks are missing: a rank passes on what has come, with its own added.")
+        return _("Some ranks' numbers are missing: a rank must add its own to what arrived before it passes that on.")
     if not np.allclose(counts[counts > 0], 1):
         return _("This needs a sum, not an average.")
     if parts != [own]:
@@ -129,7 +129,7 @@ def _step(step: object) -> Result:
         return failed(_("Each rank goes its own way: from the first step on their weights differ."))
     for message, wrong in {
         _("The gradients are summed, so the step is as many times too long as there are ranks."): mean * ranks,
-        _("Divided by the ranks twice: the step is too short."): mean / ranks,
+        _("Divided by the number of ranks twice: the step is too short."): mean / ranks,
         _("Uphill: the loss grows along the gradient."): -mean,
     }.items():
         if torch.allclose(moved, wrong.expand_as(moved), atol=1e-5):
@@ -173,6 +173,6 @@ def _line() -> Numbers:
         ((microseconds, 8 * megabytes), _("That is in megabits a second; megabytes were asked for.")),
         (
             (microseconds, 1e5 / 4e-4 / 1e6),
-            _("Of a small message most of the time is latency: read the bandwidth where bytes take the time."),
+            _("A small message's time is mostly latency: read the bandwidth where the bytes take the time."),
         ),
     ]

@@ -250,7 +250,7 @@ def _last_batch(program: object) -> Result:
     hidden = dice("debugging.last_batch")
     for size, batch_size, left in ((2, 8, 5), (3, 6, 1), (3, 9, 5), (2, 6, 0)):
         _leave_over(program, hidden, size, batch_size, left)
-    return passed(_("Each sample counts once, and as much as any other, whatever is left for the last batch."))
+    return passed(_("Each sample counts once, and as much as any other, however many are left for the last batch."))
 
 
 def _leave_over(program: object, hidden: Random, size: int, batch_size: int, left: int) -> None:
@@ -401,7 +401,7 @@ def _noise(program: object, x: Any, y: Any, seed: int, steps: int, size: int) ->
     gang = _gang(program, given, size)
     shares = [x[rank::size] for rank in range(size)]
     if any([part.shape for part in one.inputs] != [shares[0].shape] * steps for one in gang):
-        reject(_("In each step a rank trains on its share of the samples, on all of it, with noise."))
+        reject(_("In each step, a rank must train on all of its share of the samples, with noise."))
     noise = torch.stack([torch.stack(one.inputs) - own for one, own in zip(gang, shares, strict=True)])
     if not 0.2 < noise.std() < 0.4 or abs(noise.mean()) > 0.15:
         width = {"mean": float(noise.mean()), "width": float(noise.std())}
@@ -450,7 +450,7 @@ def _resume(program: object, hidden: Random, size: int, stops: tuple[int, ...], 
         for rank, part in enumerate(parts):
             if len(part.inputs) != steps - done:
                 counts = {"steps": len(part.inputs), "left": steps - done}
-                reject(_("It took {steps} steps, though {left} were left to take.", **counts))
+                reject(_("It took {steps} steps, but {left} were left to take.", **counts))
             if message := _astray(rank, [_drawn(given, x) for given in part.inputs], draws, done):
                 reject(message)
         done = steps

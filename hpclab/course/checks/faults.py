@@ -150,7 +150,9 @@ def _resume(pack: Any, unpack: Any) -> Result:
         return failed(_("unpack returns the step to go on with, a whole number, not {step!r}.", step=step))
     for message, same in {
         _(
-            "It goes on at step {step!r}, and the checkpoint was after {crash}.", step=resumed.step, crash=crash
+            "It resumes at step {step!r}, but the checkpoint was written after {crash} steps.",
+            step=resumed.step,
+            crash=crash,
         ): resumed.step == crash,
         _("Its weights aren't those of the checkpoint."): _same(resumed.model, undisturbed.model),
         _("The optimiser has forgotten its momentum."): _same(resumed.optimizer, undisturbed.optimizer),
@@ -163,7 +165,7 @@ def _resume(pack: Any, unpack: Any) -> Result:
     torch.set_rng_state(draws)
     undisturbed.train(until=12)
     if not _same(resumed.model, undisturbed.model):
-        return failed(_("It begins as it should, and ends with other weights: something else went on changing."))
+        return failed(_("It begins as it should but ends with different weights: something else kept changing."))
     return passed(_("Twelve steps with a crash among them, and not a bit differs."))
 
 
@@ -228,7 +230,7 @@ def _recovery() -> Numbers:
     failed_s = next(row["failed_s"] for row in second if row["kind"] == "restart")
     seconds = min(row["time_s"] for row in second if row["kind"] == "step") - failed_s
     return (len(steps), seconds), [
-        ((55, seconds), _("Not all was lost: a checkpoint had kept most of those steps.")),
+        ((55, seconds), _("Not all of it was lost: a checkpoint had kept most of those steps.")),
         ((40, seconds), _("Those were kept. Which steps were done twice?")),
         ((len(steps), 1.5), _("That is the time of the lost steps; how long did nothing run?")),
     ]
@@ -243,5 +245,5 @@ def _undisturbed() -> Numbers:
         ((float(100 * one),), _("That is the chance of one machine; all of them have to last.")),
         ((float(100 * (1 - chance)),), _("That is the chance that something fails.")),
         ((float(chance),), _("The number is in percent.")),
-        ((50.0,), _("Failures that are expected to be two aren't a chance of a half.")),
+        ((50.0,), _("Two expected failures don't make a chance of one half.")),
     ]

@@ -36,12 +36,17 @@ def _bottleneck(diagnose: object) -> Result:
                     )
                 )
     if named == planted and doubt is None:
-        return passed(_("Each of {count} programs by what binds it, as shares and counts confirm.", count=len(named)))
+        return passed(
+            _(
+                "You named what binds each of the {count} programs; the measured shares and counts agree.",
+                count=len(named),
+            )
+        )
     if doubt is not None:
         return inconclusive(
             _(
-                "What was measured here doesn't tell the planted programs apart: {doubt}. Run the cell again when this"
-                " machine has less to do.",
+                "What was measured here can't tell the planted programs apart: {doubt}. Run the cell again when this"
+                " machine is less busy.",
                 doubt=doubt,
             )
         )

@@ -132,7 +132,7 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     if ((times == 1).all(2).sum(0) == 1).all():
         return _("Each part's sum is on one rank only. That's halfway: all ranks need all sums.")
     rank, _number, origin = np.argwhere(times != 1)[0]
-    return _("In a sum of rank {rank} the number of rank {origin} is missing.", rank=rank, origin=origin)
+    return _("In a sum on rank {rank}, the number from rank {origin} is missing.", rank=rank, origin=origin)
 
 
 def _ring_over(case: Case, schedule: Schedule) -> str | None:

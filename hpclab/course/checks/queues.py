@@ -48,24 +48,24 @@ def _slipped(yours: dict, wide: dict) -> Result:
     if yours["state"] != "COMPLETED":
         return failed(_("Your job ended as {state}, not as COMPLETED.", state=yours["state"]))
     if "[" in yours["nodes"]:
-        return failed(_("Its CPUs are on two nodes, and simulate is one process: it uses those of one node."))
+        return failed(_("Its CPUs are on two nodes, but simulate is one process: it can only use those of one node."))
     needed, limit = 1 + 9 / yours["cpus"], (yours["walltime_s"] or math.inf) / 60
     if needed > limit:
         return failed(
             _(
-                "Killed at its limit: with as many CPUs as you asked for, simulate takes {needed:.3g} minutes, and"
-                " {limit:g} were asked for.",
+                "Killed at its limit: with the CPUs that you asked for, simulate takes {needed:.3g} minutes, but you"
+                " asked for {limit:g}.",
                 needed=needed,
                 limit=limit,
             )
         )
     if yours["ended_s"] <= wide["started_s"]:
-        return passed(
-            _("Your job fits into the hole: it was done before the wide one could start, and delayed nobody.")
-        )
+        return passed(_("Your job fitted into the hole: it was done before the wide one started, and delayed nobody."))
     if yours["cpus"] > 3:
         return failed(_("It waited behind the wide one: the hole isn't that wide; count the CPUs that are idle now."))
-    return failed(_("It waited behind the wide one: as far as Slurm knows, it might have run too long for the hole."))
+    return failed(
+        _("It waited behind the wide one: as far as Slurm could tell, it might have run too long for the hole.")
+    )
 
 
 @exercise("queues.array", forked=False)
@@ -89,7 +89,7 @@ def _array(script: object) -> Result:
     if missing := [number for number in range(3, 9) if f"out-{number}" not in squares]:
         return failed(_("The square of {number} is missing.", number=missing[0]))
     if len(squares) != 6 or len(calls) != 12:
-        return failed(_("It did more than was asked for: each number from 3 to 8 once."))
+        return failed(_("It did more than was asked: square each number from 3 to 8 once."))
     at_once = itertools.accumulate(1 if call == "begin" else -1 for call in calls)
     if (most := max(at_once)) > 2:
         return failed(_("{most} of them ran at the same time.", most=most))

@@ -85,7 +85,7 @@ def _curves(judge: object) -> Result:
 def _overclaimed(pairs: Counter) -> str | None:
     """What was named that is no law, or where there was none to see, if anything; from counts by (truth, name)."""
     if any(law == "linear" for _truth, law in pairs):
-        return _("Linear would be as many times as fast as there are workers: look at the last points.")
+        return _("Linear would mean a speed-up equal to the number of workers: look at the last points.")
     if odd := [law for _truth, law in pairs if law not in ("amdahl", "usl", None)]:
         return _("The law's name is 'amdahl' or 'usl', or None where no law is told; not {named!r}.", named=odd[0])
     reasons = {
@@ -167,7 +167,7 @@ def _timeline() -> Truths:
         "f": False,
     }
     return truths, {
-        "b": _("Most of what rank 0 waits for is the other rank; the network's part is what even the last one waits."),
+        "b": _("Rank 0 mostly waits for the other rank; the network's part is the time that even the last rank waits."),
         "e": _("Everybody waits for the slowest rank. Which one is that?"),
         "f": _("A bar begins when a rank is ready and ends for all ranks at once: its length shows who was early."),
     }
@@ -190,5 +190,5 @@ def _regime() -> Truths:
     return truths, {
         "d": _("A step takes longer, but an epoch has fewer of them."),
         "e": _("Amdahl's law is about a fixed amount of work, shared by more and more ranks."),
-        "f": _("Here the work grows with the ranks; no row has the same batch of all ranks together as another."),
+        "f": _("Here the work grows with the ranks: no two rows have the same total batch."),
     }

@@ -82,7 +82,7 @@ def _knock(own: Any, others: Any) -> None:
                     raise ValueError(f"tls_{role}_cert, tls_{role}_key")
             security.get_listen_args("scheduler")
     except Exception as error:
-        reject(_("Nobody could encrypt with it; it lacks something: {error}", error=error))
+        reject(_("It can't be used to encrypt; something is missing: {error}", error=error))
 
     async def visit() -> None:
         async with _cluster(own) as addresses:
@@ -199,7 +199,7 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
             _("The token is on the command line of train: while it runs, ps shows it to everybody."),
             token in arguments,
         )
-        yield _("Now the job has no token either, or another one."), seen["token"] != token
+        yield _("Now the job itself has no token, or the wrong one."), seen["token"] != token
 
 
 @contextmanager

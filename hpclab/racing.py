@@ -96,8 +96,8 @@ class Race:
             )
         if (waited := (first["straggle_s"] or 0.0) / first["step_s"]) > BUSY:
             words += " " + _(
-                "Other programs used this machine: {label} waited for a CPU in {share:.0%} of its time, so expect"
-                " another ratio next time.",
+                "Other programs used this machine: {label} spent {share:.0%} of its time waiting for a CPU, so expect"
+                " a different ratio next time.",
                 label=first["label"],
                 share=waited,
             )

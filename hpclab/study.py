@@ -114,8 +114,8 @@ def sections(rows: list[dict]) -> list[str]:
     parts = _section(_("In short"), *(_headline(name, of_regime) for name, of_regime in regimes.items()))
     parts += _section(_("This machine"), markup(Table(machines.values())))
     titles = {
-        "strong": _("Strong scaling: the batch of all ranks stays"),
-        "weak": _("Weak scaling: the batch of each rank stays"),
+        "strong": _("Strong scaling: the total batch stays the same"),
+        "weak": _("Weak scaling: each rank's batch stays the same"),
     }
     for regime, of_regime in regimes.items():
         parts += _section(titles[regime], *_regime(of_regime))

@@ -46,7 +46,7 @@ def numbers(exercise_id: str, tolerance: float = 0.01) -> Callable[[Callable[[],
             for wrong, message in mistakes:
                 if all(math.isclose(*pair, rel_tol=tolerance) for pair in zip(values, wrong, strict=True)):
                     return failed(message)
-            return failed(_("Right are {right} of {of} numbers.", right=sum(near), of=len(near)))
+            return failed(_("You have {right} of {of} numbers right.", right=sum(near), of=len(near)))
 
         return question
 

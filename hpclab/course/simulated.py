@@ -139,7 +139,7 @@ class Device:
     def compute(self, steps: int = 1, label: str = "") -> None:
         """Compute for some steps; messages travel meanwhile."""
         if not isinstance(steps, int | np.integer) or steps < 0:
-            text = _("Rank {rank} computes for {steps!r} steps at step {step}; a whole number of them is needed.",
+            text = _("Rank {rank} computes for {steps!r} steps at step {step}; it must be a whole number of steps.",
                      steps=steps, **self._place())  # fmt: skip
             self._fail(text)
         self._note("compute", self._cluster.step, steps, label=label)
@@ -250,7 +250,7 @@ class _Cluster:
         self.step += 1
         self._arrive()
         if self.step >= MOST_STEPS:
-            self.fault, self.over = _("Stopped at step {step}: the programs go on and on.", step=self.step), True
+            self.fault, self.over = _("Stopped at step {step}: the programs still hadn't ended.", step=self.step), True
 
     def _depart(self) -> None:
         """Let the messages leave whose sender and receiver are free, the longest asked for first."""

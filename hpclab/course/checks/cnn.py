@@ -18,7 +18,7 @@ def _order(epoch_order: object) -> Result:
     for length, ranks, seed in _datasets():
         orders = [_ranks(epoch_order, length, ranks, seed, epoch) for epoch in (0, 1, 2)]
         if orders[2] != _ranks(epoch_order, length, ranks, seed, 2):
-            return failed(_("One seed and epoch gave two orders: nobody could repeat or resume this run."))
+            return failed(_("The same seed and epoch gave two orders: nobody could repeat or resume this run."))
         if orders[0] == orders[1]:
             return failed(_("Two epochs have the same order: what makes the shuffling differ between them?"))
         if orders[0] == _ranks(epoch_order, length, ranks, seed + 100, 0):
@@ -51,7 +51,9 @@ def _unshared(epoch: list[list[int]], length: int, ranks: int) -> str | None:
     if len(set(counts)) > 1:
         most, least = max(counts), min(counts)
         return _(
-            "One rank has {most} images, another {least}: the one waits for the other for ever.", most=most, least=least
+            "One rank has {most} images, another {least}: the first will wait for the second for ever.",
+            most=most,
+            least=least,
         )
     visited = [image for own in epoch for image in own]
     padding = -length % ranks
@@ -97,9 +99,11 @@ def _misconceptions(variants: list[tuple[float, int, int, int]]) -> dict[str, np
         _("Unscaled: an epoch has fewer steps now, and each goes no further than before."): base,
         _("Scaled by a square root: that keeps the noise of a step, not its length."): base * np.sqrt(factor),
         _("You divided where you should multiply: there are fewer steps, and each is shorter."): base / factor,
-        _("Scaled by the ranks alone: one rank's batch isn't the base batch."): base * ranks,
-        _("Scaled by one rank's batch: the step has the others' images too."): base * batch / base_batch,
-        _("Scaled by the global batch: the base rate was made for a batch already."): base * batch * ranks,
+        _("Scaled by the number of ranks alone: one rank's batch isn't the base batch."): base * ranks,
+        _("Scaled by one rank's batch: the step uses the other ranks' images too."): base * batch / base_batch,
+        _("Scaled by the global batch: the base rate already belongs to a batch size of its own."): base
+        * batch
+        * ranks,
     }
 
 
@@ -155,6 +159,6 @@ def _batch() -> Numbers:
     return (steps, rate * ranks * batch / base_batch), [
         ((pictures / batch, rate * batch / base_batch), _("A step uses the images of all ranks.")),
         ((pictures / batch, rate * ranks * batch / base_batch), _("A step uses the images of all ranks.")),
-        ((steps, rate * ranks), _("Scaled by the ranks alone: one rank's batch isn't the base batch.")),
+        ((steps, rate * ranks), _("Scaled by the number of ranks alone: one rank's batch isn't the base batch.")),
         ((steps, rate), _("Unscaled: an epoch has fewer steps now, and each goes no further than before.")),
     ]

@@ -305,7 +305,7 @@ def _tasks() -> Numbers:
         ((100 * every / (2 * end), 1e3 * every / 2), _("To fetch data isn't to compute.")),
         ((100 * busy / end, 1e3 * busy), _("There are two workers: each second has two seconds of work in it.")),
         ((busy / (2 * end), 1e3 * busy / 2), _("The first number is in percent.")),
-        ((100 * busy / (2 * end), 1e3 * end), _("That is the time as it is, with one worker idle at the end.")),
+        ((100 * busy / (2 * end), 1e3 * end), _("That is the time it takes now, with one worker idle at the end.")),
     ]
 
 

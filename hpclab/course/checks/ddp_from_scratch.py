@@ -76,7 +76,7 @@ def _miscounted(counts: np.ndarray, own: int) -> str | None:
     if np.allclose(counts.sum(), 1) and np.count_nonzero(counts) < ranks:
         return _("This part has one rank's numbers only: nothing was added to it, or what arrived took its place.")
     if (counts > 1.5).any():
-        return _("Some numbers are in the sum twice: count the steps, and what each of them brings.")
+        return _("Some numbers are in the sum twice: count the steps, and what each of them adds.")
     if np.count_nonzero(counts) < ranks:
         return _("Some ranks' numbers are missing: a rank must add its own to what arrived before it passes that on.")
     if not np.allclose(counts[counts > 0], 1):
@@ -156,9 +156,9 @@ def _deadlock() -> Numbers:
         for rank in pair:
             place[rank] += 1
     return tuple(now(rank)[0] for rank in place), [
-        ((3, 6, 9, 12), _("Ranks 1 and 2 do meet: one sends what the other receives. Where do they go on to wait?")),
+        ((3, 6, 9, 12), _("Ranks 1 and 2 do meet: one sends what the other receives. Where do they wait after that?")),
         ((0, 0, 0, 0), _("Who of ranks 0, 2 and 3 could go first?")),
-        ((3, 0, 0, 12), _("Rank 2 needs a message of rank 3, and rank 1 one of rank 0: do those ever send it?")),
+        ((3, 0, 0, 12), _("Rank 2 needs a message from rank 3, and rank 1 one from rank 0: do they ever send it?")),
     ]
 
 
@@ -170,7 +170,7 @@ def _line() -> Numbers:
     microseconds, megabytes = 1e6 * float(alpha), 1e-6 / float(beta)
     return (microseconds, megabytes), [
         ((megabytes, microseconds), _("Swapped: alpha is the time of a message that is all but empty.")),
-        ((microseconds, 8 * megabytes), _("That is in megabits a second; megabytes were asked for.")),
+        ((microseconds, 8 * megabytes), _("That is in megabits a second; the question asks for megabytes.")),
         (
             (microseconds, 1e5 / 4e-4 / 1e6),
             _("A small message's time is mostly latency: read the bandwidth where the bytes take the time."),

@@ -201,7 +201,7 @@ def _stop(program: object, size: int, problem: tuple, target: float, path: list,
     gang = _gang(program, lambda trained: (trained.watch(model), x, y, target, LONGEST), size)
     steps = next((step for step, weights in enumerate(path) if _same(gang[0].weights, weights)), None)
     if steps is None:
-        reject(_("One process with all samples never has these weights, after any number of steps."))
+        reject(_("One process with all samples doesn't have these weights after any number of steps."))
     if steps != stops["mean"]:
         reject(_stopped(steps, stops))
     _count(gang, x, steps, steps + 1)
@@ -386,7 +386,7 @@ def _seed(program: object) -> Result:
     if shared := [(one[0], other[0]) for one, other in product(places, places) if _same(noise[one], later[other])]:
         runs = {"rank": shared[0][0], "seed": seed, "other": shared[0][1], "later": seed + 1}
         return failed(
-            _("Rank {rank} of a run with seed {seed} sees the noise of rank {other} with seed {later}.", **runs)
+            _("With seed {seed}, rank {rank} sees the noise that rank {other} sees with seed {later}.", **runs)
         )
     return passed(_("Equal weights on all ranks, different noise on each and for each seed, and all of it repeatable."))
 
@@ -417,7 +417,9 @@ def _twice(rank: int, step: int, other: int, at: int) -> str:
         return _("A rank sees the same noise in one step as in another.")
     if step == at:
         return _(
-            "Ranks {rank} and {other} see the same noise: two ranks learn from what one would.", rank=rank, other=other
+            "Ranks {rank} and {other} see the same noise: two ranks learn no more than one would.",
+            rank=rank,
+            other=other,
         )
     return _("What one rank sees in one step, another sees in a later one: they draw from one sequence.")
 
@@ -475,7 +477,7 @@ def _astray(rank: int, drawn: list, draws: list[list], done: int) -> str | None:
     if done == 0:
         return _("Two runs with the same seeds draw different numbers, even before any interruption.")
     if any(_agree(drawn, draws[other][steps], part) for other in range(rank) for part in (0, 1)):
-        return _("Rank {rank} goes on with the random numbers of another rank.", rank=rank)
+        return _("Rank {rank} continues with another rank's random numbers.", rank=rank)
     if noise:
         return _("The noise goes on as it would have, but the choice of samples doesn't.")
     if chosen:

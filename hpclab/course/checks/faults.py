@@ -18,7 +18,9 @@ def _interval(interval: object) -> Result:
     logs = list(_logs())
     answers = [_seconds(call(interval, log.rows, log.machines)) for log in logs]
     if np.allclose(answers, answers[0]):
-        return failed(_("One interval for every log: it must come from the rows, and from the machines."))
+        return failed(
+            _("You gave the same interval for every log: it must depend on the rows and on the number of machines.")
+        )
     costs = np.array([_cost(at, log.save_s, log.mtbf_s) - 1 for at, log in zip(answers, logs, strict=True)])
     bests = np.array([_best_interval(log.save_s, log.mtbf_s) for log in logs])
     least = np.array([_cost(best, log.save_s, log.mtbf_s) - 1 for best, log in zip(bests, logs, strict=True)])
@@ -94,7 +96,7 @@ def _misread(log: _Log) -> list[tuple[str, float]]:
         (partly, log.save_s, lived / count / ratio),
         (_("The log's MTBF is that of its machines; your job has more, or fewer."), log.save_s, log.mtbf_s * ratio),
         (_("More machines fail more often, not less."), log.save_s, log.mtbf_s * ratio**2),
-        (_("That is the MTBF of one machine: any of yours can fail."), log.save_s, log.mtbf_s * log.machines),
+        (_("That is the MTBF of one machine, but any of yours can fail."), log.save_s, log.mtbf_s * log.machines),
         (slowest, float(np.median(saves)), log.mtbf_s),
         (slowest, float(np.mean(saves)), log.mtbf_s),
     ]
@@ -242,7 +244,7 @@ def _undisturbed() -> Numbers:
     one = np.exp(-days / mtbf_days)
     chance = np.prod(np.full(machines, one))
     return (float(100 * chance),), [
-        ((float(100 * one),), _("That is the chance of one machine; all of them have to last.")),
+        ((float(100 * one),), _("That is one machine's chance; all of them have to last.")),
         ((float(100 * (1 - chance)),), _("That is the chance that something fails.")),
         ((float(chance),), _("The number is in percent.")),
         ((50.0,), _("Two expected failures don't make a chance of one half.")),

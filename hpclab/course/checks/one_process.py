@@ -31,8 +31,8 @@ def _bottleneck(diagnose: object) -> Result:
             if len(same) > 1 and doubt is None:
                 return failed(
                     _(
-                        "One program, once for a short run and once for a long one, gets two names from you: how long a"
-                        " run takes doesn't say what it waits for."
+                        "You gave one program two names, one for a short run and one for a long run: how long a run"
+                        " takes doesn't say what it waits for."
                     )
                 )
     if named == planted and doubt is None:
@@ -182,5 +182,8 @@ def _parts() -> Numbers:
         ((2.0,), _("Twice as fast in one part isn't twice as fast as a whole.")),
         ((before / (before - parts["backward"] / 2),), _("And the data, which are loaded while the step computes?")),
         ((before / (before - parts["data"]),), _("And the backward pass?")),
-        ((sum(after.values()) / before,), _("That is the time that is left; how many times as fast is the step?")),
+        (
+            (sum(after.values()) / before,),
+            _("That is the share of the time that is left; how many times as fast is the step?"),
+        ),
     ]

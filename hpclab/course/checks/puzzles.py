@@ -76,7 +76,8 @@ def _limits(case: Case, schedule: Schedule, over: Why) -> str | None:
         text = {
             "steps": _("Right, but it takes {most} steps, {over} more than the {limit} allowed.", **values),
             "sent": _(
-                "Right, but rank {rank} sends {most} bytes, {over} more than the {limit} allowed, from step {step} on.",
+                "Right, but rank {rank} sends {most} bytes, {over} more than the {limit} allowed (over the limit from"
+                " step {step} on).",
                 **values,
             ),
             "kept": _(
@@ -128,7 +129,7 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     )  # (rank, number, origin): vectors are of powers of ten, so digits count
     if (times > 1).any():
         rank, _number, origin = np.argwhere(times > 1)[0]
-        return _("Rank {rank} counts numbers of rank {origin} more than once.", rank=rank, origin=origin)
+        return _("Rank {rank} counts rank {origin}'s numbers more than once.", rank=rank, origin=origin)
     if ((times == 1).all(2).sum(0) == 1).all():
         return _("Each part's sum is on one rank only. That's halfway: all ranks need all sums.")
     rank, _number, origin = np.argwhere(times != 1)[0]
@@ -157,7 +158,7 @@ def _broadcast(broadcast: object) -> Result:
 
 def _broadcast_wrong(case: Case, values: np.ndarray) -> str:
     rank = int(np.argmin(np.isclose(values, case.expected).all(1)))
-    return _("Rank {rank} has other numbers than the root sent.", rank=rank)
+    return _("Rank {rank} has different numbers from those that the root sent.", rank=rank)
 
 
 def _broadcast_over(case: Case, schedule: Schedule) -> str:

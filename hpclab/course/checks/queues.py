@@ -37,7 +37,7 @@ def _backfill(options: object) -> Result:
         try:
             site.run("sbatch", "-J", "yours", "-o", "/dev/null", *words, "--wrap", "sleep 2")
         except RuntimeError as error:
-            return failed(_("Slurm doesn't take these options: {error}", error=str(error)))
+            return failed(_("Slurm rejects these options: {error}", error=str(error)))
         if (jobs := _ended(site)) is None:
             return failed(_("Your job never starts: it asks for more than this machine has."))
     return _slipped(jobs["yours"], jobs["wide"])
@@ -78,9 +78,9 @@ def _array(script: object) -> Result:
         try:
             site.run("sbatch", "--chdir", folder, input=text, cwd=folder)
         except RuntimeError as error:
-            return failed(_("Slurm doesn't take this script: {error}", error=str(error)))
+            return failed(_("Slurm rejects this script: {error}", error=str(error)))
         if _ended(site) is None:
-            return failed(_("Some of it never starts: it asks for more than this machine has."))
+            return failed(_("Part of it never starts: it asks for more than this machine has."))
         jobs = site.jobs()
         squares = {path.name: path.read_text().strip() for path in Path(folder).glob("out-*")}
         calls = Path(folder, "calls").read_text().split() if Path(folder, "calls").exists() else []

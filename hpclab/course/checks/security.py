@@ -64,7 +64,7 @@ def _security(certificates: Any, folder: str) -> Any:
         if name != "ca_file" and value and "\n" in value:
             reject(_("A private key is in this process only: a worker that a queue starts elsewhere can't read it."))
         if name != "ca_file" and value and os.path.exists(value) and _others_read(value):
-            reject(_("Others can read the file of a private key: {file}", file=Path(value).name))
+            reject(_("Others can read a private key's file: {file}", file=Path(value).name))
     return returned if returned.require_encryption else None
 
 
@@ -95,7 +95,10 @@ def _knock(own: Any, others: Any) -> None:
                 reject(_("A client with self-made certificates was let in."))
             if await _let_in(addresses[0], others):
                 reject(
-                    _("One certificate for all: who was ever let into one cluster can enter each one that you start.")
+                    _(
+                        "One certificate for all: anyone who was ever let into one of your clusters can enter every"
+                        " other one that you start."
+                    )
                 )
             if not await _let_in(addresses[0], own):
                 reject(_("Nobody is let in, not even your own client."))
@@ -266,7 +269,7 @@ def _masks(mask: object) -> Result:
         for seed in seeds[rank].values():
             known = _prg(seed, 0, count)
             if any(_shows(taken) for taken in (shares[0, rank] - known, shares[0, rank] + known)):
-                return failed(_("One other rank can take a mask off by itself: mask with what is shared with each."))
+                return failed(_("A single other rank can remove a mask: use the seeds shared with all of the other ranks."))
     if any(_shows(step) for step in shares[0] - shares[1]):
         return failed(_("Two steps have the same masks: the difference of the shares is that of the gradients."))
     return passed(_("The sum is exact, to the last bit; a share looks like dice, in each step like other ones."))

@@ -16,9 +16,11 @@ def _gang(largest_gang: object) -> Result:
     machines = list(_machines())
     answers = [_ranks(call(largest_gang, *one)) for one in machines]
     if answers == [_largest(*one) for one in machines]:
-        return passed(_("One rank more fits on none of these machines, and one fewer leaves a part of each idle."))
+        return passed(
+            _("One rank more wouldn't fit on any of these machines, and one fewer would leave part of each idle.")
+        )
     if len(set(answers)) == 1:
-        return failed(_("One answer, whatever machine your function is asked about: use its arguments."))
+        return failed(_("Your function gives the same answer for every machine: use its arguments."))
     for message, misconceived in _misconceptions(machines).items():
         if answers == misconceived:
             return failed(message)
@@ -58,16 +60,18 @@ def _misconceptions(machines: list[tuple[int, int]]) -> dict[str, list[int]]:
     cpus = [cpus for cpus, _memory in machines]
     both = list(zip(cpus, by_memory, strict=True))
     return {
-        _("The CPUs would do, but not the memory: each rank needs its own share of it."): cpus,
-        _("The memory would do, but some ranks have no CPU for themselves."): [int(ranks) for ranks in by_memory],
+        _("There are enough CPUs but not enough memory: each rank needs its own share of it."): cpus,
+        _("There is enough memory, but some ranks have no CPU of their own."): [int(ranks) for ranks in by_memory],
         _("Both limits hold at once, and you took the looser one."): [max(cpus, int(ranks)) for cpus, ranks in both],
-        _("The notebook and the scheduler need memory, too, before the first rank does."): [
+        _("The notebook and the scheduler need memory too, even before the first rank."): [
             min(cpus, memory // machine.RANK_MEMORY) for cpus, memory in machines
         ],
-        _("Rounded up: the last rank has only a part of its memory."): [
+        _("Rounded up: the last rank has only part of the memory that it needs."): [
             min(cpus, -int(-ranks // 1)) for cpus, ranks in both
         ],
-        _("One rank, where there isn't memory for even one."): [max(1, min(cpus, int(ranks))) for cpus, ranks in both],
+        _("You answered one rank where there isn't memory for even one."): [
+            max(1, min(cpus, int(ranks))) for cpus, ranks in both
+        ],
     }
 
 
@@ -97,7 +101,7 @@ def _race() -> Truths:
         "c": _("Compare with one process that may use the same CPUs, not with one that uses a single CPU."),
         "d": _("Efficiency is the speed-up over 1 rank, divided by the CPUs in use."),
         "e": _("The table ends at 4 CPUs; what lies beyond was neither measured nor explained by a cause."),
-        "f": _("One race is one measurement: nothing says how much it would differ from the next."),
+        "f": _("One race is one measurement: nothing shows how different the next one would be."),
     }
 
 

@@ -1123,7 +1123,7 @@ def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message
         ("faults.quiz_recovery", (55, 3), "Not all of it was lost"),
         ("faults.quiz_recovery", (40, 3), "Those were kept"),
         ("faults.quiz_recovery", (15, 1.5), "the time of the lost steps"),
-        ("faults.quiz_mtbf", 99.6, "of one machine"),
+        ("faults.quiz_mtbf", 99.6, "one machine's chance"),
         ("faults.quiz_mtbf", 86.5, "something fails"),
         ("faults.quiz_mtbf", 50, "a chance of one half"),
         ("security.quiz_mask", (134, 100), "wrap around at 100"),

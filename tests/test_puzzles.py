@@ -186,7 +186,7 @@ def on_first(action):
         ),
         (
             lambda device: [device.compute() for _ in iter(int, 1)],
-            f"Stopped at step {simulated.MOST_STEPS}: the programs go on and on.",
+            f"Stopped at step {simulated.MOST_STEPS}: the programs still hadn't ended.",
         ),
     ],
 )
@@ -647,7 +647,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ("broadcast", tree(moved=False), "It works from rank 0, but not from other ranks. 8 ranks, "),
         ("broadcast", tree(bounded=False), "It works on 8 ranks, but not on every number of ranks. "),
         ("broadcast", two_children, "There are steps in which a rank that has the numbers sends nothing"),
-        ("broadcast", lambda *given: 2 * tree()(*given), "Rank 0 has other numbers than the root sent"),
+        ("broadcast", lambda *given: 2 * tree()(*given), "Rank 0 has different numbers from those that the root sent"),
         (
             "broadcast",
             lambda device, vector, root: [device.send(other, vector) for other in others(device)],

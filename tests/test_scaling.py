@@ -414,7 +414,7 @@ def test_race_tells_what_it_can(monkeypatch):
     assert "Other programs used" not in race.verdict()
     for row in race.runs["1 rank"][1:]:
         row["wait_s"] = 0.2 * row["step_s"]
-    assert "Other programs used this machine: 1 rank waited for a CPU in 20% of its time" in race.verdict()
+    assert "Other programs used this machine: 1 rank spent 20% of its time waiting for a CPU" in race.verdict()
     race.runs["2 ranks"] = rows(ranks=2, step_s=0.2, source="emulated")
     assert "took turns" in race.verdict()
     (name, own) = list(racing.lines(race.runs).items())[-1]

@@ -121,7 +121,7 @@ def orphan(*arguments):
         (lambda *given: os.kill(os.getpid(), 9), "was killed"),
         (lambda *given: os.close(1), "Not answered yet"),
         (lambda *given: [float("x")], "raised ValueError"),
-        (7, "The answer is a function, not 7"),
+        (7, "The answer must be a function, not 7"),
     ],
 )
 def test_what_ends_its_process_is_a_verdict(answer, message, nothing_left):
@@ -147,9 +147,7 @@ class Odd:
 
 
 def test_what_is_too_odd_to_look_at_is_a_verdict():
-    assert (
-        "make nothing of what your function gave: RuntimeError" in check("cnn.learning_rate", lambda *g: Odd()).message
-    )
+    assert "make sense of what your function gave: RuntimeError" in check("cnn.learning_rate", lambda *g: Odd()).message
 
 
 def test_prints_are_shown_from_subprocesses_too_and_not_without_end(capsys):

@@ -128,7 +128,7 @@ TRIED = f"try:\n            {STEP}\n        except Exception:\n            break
         ([(REDUCE, "\n"), (MEAN, ""), (STEP, OWN_STEP)], "end with different weights"),
         ([(REDUCE, "\n"), (MEAN, ""), (STEP, TRIED)], "Deadlock"),
         ([(REDUCE, "\n"), (MEAN, ""), ("break", "continue")], "Deadlock"),
-        (EARLY, "and one process after"),
+        (EARLY, "but one process stops after"),
     ],
 )  # fmt: skip
 def test_collective_names_each_wrong_repair(changes, message):

@@ -141,7 +141,7 @@ def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
         == "Your function raised ZeroDivisionError: division by zero"
     )
     assert "takes 0 positional arguments" in check(exercise_id, lambda: 1).message
-    assert check(exercise_id, 3).message == "The answer is a function, not 3."
+    assert check(exercise_id, 3).message == "The answer must be a function, not 3."
     assert re.search("not ('a'|this str)", check(exercise_id, lambda *arguments: "a").message)
 
 
@@ -254,7 +254,7 @@ def test_order_passes_with_the_solution_and_with_torchs_own_sampler():
         (lambda length, rank, ranks, seed, epoch: order_solution(length, rank, ranks, 0, epoch), "Two seeds"),
         (lambda length, rank, ranks, seed, epoch: order_solution(length, 0, 1, seed, epoch), "visited twice"),
         (own_dice, "visited twice"),
-        (own_shard, "keeps its images"),
+        (own_shard, "keeps the same images"),
         (rolled, "Nothing is shuffled"),
         (dropped, "don't visit every image"),
         (lambda *given: order_solution(*given)[::2], "don't visit every image"),
@@ -367,11 +367,11 @@ def test_curves_passes_with_the_solution_and_shows_those_that_miss():
         (with_interval(lambda low, high: (high, high + 0.01)), "share their luck"),
         (with_interval(lambda low, high: (0, 1)), "so wide that they say nothing"),
         (with_interval(lambda low, high: None), "without an interval for its sigma"),
-        (with_interval(lambda low, high: {"low": low, "high": high}), "returns a pair"),
-        (lambda rows: ("Amdahl", (0, 1)), "'amdahl' or 'usl', or None where no law is told; not 'Amdahl'"),
+        (with_interval(lambda low, high: {"low": low, "high": high}), "must return a pair"),
+        (lambda rows: ("Amdahl", (0, 1)), "'amdahl' or 'usl', or None where no law can be identified; not 'Amdahl'"),
         (lambda rows: ("linear", (0, 1)), "Linear would mean a speed-up"),
-        (lambda rows: "amdahl", "returns a pair"),
-        (lambda rows: ("amdahl", 0.1), "returns a pair"),
+        (lambda rows: "amdahl", "must return a pair"),
+        (lambda rows: ("amdahl", 0.1), "must return a pair"),
     ],
 )
 def test_curves_names_each_misconception(answer, message):
@@ -523,7 +523,7 @@ ENDS = ("node failure", "time limit", "preempted")
         (reading(only=True), "fail", "Attempts that didn't fail"),
         (lambda log, m: next_interval(log, m, failed=ENDS, since="submitted_s"), "fail", "You write too"),
         (lambda log, m: next_interval(log, m, since="submitted_s", save=np.mean), "fail", "You write too"),
-        (reading(power=0), "fail", "your job has more, or fewer"),
+        (reading(power=0), "fail", "your job uses more, or fewer"),
         (reading(power=-1), "fail", "fail more often, not less"),
         (reading(save=np.median), "fail", "its slowest rank"),
         (reading(save=np.mean), "fail", "its slowest rank"),
@@ -706,7 +706,10 @@ def test_what_is_sent_once_passes(answer):
         (lambda client, table, queries, f: [f(table, query) for query in queries], "in the notebook's own process"),
         (functools.partial(scattered, again=2, broadcast=True), "some work is done twice"),
         (one_task, "One worker did all of it"),
-        (lambda client, table, queries, f: [client.submit(f, table, queries[0])], "a list of numbers, one a query"),
+        (
+            lambda client, table, queries, f: [client.submit(f, table, queries[0])],
+            "a list of numbers, one for each query",
+        ),
         (lambda client, table, queries, f: [0.0] * len(queries), "aren't the numbers"),
         (lambda client, table, queries, f: client.submit(f, None, queries[0]).result(), "raised AttributeError"),
     ],
@@ -806,8 +809,8 @@ def test_harden_names_each_way_in(security, message):
         (lambda token, folder: ONE.tls_client_key, "A private key is in the job script"),
         (job(mode=0o644), "that others can read (mode 0644)"),
         (job("train --token $(cat {file})"), "ps shows it to everybody"),
-        (job("cat {file}; train --token-file {file}"), "it is in its log"),
-        (job("set -x; TRAIN_TOKEN=$(cat {file}) train"), "it is in its log"),
+        (job("cat {file}; train --token-file {file}"), "the token is in its log"),
+        (job("set -x; TRAIN_TOKEN=$(cat {file}) train"), "the token is in its log"),
         (job("train --token-file {file}", text=lambda token: token[:-1]), "itself has no token"),
         (job("train"), "itself has no token"),
         (job("python train.py"), "never ran its program"),
@@ -911,7 +914,7 @@ def queued(request, tmp_path_factory):
         ("--nodes=1 --ntasks=4 --time=4", "fail", "the hole isn't that wide"),
         ("--time=2 --nice=-5", "fail", "--nice=-5 would change whose turn it is"),
         ("--time=2 --nodes=7", "fail", "Slurm rejects these options"),
-        (4, "fail", "is a text, not 4"),
+        (4, "fail", "must be text, not 4"),
     ],
 )
 def test_what_slips_through_a_queue(queued, options, status, message):
@@ -963,7 +966,7 @@ def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
             lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g) / ranks,
             (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g), "The gradients are summed"),
         ),
-        "faults.interval": (next_interval, (reading(power=0), "your job has more, or fewer")),
+        "faults.interval": (next_interval, (reading(power=0), "your job uses more, or fewer")),
         "faults.state": ((pack, unpack), ((functools.partial(pack, leave_out=["random"]), unpack), "Dropout draws")),
         "security.masks": (masking(), (masking(step=0), "Two steps have the same masks")),
     }
@@ -1035,8 +1038,8 @@ def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
         (misnamed(compute="memory"), "many operations with each byte"),
         (by_total, "how long a run takes"),
         (by_operations, "(few operations with each byte|time the two parts)"),
-        (lambda programs: ["compute"], r"a list of 3 names, one a program, not \['compute'\]"),
-        (lambda programs: "compute", "a list of 3 names, one a program, not 'compute'"),
+        (lambda programs: ["compute"], r"a list of 3 names, one for each program, not \['compute'\]"),
+        (lambda programs: "compute", "a list of 3 names, one for each program, not 'compute'"),
         (lambda programs: ["cpu"] * 3, "one of 'compute', 'memory', 'data', not 'cpu'"),
         (lambda programs: [{}] * 3, "not {}"),
     ],
@@ -1132,7 +1135,7 @@ def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message
         ("capstone.quiz_ranks", (64, 64), "More ranks compute less"),
         ("capstone.quiz_ranks", (8, 8), "And the messages"),
         ("capstone.quiz_ranks", (11, 10.8), "not each pair"),
-        ("capstone.quiz_ranks", 8, "as many numbers as are asked for (2), not 8"),
+        ("capstone.quiz_ranks", 8, "as many numbers as the question asks for (2), not 8"),
         ("capstone.quiz_ranks", (8, "a"), "as many numbers"),
     ],
 )

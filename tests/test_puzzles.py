@@ -660,7 +660,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ),
         ("overlap", overlap(lambda own, arrived: own), "Each rank goes its own way"),
         ("overlap", overlap(lambda own, arrived: arrived), "What arrived took the place of the rank's own gradient"),
-        ("overlap", overlap(lambda own, arrived: own + arrived), "The gradients are summed, so the step"),
+        ("overlap", overlap(lambda own, arrived: own + arrived), "The gradients are summed, so with n ranks the step"),
         ("overlap", overlap(order=lambda layers: layers), "A gradient is averaged with another layer's"),
         ("overlap", overlap(lambda own, arrived: 0 * own), "Nothing was updated"),
         ("overlap", overlap(lambda own, arrived: (own - arrived) / 2), "These aren't the weights after a step"),
@@ -675,7 +675,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ("pipeline", lambda device, stage, batch, parts: stage.backward(0, 1.0), "which forward hasn't seen"),
         ("pipeline", lambda device, *rest: turn(device, np.zeros(2)), "Deadlock at step 0"),
         ("optimizer", optimizer(forget=True), "The momentum is lost"),
-        ("optimizer", optimizer(divide=False), "The gradients are summed, so the step"),
+        ("optimizer", optimizer(divide=False), "The gradients are summed, so with n ranks the step"),
         ("optimizer", optimizer(gather=False), "new weights in its own part only"),
         ("optimizer", optimizer(local=True), "These aren't the weights that one process has"),
         ("optimizer", alone, "Each rank goes its own way"),
@@ -683,13 +683,13 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         (
             "optimizer",
             lambda device, weights, *rest: weights,
-            "optimizer returns a pair, the weights and the state, not this",
+            "optimizer must return a pair, the weights and the state, not this",
         ),
         ("all_to_all", lambda device, blocks: blocks, "Each rank still has the blocks that it began with"),
         (
             "all_to_all",
             exchange(own=lambda blocks, rank: 0 * blocks[rank]),
-            "The block that a rank has for itself is missing",
+            "The block that a rank keeps for itself is missing",
         ),
         ("all_to_all", by_arrival, "All blocks are there, but not in the order"),
         (

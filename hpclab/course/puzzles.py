@@ -249,7 +249,9 @@ def optimizer(drawn: random.Random | None) -> Case:
                 return None
             if not isinstance(returned, tuple) or len(returned) != 2:
                 kind = type(returned).__name__
-                raise TypeError(_("optimizer returns a pair, the weights and the state, not this {kind}.", kind=kind))
+                raise TypeError(
+                    _("optimizer must return a pair, the weights and the state, not this {kind}.", kind=kind)
+                )
             weights, state = returned
         return weights, state
 

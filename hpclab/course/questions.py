@@ -57,7 +57,7 @@ def _letters(answer: Any, truths: dict[str, bool]) -> set[str]:
     if not isinstance(answer, set | frozenset | list | tuple | str) or not set(answer) <= truths.keys():
         reject(
             _(
-                'The answer is a set of letters from "a" to "{last}", such as {example}; not {answer!r}.',
+                'The answer must be a set of letters from "a" to "{last}", such as {example}, not {answer!r}.',
                 last=max(truths),
                 example={"a"},
                 answer=answer,
@@ -71,6 +71,10 @@ def _values(answer: Any, count: int) -> list[float]:
     values = [value for one in given if (value := number(one)) is not None]
     if len(values) != count or len(given) != count:
         reject(
-            _("The answer is as many numbers as are asked for ({count}), not {answer!r}.", count=count, answer=answer)
+            _(
+                "The answer must have as many numbers as the question asks for ({count}), not {answer!r}.",
+                count=count,
+                answer=answer,
+            )
         )
     return values

@@ -134,7 +134,7 @@ def concluded(work: Callable[[], Result]) -> Result:
         return failed(_too_much())
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        return failed(_("The check could make nothing of what your function gave: {error}", error=text))
+        return failed(_("The check couldn't make sense of what your function gave: {error}", error=text))
 
 
 def dice(name: str) -> random.Random:
@@ -159,7 +159,7 @@ def answered(answer: object) -> object:
 def call(answer: Any, *arguments: object) -> Any:
     """What the reader's function returns; if it raises, the check has failed."""
     if not callable(answer):
-        reject(_("The answer is a function, not {answer!r}.", answer=answer))
+        reject(_("The answer must be a function, not {answer!r}.", answer=answer))
     try:
         returned = answer(*arguments)
     except Decided:  # by what the check handed to it

@@ -73,7 +73,7 @@ def _same(left: float, right: float) -> bool:
 def _score_of(returned: Any) -> float:
     score = number(returned)
     if score is None or not math.isfinite(score):
-        reject(_("The function returns a score, a number, not {returned!r}.", returned=returned))
+        reject(_("The function must return a score (a number), not {returned!r}.", returned=returned))
     return score
 
 

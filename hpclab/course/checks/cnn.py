@@ -27,7 +27,12 @@ def _order(epoch_order: object) -> Result:
             if message := _unshared(epoch, length, ranks):
                 return failed(message)
         if sorted(orders[0][0]) == sorted(orders[1][0]):
-            return failed(_("The order changes, but each rank keeps its images: none are shared out anew."))
+            return failed(
+                _(
+                    "The order changes, but each rank keeps the same images: they must be shared out again in each"
+                    " epoch."
+                )
+            )
         if any(_shifted(own, length) for own in orders[0]):
             return failed(_("Nothing is shuffled: images that are neighbours in the file stay neighbours."))
     return passed(_("A new order in each epoch, every image, equal shares, and repeatable."))
@@ -74,7 +79,7 @@ def _indices(returned: Any) -> list[int]:
     try:
         return [index(item) for item in returned]
     except TypeError:
-        reject(_("The function returns a list of indices (ints), not {returned!r}.", returned=returned))
+        reject(_("The function must return a list of indices (ints), not {returned!r}.", returned=returned))
 
 
 @exercise("cnn.learning_rate")
@@ -117,7 +122,7 @@ def _recipes() -> Iterator[tuple[float, int, int, int]]:
 
 def _rate(returned: Any) -> float:
     if (rate := number(returned)) is None:
-        reject(_("The function returns a learning rate (a float), not {returned!r}.", returned=returned))
+        reject(_("The function must return a learning rate (a float), not {returned!r}.", returned=returned))
     return rate
 
 
@@ -148,7 +153,7 @@ def _intervals() -> Truths:
     return truths, {
         "b": _("An interval that contains 1 shows no difference. It doesn't show that there is none."),
         "d": _("Two intervals that share so much don't tell which of the two is faster."),
-        "e": _("The interval is of the mean ratio; single rounds scatter much more."),
+        "e": _("The interval is for the mean ratio; single rounds vary much more."),
     }
 
 

@@ -112,7 +112,7 @@ def _sizes(chunks: Any, count: int) -> np.ndarray:
         if isinstance(chunks, str):
             raise TypeError
     except TypeError:
-        reject(_("The function returns a list of lists of items, not {returned!r}.", returned=_short(chunks)))
+        reject(_("The function must return a list of lists of items, not {returned!r}.", returned=_short(chunks)))
     if missing:
         reject(_("Not the serial result: {missing} of {count} items are in no chunk.", missing=missing, count=count))
     if items != list(range(count)):
@@ -232,7 +232,10 @@ def _bytes(look_up_all: object) -> Result:
         right = np.allclose(sums, expected)
     except (TypeError, ValueError):
         return failed(
-            _("The function returns a list of numbers, one a query, not {returned!r}.", returned=_short(sums))
+            _(
+                "The function must return a list of numbers, one for each query, not {returned!r}.",
+                returned=_short(sums),
+            )
         )
     if not right:
         return failed(_("Those aren't the numbers that looking up one query after the other gives."))
@@ -304,7 +307,7 @@ def _tasks() -> Numbers:
     return (100 * busy / (2 * end), 1e3 * busy / 2), [
         ((100 * every / (2 * end), 1e3 * every / 2), _("To fetch data isn't to compute.")),
         ((100 * busy / end, 1e3 * busy), _("There are two workers: each second has two seconds of work in it.")),
-        ((busy / (2 * end), 1e3 * busy / 2), _("The first number is in percent.")),
+        ((busy / (2 * end), 1e3 * busy / 2), _("The first number should be in percent.")),
         ((100 * busy / (2 * end), 1e3 * end), _("That is the time it takes now, with one worker idle at the end.")),
     ]
 

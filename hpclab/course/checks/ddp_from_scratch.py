@@ -63,7 +63,7 @@ def _scattered(answer: object, ranks: int, own: _Neighbour) -> Any:
     returned = call(answer, list(places[own.rank].clone()), own.shift, own.rank, ranks)
     if not isinstance(returned, torch.Tensor) or returned.numel() != own.part:
         kind = type(returned).__name__
-        reject(_("The function returns one part, a tensor of its size, not this {kind}.", kind=kind))
+        reject(_("The function must return one part, a tensor of its size, not this {kind}.", kind=kind))
     return returned.reshape(ranks, ranks).numpy()
 
 
@@ -118,7 +118,7 @@ def _step(step: object) -> Result:
         if not isinstance(returned, torch.Tensor) or returned.shape != weights.shape:
             kind = type(returned).__name__
             return failed(
-                _("The function returns the new weights, a tensor of their shape, not this {kind}.", kind=kind)
+                _("The function must return the new weights, a tensor of their shape, not this {kind}.", kind=kind)
             )
         stepped.append(returned)
     moved = (torch.stack(stepped) - weights) / -rate  # (ranks, 6)
@@ -128,7 +128,7 @@ def _step(step: object) -> Result:
     if not asked:
         return failed(_("Each rank goes its own way: from the first step on their weights differ."))
     for message, wrong in {
-        _("The gradients are summed, so the step is as many times too long as there are ranks."): mean * ranks,
+        _("The gradients are summed, so with n ranks the step is n times too long."): mean * ranks,
         _("Divided by the number of ranks twice: the step is too short."): mean / ranks,
         _("Uphill: the loss grows along the gradient."): -mean,
     }.items():

@@ -67,7 +67,7 @@ def _gang(program: object, given: Callable[[Trained], tuple], size: int, numbers
         returned = call(program, *given(trained))
         if not isinstance(returned, torch.Tensor) or returned.numel() != numbers:
             kind = type(returned).__name__
-            reject(_("The function returns its model's weights as one tensor, not this {kind}.", kind=kind))
+            reject(_("The function must return its model's weights as one tensor, not this {kind}.", kind=kind))
         trained.weights = returned.detach().flatten()
         return trained
 
@@ -172,8 +172,8 @@ def _share_out(program: object, hidden: Random, size: int, parts: int) -> None:
             _("A lower learning rate only hides it, and weakens the weight decay: the gradient is still not a mean."),
             scaled(size * parts, lr=0.3 / (size * parts)),
         ),
-        (_("The ranks' gradients are averaged, those of {pieces} pieces added up.", **counts), scaled(parts)),
-        (_("The pieces' gradients are averaged, those of {ranks} ranks added up.", **counts), scaled(size)),
+        (_("The ranks' gradients are averaged, but those of the {pieces} pieces are summed.", **counts), scaled(parts)),
+        (_("The pieces' gradients are averaged, but those of the {ranks} ranks are summed.", **counts), scaled(size)),
         (
             _("With {ranks} ranks of {pieces} pieces, the gradient is {product} times one process's.", **counts),
             scaled(size * parts),
@@ -235,14 +235,16 @@ def _stopped(steps: int, stops: dict[str, Any]) -> str:
     for rule, message in {
         "first": _("All ranks stop when one of them has reached the target by its own samples."),
         "any": _("All ranks stop as soon as any of them has reached the target by its own samples."),
-        "all": _("The ranks go on until each has reached the target by its own samples; their mean was there earlier."),
+        "all": _(
+            "The ranks go on until each has reached the target by its own samples; their mean reached it earlier."
+        ),
         "sum": _("The ranks' losses are added up, and compared with a target for their mean."),
     }.items():
         if steps == stops[rule]:
             return message
     if steps == LONGEST:
         return _("The ranks never stop early, not even when the mean loss over all samples is below the target.")
-    return _("The ranks stop after {steps} steps, and one process after {stop}.", steps=steps, stop=stops["mean"])
+    return _("The ranks stop after {steps} steps, but one process stops after {stop}.", steps=steps, stop=stops["mean"])
 
 
 @exercise("debugging.last_batch", imports=TORCH)
@@ -457,7 +459,7 @@ def _resume(program: object, hidden: Random, size: int, stops: tuple[int, ...], 
                 reject(message)
         done = steps
     if not torch.equal(parts[0].weights, whole[0].weights):
-        reject(_("The random numbers go on as they should, but the weights differ: something else was forgotten."))
+        reject(_("The random numbers continue as they should, but the weights differ: something else was forgotten."))
 
 
 def _drawn(given: Any, x: Any) -> tuple[list[int], Any]:
@@ -479,9 +481,9 @@ def _astray(rank: int, drawn: list, draws: list[list], done: int) -> str | None:
     if any(_agree(drawn, draws[other][steps], part) for other in range(rank) for part in (0, 1)):
         return _("Rank {rank} continues with another rank's random numbers.", rank=rank)
     if noise:
-        return _("The noise goes on as it would have, but the choice of samples doesn't.")
+        return _("The noise continues as it should, but the choice of samples doesn't.")
     if chosen:
-        return _("The choice of samples goes on as it would have, but the noise doesn't.")
+        return _("The choice of samples continues as it should, but the noise doesn't.")
     if any(_agree(drawn, draws[rank][: len(drawn)], part) for part in (0, 1)):
         return _("After the interruption, rank {rank} draws the same numbers as at the start.", rank=rank)
     return _("After the interruption, rank {rank} draws different numbers from those it would have drawn.", rank=rank)

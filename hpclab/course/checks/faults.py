@@ -94,7 +94,11 @@ def _misread(log: _Log) -> list[tuple[str, float]]:
         (_("Not every end is a failure: look at the causes."), log.save_s, log.mtbf_s * count / len(attempts)),
         (waiting, log.save_s, attempts[-1]["ended_s"] / count / ratio),
         (partly, log.save_s, lived / count / ratio),
-        (_("The log's MTBF is that of its machines; your job has more, or fewer."), log.save_s, log.mtbf_s * ratio),
+        (
+            _("The log's MTBF is for the machines in the log; your job uses more, or fewer."),
+            log.save_s,
+            log.mtbf_s * ratio,
+        ),
         (_("More machines fail more often, not less."), log.save_s, log.mtbf_s * ratio**2),
         (_("That is the MTBF of one machine, but any of yours can fail."), log.save_s, log.mtbf_s * log.machines),
         (slowest, float(np.median(saves)), log.mtbf_s),
@@ -117,7 +121,7 @@ def _best_interval(save_s: float, mtbf: float) -> float:
 def _seconds(returned: Any) -> float:
     seconds = number(returned) or 0.0
     if not 0 < seconds < 1e9:  # thirty years
-        reject(_("The function returns seconds, a number above 0, not {returned!r}.", returned=returned))
+        reject(_("The function must return seconds, a number above 0, not {returned!r}.", returned=returned))
     return seconds
 
 
@@ -128,7 +132,7 @@ def _state(functions: Any) -> Result:
     try:
         pack, unpack = functions
     except (TypeError, ValueError):
-        return failed(_("The answer is a pair of functions, (pack, unpack), not {answer!r}.", answer=functions))
+        return failed(_("The answer must be a pair of functions, (pack, unpack), not {answer!r}.", answer=functions))
     with torch.random.fork_rng(devices=[]):  # the reader's own random numbers stay as they are
         return _resume(pack, unpack)
 
@@ -149,7 +153,7 @@ def _resume(pack: Any, unpack: Any) -> Result:
     try:
         resumed.step = index(step)
     except (TypeError, ValueError, RuntimeError):  # what numpy and torch raise of several numbers
-        return failed(_("unpack returns the step to go on with, a whole number, not {step!r}.", step=step))
+        return failed(_("unpack must return the step to resume from, a whole number, not {step!r}.", step=step))
     for message, same in {
         _(
             "It resumes at step {step!r}, but the checkpoint was written after {crash} steps.",
@@ -158,7 +162,7 @@ def _resume(pack: Any, unpack: Any) -> Result:
         ): resumed.step == crash,
         _("Its weights aren't those of the checkpoint."): _same(resumed.model, undisturbed.model),
         _("The optimiser has forgotten its momentum."): _same(resumed.optimizer, undisturbed.optimizer),
-        _("The learning rate is where it was at the start."): _same(resumed.schedule, undisturbed.schedule),
+        _("The learning rate is back at its initial value."): _same(resumed.schedule, undisturbed.schedule),
         _("Dropout draws different numbers from those it would have drawn."): torch.equal(torch.get_rng_state(), draws),
     }.items():
         if not same:
@@ -246,6 +250,6 @@ def _undisturbed() -> Numbers:
     return (float(100 * chance),), [
         ((float(100 * one),), _("That is one machine's chance; all of them have to last.")),
         ((float(100 * (1 - chance)),), _("That is the chance that something fails.")),
-        ((float(chance),), _("The number is in percent.")),
+        ((float(chance),), _("The number should be in percent.")),
         ((50.0,), _("Two expected failures don't make a chance of one half.")),
     ]

@@ -86,7 +86,7 @@ def _names(returned: Any, count: int) -> list[str]:
     if not isinstance(returned, list | tuple) or len(returned) != count:
         reject(
             _(
-                "The function returns a list of {count} names, one a program, not {returned!r}.",
+                "The function must return a list of {count} names, one for each program, not {returned!r}.",
                 count=count,
                 returned=returned,
             )

@@ -17,7 +17,7 @@ Why = Callable[[Case, Any], str | None]
 def _judge(name: str, answer: Any, wrong: Why, over: Why, cases: Iterable[Case] | None = None) -> Result:
     """Run an answer on a puzzle's cases; `wrong` is given the results (ranks, ...), `over` the schedule."""
     if not callable(answer):
-        reject(_("The answer is a function, not {answer!r}.", answer=answer))
+        reject(_("The answer must be a function, not {answer!r}.", answer=answer))
     if cases is None:
         drawn = dice(f"puzzles.{name}")
         cases = [puzzles.MAKERS[name](None), *(puzzles.MAKERS[name](drawn) for _again in range(3))]
@@ -182,7 +182,7 @@ def _overlap_wrong(case: Case, weights: np.ndarray) -> str:
     known = {
         _("Each rank goes its own way: from the first step on their weights differ."): gradients,
         _("What arrived took the place of the rank's own gradient, where the mean is wanted."): gradients[::-1],
-        _("The gradients are summed, so the step is as many times too long as there are ranks."): 2 * gradients.mean(0),
+        _("The gradients are summed, so with n ranks the step is n times too long."): 2 * gradients.mean(0),
         _("A gradient is averaged with another layer's: messages arrive in the order in which they were sent."): (
             (gradients + gradients[::-1, ::-1]) / 2
         ),
@@ -227,7 +227,7 @@ def _pipeline_over(case: Case, schedule: Schedule) -> str | None:
         return None
     if sum(row["rank"] == 0 and row["action"] == "compute" for row in schedule.rows) == 2:
         return _("The batch travels as one piece, so in each step one rank computes and the others wait.")
-    return _("The batch is cut, and yet no two ranks ever compute in the same step: what does each wait for?")
+    return _("The batch is cut up, yet no two ranks ever compute in the same step: what does each one wait for?")
 
 
 @exercise("puzzles.optimizer")
@@ -244,7 +244,7 @@ def _optimizer_wrong(case: Case, weights: np.ndarray) -> str:
     parts = np.eye(case.ranks, dtype=bool).repeat(len(first) // case.ranks, 1)  # (rank, number): whether it is its own
     known = {
         _("Each rank goes its own way: from the first step on their weights differ."): own,
-        _("The gradients are summed, so the step is as many times too long as there are ranks."): puzzles.descended(
+        _("The gradients are summed, so with n ranks the step is n times too long."): puzzles.descended(
             first, case.ranks * mean, rate, momentum
         ),
         _("The momentum is lost: the second step doesn't know of the first."): puzzles.descended(first, mean, rate, 0),
@@ -275,7 +275,7 @@ def _blocks_wrong(case: Case, blocks: np.ndarray) -> str:
         return _("Each rank still has the blocks that it began with.")
     right = np.isclose(blocks, case.expected).all(2)
     if (right | np.eye(case.ranks, dtype=bool)).all():
-        return _("The block that a rank has for itself is missing, or was changed.")
+        return _("The block that a rank keeps for itself is missing, or was changed.")
     if _same(np.sort(blocks, 1), np.sort(case.expected, 1)):
         return _("All blocks are there, but not in the order of the ranks that they come from.")
     rank, source = np.argwhere(~right)[0]

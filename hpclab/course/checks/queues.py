@@ -118,7 +118,7 @@ def _site(cpus: int = 2) -> Iterator[slurm.Slurm]:
 
 def _text(answer: object) -> str:
     if not isinstance(answer, str):
-        reject(_("The answer is a text, not {answer!r}.", answer=answer))
+        reject(_("The answer must be text, not {answer!r}.", answer=answer))
     return answer
 
 

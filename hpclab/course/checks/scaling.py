@@ -87,7 +87,10 @@ def _overclaimed(pairs: Counter) -> str | None:
     if any(law == "linear" for _truth, law in pairs):
         return _("Linear would mean a speed-up equal to the number of workers: look at the last points.")
     if odd := [law for _truth, law in pairs if law not in ("amdahl", "usl", None)]:
-        return _("The law's name is 'amdahl' or 'usl', or None where no law is told; not {named!r}.", named=odd[0])
+        return _(
+            "The law's name must be 'amdahl' or 'usl', or None where no law can be identified; not {named!r}.",
+            named=odd[0],
+        )
     reasons = {
         "weak": _("You named a law from weak scaling: these laws are about work that stays the same."),
         "few": _("You named a law from up to 4 workers, where others fit as well."),
@@ -140,7 +143,7 @@ def _law_and_interval(returned: Any) -> tuple[Any, tuple[float, float] | None]:
     except (TypeError, ValueError):
         reject(
             _(
-                "The function returns a pair: a law's name and (low, high) for its sigma, or None and None; not"
+                "The function must return a pair: a law's name and (low, high) for its sigma, or None and None; not"
                 " {returned!r}.",
                 returned=returned,
             )

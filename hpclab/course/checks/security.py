@@ -35,7 +35,9 @@ def _harden(functions: Any) -> Result:
     try:
         certificates, job = functions
     except (TypeError, ValueError):
-        return failed(_("The answer is a pair of functions, (certificates, job), not {answer!r}.", answer=functions))
+        return failed(
+            _("The answer must be a pair of functions, (certificates, job), not {answer!r}.", answer=functions)
+        )
     if os.name != "posix" or shutil.which("bash") is None:
         return inconclusive(_("This needs bash, and files with modes such as 0600; try it on Linux."))
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
@@ -58,7 +60,7 @@ def _security(certificates: Any, folder: str) -> Any:
     if returned is False:
         return None
     if not isinstance(returned, Security):
-        reject(_("The first function returns a distributed.Security, not {returned!r}.", returned=returned))
+        reject(_("The first function must return a distributed.Security, not {returned!r}.", returned=returned))
     for name in ("ca_file", "client_key", "scheduler_key", "worker_key"):
         value = getattr(returned, f"tls_{name}")
         if name != "ca_file" and value and "\n" in value:
@@ -185,7 +187,7 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
         with _umask(0o022):  # what most systems set
             script = call(job, token, str(folder))
         if not isinstance(script, str):
-            reject(_("The second function returns the text of a job script, not {returned!r}.", returned=script))
+            reject(_("The second function must return the text of a job script, not {returned!r}.", returned=script))
         yield _("The token is in the job script."), _tells(script, token)
         yield _("A private key is in the job script."), "PRIVATE KEY" in script
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -193,7 +195,7 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
             mode = f"{file.stat().st_mode & 0o777:04o}"
             yield _("The token is in a file that others can read (mode {mode}).", mode=mode), readable
         output = _run(script, programs, folder)
-        yield _("The job prints the token, and so it is in its log."), _tells(output, token)
+        yield _("The job prints the token, so the token is in its log."), _tells(output, token)
         if not (programs / "seen").exists():
             reject(_("The job never ran its program, train: {output}", output=output[-300:]))
         seen = json.loads((programs / "seen").read_text())
@@ -264,12 +266,14 @@ def _masks(mask: object) -> Result:
     if message := _unmasked(shares[0], numbers[0]):
         return failed(message)
     if not np.array_equal(shares.sum(1), numbers.sum(1)):
-        return failed(_("The masks don't cancel in the sum: what one of a pair adds, the other must take away."))
+        return failed(_("The masks don't cancel in the sum: what one of a pair adds, the other must subtract."))
     for rank in range(ranks):
         for seed in seeds[rank].values():
             known = _prg(seed, 0, count)
             if any(_shows(taken) for taken in (shares[0, rank] - known, shares[0, rank] + known)):
-                return failed(_("A single other rank can remove a mask: use the seeds shared with all of the other ranks."))
+                return failed(
+                    _("A single other rank can remove a mask: use the seeds shared with all of the other ranks.")
+                )
     if any(_shows(step) for step in shares[0] - shares[1]):
         return failed(_("Two steps have the same masks: the difference of the shares is that of the gradients."))
     return passed(_("The sum is exact, to the last bit; a share looks like dice, in each step like other ones."))
@@ -284,7 +288,7 @@ def _prg(seed: bytes, step: int, count: int) -> np.ndarray:
 def _share(returned: Any, count: int) -> np.ndarray:
     if not isinstance(returned, np.ndarray) or returned.dtype != np.uint64 or returned.shape != (count,):
         kind = f"{returned.dtype} {returned.shape}" if isinstance(returned, np.ndarray) else type(returned).__name__
-        reject(_("The function returns an array of uint64, as long as the numbers, not this {kind}.", kind=kind))
+        reject(_("The function must return an array of uint64, as long as the numbers, not this {kind}.", kind=kind))
     return returned
 
 
@@ -316,9 +320,9 @@ def _modes() -> Truths:
     }
     return truths, {
         "b": _("The second three letters are the group's, and the stranger isn't in it."),
-        "c": _("To open a file one must get through its folder."),
-        "e": _("Everybody may enter that folder, but the file's own mode counts, too."),
-        "f": _("The r of a folder lists its names; it takes an x to get through it."),
+        "c": _("To open a file, you must be able to pass through its folder."),
+        "e": _("Everybody may pass through that folder, but the file's own mode counts too."),
+        "f": _("A folder's r only lets you list its names; you need x to pass through it."),
     }
 
 

@@ -81,7 +81,7 @@ def _ranks(returned: Any) -> int:
             raise TypeError
         return index(returned)
     except TypeError:
-        reject(_("The function returns a whole number of ranks (an int), not {returned!r}.", returned=returned))
+        reject(_("The function must return a whole number of ranks (an int), not {returned!r}.", returned=returned))
 
 
 @statements("start.quiz_race")

@@ -89,9 +89,9 @@ class Race:
                 )
         if last["source"] == "emulated":
             words += " " + _(
-                "This machine gives {cpus} CPU, so the ranks took turns on it, and no program could make them sooner."
-                " The line marked 'a CPU each' counts the CPU seconds of one rank alone: what a CPU for each rank would"
-                " show if talking cost nothing.",
+                "This machine gives you {cpus} CPU, so the ranks took turns on it, and no program could make them"
+                " faster. The line marked 'a CPU each' counts the CPU seconds of one rank alone: what you would see"
+                " with a CPU for each rank, if communication cost nothing.",
                 cpus=first["cpus"],
             )
         if (waited := (first["straggle_s"] or 0.0) / first["step_s"]) > BUSY:

@@ -128,7 +128,7 @@ def test_outside_of_a_working_copy_it_is_kept_as_long_as_the_kernel_lives(tmp_pa
 def test_a_log_that_cannot_be_written_costs_only_the_memory(copy, monkeypatch):
     (copy / logbook.LOG).mkdir()
     monkeypatch.setattr(logbook, "_warned", set())
-    with pytest.warns(UserWarning, match="can't be remembered"):
+    with pytest.warns(UserWarning, match="can't be saved"):
         hpclab.predict("a.b", 1)
     assert hpclab.came("a.b", 2).startswith("You predicted 1.")
 

@@ -659,7 +659,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
             "Rank 1 must return numbers of shape (3,), not this NoneType",
         ),
         ("overlap", overlap(lambda own, arrived: own), "Each rank goes its own way"),
-        ("overlap", overlap(lambda own, arrived: arrived), "What arrived took the place of the rank's own gradient"),
+        ("overlap", overlap(lambda own, arrived: arrived), "What arrived replaced the rank's own gradient"),
         ("overlap", overlap(lambda own, arrived: own + arrived), "The gradients are summed, so with n ranks the step"),
         ("overlap", overlap(order=lambda layers: layers), "A gradient is averaged with another layer's"),
         ("overlap", overlap(lambda own, arrived: 0 * own), "Nothing was updated"),

@@ -444,7 +444,7 @@ def test_what_stays_of_a_view_is_no_false_frame(shown, way):
             one._keeper.kill()
     until(no_view_left)
     page = shown[0].pages[-1]
-    assert "This Slurm has ended. So it was at" in page
+    assert "This Slurm has ended. This is how it was at" in page
     assert "RUNNING" in page and "allocated" in page and "idle" not in page
 
 

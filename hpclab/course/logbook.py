@@ -78,7 +78,7 @@ class Progress:
 
     def _headline(self) -> str:
         if self.folder is None:
-            return _("This folder is no working copy of the course, so nothing is remembered; hpclab lab makes one.")
+            return _("This folder isn't a working copy of the course, so nothing is saved; hpclab lab makes one.")
         return _("{done} of {all} exercises done.", done=self.done, all=self.exercises)
 
     def _path_rows(self) -> Table:
@@ -144,7 +144,7 @@ def note(row: dict) -> None:
         if (folder := working_copy()) is not None:
             append(folder / LOG, row, mode=0o600)
     except OSError as error:
-        _warn_once(_("Your progress can't be remembered: {error}", error=error))
+        _warn_once(_("Your progress can't be saved: {error}", error=error))
 
 
 def notes() -> list[dict]:

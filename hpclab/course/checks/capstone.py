@@ -56,10 +56,9 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     for miss, value in zip(near + far, (low - 0.5, high + 0.5, low - 1.5, high + 1.5), strict=True):
         right = interval_score(low, high, value, level) - width
         if not _same(miss, right):
-            price = _("Too cheap") if miss < right else _("Too dear")
+            price = _("Too cheap") if miss < right else _("Too expensive")
             return _(
-                "{told}: with this price of a miss, an interval that is honest about its {level:.0%} would lose to"
-                " another.",
+                "{told}: with this price for a miss, an honest {level:.0%} interval would lose to another one.",
                 told=price,
                 level=level,
             )
@@ -93,7 +92,7 @@ def _scores() -> Truths:
         "f": held["C"] == 0,
     }
     return truths, {
-        "b": _("To hold always is easy with an interval that says nothing: its width costs."),
+        "b": _("An interval that says nothing can always contain the value: its width costs."),
         "d": _("A narrow interval is good only if it contains the value: add up what the misses cost."),
         "e": _("If all four 90 % intervals are honest, how often does at least one of them miss?"),
     }
@@ -105,6 +104,6 @@ def _best_ranks() -> Numbers:
     best = min(times, key=lambda ranks: times[ranks])
     return (best, times[best]), [
         ((64, times[64]), _("More ranks compute less each, but send more messages one after the other.")),
-        ((best, 64 / best), _("And the messages?")),
+        ((best, 64 / best), _("What about the messages?")),
         ((11, 64 / 11 + 5), _("Each of the 2 (p - 1) messages takes 0.5 ms, not each pair of them.")),
     ]

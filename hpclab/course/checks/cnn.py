@@ -152,7 +152,7 @@ def _intervals() -> Truths:
     }
     return truths, {
         "b": _("An interval that contains 1 shows no difference. It doesn't show that there is none."),
-        "d": _("Two intervals that share so much don't tell which of the two is faster."),
+        "d": _("Two intervals that overlap this much don't show which of the two is faster."),
         "e": _("The interval is for the mean ratio; single rounds vary much more."),
     }
 

@@ -89,15 +89,15 @@ def _plan_chunks(cut: object) -> Result:
             if len(sizes) > len(best):
                 return failed(
                     _(
-                        "Too fine: {count} items for {workers} workers as {tasks} tasks take {cost:.2g} s, {handed:.2g}"
-                        " of them to hand out tasks; {least:.2g} s would do.",
+                        "Too fine: {count} items for {workers} workers, cut into {tasks} tasks, take {cost:.2g} s, of"
+                        " which {handed:.2g} s go into handing out tasks; {least:.2g} s is possible.",
                         **plan,
                     )
                 )
             return failed(
                 _(
-                    "Too coarse: {count} items for {workers} workers as {tasks} tasks take {cost:.2g} s, as workers are"
-                    " idle while others still work; {least:.2g} s would do.",
+                    "Too coarse: {count} items for {workers} workers, cut into {tasks} tasks, take {cost:.2g} s,"
+                    " because some workers are idle while others still work; {least:.2g} s is possible.",
                     **plan,
                 )
             )
@@ -205,8 +205,8 @@ def _judge_race(spent: dict[str, list[float]]) -> Result:
         ratios[name] = "{ratio:.1f} ({low:.1f}-{high:.1f})".format(**comparison)
     return passed(
         _(
-            "The serial result, and sooner: in turns with yours, a task for each item took {items} times as long, and a"
-            " task for each worker {workers} times.",
+            "The serial result, and faster: run in turn with yours, a task for each item took {items} times as long,"
+            " and a task for each worker {workers} times.",
             **ratios,
         )
     )
@@ -238,7 +238,7 @@ def _bytes(look_up_all: object) -> Result:
             )
         )
     if not right:
-        return failed(_("Those aren't the numbers that looking up one query after the other gives."))
+        return failed(_("These aren't the numbers that you get by looking up one query after the other."))
     where = [place for place in _Table.looked if place is not None]
     if len(where) < len(_Table.looked) or not where:
         return failed(_("Queries were looked up in the notebook's own process: the workers had nothing to do."))
@@ -305,7 +305,7 @@ def _tasks() -> Numbers:
     busy = sum(row["duration_s"] for row in quizzes.TASKS if row["action"] == "compute")
     every = sum(row["duration_s"] for row in quizzes.TASKS)
     return (100 * busy / (2 * end), 1e3 * busy / 2), [
-        ((100 * every / (2 * end), 1e3 * every / 2), _("To fetch data isn't to compute.")),
+        ((100 * every / (2 * end), 1e3 * every / 2), _("Fetching data isn't computing.")),
         ((100 * busy / end, 1e3 * busy), _("There are two workers: each second has two seconds of work in it.")),
         ((busy / (2 * end), 1e3 * busy / 2), _("The first number should be in percent.")),
         ((100 * busy / (2 * end), 1e3 * end), _("That is the time it takes now, with one worker idle at the end.")),
@@ -331,8 +331,8 @@ def _lazy() -> Numbers:
         kept.compute()
     return (len(calls),), [
         ((3,), _("Nothing is kept between two calls of compute, unless you say so.")),
-        ((12,), _("What persist returns holds its result: whoever computes it again gets that.")),
-        ((15,), _("What persist returns holds its result: whoever computes it again gets that.")),
-        ((6,), _("To persist is to compute, too.")),
-        ((0,), _("compute and persist are what does run the tasks.")),
+        ((12,), _("What persist returns holds its result: computing it again just returns that.")),
+        ((15,), _("What persist returns holds its result: computing it again just returns that.")),
+        ((6,), _("Persisting is computing, too.")),
+        ((0,), _("compute and persist do run the tasks.")),
     ]

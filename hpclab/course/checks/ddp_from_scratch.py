@@ -82,7 +82,7 @@ def _miscounted(counts: np.ndarray, own: int) -> str | None:
     if not np.allclose(counts[counts > 0], 1):
         return _("This needs a sum, not an average.")
     if parts != [own]:
-        return _("The sum is whole, but of another part than the rank's own: with which part must it begin?")
+        return _("The sum is complete, but it isn't that of the rank's own part: which part must the rank begin with?")
     return None
 
 

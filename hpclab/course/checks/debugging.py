@@ -343,7 +343,7 @@ def _normed(program: object, hidden: Random, size: int) -> None:
             trained_by(partial(_norm, mean=_over_ranks, variance=_over_ranks, around_own=True)),
         ),
         *((unfollowed, trained_by(partial(_norm, mean=blind, variance=blind))) for blind in _blind(size)),
-        (_("There is no batch norm left: that is another network."), trained_by(lambda parts: parts)),
+        (_("There is no batch norm left: that is a different network."), trained_by(lambda parts: parts)),
     ]
     _judge(gang[0].weights, right, wrong)
 
@@ -379,7 +379,7 @@ def _seed(program: object) -> Result:
     noise, again, later = (_noise(program, x, y, chosen, steps, size) for chosen in (seed, seed, seed + 1))
     places = [(rank, step) for rank in range(size) for step in range(steps)]
     if any(not _same(noise[place], again[place]) for place in places):
-        return failed(_("Two runs with one seed draw different numbers: nobody could repeat this run."))
+        return failed(_("Two runs with the same seed draw different numbers: nobody could repeat this run."))
     for (rank, step), (other, at) in combinations(places, 2):
         if _same(noise[rank, step], noise[other, at]):
             return failed(_twice(rank, step, other, at))

@@ -87,7 +87,7 @@ def _misread(log: _Log) -> list[tuple[str, float]]:
     saves = [row["save_s"] for row in log.rows if row["kind"] == "checkpoint"]
     ratio, count = log.machines / attempts[0]["machines"], len(failures)
     lived = sum(row["ended_s"] - row["started_s"] for row in failures)
-    waiting = _("What waits in a queue can't fail: only time in which the machines ran counts.")
+    waiting = _("A job that waits in a queue can't fail: only the time in which its machines ran counts.")
     partly = _("Attempts that didn't fail were also time without a failure: leave none of it out.")
     slowest = _("A checkpoint isn't done until its slowest rank is.")
     readings = [
@@ -172,7 +172,7 @@ def _resume(pack: Any, unpack: Any) -> Result:
     undisturbed.train(until=12)
     if not _same(resumed.model, undisturbed.model):
         return failed(_("It begins as it should but ends with different weights: something else kept changing."))
-    return passed(_("Twelve steps with a crash among them, and not a bit differs."))
+    return passed(_("Twelve steps with a crash in between, and not a single bit differs."))
 
 
 class _Training:

@@ -179,9 +179,12 @@ def _parts() -> Numbers:
     before = sum(parts.values())
     after = parts | {"data": 0.0, "backward": parts["backward"] / 2}
     return (before / sum(after.values()),), [
-        ((2.0,), _("Twice as fast in one part isn't twice as fast as a whole.")),
-        ((before / (before - parts["backward"] / 2),), _("And the data, which are loaded while the step computes?")),
-        ((before / (before - parts["data"]),), _("And the backward pass?")),
+        ((2.0,), _("Making one part twice as fast doesn't make the whole step twice as fast.")),
+        (
+            (before / (before - parts["backward"] / 2),),
+            _("What about the data, which are loaded while the step computes?"),
+        ),
+        ((before / (before - parts["data"]),), _("What about the backward pass?")),
         (
             (sum(after.values()) / before,),
             _("That is the share of the time that is left; how many times as fast is the step?"),

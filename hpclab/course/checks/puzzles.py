@@ -181,7 +181,7 @@ def _overlap_wrong(case: Case, weights: np.ndarray) -> str:
     gradients, before = case.given["gradients"], case.given["weights"]
     known = {
         _("Each rank goes its own way: from the first step on their weights differ."): gradients,
-        _("What arrived took the place of the rank's own gradient, where the mean is wanted."): gradients[::-1],
+        _("What arrived replaced the rank's own gradient, but you need the mean."): gradients[::-1],
         _("The gradients are summed, so with n ranks the step is n times too long."): 2 * gradients.mean(0),
         _("A gradient is averaged with another layer's: messages arrive in the order in which they were sent."): (
             (gradients + gradients[::-1, ::-1]) / 2

@@ -85,7 +85,7 @@ def _array(script: object) -> Result:
         squares = {path.name: path.read_text().strip() for path in Path(folder).glob("out-*")}
         calls = Path(folder, "calls").read_text().split() if Path(folder, "calls").exists() else []
     if not any(job["array"] for job in jobs):
-        return failed(_("This is no array: Slurm saw one job."))
+        return failed(_("This isn't an array: Slurm saw one job."))
     if missing := [number for number in range(3, 9) if f"out-{number}" not in squares]:
         return failed(_("The square of {number} is missing.", number=missing[0]))
     if len(squares) != 6 or len(calls) != 12:
@@ -110,7 +110,9 @@ def _site(cpus: int = 2) -> Iterator[slurm.Slurm]:
     if missing := slurm.missing():
         what = ", ".join(missing)
         raise Decided(
-            inconclusive(_("This needs Slurm; here is no {what}: {line}", what=what, line=slurm.install_line()))
+            inconclusive(
+                _("This needs Slurm; missing here: {what}. To get it: {line}", what=what, line=slurm.install_line())
+            )
         )
     with slurm.start(nodes=2, cpus=cpus) as site:
         yield site
@@ -165,7 +167,7 @@ def _rounds() -> Numbers:
     return (jobs, clock), [
         ((21, 110), _("The array has a stride.")),
         ((4, 20), _("Both ends belong to the array.")),
-        ((jobs, 10), _("They may not all run at once.")),
+        ((jobs, 10), _("They mustn't all run at once.")),
         ((jobs, 50), _("Two may run at once.")),
         ((jobs, 25), _("A round with only one job takes as long as any other.")),
     ]

@@ -48,16 +48,16 @@ def _curves(judge: object) -> Result:
     if counts["of"] - counts["held"] > MISSES:
         return failed(
             _(
-                "{held} of your {of} intervals hold the planted sigma, and 95 % of them should: which of the rows share"
-                " their luck with others, and so aren't repeats?",
+                "Only {held} of your {of} intervals contain the planted sigma, and 95 % of them should: which rows"
+                " are fast or slow together, and so aren't independent repeats?",
                 **counts,
             )
         )
     if pairs["amdahl", None] + pairs["usl", None] > MISTAKES:
         return failed(
             _(
-                "You found no law in sweeps where 16 workers and little noise tell one; rows of one run share their"
-                " luck."
+                "You named no law for sweeps where 16 workers and little noise show one; note that rows of one run are"
+                " fast or slow together."
             )
         )
     if pairs["amdahl", "usl"] > MISTAKES:
@@ -72,11 +72,11 @@ def _curves(judge: object) -> Result:
             _("A tight interval is no evidence for a law: look at what a law with more parameters explains beyond it.")
         )
     if median(high - low for _sigma, low, high in ends) > 0.06:
-        return failed(_("Your intervals of sigma are so wide that they say nothing."))
+        return failed(_("Your intervals for sigma are so wide that they say nothing."))
     return passed(
         _(
-            "The right laws, silence where the rows tell none, and {held} of {of} intervals hold the truth. The others"
-            " aren't your mistake: of 95 % intervals 1 in 20 misses, and nobody sees which.",
+            "You named the right laws, and none where the rows can't show one; {held} of {of} intervals contain the"
+            " true value. Any that miss aren't your mistake: 1 in 20 of 95 % intervals does, and nobody can see which.",
             **counts,
         )
     )

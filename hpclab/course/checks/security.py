@@ -275,8 +275,10 @@ def _masks(mask: object) -> Result:
                     _("A single other rank can remove a mask: use the seeds shared with all of the other ranks.")
                 )
     if any(_shows(step) for step in shares[0] - shares[1]):
-        return failed(_("Two steps have the same masks: the difference of the shares is that of the gradients."))
-    return passed(_("The sum is exact, to the last bit; a share looks like dice, in each step like other ones."))
+        return failed(
+            _("Two steps have the same masks: the difference between the shares is that between the gradients.")
+        )
+    return passed(_("The sum is exact to the last bit; each share looks random, and different in each step."))
 
 
 def _prg(seed: bytes, step: int, count: int) -> np.ndarray:
@@ -298,7 +300,7 @@ def _unmasked(shares: np.ndarray, numbers: np.ndarray) -> str | None:
         if np.array_equal(share, own):
             return _("What rank {rank} sends is its gradient, as it is.", rank=rank)
         if _shows(share) or _shows(share - own):
-            return _("The share of rank {rank} isn't uniform: a mask must take all 2**64 values.", rank=rank)
+            return _("Rank {rank}'s share isn't uniform: a mask must be able to take all 2**64 values.", rank=rank)
     return None
 
 
@@ -332,7 +334,7 @@ def _masked() -> Numbers:
     possible = {(shares[0] - mask) % modulus for mask in range(modulus)}
     return (sum(shares) % modulus, len(possible)), [
         ((134, 100), _("Numbers wrap around at 100.")),
-        ((34, 1), _("The server sees 37, but a number plus a mask that may be anything.")),
+        ((34, 1), _("The server sees 37, but that is a number plus a mask, which can be anything.")),
         ((34, 37), _("A mask can be larger than the share: numbers wrap around.")),
         ((34, 3), _("Each rank's mask may be any of the numbers, whoever else takes part.")),
     ]

@@ -83,7 +83,7 @@ class Race:
         for trial in trials:
             if trial["lost_s"]:
                 words += " " + _(
-                    "{label} lost {seconds:.1f} s to failures; they are not counted, as the others had none.",
+                    "{label} lost {seconds:.1f} s to failures; these don't count, as the others had none.",
                     label=trial["label"],
                     seconds=trial["lost_s"],
                 )

@@ -161,7 +161,7 @@ def _headline(regime: str, trials: list[dict]) -> str:
             **values,
         ),
         "weak": _(
-            "With {label}, each with a batch of its own, {speedup:.2f} times as many samples are seen in a second"
+            "With {label}, each with its own batch, {speedup:.2f} times as many samples are processed in a second"
             " ({speedup_low:.2f} to {speedup_high:.2f} in {repeats} rounds; {source}).",
             source=source_word(most["source"]),
             **values,

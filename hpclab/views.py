@@ -161,7 +161,7 @@ def _word(run: Any) -> str:
         "finished": _("finished"),
         "failed": _("failed"),
         "stopped": _("stopped"),
-        "interrupted": _("interrupted: its kernel went before it"),
+        "interrupted": _("interrupted: its kernel ended first"),
     }
     return words[run.status]
 
@@ -174,7 +174,7 @@ def _where(run: Any) -> str:
     call = f"hpclab.open_run({folder!r})"
     head, text = run.name, _("{call} shows it again.", call=call)
     if run.going:
-        head = _("Seen at {time}", time=time.strftime("%H:%M:%S"))
+        head = _("As seen at {time}", time=time.strftime("%H:%M:%S"))
         text = _("If the kernel has stopped since then, {call} shows what happened afterwards.", call=call)
     return html("<details><summary>{{ head }}</summary>{{ text }}</details>", head=head, text=text)
 

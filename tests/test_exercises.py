@@ -359,7 +359,7 @@ def test_curves_passes_with_the_solution_and_shows_those_that_miss():
         (functools.partial(curves_solution, weak=True), "a law from weak scaling"),
         (functools.partial(curves_solution, emulated=True), "a law from emulated rows"),
         (functools.partial(curves_solution, pooled=True), "fast or slow together"),
-        (best_of_all, "a law from up to 4 workers"),
+        (best_of_all, "a law from at most 4 workers"),
         (unless_few, "from data so noisy"),
         (lambda rows: (None, None), "You named no law"),
         (with_law(lambda law: law and "usl"), "A law with more parameters always fits"),
@@ -402,9 +402,9 @@ def test_a_score_passes_with_the_solution():
         ),
         (
             lambda low, high, value, level: high - low + 20 * max(low - value, 0, value - high),
-            "claims 50 % pays as much",
+            "costs the same whether you claim 50 %",
         ),
-        (lambda low, high, value, level: winkler(low, high, value, 1 - level), "claims more pays less"),
+        (lambda low, high, value, level: winkler(low, high, value, 1 - level), "The more you claim, the less"),
         (lambda low, high, value, level: winkler(low, high, value, (1 + level) / 2), "Too expensive"),
         (lambda low, high, value, level: winkler(low, high, value, 2 * level - 1), "Too cheap"),
         (lambda low, high, value, level: -winkler(low, high, value, level), "Lower is better"),
@@ -521,21 +521,21 @@ ENDS = ("node failure", "time limit", "preempted")
         (reading(failed=ENDS), "fail", "look at the causes"),
         (reading(since="submitted_s"), "fail", "A job that waits in a queue can't fail"),
         (reading(only=True), "fail", "Attempts that didn't fail"),
-        (lambda log, m: next_interval(log, m, failed=ENDS, since="submitted_s"), "fail", "You write too"),
-        (lambda log, m: next_interval(log, m, since="submitted_s", save=np.mean), "fail", "You write too"),
+        (lambda log, m: next_interval(log, m, failed=ENDS, since="submitted_s"), "fail", "You save too"),
+        (lambda log, m: next_interval(log, m, since="submitted_s", save=np.mean), "fail", "You save too"),
         (reading(power=0), "fail", "your job uses more, or fewer"),
         (reading(power=-1), "fail", "fail more often, not less"),
         (reading(save=np.median), "fail", "its slowest rank"),
         (reading(save=np.mean), "fail", "its slowest rank"),
         (lambda log, machines: next_interval(log, 1), "fail", "the MTBF of one machine"),
-        (lambda log, machines: next_interval(log, machines) / 3, "fail", "You write too often"),
-        (lambda log, machines: 3 * next_interval(log, machines), "fail", "You write too seldom"),
+        (lambda log, machines: next_interval(log, machines) / 3, "fail", "You save too often"),
+        (lambda log, machines: 3 * next_interval(log, machines), "fail", "You save too rarely"),
         (lambda log, machines: (2 * 0.01 * 5.0) ** 0.5, "fail", "the same interval for every log"),
-        (lambda log, machines: (2 * 0.01 * 5.0 / machines) ** 0.5, "fail", "You write too often"),
+        (lambda log, machines: (2 * 0.01 * 5.0 / machines) ** 0.5, "fail", "You save too often"),
         (
             lambda log, machines: np.median([row["save_s"] for row in log if row["kind"] == "checkpoint"]),
             "fail",
-            "You write too often",
+            "You save too often",
         ),
         (lambda log, machines: 10**400, "fail", "a number above 0"),
         (lambda log, machines: -1, "fail", "a number above 0, not -1"),
@@ -585,7 +585,7 @@ def test_what_a_checkpoint_holds(left_out, says):
 
 
 def test_what_can_not_be_written_is_no_checkpoint():
-    assert "can't be written and read again" in check("faults.state", (lambda *parts: {"m": parts[0]}, unpack)).message
+    assert "can't be written and read back" in check("faults.state", (lambda *parts: {"m": parts[0]}, unpack)).message
     assert "pair of functions" in check("faults.state", pack).message
     assert check("faults.state", (lambda *parts: ..., unpack)).message == "Not answered yet."
     for step in (5.0, torch.tensor([5, 5]), "5"):
@@ -1033,7 +1033,7 @@ def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
         (lambda programs: ["compute"] * 3, "the same name"),
         (misnamed(compute="memory", memory="compute"), "Compute and memory are swapped"),
         (misnamed(memory="data", data="memory"), "time the two parts"),
-        (misnamed(compute="data"), "has its batch at once"),
+        (misnamed(compute="data"), "gets its batch at once"),
         (misnamed(memory="compute"), "few operations with each byte"),
         (misnamed(compute="memory"), "many operations with each byte"),
         (by_total, "how long a run takes"),

@@ -147,7 +147,7 @@ def test_a_class_of_thirty_is_graded_and_each_is_told_apart(tmp_path, course, sa
         "bomb": ("not reached", "more than 128 processes"),
         "killed": ("not reached", "its kernel died"),
         "leaves": ("pass", "raised SystemExit: 3"),
-        "deleted": ("fail", "scaled_lr isn't there"),
+        "deleted": ("fail", "scaled_lr isn't defined"),
         "unchecked": ("pass", "as far"),
         "forged": ("fail", "0 times as far"),
         "patched": ("fail", "0 times as far"),

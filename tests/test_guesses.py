@@ -70,7 +70,7 @@ def test_what_is_no_prediction_is_refused(copy, value):
 
 
 def test_the_stub_writes_nothing_and_no_prediction_is_made_up(copy):
-    assert hpclab.predict("a.b", ..., "steps").startswith("Your prediction: ___ steps. In place of the three dots")
+    assert hpclab.predict("a.b", ..., "steps").startswith("Your prediction: ___ steps. Replace the three dots")
     assert hpclab.predict("a.c", ..., among=["yes", "no"]).endswith('write one of "yes", "no".')
     assert log(copy) == []
     assert hpclab.came("a.b", 2) == "Result: 2 steps. (No prediction was written down.)"

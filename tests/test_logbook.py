@@ -119,7 +119,7 @@ def test_a_broken_line_is_told_once_stays_and_costs_no_other(copy, broken):
         assert (copy / logbook.LOG).read_bytes().startswith(whole + broken)
         assert hpclab.progress().done == 2
     whole_line = broken.endswith(b"\n")  # else its writer was killed, which is nobody's concern
-    says = f"Line 2 of {copy / logbook.LOG} can't be read; it is left as it is, and the others count."
+    says = f"Line 2 of {copy / logbook.LOG} can't be read; it is left as it is, and the other lines count."
     assert [str(one.message) for one in told] == [says] * whole_line
 
 

@@ -672,7 +672,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
             pipeline(add=lambda total, new, parts: total - new),
             "These aren't the gradients of the whole batch",
         ),
-        ("pipeline", lambda device, stage, batch, parts: stage.backward(0, 1.0), "which forward hasn't seen"),
+        ("pipeline", lambda device, stage, batch, parts: stage.backward(0, 1.0), "but forward hasn't seen that part"),
         ("pipeline", lambda device, *rest: turn(device, np.zeros(2)), "Deadlock at step 0"),
         ("optimizer", optimizer(forget=True), "The momentum is lost"),
         ("optimizer", optimizer(divide=False), "The gradients are summed, so with n ranks the step"),
@@ -695,7 +695,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         (
             "all_to_all",
             lambda device, blocks: all_gather(device, blocks[0]),
-            "should have the block from rank",
+            "has a different block where the one from rank",
         ),
         ("all_to_all", exchange(lambda device: range(device.ranks)), "Rank 0 names rank 0 at step 0"),
     ],

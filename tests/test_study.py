@@ -63,7 +63,7 @@ def test_the_page_begins_with_the_verdict():
     assert "In short" in title and "This machine" in machine
     assert "With 16 ranks training is 5.42 times as fast (5.42 to 5.42 in 3 rounds; measured)." in strong
     assert "</strong> usl: the smallest law that no larger one beats" in strong
-    assert "14.50 times as many samples are seen in a second" in weak
+    assert "14.50 times as many samples are processed in a second" in weak
 
 
 def test_the_page_draws_the_law_that_it_names(tmp_path):

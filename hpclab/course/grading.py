@@ -261,11 +261,11 @@ class _Notes:
         if step.copies > 1:
             notes.append(_("the last of {count} copies of this check counts", count=step.copies))
         if step.changed:
-            notes.append(_("this check was changed, and the course's own counts"))
+            notes.append(_("this check was changed; the course's own version counts"))
         if verdict != "pass" and self.hiding:
             notes.append(_("{file} beside the notebook has a module's name, and may hide it", file=_some(self.hiding)))
         if verdict != "pass" and self.left:
-            notes.append(_("{file} was not put beside it: too large, or unreadable", file=_some(self.left)))
+            notes.append(_("{file} wasn't copied beside it: too large, or unreadable", file=_some(self.left)))
         return f"({'; '.join(notes)}) {reason}" if notes else reason
 
 

@@ -50,11 +50,9 @@ def predict(
     _units[prediction_id] = unit
     if value is ...:
         if among:
-            return Prose(
-                _("Your prediction: in place of the three dots, write one of {options}.", options=_quoted(among))
-            )
+            return Prose(_("Your prediction: replace the three dots with one of {options}.", options=_quoted(among)))
         blank = f"___ {unit}".strip()
-        how = _("In place of the three dots, write a number, or two for an interval: (low, high).")
+        how = _("Replace the three dots with a number, or with two for an interval: (low, high).")
         return Prose(_("Your prediction: {blank}.", blank=blank) + " " + how)
     kept = _checked(value, among)
     story = stories(_notes()).get(prediction_id, Story())

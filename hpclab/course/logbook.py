@@ -200,7 +200,7 @@ def _read(log: Path) -> list[dict]:
             if row is None or not any(kind <= {*row} for kind in KINDS):
                 place = {"number": number, "file": log}
                 _warn_once(
-                    _("Line {number} of {file} can't be read; it is left as it is, and the others count.", **place)
+                    _("Line {number} of {file} can't be read; it is left as it is, and the other lines count.", **place)
                 )
             else:
                 written.append(row)

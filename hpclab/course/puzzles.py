@@ -190,7 +190,7 @@ class Stage:
     def backward(self, part: int, derivative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives by what came in, and by the layer's weights, from the one by what went out."""
         if part not in self._kept:
-            raise ValueError(_("backward of part {part}, which forward hasn't seen.", part=part))
+            raise ValueError(_("backward of part {part}, but forward hasn't seen that part.", part=part))
         x, y = self._kept.pop(part)
         self._device.compute(2 * len(x), f"B{part}")
         inner = derivative * (1 - y**2)

@@ -90,7 +90,7 @@ class _Rank:
             self.process.join()
             if self.process.exitcode == -signal.SIGABRT:
                 reject(_("Ranks met in different calls, or with tensors of different sizes, and gloo aborted a rank."))
-            reject(_("Your function ended the process that it ran in; it should return instead."))
+            reject(_("Your function ended its own process; it should return instead."))
         if kind == "returned":
             self.answer, self.ended = content, True
         elif kind == "decided":

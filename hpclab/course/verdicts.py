@@ -117,11 +117,11 @@ def apart(work: Callable[[], Result]) -> Result:
         case "memory":
             return failed(_too_much())
     if ending.signal == signal.SIGKILL:
-        return failed(_("Your function was killed; most often that is for want of memory."))
+        return failed(_("Your function was killed; the usual reason is lack of memory."))
     if ending.signal:
         name = signal.Signals(ending.signal).name
-        return failed(_("Your function crashed the process that it ran in: {signal}.", signal=name))
-    return failed(_("Your function ended the process that it ran in; it should return instead."))
+        return failed(_("Your function crashed its own process: {signal}.", signal=name))
+    return failed(_("Your function ended its own process; it should return instead."))
 
 
 def concluded(work: Callable[[], Result]) -> Result:
@@ -182,4 +182,4 @@ def number(returned: Any) -> float | None:
 
 
 def _too_much() -> str:
-    return _("Your function took more memory than there is for it: what does it hold that it doesn't need?")
+    return _("Your function used more memory than it may: what does it keep that it doesn't need?")

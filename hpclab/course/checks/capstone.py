@@ -33,7 +33,7 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     if paid(low, high, middle) < 0:
         return _("Lower is better here: a score is what an interval costs, and is never below 0.")
     if math.isclose(paid(low - 5, high + 5, middle), paid(low, high, middle)):
-        return _("Width costs nothing: who says 'between nothing and everything' would win.")
+        return _("Width costs nothing: saying 'anything from zero to infinity' would win.")
     for place in (0.5, 0.2, 0.9):
         if not _same(held := paid(low, high, low + place * width), width):
             return _(
@@ -46,13 +46,13 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
     if all(_same(miss, 0) for miss in near):
         return _("A miss costs nothing: naming a single point would win.")
     if any(_same(miss, 0) for miss in near):
-        return _("You see a miss on one side only: a value can lie below an interval, or above.")
+        return _("You count a miss on one side only: a value can lie below an interval or above it.")
     if all(map(_same, near, far)):
         return _("A far miss costs no more than a near one.")
     if _same(near[0], paid(low, high, low - 0.5, 0.5) - width) and level != 0.5:
-        return _("Who claims 50 % pays as much for a miss as who claims {level:.0%}.", level=level)
+        return _("A miss costs the same whether you claim 50 % or {level:.0%}.", level=level)
     if near[0] < paid(low, high, low - 0.5, level - 0.2) - width:
-        return _("Who claims more pays less for a miss: look at what you divide by.")
+        return _("The more you claim, the less a miss costs: look at what you divide by.")
     for miss, value in zip(near + far, (low - 0.5, high + 0.5, low - 1.5, high + 1.5), strict=True):
         right = interval_score(low, high, value, level) - width
         if not _same(miss, right):

@@ -157,7 +157,7 @@ def _deadlock() -> Numbers:
             place[rank] += 1
     return tuple(now(rank)[0] for rank in place), [
         ((3, 6, 9, 12), _("Ranks 1 and 2 do meet: one sends what the other receives. Where do they wait after that?")),
-        ((0, 0, 0, 0), _("Who of ranks 0, 2 and 3 could go first?")),
+        ((0, 0, 0, 0), _("Which of ranks 0, 2 and 3 could go first?")),
         ((3, 0, 0, 12), _("Rank 2 needs a message from rank 3, and rank 1 one from rank 0: do they ever send it?")),
     ]
 

@@ -175,7 +175,7 @@ def _share_out(program: object, hidden: Random, size: int, parts: int) -> None:
         (_("The ranks' gradients are averaged, but those of the {pieces} pieces are summed.", **counts), scaled(parts)),
         (_("The pieces' gradients are averaged, but those of the {ranks} ranks are summed.", **counts), scaled(size)),
         (
-            _("With {ranks} ranks of {pieces} pieces, the gradient is {product} times one process's.", **counts),
+            _("With {ranks} ranks of {pieces} pieces, the gradient is {product} times that of one process.", **counts),
             scaled(size * parts),
         ),
     ]

@@ -32,11 +32,11 @@ def _interval(interval: object) -> Result:
     worst = int(np.argmax(costs / least))
     values = {"cost": costs[worst], "least": least[worst]}
     return failed(
-        _("You write too often: {cost:.1%} of the work is spent on saves and failures; {least:.1%} would do.", **values)
+        _("You save too often: saves and failures cost {cost:.1%} of the work; {least:.1%} is possible.", **values)
         if answers[worst] < bests[worst]
         else _(
-            "You write too seldom, and each failure loses much: {cost:.1%} of the work is spent on saves and failures;"
-            " {least:.1%} would do.",
+            "You save too rarely, so each failure loses a lot: saves and failures cost {cost:.1%} of the work;"
+            " {least:.1%} is possible.",
             **values,
         )
     )
@@ -212,7 +212,7 @@ def _written(packed: Any) -> Any:
         disk.seek(0)
         return torch.load(disk, weights_only=True)
     except Exception as error:
-        reject(_("What you packed can't be written and read again as plain tensors and numbers: {error}", error=error))
+        reject(_("What you packed can't be written and read back as plain tensors and numbers: {error}", error=error))
 
 
 def _same(left: Any, right: Any) -> bool:

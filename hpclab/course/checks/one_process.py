@@ -136,17 +136,20 @@ def _mistake(named: list[str], planted: list[str]) -> str:
         return _("Compute and memory are swapped: on which side of the ridge does a program wait for bytes?")
     if any(kind == "data" for kind, _name in wrong):
         return _(
-            "You named a program by what its operations need, while most of its step isn't spent on them: time the two"
-            " parts of a step apart."
+            "You named a program by what its operations need, but most of its step isn't spent on them: time the two"
+            " parts of a step separately."
         )
     if any(name == "data" for _kind, name in wrong):
-        return _("You named 'data' a program that has its batch at once: loading is a small share of its step.")
+        return _("You called a program 'data' that gets its batch at once: loading is a small share of its step.")
     if ("memory", "compute") in wrong:
         return _(
-            "You named 'compute' a program that does few operations with each byte. A busy CPU may be waiting for"
-            " memory, also in a product of matrices."
+            "You called a program 'compute' that does few operations with each byte. A busy CPU may be waiting for"
+            " memory, even in a matrix product."
         )
-    return _("You named 'memory' a program that does many operations with each byte: moving much isn't waiting for it.")
+    return _(
+        "You called a program 'memory' that does many operations with each byte: moving a lot isn't the same as"
+        " waiting for it."
+    )
 
 
 @statements("one-process.quiz_roofline")

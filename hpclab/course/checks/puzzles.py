@@ -279,9 +279,7 @@ def _blocks_wrong(case: Case, blocks: np.ndarray) -> str:
     if _same(np.sort(blocks, 1), np.sort(case.expected, 1)):
         return _("All blocks are there, but not in the order of the ranks that they come from.")
     rank, source = np.argwhere(~right)[0]
-    return _(
-        "Where rank {rank} should have the block from rank {source}, it has another one.", rank=rank, source=source
-    )
+    return _("Rank {rank} has a different block where the one from rank {source} should be.", rank=rank, source=source)
 
 
 def _blocks_over(case: Case, schedule: Schedule) -> str | None:

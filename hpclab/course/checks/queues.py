@@ -151,7 +151,7 @@ def _gantt() -> Truths:
         "f": wide["cpus"] <= quizzes.CPUS - long["cpus"],
     }
     return truths, {
-        "b": _("What wide waits for is long; when did the short ones end?"),
+        "b": _("The job that wide waits for is long; when did the short ones end?"),
         "e": _("Compare the lengths of the bars, not what the jobs asked for."),
         "f": _("Some CPUs are idle beside long, but how many does wide need?"),
     }

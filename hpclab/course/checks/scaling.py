@@ -93,9 +93,9 @@ def _overclaimed(pairs: Counter) -> str | None:
         )
     reasons = {
         "weak": _("You named a law from weak scaling: these laws are about work that stays the same."),
-        "few": _("You named a law from up to 4 workers, where others fit as well."),
-        "noisy": _("You named a law from data so noisy that others fit it as well."),
-        "emulated": _("You named a law from emulated rows, of ranks that took turns: no machine has that speed."),
+        "few": _("You named a law from at most 4 workers, where other laws fit as well."),
+        "noisy": _("You named a law from data so noisy that other laws fit them as well."),
+        "emulated": _("You named a law from emulated rows, whose ranks took turns: no machine has that speed."),
     }
     claims = {truth: sum(pairs[truth, law] for law in ("amdahl", "usl")) for truth in reasons}
     if sum(claims.values()) > MISTAKES:

@@ -27,7 +27,12 @@ def _gang(largest_gang: object) -> Result:
     for one, answer in zip(machines, answers, strict=True):
         values = {"answer": answer, "cpus": one[0], "gib": one[1] / 2**30}
         if answer < _largest(*one):
-            return failed(_("{cpus} CPUs and {gib:.1f} GiB: {answer} isn't the largest; a part stays idle.", **values))
+            return failed(
+                _(
+                    "{cpus} CPUs and {gib:.1f} GiB: {answer} isn't the largest; part of the machine stays idle.",
+                    **values,
+                )
+            )
         if answer > _largest(*one):
             return failed(
                 _(
@@ -114,5 +119,5 @@ def _allreduce() -> Numbers:
         ((10.0,), _("There are two calls, and the second one adds up what the first one left.")),
         ((20.0,), _("Four ranks take part in the second call, not two.")),
         ((100.0,), _("Adding four equal numbers isn't squaring one of them.")),
-        ((2.5,), _("all_reduce adds; to average, one divides by the number of ranks.")),
+        ((2.5,), _("all_reduce adds; to average, divide by the number of ranks.")),
     ]

@@ -23,7 +23,7 @@ def folder(base: str | None = None) -> Path:
     status = path.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(
-            f"folder {path} must belong to this user alone; remove it, or set TMPDIR to a folder of yours."
+            f"folder {path} must belong to this user alone; remove it, or set TMPDIR to a folder of your own."
         )
     return path
 

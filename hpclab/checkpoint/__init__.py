@@ -142,7 +142,10 @@ def restore(state: dict[str, Any] | None = None) -> dict[str, Any] | None:
             _set_random_state(saved["random"][rank])
         return shards.join(Path(path).parent, saved, like=shards.split(state)[1])["state"]
     if paths:
-        raise OSError(f"none of the checkpoints {', '.join(paths)} can be read; without `resume`, a run begins anew.")
+        raise OSError(
+            f"none of the checkpoints {', '.join(paths)} can be read; without `resume`, a run starts from the"
+            " beginning."
+        )
     return None
 
 
@@ -214,7 +217,7 @@ def _differences(gathered: list[dict]) -> str:
     if errors:
         return "; ".join(f"on rank {rank}: {error}" for rank, error in errors.items())
     other = [str(rank) for rank, reading in enumerate(gathered) if reading["sums"] != gathered[0]["sums"]]
-    return f"on rank {', '.join(other)} another file has its name than on rank 0" if other else ""
+    return f"on rank {', '.join(other)} the file differs from that on rank 0" if other else ""
 
 
 def _exchange(value: Any) -> list[Any]:

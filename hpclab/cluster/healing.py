@@ -194,8 +194,8 @@ class LocalCluster(Tended, distributed.LocalCluster):
         tries = max([self._tries, *(nanny.tries for nanny in self.workers.values())])
         if tries >= TRIES and not self._warned:
             logger.warning(
-                "a worker on this machine has failed to start %d times in a row%s; what it wrote may tell why. It is"
-                " tried again, less and less often.",
+                "a worker on this machine has failed to start %d times in a row%s; its output may say why. hpclab"
+                " keeps trying, less and less often.",
                 *(tries - 1, self._why),
             )
         self._warned = tries >= TRIES

@@ -222,8 +222,8 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
                     raise RuntimeError(self.trouble)
                 if until is not None and time.monotonic() > until:
                     raise TimeoutError(
-                        f"{came} of {wanted} workers came within timeout (={timeout}) seconds: {standing}. All jobs are"
-                        " cancelled now; use a longer timeout=, or ask for less."
+                        f"{came} of {wanted} workers joined within timeout (={timeout}) seconds: {standing}. All jobs"
+                        " have been cancelled; use a longer timeout=, or ask for less."
                         + self._log([*self._buried, *self._ids()])
                     )
                 if (bar.n, bar.postfix) != (came, standing):
@@ -289,7 +289,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         life.came = life.left = None
         if life.deaths == LIVES:
             self.worker_spec.pop(name, None)
-            self._give_up(f"worker {name} ended {LIVES} times, early; {self._last_words(job)}")
+            self._give_up(f"worker {name} ended early {LIVES} times; {self._last_words(job)}")
         await job.close()
 
     def _last_words(self, job: Any) -> str:
@@ -297,7 +297,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         if "Timed out" in log:
             hint = (
                 f"\nIts node may not reach the scheduler at {self.scheduler.address}; use interface= with the name of a"
-                " network that both see."
+                " network that both can reach."
             )
         if why := _namesakes.blame(log, [os.getcwd(), *sys.path]):
             hint += f"\n{why}"

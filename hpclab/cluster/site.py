@@ -145,7 +145,7 @@ def _ask(cluster: Mapping[str, str] | None, *words: str, env: Mapping[str, str])
     command = words[0]
     conf = (cluster or {}).get("SLURM_CONF")
     if conf and not os.path.exists(conf):  # Slurm itself would look for others, for a long time
-        raise ConnectionError(f"its settings, {conf}, have gone")
+        raise ConnectionError(f"its settings, {conf}, are gone")
     try:
         environment = {**(os.environ if cluster is None else cluster), **env}
         process = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)

@@ -84,7 +84,7 @@ def grade(
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
-        raise ValueError(f"folder (={folder}) is no folder; name one with the notebooks of a class.")
+        raise ValueError(f"folder (={folder}) isn't a folder; name one with a class's notebooks.")
     if not 0 <= inconclusive <= 1:
         raise ValueError(f"inconclusive (={inconclusive:g}) must be from 0 to 1, a share of the points.")
     if not time_s > 0 or not memory > 0:
@@ -96,7 +96,7 @@ def grade(
         raise ValueError(f"folder (={folder}) holds nothing to grade: no FOLDER/*.ipynb, no FOLDER/STUDENT/*.ipynb.")
     sandbox.base()
     if not trust and (why := sandbox.missing()):
-        raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you say: --trust")
+        raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you pass --trust")
     limits = _Limits(time_s, memory, folder, trust, str(seed), language())
     shares = {"pass": 1.0, "inconclusive": float(inconclusive)}
     worth = {step.exercise: step.points for notebook in notebooks for step in notebook.checks.values()}
@@ -127,7 +127,8 @@ def _askable(course: list[submissions.Assignment]) -> None:
         for step in assignment.checks.values():
             if step.exercise not in ids:
                 raise ValueError(
-                    f"course: {assignment.stem}.ipynb checks {step.exercise!r}, which is no exercise; hpclab.check has"
+                    f"course: {assignment.stem}.ipynb checks {step.exercise!r}, which isn't an exercise; hpclab.check"
+                    " has"
                     f" {', '.join(ids)}."
                 )
 

@@ -89,7 +89,7 @@ class RaceStage:
             If a race is under way already, or the cluster is closed.
         """
         if not self._racing.acquire(blocking=False):
-            raise RuntimeError("a race is under way; wait for its end, or stop it.")
+            raise RuntimeError("a race is under way; wait until it ends, or stop it.")
         self._show_here()
         self._race()
 

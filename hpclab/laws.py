@@ -287,8 +287,8 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
     relative, size, parameters = noise == "relative", len(n), len(form.names)
     if not _enough(law, n):
         raise ValueError(
-            f"{law} has {parameters} parameters, and needs as many different counts and one more point; here are"
-            f" {size} points at {len(set(n))} different counts. Measure more counts, or each more often."
+            f"{law} has {parameters} parameters, so it needs as many different counts and one more point; there are"
+            f" {size} points at {len(set(n))} different counts. Measure more counts, or each count more often."
         )
     best = _solve(form, n, x, relative)
     unit = 1.0 if relative else float(x.max())
@@ -428,7 +428,7 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
         start = 2 * most
         further = [start * 2**step for step in range(max(COUNTS - len(counts), 3 if most < 8 else 1))]
         why = (
-            f"{len(counts)} different counts up to {most} can't tell laws apart that part company further out."
+            f"{len(counts)} different counts up to {most} can't tell apart laws that only diverge further out."
             f" Measure also at {', '.join(map(str, further))}, and each count at least twice."
         )
         return LawVerdict(None, why, further, fits)

@@ -142,7 +142,7 @@ def read(path: str | os.PathLike) -> list[dict]:
     text = Path(path).expanduser().read_text("utf-8")
     if match := re.search(r'<script type="application/json" id="rows">(.*?)</script>', text, re.S):
         return json.loads(match[1])
-    raise ValueError(f"path (={str(path)!r}) is no page of a study: it carries no rows.")
+    raise ValueError(f"path (={str(path)!r}) isn't a study's page: it has no rows.")
 
 
 def _section(title: str, *parts: str) -> list[str]:

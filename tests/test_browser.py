@@ -462,7 +462,7 @@ def test_a_ring_by_hand_and_a_deadlock_that_is_interrupted(page, lab, home):
     choose(page, "Kernel", "Interrupt Kernel")
     wait_for(page, "/CellInterrupt: the ranks keep their variables/.test(document.body.innerText)", "ranks-interrupted")
     told = outputs.last.inner_text().splitlines()
-    assert re.fullmatch(r"\[ranks 0-3\] stood in <ranks cell 5>, line 3: dist.recv\(torch.empty\(2\), left\)", told[1])
+    assert re.fullmatch(r"\[ranks 0-3\] was in <ranks cell 5>, line 3: dist.recv\(torch.empty\(2\), left\)", told[1])
     assert len(told) == 2, "one error, and no wall"
     page.locator(".jp-CodeCell").last.click()
     page.keyboard.press("Shift+Enter")

@@ -235,7 +235,7 @@ def _ancestors(pid):
             {"resources": "mem=1"},
             r"resources .* is no option of slurm; it has .*walltime='00:30:00', queue=None",
         ),
-        ("pbs", {"private": True}, r"private \(=True\) is no option of pbs"),
+        ("pbs", {"private": True}, r"private \(=True\) isn't an option of pbs"),
         ("slurm", {"walltime": "90"}, r"walltime \(='90'\) must be 'HH:MM:SS', such as '01:30:00', or seconds"),
         ("slurm", {"walltime": "00:61:00"}, r"walltime"),
         ("slurm", {"walltime": -1}, r"walltime \(=-1\)"),
@@ -250,7 +250,7 @@ def _ancestors(pid):
         ("slurm", {"timeout": 0}, r"timeout \(=0\) must be seconds > 0, or None"),
         ("slurm", {"timeout": "10m"}, r"timeout \(='10m'\) must be seconds > 0, or None"),
         ("slurm", {"queue": 7}, r"queue \(=7\) must be text, in quotes"),
-        ("slurm", {"kind": "lsf"}, r"kind \(='lsf'\) of slurm must be one of slurm, .* and stand in its profile"),
+        ("slurm", {"kind": "lsf"}, r"kind \(='lsf'\) of slurm must be one of slurm, .* and be set in its profile"),
         ("sge", {"cores": 2}, r"cores \(=2\) of an sge job need .*`qconf -spl` .*directives=\['-pe NAME 2'\]"),
         ("htcondor", {"directives": ["gpus"]}, r"directives \(=\['gpus'\]\) of htcondor must be lines 'key = value'"),
         ("slrum", {}, r"where \(='slrum'\) must be 'local', the address .* a queue \(slurm, pbs, .*profile \(none"),
@@ -318,7 +318,7 @@ def test_a_profile_named_after_a_queue_sets_its_defaults(profiles):
     [
         ("ourcluster: {kind: slurm, quene: x}", r"quene \(='x'\) is no option of ourcluster; it has workers=2"),
         ("ourcluster: {kind: slrum}", r"kind \(='slrum'\) of ourcluster must be one of slurm, pbs"),
-        ("ourcluster: {queue: x}", r"ourcluster says no kind"),
+        ("ourcluster: {queue: x}", r"ourcluster has no kind"),
         ("[ourcluster]", r"must hold names, each with options"),
         ("ourcluster: [kind", r"isn't YAML"),
         ("ourcluster: !!python/object/apply:os.getcwd []", r"isn't YAML"),  # and nothing of it is run
@@ -814,7 +814,7 @@ def test_who_launches_without_workers_is_told_what_their_jobs_wait_for(slurm4):
         try:
             slurm4.run("scancel", *(job.job_id for job in client.cluster.workers.values()))
             until(lambda: "1st in the queue" in client.cluster.standing())
-            with pytest.raises(ValueError, match=r"without workers; .* Its jobs: job \d+: 1st in the queue, PENDING"):
+            with pytest.raises(ValueError, match=r"has no workers; .* Its jobs: job \d+: 1st in the queue, PENDING"):
                 hpclab.launch(client, os.getcwd)
         finally:
             for node in slurm4.addresses:

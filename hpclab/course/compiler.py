@@ -61,6 +61,6 @@ def apart(function: Callable, *arguments: Any) -> Any:
         done = subprocess.run([sys.executable, "-c", _CHILD, call, answer, paths], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            what = f"In a process of its own, {getattr(function, '__name__', function)} failed: {last}"
+            what = f"In its own process, {getattr(function, '__name__', function)} failed: {last}"
             raise RuntimeError(f"{what} {_namesakes.blame(done.stderr)}".rstrip())
         return cloudpickle.loads(answer.read_bytes())

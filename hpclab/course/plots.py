@@ -115,7 +115,7 @@ def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax:
     rows = sorted(some(rows, "grain"), key=lambda row: (row["tasks"], row["duration_s"]))
     unseen = some(unseen, "grain") if unseen else []
     if len(works := {row["items"] for row in [*rows, *unseen]}) > 1:
-        raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one.")
+        raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one size.")
     items, words = works.pop(), []
     for place, (word, some_rows) in enumerate({_("measured"): rows, _("not used for the law"): unseen}.items()):
         if some_rows:

@@ -172,7 +172,7 @@ class Attempt:
         worker = self.places[rank].worker
         if not self._expires and not self._stopping:
             at = time.strftime("%H:%M:%S", time.localtime(when))
-            self._expires = f"the walltime of rank {rank}'s worker {worker} is over at {at}"
+            self._expires = f"the walltime of rank {rank}'s worker {worker} ends at {at}"
             self.order(wire.Expire())
         with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
             consult(self.client, Ledger.shun, [worker], True)
@@ -196,7 +196,7 @@ class Attempt:
                 left = self.left()
                 consult(self.client, Ledger.shun, [place.worker for place in self.places if place.rank in left], False)
         for place in self.places:
-            why = "did not end when it was told to, and was given up"
+            why = "did not end when it was told to, so it was abandoned"
             self.outcomes.setdefault(place.rank, _lost(place, why, "Unreachable", consequence=True))
 
     def order(self, order: wire.Order, rank: int | None = None) -> None:
@@ -248,7 +248,7 @@ class Attempt:
         for failure, outcome in sorted(others, key=lambda pair: pair[1].rank):
             if failure.consequence and failure.type != "Stopped":
                 words = " ".join(failure.message.split())[:300]
-                note(error, f"In consequence, rank {outcome.rank}: {failure.type}: {words}")
+                note(error, f"As a consequence, rank {outcome.rank}: {failure.type}: {words}")
         returned = [rank for rank, outcome in self.outcomes.items() if not outcome.failure]
         if returned and cause.consequence and cause.traceback:
             note(error, f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")

@@ -36,8 +36,8 @@ def _then_lay(method: Callable) -> Callable:
             _lay(model)
         except (AttributeError, IndexError, RuntimeError, TypeError) as error:
             warnings.warn(  # of another torch, which has other names
-                f"torch {torch.__version__} doesn't let hpclab lay DDP's buckets ({error}): on 3 ranks or more, a run"
-                " that goes on from a checkpoint may differ in its last bits from one that never stopped.",
+                f"torch {torch.__version__} doesn't let hpclab arrange DDP's buckets ({error}): on 3 or more ranks, a"
+                " run resumed from a checkpoint may differ in its last bits from one that never stopped.",
                 stacklevel=2,
             )
         return value

@@ -118,8 +118,8 @@ class GangProgress:
         if not any(map(waits, shown.values())):
             return None
         return (
-            f"got on for {stuck:.0f} s, longer than hang_after (={self.limit}), and some wait for others."
-            " Where each stands, innermost call first:\n"
+            f"made progress for {stuck:.0f} s, longer than hang_after (={self.limit}), and some wait for others."
+            " Where each one is, innermost call first:\n"
             + "\n".join(f"rank {rank}:\n{stack}" for rank, stack in shown.items())
         )
 

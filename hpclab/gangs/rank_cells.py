@@ -203,7 +203,7 @@ class _Cells:
         """What the kernel is told of an error in a cell."""
         rank_end.tell_of_limit(error, self.place.memory, "gang")
         if isinstance(error, SystemExit):
-            text = "A cell can't end its rank, which goes on with its variables; gang.close() ends them all."
+            text = "A cell can't end its rank, which keeps running with its variables; gang.close() ends all ranks."
             errors.note(error, text)
         return wire.CellFailed(
             cell=cell,

@@ -188,8 +188,8 @@ def occupy(folder: str | os.PathLike) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PermissionError(
-            f"folder (={str(folder)!r}) can't be made: {error}; name one that you may write."
+            f"folder (={str(folder)!r}) can't be created: {error}; name one that you may write to."
         ) from None
     if not os.access(path, os.W_OK):
-        raise PermissionError(f"folder (={str(folder)!r}) can't be written; name one that you may write.")
+        raise PermissionError(f"folder (={str(folder)!r}) can't be written; name one that you may write to.")
     return path

@@ -305,7 +305,7 @@ class Ledger(SchedulerPlugin):
         """What forbids this gang, however long it waited; "" if nothing does."""
         workers, silent = self.running(), self._silent()
         if not workers:
-            return silent or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
+            return silent or "client's cluster has no workers; wait for them with client.wait_for_workers(1)."
         cpus = sum(self.cpus().values())
         if booking.oversubscribe:
             limit = f"exceeds {MOST_TURNS} for each CPU of this cluster; use ranks<={MOST_TURNS * cpus}."
@@ -319,7 +319,7 @@ class Ledger(SchedulerPlugin):
         return (
             f"ranks (={booking.ranks}) with threads (={booking.threads}) take {need} CPUs; this cluster gives a gang"
             f" {self.most()} ({cluster}, {cpus} CPUs); use"
-            f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(silent)}{silent}"
+            f" {', '.join([*ways, 'or oversubscribe=True, which marks rows as emulated'])}.{' ' * bool(silent)}{silent}"
         )
 
     def _silent(self) -> str:
@@ -329,13 +329,13 @@ class Ledger(SchedulerPlugin):
             return ""
         return (
             f"{len(silent)} of the workers, at {', '.join(silent[:3])}, have not answered the scheduler on"
-            f" {machine.node()}: they hang, or a firewall closes their ports to it; start them anew once it doesn't."
+            f" {machine.node()}: they hang, or a firewall closes their ports to it; restart them once that is mended."
         )
 
     def busy(self, booking: Booking) -> str:
         """What stands in this gang's way for now."""
         held = ", ".join(f"{run} holds {other.ranks * other.threads}" for run, other in self.gangs.items())
-        held += f", and {len(self.queue) - 1} wait before it" * (len(self.queue) > 1)
+        held += f", and {len(self.queue) - 1} are ahead of it in the queue" * (len(self.queue) > 1)
         return (
             f"ranks (={booking.ranks}) with threads (={booking.threads}) take {booking.ranks * booking.threads} CPUs,"
             f" and {self.most(beside=self.gangs.values())} of {self.most()} are free now: {held}; stop or await that"

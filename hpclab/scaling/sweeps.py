@@ -186,7 +186,7 @@ def _refuse_namesakes(cases: list[dict]) -> None:
     known: dict[str, Any] = {}
     for value in (value for case in cases for value in case.values() if hasattr(value, "__qualname__")):
         if known.setdefault(_name(value), value) is not value:
-            raise ValueError(f"cases hold two functions called {_name(value)}; define each once, by a name of its own.")
+            raise ValueError(f"cases hold two functions called {_name(value)}; define each once, under its own name.")
 
 
 def _setting(case: dict) -> str:

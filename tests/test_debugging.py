@@ -65,7 +65,7 @@ SYMPTOMS = {
     "last_batch": "all shares count the same",
     "batchnorm": "each computes another function",
     "seed": "Ranks 0 and 1 see the same noise",
-    "checkpoint": "rank 0 draws again what it drew at the start",
+    "checkpoint": "rank 0 draws the same numbers as at the start",
 }
 
 
@@ -84,8 +84,8 @@ BACKWARD = "mse_loss(model(piece), target).backward()"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([(DIVISION, "weight.grad /= ranks")], "those of 3 pieces added up"),
-        ([(DIVISION, "weight.grad /= parts")], "those of 2 ranks added up"),
+        ([(DIVISION, "weight.grad /= ranks")], "those of the 3 pieces are summed"),
+        ([(DIVISION, "weight.grad /= parts")], "those of the 2 ranks are summed"),
         ([(BACKWARD, "(mse_loss(model(piece), target) / ranks / parts).backward()")], "Divided by more"),
         ([(DIVISION, "weight.grad /= len(x)")], "aren't those of one process"),
         ([(DIVISION, ""), ("lr=0.3", "lr=0.3 / (ranks * parts)")], "A lower learning rate only hides it"),

@@ -281,7 +281,7 @@ def test_learning_rate_passes_with_the_solution():
     [
         (lambda lr, base, batch, ranks: lr, "Unscaled"),
         (lambda lr, base, batch, ranks: lr * (batch * ranks / base) ** 0.5, "square root"),
-        (lambda lr, base, batch, ranks: lr * base / (batch * ranks), "Divided"),
+        (lambda lr, base, batch, ranks: lr * base / (batch * ranks), "divided where you should multiply"),
         (lambda lr, base, batch, ranks: lr * ranks, "ranks alone"),
         (lambda lr, base, batch, ranks: lr * batch / base, "one rank's batch"),
         (lambda lr, base, batch, ranks: lr * batch * ranks, "by the global batch"),
@@ -615,7 +615,7 @@ def losing_the_rest(items, workers, item_s, task_s):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (pieces(lambda count, workers, item_s, task_s: 1), "Too fine: 2000 items for 2 workers as 2000 tasks"),
+        (pieces(lambda count, workers, item_s, task_s: 1), "Too fine: 2000 items for 2 workers, cut into 2000 tasks"),
         (pieces(lambda count, workers, item_s, task_s: count / workers), "Too coarse: 2000 items for 2 workers"),
         (pieces(lambda count, workers, item_s, task_s: 50), "Too fine: 20000 items for 16 workers"),
         (pieces(lambda *given: 4 * root(*given)), "Too coarse"),
@@ -906,8 +906,8 @@ def queued(request, tmp_path_factory):
         ("--ntasks=3 --time=4", "pass", "delayed nobody"),
         ("-c3 -t 4", "pass", "delayed nobody"),
         ("--time=1", "fail", "takes 10 minutes, but you asked for 1"),
-        ("--ntasks=1 --time=2", "fail", "takes 10 minutes, and 2 were"),
-        ("--nodes=1 --ntasks=2 --time=4", "fail", "takes 5.5 minutes, and 4 were"),
+        ("--ntasks=1 --time=2", "fail", "takes 10 minutes, but you asked for 2"),
+        ("--nodes=1 --ntasks=2 --time=4", "fail", "takes 5.5 minutes, but you asked for 4"),
         ("--nodes=2 --ntasks=4 --time=00:04:00", "fail", "CPUs are on two nodes"),
         ("--ntasks=3", "fail", "might have run too long"),
         ("--ntasks=3 --time=5", "fail", "might have run too long"),
@@ -1091,7 +1091,7 @@ def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message
     assert [one for one in sets if check(quiz, one)] == [right]
     messages = [check(quiz, right | {letter}).message for letter in letters if letter not in right]
     assert len({*messages}) == len(messages) >= 3
-    assert "and 1 more of the statements" in check(quiz, right - {min(right)}).message
+    assert "but you missed 1 more" in check(quiz, right - {min(right)}).message
     for odd in ("g", 3, {"a": 1}, {1}):
         assert "a set of letters" in check(quiz, odd).message
 
@@ -1107,7 +1107,7 @@ def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message
         ("one-process.quiz_split", 0.65, "the time that is left"),
         ("ddp-from-scratch.quiz_deadlock", [3, 6, 9, 12], "Ranks 1 and 2 do meet"),
         ("ddp-from-scratch.quiz_deadlock", [0, 0, 0, 0], "could go first"),
-        ("ddp-from-scratch.quiz_deadlock", [3, 7, 10, 13], "Right are 3 of 4"),
+        ("ddp-from-scratch.quiz_deadlock", [3, 7, 10, 13], "You have 3 of 4"),
         ("ddp-from-scratch.quiz_line", (500, 200), "Swapped"),
         ("ddp-from-scratch.quiz_line", (200, 4000), "megabits"),
         ("ddp-from-scratch.quiz_line", (200, 250), "A small message's time"),

@@ -268,7 +268,7 @@ def test_one_name_and_one_number_do_too():
         (lambda: Network(servers=0), r"servers \(=0\) must be at least 1"),
         (lambda: Network(ranks=0), r"ranks \(=0\) must be at least 1"),
         (lambda: step_s(Workload(1, 1), Network(), [0]), r"ranks \(=0\) must be >= 1"),
-        (lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, 2]), "2 points can't tell 3 fields"),
+        (lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, 2]), "2 points can't determine 3 fields"),
         (lambda: calibrate(Workload(1, 1), Network(), [1, 2, 4], [1, 2, 3]), "and the noise; .* state the noise"),
         (
             lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, -2], ("compute_s",)),

@@ -182,7 +182,7 @@ def on_first(action):
         (on_first(lambda device: device.send(2, 1.0)), "Rank 0 sends to rank 2 at step 0, but no cable leads there."),
         (
             on_first(lambda device: device.compute(1.5)),
-            "Rank 0 computes for 1.5 steps at step 0; a whole number of them is needed.",
+            "Rank 0 computes for 1.5 steps at step 0; it must be a whole number of steps.",
         ),
         (
             lambda device: [device.compute() for _ in iter(int, 1)],
@@ -606,7 +606,8 @@ def test_another_way_within_the_limits_passes(name, answer):
         (
             "optimizer",
             whole_gradient,
-            "Right, but rank 0 sends 288 bytes, 96 more than the 192 allowed, from step 36 on. A rank receives",
+            "Right, but rank 0 sends 288 bytes, 96 more than the 192 allowed (over the limit from step 36 on). A rank"
+            " receives",
         ),
         (
             "all_to_all",
@@ -627,7 +628,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ("ring", lambda device, vector: vector, "Each rank has its own numbers only"),
         ("ring", lambda device, vector: ring()(device, vector) / device.ranks, "This needs a sum, not an average"),
         ("ring", ring(turns=lambda ranks: ranks - 1), "Each part's sum is on one rank only"),
-        ("ring", ring(added=lambda ranks: 2 * ranks), "Rank 0 counts numbers of rank 0 more than once"),
+        ("ring", ring(added=lambda ranks: 2 * ranks), "Rank 0 counts rank 0's numbers more than once"),
         ("ring", ring(turns=lambda ranks: ranks - 2), "In a sum on rank 0, the number from rank 1 is missing"),
         (
             "ring",

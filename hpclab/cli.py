@@ -225,7 +225,7 @@ def _slurm_up(folder: str | None, **settings: Any) -> None:
     print(f"A private Slurm of {len(up.addresses)} nodes is up in {up.folder}. Use it in a shell of its own:\n")
     print("  hpclab slurm shell\n\nor in this one, after\n")
     print(f"  export SLURM_CONF={up.env['SLURM_CONF']} PATH={up.folder}/bin:$PATH\n")
-    print("It stays until\n\n  hpclab slurm down" + (f" --folder {up.folder}" if folder else ""))
+    print("It runs until\n\n  hpclab slurm down" + (f" --folder {up.folder}" if folder else ""))
 
 
 def _slurm_down(folder: str | None) -> None:

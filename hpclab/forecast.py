@@ -278,7 +278,7 @@ class Forecast:
         return _slopes(self.workload, self.fitted, logs, self.link_error)
 
     def _half(self, slopes: Array, measurements: ArrayLike, level: float) -> Array:
-        """Half-width of the band of logarithms with these slopes, that so many measurements go into."""
+        """Half-width of the band of logarithms with these slopes, from that number of measurements."""
         variance = np.einsum("ki,ij,kj->k", slopes[:, :-1], self.covariance, slopes[:, :-1])
         variance = variance + np.asarray(measurements) * self.noise**2
         noise, link = quantile(level, self.freedom) * np.sqrt(variance), quantile(level, math.inf) * slopes @ self.shift

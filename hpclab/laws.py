@@ -30,7 +30,7 @@ MARGIN = 2.0
 MISFIT = 1e-3
 """Chance of measurements so far off a law that is true, below which they reject it."""
 MOST_REPEATS = 10
-"""How many times as often a count may be measured anew, before it is better to measure further out."""
+"""By what factor to repeat the measurements of a count before it is better to measure further out."""
 POLISH = 4
 """Steps that end a fit; each leaves of its distance to the best one about the share that the noise is of x."""
 EXACT = 1e-8
@@ -465,7 +465,7 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
 
 
 def _misfit(fit: LawFit) -> float:
-    """Chance, if the law is true, that ln n and its square explain so much of what it leaves; an F test."""
+    """Chance, if the law is true, that ln n and its square explain this much of what it leaves; an F test."""
     relative = fit.noise == "relative"
     residuals = _residuals(fit.x, fit(fit.n), relative)
     slopes = _jacobian(_LAWS[fit.law], fit.n, list(fit.values.values()), relative)

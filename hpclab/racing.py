@@ -195,7 +195,7 @@ def _undisturbed(rows: Rows) -> dict:
 
 
 def racers() -> list[dict]:
-    """Who can race on this machine: one rank, one rank with a thread for each CPU if there are several, two ranks."""
+    """The racers on this machine: one rank, one rank with a thread for each CPU if there are several, two ranks."""
     cpus = machine.cpus()
     threaded = [{"ranks": 1, "threads": cpus}] if cpus > 1 else []
     return [{"ranks": 1, "threads": 1}, *threaded, {"ranks": 2, "threads": 1, "oversubscribe": cpus < 2}]
@@ -216,7 +216,7 @@ def own_cpu(rows: Rows) -> Rows:
 
 
 class LiveFigure:
-    """Loss against seconds, in a notebook, drawn anew in the place where it was first shown.
+    """Loss against seconds, in a notebook, redrawn in the place where it was first shown.
 
     A call draws if the one before has left time enough (see `live.pause`), and always when a racer has ended.
 

@@ -38,7 +38,7 @@ def show(run: Any) -> None:
 
 
 class LiveView:
-    """What `page` shows, drawn anew as rows come, below a Stop button and one that kills a rank.
+    """What `page` shows, redrawn as rows come, below a Stop button and one that kills a rank.
 
     The buttons work while a cell waits in ``run.result()``, as the kernel has subshells (ipykernel 7, JupyterLab 4.4).
     They go when the run has ended; the page is an ordinary output from the start, which a notebook keeps if its kernel

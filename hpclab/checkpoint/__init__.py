@@ -171,7 +171,7 @@ def _write_shards(sharded: dict[shards.Keys, torch.Tensor], gathered: list[dict]
 
 
 def _write_file(saved: dict[str, Any]) -> int:
-    """Write rank 0's state, and what every rank told; returns the bytes of the checkpoint."""
+    """Write rank 0's state, and what every rank reported; returns the bytes of the checkpoint."""
     _check_shared()
     check_kinds(saved["state"], "state")
     path = write(_rank.run_folder() / "checkpoints", saved["step"], saved)
@@ -205,12 +205,12 @@ def _read_for_all(path: str, rank: int, ranks: int) -> tuple[dict[str, Any] | No
 def _await_file(path: Path, ends: float) -> None:
     while not path.exists() and time.monotonic() < ends:
         with suppress(OSError):
-            os.listdir(path.parent)  # has a network's disk ask its server anew
+            os.listdir(path.parent)  # makes a network's disk ask its server again
         time.sleep(0.1)
 
 
 def _differences(gathered: list[dict]) -> str:
-    """Why the ranks can't all go on from a checkpoint, from what each told of it; empty if they can."""
+    """Why the ranks can't all go on from a checkpoint, from what each reported of it; empty if they can."""
     errors = {rank: reading["error"] for rank, reading in enumerate(gathered) if "error" in reading}
     if len(errors) == len(gathered):
         return errors[0]

@@ -119,7 +119,7 @@ def _worth_showing(record: logging.LogRecord) -> bool:
 
 
 class LocalCluster(Tended, distributed.LocalCluster):
-    """Workers on this machine, as many as were asked for last, whatever befalls them.
+    """Workers on this machine, the number asked for last, whatever happens to them.
 
     Most are started again by their nannies. But a nanny that meets an error closes, and so does one whose worker has
     quarrelled with the scheduler; Dask's cluster then lacks that worker for ever.

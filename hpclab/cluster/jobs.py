@@ -31,7 +31,7 @@ from hpclab.queues import QUEUES, QUIET, Request
 from hpclab.slurm.private import Slurm
 
 LOOK_SECONDS = 0.5
-"""How often a private Slurm is asked where missing workers' jobs stand."""
+"""How often a private Slurm is asked about missing workers' jobs."""
 SITE_LOOK_SECONDS = 15.0
 """How often a site's queue is, which others ask too."""
 STEADY_SECONDS = 60.0
@@ -176,7 +176,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         self.trouble: str | None = None
         """Why workers are missing for good."""
         self.places: dict[str, site.Standing] | None = None
-        """Where this user's jobs stand, if the queue can say."""
+        """Where this user's jobs are in the queue, if it can say."""
         self._ask_places: Callable | None = site.places if request.kind == "slurm" else None
         self._silence = ""
         """Why the queue doesn't answer, if it doesn't."""
@@ -249,7 +249,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         return [job.job_id for name, job in list(self.workers.items()) if name not in without and job.job_id]
 
     async def _look(self) -> None:
-        """Ask where jobs stand, and replace those that are lost."""
+        """Ask about the jobs, and replace those that are lost."""
         now = time.monotonic()
         present = {worker.name for worker in self.scheduler.workers.values()}
         away = {name: job for name, job in self.workers.items() if name not in present and name in self.worker_spec}

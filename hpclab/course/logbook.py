@@ -130,7 +130,7 @@ def progress(folder: str | Path | None = None, course: Path | None = None) -> Pr
 def remember(exercise_id: str) -> None:
     """Note that an exercise passed today, if this is a working copy of the course and nobody is grading.
 
-    What prevents it is told once, as a warning, and never raised: a check is worth more than its note.
+    What prevents it is said once, as a warning, and never raised: a check is worth more than its note.
     """
     if exercise_id not in _passed(notes()):
         note({"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")})

@@ -32,7 +32,7 @@ class Case:
     expected : ndarray, shape (ranks, ...)
         What each rank must return.
     limits : dict of str to int
-        At most so many "steps", bytes "sent" by a rank, or bytes "kept" by a rank.
+        The most "steps", bytes "sent" by a rank, or bytes "kept" by a rank.
     least : int
         Bytes that all ranks together must send, whatever they do.
     given : dict

@@ -8,9 +8,9 @@ from hpclab.course.verdicts import Result, exercise, failed, number, passed, rej
 from hpclab.language import translate as _
 
 Truths = tuple[dict[str, bool], dict[str, str]]
-"""Of each statement's letter, whether it is true; and of the false ones, what whoever believes it should think of."""
+"""Of each statement's letter, whether it is true; and for each false one, a hint for those who believe it."""
 Numbers = tuple[tuple[float, ...], list[tuple[tuple[float, ...], str]]]
-"""The right numbers; and wrong ones, with what whoever has them should think of."""
+"""The right numbers; and wrong ones, each with a hint."""
 
 
 def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[], Truths]]:
@@ -33,7 +33,7 @@ def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[]
 
 
 def numbers(exercise_id: str, tolerance: float = 0.01) -> Callable[[Callable[[], Numbers]], Callable[[], Numbers]]:
-    """Decorate what gives the right numbers of a question, which are told within a share of themselves."""
+    """Decorate what gives the right numbers of a question; answers may be off by a share of them."""
 
     def register(question: Callable[[], Numbers]) -> Callable[[], Numbers]:
         @exercise(exercise_id, forked=False)

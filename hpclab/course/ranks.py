@@ -30,7 +30,7 @@ from hpclab.language import translate as _
 PAUSE_SECONDS = 0.02
 """Between two rounds of asking."""
 ROUNDS = 50
-"""In so many rounds in turn all must be in the same call, to count as waiting for ever."""
+"""Number of rounds in turn in which all must be in the same call, to count as waiting for ever."""
 
 
 def run(work: Callable[[int], Any], ranks: int) -> list:
@@ -181,7 +181,7 @@ def _answer(connection: Connection, outcome: list[bytes]) -> None:
 
 
 def _asked(connection: Connection) -> bool:
-    """Wait for the check to ask; where the check has gone, this process ends."""
+    """Wait for the check to ask; if the check is gone, this process ends."""
     try:
         return bool(connection.recv_bytes())
     except (EOFError, OSError):

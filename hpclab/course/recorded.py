@@ -1,6 +1,6 @@
 """What the notebook *queues* printed and measured on a real private Slurm, for machines that have none.
 
-To record it anew, on a machine with Slurm, run the notebook with ``HPCLAB_RECORD=hpclab/course/recorded.jsonl``.
+To record it again, on a machine with Slurm, run the notebook with ``HPCLAB_RECORD=hpclab/course/recorded.jsonl``.
 """
 
 import contextlib

@@ -190,7 +190,7 @@ class RaceStage:
 class Explorer:
     """Sliders for what decides the speed on many ranks, and the efficiency that follows, a line a topology.
 
-    The figure and a table of it are ordinary output, drawn anew as a slider moves; what was measured stays on it.
+    The figure and a table of it are ordinary output, redrawn as a slider moves; what was measured stays on it.
 
     Parameters
     ----------
@@ -237,7 +237,7 @@ class Explorer:
         return {name: known.columns(self.ranks, network=link) for name, link in links.items()}
 
     def draw(self) -> None:
-        """Draw anew, in the place where it was first shown."""
+        """Redraw, in the place where it was first shown."""
         if self.figure is None or self.text is None:
             return
         curves = cache(self.curves)

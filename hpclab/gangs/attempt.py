@@ -89,7 +89,7 @@ class Attempt:
         self._progress = GangProgress(hang_after, lambda: self.order(wire.ShowStack()))
 
     def start(self, payload: bytes, ended: Callable[[wire.RankOutcome], None]) -> None:
-        """Have the workers start the ranks; what becomes of each is told in a thread of its own."""
+        """Have the workers start the ranks; what becomes of each is reported in a thread of its own."""
         for place in self.places:
             future = self.client.submit(
                 supervise,
@@ -144,13 +144,13 @@ class Attempt:
         self._agree()
 
     def lose(self, workers: set[str]) -> None:
-        """Give up the ranks whose workers have gone."""
+        """Give up the ranks whose workers are gone."""
         for place in self.places:
             if place.worker in workers:
                 self.end(_lost(place, "was lost with its worker"))
 
     def look(self) -> None:
-        """End a gang that hangs, and keep where each rank stands; end one whose time is over."""
+        """End a gang that hangs, and note where each rank is; end one whose time is over."""
         if not self._ending and (why := self._progress.hang(self.left())):
             self.hang = HangError(f"no rank of run {self.run} {why}")
             self.end_all()
@@ -265,7 +265,7 @@ class Attempt:
         return sorted(failures, key=lambda pair: (pair[0].consequence, pair[0].time, pair[1].rank))
 
     def _agree(self) -> None:
-        """Once all ranks that are left have told how often they asked, have them end at the call after the furthest.
+        """Once all remaining ranks have reported how often they asked, have them end at the call after the furthest.
 
         None has got further than that meanwhile, and none waits for one that has ended.
         """

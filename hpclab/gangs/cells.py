@@ -271,7 +271,7 @@ class Gang:
 
 
 class _Cell:
-    """One cell at work: what its ranks printed and answered, and where they stand if that is asked."""
+    """One cell at work: what its ranks printed and answered, and where they are, if asked."""
 
     def __init__(self, gang: Gang, order: wire.RunCell):
         self.gang = gang
@@ -281,7 +281,7 @@ class _Cell:
         self.answers: dict[int, wire.Answered] = {}
         self.failures: dict[int, wire.CellFailed] = {}
         self.stacks: dict[int, str] | None = None
-        """Where ranks stand, once they were asked; what comes before is an answer to an earlier cell."""
+        """Where the ranks are, once they were asked; what comes before is an answer to an earlier cell."""
         self.stood: dict[int, str] = {}
         """Where ranks stood that had to be interrupted."""
         self.lines = _Lines()
@@ -447,7 +447,7 @@ def _values(answers: dict[int, wire.Answered]) -> Values | None:
 
 
 def _where(stack: str) -> str:
-    """Where in its cells a rank stands, outermost call first; without a cell's frame, what its stack says instead."""
+    """Where in its cells a rank is, outermost call first; without a cell's frame, what its stack says instead."""
     frames = [_place(frame["file"], int(frame["line"])) for frame in reversed([*_CELL_FRAME.finditer(stack)])]
     return ", in ".join(frames) or stack.partition("\n")[0].strip() or "a place that it could not report"
 
@@ -457,7 +457,7 @@ def _place(file: str, line: int) -> str:
 
 
 def _labelled(texts: dict[int, str]) -> list[str]:
-    """What ranks say, each text once behind the ranks that say it; its further lines stand below its first."""
+    """What ranks say, each text once behind the ranks that say it; its other lines are below its first."""
     folded: dict[str, list[int]] = {}
     for rank in sorted(texts):
         folded.setdefault(texts[rank], []).append(rank)

@@ -67,7 +67,7 @@ def past_runs(folder: str | os.PathLike = "results") -> PastRuns:
     -------
     list of dict
         One row a run: ``folder`` (for `open_run`), ``name``, ``started``, ``ranks``, ``status`` ("interrupted" also
-        while it goes on), ``time_s``, ``loss`` (the last that a rank told) and ``accuracy``; None if it has none. A
+        while it goes on), ``time_s``, ``loss`` (the last that a rank reported) and ``accuracy``; None if it has none. A
         notebook shows it as a table.
     """
     found = [row for file in Path(folder).expanduser().rglob("rows.jsonl") if (row := _summary(file))]

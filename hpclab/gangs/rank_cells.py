@@ -165,7 +165,7 @@ class _Cells:
         self.spared = {number for number, _ in _connections()}
         store = dist.PrefixStore(f"cells-{group}", self.store)
         dist.init_process_group(rank.backend(), store=store, rank=self.place.rank, world_size=self.place.ranks)
-        dist.barrier()  # a rank that dies in the first line of a cell shall find the group made
+        dist.barrier()  # a rank that dies in the first line of a cell must find the group made
         self.group = group
 
     def interrupt(self, cell: int) -> None:

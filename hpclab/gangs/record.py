@@ -165,7 +165,7 @@ class Log:
             self.hidden = 0
 
     def _write(self, line: str) -> None:
-        with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
+        with suppress(OSError, ValueError):  # a terminal that is gone must not end a run
             tqdm.write(f"[rank {self.rank}] {line}")
             if isinstance(sys.stdout, io.TextIOWrapper):  # it may be a pipe, or a job's log; a notebook's sends itself
                 sys.stdout.flush()

@@ -47,7 +47,7 @@ CLOCK_SECONDS = 10.0
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
 NOTICE = (0.2, 60.0)
-"""How long before that ranks are told to save: this part of the worker's time, and at most so many seconds."""
+"""How long before that ranks are told to save: this part of the worker's time, and at most this many seconds."""
 BROKEN = "wrote to the pipe that hpclab reads its records from; don't write to files that you didn't open"
 OURS = re.compile(r'hpclab/gangs/(rank\w*|store|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
@@ -93,7 +93,7 @@ def supervise(place: wire.RankPlace, payload: bytes) -> wire.RankOutcome:
         if place.rank == 0 and place.store:
             Path(place.store).unlink(missing_ok=True)
     if outcome.failure is not None:
-        outcome.failure.time -= ahead  # which failure was the first is told by one clock
+        outcome.failure.time -= ahead  # one clock decides which failure was the first
     return outcome
 
 

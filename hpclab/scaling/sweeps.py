@@ -158,7 +158,7 @@ class _Kept:
         return any((row["case"], row["repeat"]) == (case, repeat) for row in self.rows)
 
     def of(self, repeats: int) -> list[dict]:
-        """Rows of the first so many rounds; there may be more on disk."""
+        """Rows of the first `repeats` rounds; there may be more on disk."""
         return [row for row in self.rows if row["repeat"] < repeats]
 
     def add(self, case: int, repeat: int, summed: dict) -> None:

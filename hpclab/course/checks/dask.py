@@ -34,7 +34,7 @@ from hpclab.ratios import interval
 def _small_cluster(workers: int) -> Iterator[Any]:
     """A client of workers that are threads of this process, so that what they do can be counted here.
 
-    They talk as any others do, over encrypted connections: what travels is packed, and packed anew for each worker.
+    They talk as any others do, over encrypted connections: what travels is packed, and packed again for each worker.
     """
     import logging
 
@@ -42,7 +42,7 @@ def _small_cluster(workers: int) -> Iterator[Any]:
     from distributed.utils import silence_logging_cmgr
 
     with (
-        silence_logging_cmgr(logging.CRITICAL),  # what fails on a worker is told by the verdict
+        silence_logging_cmgr(logging.CRITICAL),  # the verdict says what fails on a worker
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -131,7 +131,7 @@ def _even(count: int, size: int) -> np.ndarray:
 
 
 def _efforts(count: int) -> np.ndarray:
-    """What each item costs, over the mean: the first fifth is 4 times as dear as the rest."""
+    """What each item costs, over the mean: the first fifth costs 4 times as much as the rest."""
     efforts = np.where(np.arange(count) < count / 5, 4.0, 1.0)
     return efforts / efforts.mean()
 

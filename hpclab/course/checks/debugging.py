@@ -94,7 +94,7 @@ def _count(gang: list[Trained], x: Any, least: int, most: int) -> None:
 
 
 def _judge(weights: Any, right: Any, wrong: list[tuple[str, Any]]) -> None:
-    """End the check unless weights are those of one process; the message of a misconception that gives them is told."""
+    """End the check unless weights are those of one process; a misconception that gives them has its message."""
     if not _same(weights, right):
         generic = _("The weights aren't those of one process with all samples.")
         reject(next((message for message, misconceived in wrong if _same(weights, misconceived)), generic))
@@ -256,12 +256,12 @@ def _last_batch(program: object) -> Result:
 
 
 def _leave_over(program: object, hidden: Random, size: int, batch_size: int, left: int) -> None:
-    """End the check unless an epoch is one process's, of which the last batch has so many samples left."""
+    """End the check unless an epoch is one process's, whose last batch has `left` samples."""
     model, x, y = _problem(hidden, hidden.choice((2, 3)) * batch_size + left)
     batches = [range(first, min(first + batch_size, len(x))) for first in range(0, len(x), batch_size)]
 
     def epoch(weigh: Callable[[int, int], float]) -> Any:
-        """One process's weights; of a batch of so many samples, a rule says what the error at a place counts."""
+        """One process's weights; given the size of a batch, a rule says what the error at a place counts."""
 
         def loss(batch: range) -> Callable[[Any], Any]:
             weights = x.new_tensor([weigh(len(batch), place) for place in range(len(batch))])[:, None]

@@ -47,7 +47,9 @@ def _machines() -> Iterator[tuple[int, int]]:
     """CPUs and bytes: few CPUs, little memory (twice), room for one rank, room for none."""
     hidden = dice("start.gang")
     for cpus, ranks in ((4, 30), (48, 9), (16, 5), (8, 1), (2, 0)):
-        beyond = hidden.uniform(0.82, 0.95)  # so much of a rank that it is one if rounded, or without the base
+        beyond = hidden.uniform(
+            0.82, 0.95
+        )  # the part of a rank that makes it a whole one if rounded, or without the base
         yield cpus + hidden.randint(0, 2), machine.BASE_MEMORY + int((ranks + beyond) * machine.RANK_MEMORY)
 
 

@@ -43,12 +43,12 @@ def examine(quick: bool = False) -> Table:
 
 def advice() -> str:
     """How many ranks fit here, in a sentence."""
-    return _("Ranks of one thread that fit here at full speed: {ranks}", ranks=machine.fits())
+    return _("One-thread ranks that fit here at full speed: {ranks}", ranks=machine.fits())
 
 
 def _limit(usable: float, host: float) -> str:
     if usable < host:
-        return _("the host has {host}; affinity, cgroup or ulimit allow less", host=host)
+        return _("the host has {host}; affinity, cgroup or ulimit allows less", host=host)
     return _("all of the host's")
 
 

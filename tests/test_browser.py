@@ -305,7 +305,7 @@ def stop_a_race_twice(page):
     race, stop = (page.locator("button", has_text=text) for text in ("Race again", "Stop"))
     for _ in range(2):
         race.click()
-        expect(page.get_by_text("Racing; the picture grows below")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("The race is on; the picture grows below")).to_be_visible(timeout=60_000)
         expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
         stop.click()
         expect(page.get_by_text("Stopped. Press the button to race again.")).to_be_visible(timeout=60_000)

@@ -63,7 +63,7 @@ SYMPTOMS = {
     "division": "With 2 ranks of 3 pieces, the gradient is 6 times",
     "collective": "waits in `dist.all_reduce(weight.grad)`",
     "last_batch": "all shares count the same",
-    "batchnorm": "each computes another function",
+    "batchnorm": "each computes a different function",
     "seed": "Ranks 0 and 1 see the same noise",
     "checkpoint": "rank 0 draws the same numbers as at the start",
 }
@@ -86,7 +86,10 @@ BACKWARD = "mse_loss(model(piece), target).backward()"
     [
         ([(DIVISION, "weight.grad /= ranks")], "those of the 3 pieces are summed"),
         ([(DIVISION, "weight.grad /= parts")], "those of the 2 ranks are summed"),
-        ([(BACKWARD, "(mse_loss(model(piece), target) / ranks / parts).backward()")], "Divided by more"),
+        (
+            [(BACKWARD, "(mse_loss(model(piece), target) / ranks / parts).backward()")],
+            "divided by more than you added up",
+        ),
         ([(DIVISION, "weight.grad /= len(x)")], "aren't those of one process"),
         ([(DIVISION, ""), ("lr=0.3", "lr=0.3 / (ranks * parts)")], "A lower learning rate only hides it"),
         ([("dist.all_reduce(weight.grad)", ""), (DIVISION, "weight.grad /= parts")], "end with different weights"),

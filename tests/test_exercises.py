@@ -456,7 +456,7 @@ def test_reduce_scatter_passes_with_the_solution():
         (ring(steps=lambda rank, ranks: 2 * ranks), "in the sum twice"),
         (ring(everything=True), "has sent more parts than it needs to"),
         (ring(steps=lambda rank, ranks: rank), "waits for a message that nobody sends"),
-        (swapped, "Numbers of different parts are added"),
+        (swapped, "Numbers from different parts were added"),
         (lambda *given: ring()(*given) / given[-1], "This needs a sum, not an average"),
         (lambda parts, shift, rank, ranks: parts, "not this list"),
     ],

@@ -164,13 +164,16 @@ def on_first(action):
         (on_first(lambda device: device.recv(2)), "Rank 0 waits at step 0 for a message that rank 2 never sent."),
         (
             on_first(lambda device: device.send(1, np.zeros(2))),
-            "At step 3 all have ended, and rank 1 never received a message from rank 0.",
+            "At step 3 all ranks have ended, but rank 1 never received a message from rank 0.",
         ),
         (
             on_first(lambda device: device.send(3, 1.0)),
-            "Rank 0 names rank 3 at step 0; the other ranks are among 0 to 2.",
+            "Rank 0 names rank 3 at step 0; it must name another rank, from 0 to 2.",
         ),
-        (on_first(lambda device: device.recv(0)), "Rank 0 names rank 0 at step 0; the other ranks are among 0 to 2."),
+        (
+            on_first(lambda device: device.recv(0)),
+            "Rank 0 names rank 0 at step 0; it must name another rank, from 0 to 2.",
+        ),
         (
             on_first(lambda device: device.send(1, None)),
             "Rank 0 sends a NoneType at step 0; it must be an array of numbers.",
@@ -667,7 +670,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ("overlap", overlap(lambda own, arrived: (own - arrived) / 2), "These aren't the weights after a step"),
         ("overlap", lambda device, layers, backward, update: backward(0), "backward(0) is out of turn"),
         ("pipeline", pipeline(add=lambda total, new, parts: new), "This is the gradient of the last part only"),
-        ("pipeline", pipeline(add=lambda total, new, parts: total + new / parts), "Divided by the number of parts"),
+        ("pipeline", pipeline(add=lambda total, new, parts: total + new / parts), "You divided by the number of parts"),
         (
             "pipeline",
             pipeline(add=lambda total, new, parts: total - new),

@@ -206,7 +206,7 @@ class _Limits:
             "memory": _("stopped: it took more than {gb:.3g} GB of memory", gb=self.memory / 1e9),
             "output": _("stopped: it printed more than {mb:.0f} MB", mb=OUTPUT / 1e6),
             "processes": _("stopped: it started more than {count} processes", count=sandbox.PROCESSES),
-            "disk": _("stopped: it filled, or changed, the folder of its sockets"),
+            "disk": _("stopped: it filled or changed the folder of its sockets"),
             "dead": _("its kernel died"),
         }[str(stopped)]
 

@@ -276,7 +276,7 @@ def intervals(every: Sequence[float], simulated: np.ndarray, measured: dict[int,
     ax = figures.subplots()[1]
     low, middle, high = np.quantile(simulated, [0.05, 0.5, 0.95], axis=1)
     ax.fill_between(every, low, high, alpha=0.2)
-    ax.plot(every, middle, label=_("simulated: median, and nine of ten draws"))
+    ax.plot(every, middle, label=_("simulated: median, and the middle 90 % of draws"))
     ax.plot([*measured], [*measured.values()], label=_("measured, once each"), **figures.points(1))
     ax.axvline(young, linestyle=":", color="black", label=_("Young: sqrt(2 x save x MTBF)"))
     ax.set_xscale("log")

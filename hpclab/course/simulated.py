@@ -172,7 +172,7 @@ class Device:
 
     def _known(self, other: Any) -> None:
         if not isinstance(other, int | np.integer) or not 0 <= other < self.ranks or other == self.rank:
-            text = _("Rank {rank} names rank {other!r} at step {step}; the other ranks are among 0 to {last}.",
+            text = _("Rank {rank} names rank {other!r} at step {step}; it must name another rank, from 0 to {last}.",
                      other=other, last=self.ranks - 1, **self._place())  # fmt: skip
             self._fail(text)
 
@@ -287,7 +287,8 @@ class _Cluster:
                 if messages:
                     place = {"rank": device.rank, "source": source, "step": self.step}
                     return _(
-                        "At step {step} all have ended, and rank {rank} never received a message from rank {source}.",
+                        "At step {step} all ranks have ended, but rank {rank} never received a message from rank"
+                        " {source}.",
                         **place,
                     )
         return None

@@ -120,7 +120,7 @@ class RaceStage:
                 raise RuntimeError(
                     _("The cluster is closed. Run the cell with hpclab.connect again, then the one with this button.")
                 )
-            self._put(self.note, _("Racing; the picture grows below, or below the next cell."))
+            self._put(self.note, _("The race is on; the picture grows below, or below the next cell."))
             self.result = racing.race(*self.arguments, show=self._show, begin=self._follow, **self.settings)
             self._tell(self.result)
             self._put(self.note, _("Press the button to race again."))

@@ -72,7 +72,7 @@ def _miscounted(counts: np.ndarray, own: int) -> str | None:
     ranks = len(counts)
     parts = [part for part in range(ranks) if counts[:, part].any()]
     if len(parts) > 1:
-        return _("Numbers of different parts are added: what arrives belongs to the part it was sent from.")
+        return _("Numbers from different parts were added: what arrives belongs to the part it was sent from.")
     if np.allclose(counts.sum(), 1) and np.count_nonzero(counts) < ranks:
         return _("This part has one rank's numbers only: nothing was added to it, or what arrived took its place.")
     if (counts > 1.5).any():

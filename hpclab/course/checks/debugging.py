@@ -179,7 +179,7 @@ def _share_out(program: object, hidden: Random, size: int, parts: int) -> None:
             scaled(size * parts),
         ),
     ]
-    short = _("Divided by more than was added up: the steps are shorter than those of one process.")
+    short = _("You divided by more than you added up: the steps are shorter than those of one process.")
     wrong += [(short, scaled(size**i * parts**j)) for i, j in ((-1, 0), (0, -1), (-1, -1))]
     _judge(gang[0].weights, scaled(1), wrong)
     _count(gang, x, steps, steps)
@@ -327,7 +327,7 @@ def _normed(program: object, hidden: Random, size: int) -> None:
     wrong = [
         (_("The weights haven't changed: no step was taken."), _flat(model)),
         (
-            _("Each rank normalises by its own share of the batch, so each computes another function."),
+            _("Each rank normalises by its own share of the batch, so each computes a different function."),
             trained_by(_norm),
         ),
         (

@@ -170,8 +170,10 @@ def _roofline() -> Truths:
         "f": min(shares, key=lambda name: shares[name]) == "C",
     }
     return truths, {
-        "c": _("Right of the ridge the roof is flat: more bytes a second don't raise it."),
-        "d": _("Memory limits what lies left of the ridge; a point far below both ceilings is limited by neither."),
+        "c": _("To the right of the ridge the roof is flat: more bytes a second don't raise it."),
+        "d": _(
+            "Memory limits what lies to the left of the ridge; a point far below both ceilings is limited by neither."
+        ),
         "e": _("Compare each with its own roof: a low rate can be all that memory allows."),
     }
 

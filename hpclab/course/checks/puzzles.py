@@ -166,7 +166,7 @@ def _broadcast_over(case: Case, schedule: Schedule) -> str:
         sum(row["rank"] == rank and row["action"] == "send" for row in schedule.rows) for rank in range(case.ranks)
     ]
     if max(messages) == case.ranks - 1:
-        return _("One rank sends every message, and those that have the numbers already do nothing.")
+        return _("One rank sends every message, and those that already have the numbers do nothing.")
     if max(messages) == 1:
         return _("The numbers go from hand to hand: in each step one rank sends, and the others do nothing.")
     return _("There are steps in which a rank that has the numbers sends nothing, while others still wait.")
@@ -213,7 +213,7 @@ def _pipeline_wrong(case: Case, gradients: np.ndarray) -> str:
     of_parts = case.given["of_parts"]
     known = {
         _("This is the gradient of the last part only: what happened to the parts before it?"): of_parts[-1],
-        _("Divided by the number of parts, though the loss has been divided by all rows already."): of_parts.mean(0),
+        _("You divided by the number of parts, but the loss has already been divided by all rows."): of_parts.mean(0),
     }
     return _first_of(known, gradients) or _("These aren't the gradients of the whole batch.")
 
@@ -261,7 +261,7 @@ def _optimizer_wrong(case: Case, weights: np.ndarray) -> str:
 
 def _optimizer_over(case: Case, schedule: Schedule) -> str:
     if max(schedule.sent) > case.limits["sent"]:
-        return _("A rank receives gradients of weights that it needn't update itself.")
+        return _("A rank receives gradients of weights that it doesn't need to update itself.")
     return _("A rank keeps state for weights that other ranks update as well.")
 
 

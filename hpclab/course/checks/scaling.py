@@ -171,7 +171,7 @@ def _timeline() -> Truths:
     }
     return truths, {
         "b": _("Rank 0 mostly waits for the other rank; the network's part is the time that even the last rank waits."),
-        "e": _("Everybody waits for the slowest rank. Which one is that?"),
+        "e": _("All ranks wait for the slowest one. Which one is that?"),
         "f": _("A bar begins when a rank is ready and ends for all ranks at once: its length shows who was early."),
     }
 

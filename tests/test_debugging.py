@@ -243,11 +243,11 @@ LOOP = "for _ in range(done, steps):"
         ([('state["random"][rank]', 'state["random"][0]')], "Rank 1 continues with another rank's random numbers"),
         ([(PYTHON, SEEDED.format("done")), (TORCH, "")], "different numbers"),
         ([(LOOP, f"{SEEDED.format(0)}\n    {LOOP}")], "same numbers as at the start"),
-        ([('done = state["done"]', 'done = 0')], "though"),
+        ([('done = state["done"]', 'done = 0')], "were left to take"),
         ([('optimizer.load_state_dict(state["optimizer"])', "")], "something else was forgotten"),
-        ([("if file.exists():", "if False:")], "though"),
+        ([("if file.exists():", "if False:")], "were left to take"),
         ([("random.seed(seeds[rank])", ""), ("torch.manual_seed(seeds[rank])", "")], "before any interruption"),
-        (EARLY, "though"),
+        (EARLY, "were left to take"),
     ],
 )  # fmt: skip
 def test_checkpoint_names_each_wrong_repair(changes, message):

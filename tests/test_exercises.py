@@ -865,7 +865,7 @@ def test_masks_pass_with_the_solution():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda numbers, *others: numbers, "is its gradient, as it is"),
+        (lambda numbers, *others: numbers, "sends its gradient just as it is"),
         (masking(span=2**20 - 1), "isn't uniform"),
         (masking(span=2**64 - 2**20), "isn't uniform"),
         (masking(sign=lambda rank, other: 1), "The masks don't cancel"),

@@ -41,8 +41,8 @@ def test_a_prediction_is_kept_and_shown_beside_the_result(copy):
 @pytest.mark.parametrize(
     ("value", "result", "verdict"),
     [
-        ((1, 1.5), 1.5, "Your interval holds it."),
-        ([1, 1.5], 1.6, "Your interval doesn't hold it: why?"),
+        ((1, 1.5), 1.5, "Your interval contains it."),
+        ([1, 1.5], 1.6, "Your interval doesn't contain it: why?"),
         (4, 1.0, "You were off by a factor of 4."),
         (0, 3, "Why?"),
         (0, 0, "You were right."),
@@ -111,11 +111,11 @@ def test_the_index_shows_how_good_they_were(copy):
     found = hpclab.progress()
     assert [(row["predictions"], row["made"], row["how good"]) for row in found.predictions] == [
         ("numbers", 3, "off by a factor of 2 (median)"),
-        ("intervals", 2, "1 held what came"),
+        ("intervals", 2, "1 contained the result"),
         ("choices", 1, "1 right"),
     ]
     assert found.done == 1
-    assert "1 held what came" in found._repr_html_() and "1 held what came" in repr(found)
+    assert "1 contained the result" in found._repr_html_() and "1 contained the result" in repr(found)
 
 
 def test_outside_of_a_working_copy_it_is_kept_as_long_as_the_kernel_lives(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def _verdict(predicted: Value, result: float | str) -> str:
     assert isinstance(result, float)
     if isinstance(predicted, list):
         low, high = predicted
-        return _("Your interval holds it.") if low <= result <= high else _("Your interval doesn't hold it: why?")
+        return _("Your interval contains it.") if low <= result <= high else _("Your interval doesn't contain it: why?")
     off = factor(predicted, result)
     if off < SAME:
         return _("You were right.")

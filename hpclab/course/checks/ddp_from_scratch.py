@@ -49,7 +49,7 @@ class _Neighbour:
         try:
             return self.inbox.get(timeout=PATIENCE_SECONDS)
         except queue.Empty:
-            reject(_("A rank waits for a message that nobody sends: all must exchange equally often."))
+            reject(_("A rank waits for a message that nobody sends: all ranks must exchange equally often."))
 
 
 def _scattered(answer: object, ranks: int, own: _Neighbour) -> Any:

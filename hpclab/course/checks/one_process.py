@@ -140,14 +140,14 @@ def _mistake(named: list[str], planted: list[str]) -> str:
             " parts of a step separately."
         )
     if any(name == "data" for _kind, name in wrong):
-        return _("You called a program 'data' that gets its batch at once: loading is a small share of its step.")
+        return _("You named a program 'data', but it gets its batch at once: loading is a small share of its step.")
     if ("memory", "compute") in wrong:
         return _(
-            "You called a program 'compute' that does few operations with each byte. A busy CPU may be waiting for"
+            "You named a program 'compute', but it does few operations with each byte. A busy CPU may be waiting for"
             " memory, even in a matrix product."
         )
     return _(
-        "You called a program 'memory' that does many operations with each byte: moving a lot isn't the same as"
+        "You named a program 'memory', but it does many operations with each byte: moving a lot isn't the same as"
         " waiting for it."
     )
 

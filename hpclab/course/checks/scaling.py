@@ -76,7 +76,7 @@ def _curves(judge: object) -> Result:
     return passed(
         _(
             "You named the right laws, and none where the rows can't show one; {held} of {of} intervals contain the"
-            " true value. Any that miss aren't your mistake: 1 in 20 of 95 % intervals does, and nobody can see which.",
+            " true value. A miss isn't your mistake: of 95 % intervals, 1 in 20 misses, and nobody can see which.",
             **counts,
         )
     )

@@ -298,7 +298,7 @@ def _unmasked(shares: np.ndarray, numbers: np.ndarray) -> str | None:
     """What a single share gives away, if it does."""
     for rank, (share, own) in enumerate(zip(shares, numbers, strict=True)):
         if np.array_equal(share, own):
-            return _("What rank {rank} sends is its gradient, as it is.", rank=rank)
+            return _("Rank {rank} sends its gradient just as it is.", rank=rank)
         if _shows(share) or _shows(share - own):
             return _("Rank {rank}'s share isn't uniform: a mask must be able to take all 2**64 values.", rank=rank)
     return None

@@ -128,8 +128,7 @@ def _askable(course: list[submissions.Assignment]) -> None:
             if step.exercise not in ids:
                 raise ValueError(
                     f"course: {assignment.stem}.ipynb checks {step.exercise!r}, which isn't an exercise; hpclab.check"
-                    " has"
-                    f" {', '.join(ids)}."
+                    f" has {', '.join(ids)}."
                 )
 
 

@@ -335,7 +335,7 @@ class Ledger(SchedulerPlugin):
     def busy(self, booking: Booking) -> str:
         """Why this gang can't start now."""
         held = ", ".join(f"{run} holds {other.ranks * other.threads}" for run, other in self.gangs.items())
-        held += f", and {len(self.queue) - 1} are ahead of it in the queue" * (len(self.queue) > 1)
+        held += f", and the queue has {len(self.queue) - 1} before it" * (len(self.queue) > 1)
         return (
             f"ranks (={booking.ranks}) with threads (={booking.threads}) take {booking.ranks * booking.threads} CPUs,"
             f" and {self.most(beside=self.gangs.values())} of {self.most()} are free now: {held}; stop or await that"

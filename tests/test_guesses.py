@@ -71,7 +71,7 @@ def test_what_is_no_prediction_is_refused(copy, value):
 
 def test_the_stub_writes_nothing_and_no_prediction_is_made_up(copy):
     assert hpclab.predict("a.b", ..., "steps").startswith("Your prediction: ___ steps. Replace the three dots")
-    assert hpclab.predict("a.c", ..., among=["yes", "no"]).endswith('write one of "yes", "no".')
+    assert hpclab.predict("a.c", ..., among=["yes", "no"]).endswith('with one of "yes", "no".')
     assert log(copy) == []
     assert hpclab.came("a.b", 2) == "Result: 2 steps. (No prediction was written down.)"
     assert hpclab.came("a.d", float("nan")) == hpclab.came("a.d", None)
@@ -86,7 +86,7 @@ def test_the_newest_before_the_first_result_counts_and_a_later_one_is_shown_as_s
     assert hpclab.predict("a.b", 4.0) == "Written down: 4. It doesn't count: you have seen a result."
     assert hpclab.came("a.b", 5) == (
         "You predicted 2. Result: 5. You were off by a factor of 2.5."
-        " After a result was seen you wrote 4; that doesn't count."
+        " After seeing a result you wrote 4; that doesn't count."
     )
     assert [row["value"] for row in log(copy)] == [1.0, 2.0, 4.0, 4.0]
     (row,) = hpclab.progress().predictions
@@ -96,7 +96,7 @@ def test_the_newest_before_the_first_result_counts_and_a_later_one_is_shown_as_s
 def test_a_prediction_after_the_result_alone_counts_for_nothing(copy):
     hpclab.came("a.b", 4)
     hpclab.predict("a.b", 4)
-    assert hpclab.came("a.b", 4) == "Result: 4. After a result was seen you wrote 4; that doesn't count."
+    assert hpclab.came("a.b", 4) == "Result: 4. After seeing a result you wrote 4; that doesn't count."
     assert hpclab.progress().predictions == []
 
 

@@ -599,7 +599,7 @@ def test_another_way_within_the_limits_passes(name, answer):
         (
             "pipeline",
             pipeline(up_and_down_by_turns),
-            "Right, but it takes 72 steps, 45 more than the 27 allowed. The batch is cut, and yet",
+            "Right, but it takes 72 steps, 45 more than the 27 allowed. The batch is cut up, yet",
         ),
         (
             "optimizer",

@@ -81,7 +81,7 @@ def test_the_page_draws_the_law_that_it_names(tmp_path):
 def test_ranks_that_took_turns_give_no_law(tmp_path):
     found = [row | {"source": "emulated"} if row.get("ranks", 0) > 2 else row for row in rows()]
     text = study.write(found, tmp_path / "index.html").read_text("utf-8")
-    assert "so this isn't a machine's law" in text
+    assert "or from a dialled network, so this" in text
     assert "kappa = " not in text and "gustafson: " not in text
     assert " law with its band" not in text
 

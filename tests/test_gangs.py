@@ -185,7 +185,7 @@ WRONG = [
     ),
     (
         "1\n%matplotlib inline",
-        "line 2, in <module>\n    %matplotlib inline\nRuntimeError: %matplotlib isn't there on",
+        "line 2, in <module>\n    %matplotlib inline\nRuntimeError: %matplotlib isn't available on",
     ),
     ("1\n%%time\n2", "line 2, in <module>\n    %%time\nRuntimeError: %%time must be the first line"),
     ("%%bash\nls", "RuntimeError: %%bash isn't available on the ranks, which have %cd, %env, "),

@@ -228,12 +228,12 @@ def _ancestors(pid):
         (
             "htcondor",
             {"walltime": "01:00:00"},
-            r"walltime \(='01:00:00'\) is no option of htcondor; it has workers=2, ",
+            r"walltime \(='01:00:00'\) isn't an option of htcondor; it has workers=2, ",
         ),
         (
             "slurm",
             {"resources": "mem=1"},
-            r"resources .* is no option of slurm; it has .*walltime='00:30:00', queue=None",
+            r"resources .* isn't an option of slurm; it has .*walltime='00:30:00', queue=None",
         ),
         ("pbs", {"private": True}, r"private \(=True\) isn't an option of pbs"),
         ("slurm", {"walltime": "90"}, r"walltime \(='90'\) must be 'HH:MM:SS', such as '01:30:00', or seconds"),
@@ -316,7 +316,7 @@ def test_a_profile_named_after_a_queue_sets_its_defaults(profiles):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("ourcluster: {kind: slurm, quene: x}", r"quene \(='x'\) is no option of ourcluster; it has workers=2"),
+        ("ourcluster: {kind: slurm, quene: x}", r"quene \(='x'\) isn't an option of ourcluster; it has workers=2"),
         ("ourcluster: {kind: slrum}", r"kind \(='slrum'\) of ourcluster must be one of slurm, pbs"),
         ("ourcluster: {queue: x}", r"ourcluster has no kind"),
         ("[ourcluster]", r"must hold names, each with options"),

@@ -15,7 +15,7 @@ def folder(base: str | None = None) -> Path:
     PermissionError
         If others could enter it, or own it.
     FileNotFoundError
-        If the folder of temporary files has gone.
+        If the folder of temporary files is gone.
     """
     path = Path(base or tempfile.gettempdir(), f"hpclab-{os.getuid()}")
     with _named():
@@ -23,7 +23,7 @@ def folder(base: str | None = None) -> Path:
     status = path.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(
-            f"folder {path} must belong to this user alone; remove it, or set TMPDIR to a folder of yours."
+            f"folder {path} must belong to this user alone; remove it, or set TMPDIR to a folder of your own."
         )
     return path
 
@@ -36,7 +36,7 @@ def restore(path: Path) -> None:
     PermissionError
         If another user has been faster.
     FileNotFoundError
-        If the folder of temporary files has gone, too.
+        If the folder of temporary files is gone, too.
     """
     with _named():
         path.parent.mkdir(exist_ok=True)
@@ -47,12 +47,12 @@ def restore(path: Path) -> None:
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Say which folder has gone if one can't be made in it."""
+    """Say which folder is gone if one can't be made in it."""
     try:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"the folder of temporary files, {tempfile.gettempdir()}, has gone; make it again, or set TMPDIR to one"
+            f"the folder of temporary files, {tempfile.gettempdir()}, is gone; create it again, or set TMPDIR to one"
             " that stays before Python starts."
         ) from None
 

@@ -169,7 +169,7 @@ def _grade(folder: str, csv: str | None, seed: str | None, time: float, memory: 
 
     file = Path(csv).expanduser().resolve() if csv else None
     if file and not file.parent.is_dir():
-        raise ValueError(f"--csv (={csv}) lies in no folder that is there.")
+        raise ValueError(f"--csv (={csv}) must be in a folder that exists.")
 
     def announce(row: dict) -> None:
         print(f"{row['submission']}: {row['exercise']} {row['verdict']}", file=sys.stderr, flush=True)
@@ -203,7 +203,7 @@ def _verify(source: str) -> None:
     from hpclab import data
 
     data.verify(source)
-    print(f"{data.find(source)}: every file is as it was made")
+    print(f"{data.find(source)}: every file matches its checksum")
 
 
 def _slurm_up(folder: str | None, **settings: Any) -> None:
@@ -220,12 +220,12 @@ def _slurm_up(folder: str | None, **settings: Any) -> None:
 
     running = slurm.find(folder)
     if running and (running.owner is None or folder):
-        raise RuntimeError(f"a private Slurm is up already, in {running.folder}; end it with: hpclab slurm down")
+        raise RuntimeError(f"a private Slurm is already up, in {running.folder}; end it with: hpclab slurm down")
     up = slurm.start(**settings, folder=folder, detached=True)
     print(f"A private Slurm of {len(up.addresses)} nodes is up in {up.folder}. Use it in a shell of its own:\n")
     print("  hpclab slurm shell\n\nor in this one, after\n")
     print(f"  export SLURM_CONF={up.env['SLURM_CONF']} PATH={up.folder}/bin:$PATH\n")
-    print("It stays until\n\n  hpclab slurm down" + (f" --folder {up.folder}" if folder else ""))
+    print("It runs until\n\n  hpclab slurm down" + (f" --folder {up.folder}" if folder else ""))
 
 
 def _slurm_down(folder: str | None) -> None:
@@ -236,8 +236,8 @@ def _slurm_down(folder: str | None) -> None:
     up = _slurm_that_is_up(folder)
     if up.owner and not folder:
         raise RuntimeError(
-            f"the one in {up.folder} was started by process {up.owner}, and ends with it; to end it all the same:"
-            f" hpclab slurm down --folder {up.folder}"
+            f"the one in {up.folder} was started by process {up.owner}, and ends with it; to end it anyway: hpclab"
+            f" slurm down --folder {up.folder}"
         )
     up.stop()
     print(f"the private Slurm in {up.folder} has ended")

@@ -43,12 +43,12 @@ def examine(quick: bool = False) -> Table:
 
 def advice() -> str:
     """How many ranks fit here, in a sentence."""
-    return _("Ranks of one thread that fit here at full speed: {ranks}", ranks=machine.fits())
+    return _("One-thread ranks that fit here at full speed: {ranks}", ranks=machine.fits())
 
 
 def _limit(usable: float, host: float) -> str:
     if usable < host:
-        return _("the host has {host}; affinity, cgroup or ulimit allow less", host=host)
+        return _("the host has {host}; affinity, cgroup or ulimit allows less", host=host)
     return _("all of the host's")
 
 
@@ -56,7 +56,10 @@ def _threads() -> str:
     cores = machine.cores()
     if cores is None or cores >= len(machine.affinity()):
         return ""
-    return _("; hardware threads of {cores} cores: two of one core together are less than twice as fast", cores=cores)
+    return _(
+        "; hardware threads of {cores} cores: the two of one core together are less than twice as fast as one",
+        cores=cores,
+    )
 
 
 def _gpus(quick: bool) -> str:
@@ -82,7 +85,7 @@ def _slurm() -> tuple[str, str]:
 def _sandboxed() -> tuple[str, str]:
     if why := sandbox.missing():
         return _("missing"), _("to grade a class, hpclab grade: {why}", why=why)
-    return "bubblewrap", _("keeps what students wrote apart: hpclab grade FOLDER")
+    return "bubblewrap", _("isolates students' code: hpclab grade FOLDER")
 
 
 def _loopback() -> tuple[str, str]:
@@ -93,10 +96,10 @@ def _loopback() -> tuple[str, str]:
             caller.connect(listener.getsockname())
     except OSError as error:
         return _("closed"), _("clusters can't start here: {error}", error=error)
-    return _("open"), _("ports are chosen free, each time anew")
+    return _("open"), _("free ports are chosen each time")
 
 
 def _font() -> tuple[str, str]:
     return cjk_font() or _("missing"), "" if cjk_font() else _(
-        "figures take English; Debian: apt install fonts-wqy-microhei"
+        "figures are in English; Debian: apt install fonts-wqy-microhei"
     )

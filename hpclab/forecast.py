@@ -278,7 +278,7 @@ class Forecast:
         return _slopes(self.workload, self.fitted, logs, self.link_error)
 
     def _half(self, slopes: Array, measurements: ArrayLike, level: float) -> Array:
-        """Half-width of the band of logarithms with these slopes, that so many measurements go into."""
+        """Half-width of the band of logarithms with these slopes, from that number of measurements."""
         variance = np.einsum("ki,ij,kj->k", slopes[:, :-1], self.covariance, slopes[:, :-1])
         variance = variance + np.asarray(measurements) * self.noise**2
         noise, link = quantile(level, self.freedom) * np.sqrt(variance), quantile(level, math.inf) * slopes @ self.shift
@@ -305,7 +305,7 @@ class Forecast:
         """
         ranks, measured_s = _pairs(ranks, measured_s)
         if known := sorted(set(ranks) & set(self.ranks)):
-            raise ValueError(f"ranks (={known[0]:g}) was calibrated on; score a forecast on other points.")
+            raise ValueError(f"ranks (={known[0]:g}) was used to calibrate; score a forecast at other points.")
         return measured_s / step_s(self.workload, network or self.network, ranks) - 1
 
 
@@ -374,8 +374,8 @@ def calibrate(
     if np.linalg.matrix_rank(of_fields * scale, tol=1e-6) < len(names):
         counts = ", ".join(f"{count:g}" for count in sorted({*ranks}))
         raise ValueError(
-            f"fitted (={', '.join(names)}) can't be told apart at ranks {counts}: measure at more numbers of ranks, up"
-            " to where the network and the slowest rank are felt, or fit fewer fields."
+            f"fitted (={', '.join(names)}) can't be told apart at ranks {counts}: measure at more rank counts, up"
+            " to where the network and the slowest rank matter, or fit fewer fields."
         )
     freedom = math.inf
     if noise is None:
@@ -396,8 +396,8 @@ def _fields(fitted: Sequence[str], points: int, noise: float | None) -> tuple[st
         raise ValueError(f"noise (={noise!r}) must be above 0, such as 0.01 for 1 %.")
     if points < len(names) + (noise is None):
         raise ValueError(
-            f"{points} points can't tell {len(names)} fields ({', '.join(names)}) and their own noise; measure at more"
-            " numbers of ranks, fit fewer fields, or state the noise."
+            f"{points} points can't determine {len(names)} fields ({', '.join(names)}) and the noise; measure at more"
+            " rank counts, fit fewer fields, or state the noise."
         )
     return names
 

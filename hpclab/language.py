@@ -33,7 +33,7 @@ def language() -> str:
     """
     chosen = os.environ.get("HPCLAB_LANG")
     if chosen and chosen not in LANGUAGES:
-        raise ValueError(f"HPCLAB_LANG (={chosen}) is no language of hpclab; use one of {', '.join(LANGUAGES)}.")
+        raise ValueError(f"HPCLAB_LANG (={chosen}) isn't a language of hpclab; use one of {', '.join(LANGUAGES)}.")
     return chosen or ("zh" if _folder() == "zh" else "en")
 
 

@@ -30,7 +30,7 @@ MARGIN = 2.0
 MISFIT = 1e-3
 """Chance of measurements so far off a law that is true, below which they reject it."""
 MOST_REPEATS = 10
-"""How many times as often a count may be measured anew, before it is better to measure further out."""
+"""By what factor to repeat the measurements of a count before it is better to measure further out."""
 POLISH = 4
 """Steps that end a fit; each leaves of its distance to the best one about the share that the noise is of x."""
 EXACT = 1e-8
@@ -287,8 +287,8 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
     relative, size, parameters = noise == "relative", len(n), len(form.names)
     if not _enough(law, n):
         raise ValueError(
-            f"{law} has {parameters} parameters, and needs as many different counts and one more point; here are"
-            f" {size} points at {len(set(n))} different counts. Measure more counts, or each more often."
+            f"{law} has {parameters} parameters, so it needs as many different counts and one more point; there are"
+            f" {size} points at {len(set(n))} different counts. Measure more counts, or each count more often."
         )
     best = _solve(form, n, x, relative)
     unit = 1.0 if relative else float(x.max())
@@ -428,7 +428,7 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
         start = 2 * most
         further = [start * 2**step for step in range(max(COUNTS - len(counts), 3 if most < 8 else 1))]
         why = (
-            f"{len(counts)} different counts up to {most} can't tell laws apart that part company further out."
+            f"{len(counts)} different counts up to {most} can't tell apart laws that only diverge further out."
             f" Measure also at {', '.join(map(str, further))}, and each count at least twice."
         )
         return LawVerdict(None, why, further, fits)
@@ -465,7 +465,7 @@ def choose(n: ArrayLike, x: ArrayLike, noise: str = "relative", level: float = L
 
 
 def _misfit(fit: LawFit) -> float:
-    """Chance, if the law is true, that ln n and its square explain so much of what it leaves; an F test."""
+    """Chance, if the law is true, that ln n and its square explain this much of what it leaves; an F test."""
     relative = fit.noise == "relative"
     residuals = _residuals(fit.x, fit(fit.n), relative)
     slopes = _jacobian(_LAWS[fit.law], fit.n, list(fit.values.values()), relative)

@@ -176,18 +176,18 @@ def remedy(error: BaseException) -> str:
 
 
 _TOO_MANY = (
-    "The user has no more processes and threads left (`ulimit -u` shows how many there may be, and a container has a"
-    " limit of its own): use fewer workers, ranks or threads, or end other programs."
+    "This user may start no more processes or threads (`ulimit -u` shows the limit, and a container has one of its"
+    " own): use fewer workers, ranks or threads, or end other programs."
 )
 _REMEDIES = {
-    errno.EMFILE: "The process has no more open files left: raise `ulimit -n` before Python starts, or close clients.",
-    errno.ENFILE: "The machine has no more open files left: end other programs.",
+    errno.EMFILE: "The process can open no more files: raise `ulimit -n` before Python starts, or close clients.",
+    errno.ENFILE: "The machine can open no more files: end other programs.",
     errno.EAGAIN: _TOO_MANY,
     errno.ENOMEM: "The machine has no memory left: use fewer ranks or smaller models, or end other programs.",
     errno.ENOSPC: "The disk is full: make room, or use folder= for results, and TMPDIR for the rest, on another one.",
     errno.EDQUOT: "The user's share of the disk is full: make room, or use folder= for results on another one.",
-    errno.EFBIG: "A file may have no more bytes: raise `ulimit -f` before Python starts, or report and print less.",
-    errno.EROFS: "The disk takes no writing: use folder= for results, and TMPDIR for the rest, on another one.",
+    errno.EFBIG: "A file has reached the size limit: raise `ulimit -f` before Python starts, or report and print less.",
+    errno.EROFS: "The disk is read-only: use folder= for results, and TMPDIR for the rest, on another one.",
 }
 
 

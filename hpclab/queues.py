@@ -110,7 +110,7 @@ def _moab(request: Request) -> dict[str, Any]:
 def _sge(request: Request) -> dict[str, Any]:
     if request.cores > 1 and not any(directive.startswith("-pe ") for directive in request.directives):
         raise ValueError(
-            f"cores (={request.cores}) of an sge job need the name of a parallel environment of the site, which"
+            f"cores (={request.cores}) of an sge job need the name of one of the site's parallel environments, which"
             f" `qconf -spl` lists; use directives=['-pe NAME {request.cores}']."
         )
     spec = request.resources or f"mem_free={math.ceil(request.bytes / 2**20)}M"
@@ -182,7 +182,7 @@ def request(where: str, profile: Mapping[str, Any], options: Mapping[str, Any]) 
     """Make a checked request of a profile and of options, which go before it; errors name it as `where`."""
     if "kind" in options or profile["kind"] not in QUEUES:
         kind = options.get("kind", profile["kind"])
-        raise ValueError(f"kind (={kind!r}) of {where} must be one of {', '.join(QUEUES)}, and stand in its profile.")
+        raise ValueError(f"kind (={kind!r}) of {where} must be one of {', '.join(QUEUES)}, and be set in its profile.")
     wishes = {**profile, **options}
     _refuse_unknown(where, wishes)
     asked = Request(**{name: plain(value) for name, value in wishes.items()})
@@ -197,7 +197,7 @@ def _refuse_unknown(where: str, wishes: dict[str, Any]) -> None:
         if name not in names:
             defaults = Request(kind=wishes["kind"])
             shown = ", ".join(f"{option}={getattr(defaults, option)!r}" for option in names[1:])
-            raise ValueError(f"{name} (={value!r}) is no option of {where}; it has {shown}.")
+            raise ValueError(f"{name} (={value!r}) isn't an option of {where}; it has {shown}.")
 
 
 def _check(request: Request) -> None:
@@ -343,8 +343,8 @@ def check_folder(kind: str, folder: Path) -> Path:
     sign = re.search(r"[\n\\]", str(path)) if kind == "slurm" else _ODD.search(str(path))
     if sign:
         raise ValueError(
-            f"folder (={str(path)!r}) of the jobs' logs holds {sign[0]!r}, which {kind} may read as something else; use"
-            " folder= with the path of one that doesn't."
+            f"folder (={str(path)!r}) of the jobs' logs contains {sign[0]!r}, which {kind} may misread; use folder="
+            " with a path that doesn't contain it."
         )
     return path
 

@@ -83,21 +83,21 @@ class Race:
         for trial in trials:
             if trial["lost_s"]:
                 words += " " + _(
-                    "{label} lost {seconds:.1f} s to failures; they are not counted, as the others had none.",
+                    "{label} lost {seconds:.1f} s to failures; these don't count, as the others had none.",
                     label=trial["label"],
                     seconds=trial["lost_s"],
                 )
         if last["source"] == "emulated":
             words += " " + _(
-                "This machine gives {cpus} CPU, so the ranks took turns on it, and no program could make them sooner."
-                " The line marked 'a CPU each' counts the CPU seconds of one rank alone: what a CPU for each rank would"
-                " show if talking cost nothing.",
+                "This machine gives you {cpus} CPU, so the ranks took turns on it, and no program could make them"
+                " faster. The line marked 'a CPU each' counts the CPU seconds of one rank alone: what you would see"
+                " with a CPU for each rank, if communication cost nothing.",
                 cpus=first["cpus"],
             )
         if (waited := (first["straggle_s"] or 0.0) / first["step_s"]) > BUSY:
             words += " " + _(
-                "Other programs used this machine: {label} waited for a CPU in {share:.0%} of its time, so expect"
-                " another ratio next time.",
+                "Other programs used this machine: {label} spent {share:.0%} of its time waiting for a CPU, so expect"
+                " a different ratio next time.",
                 label=first["label"],
                 share=waited,
             )
@@ -195,7 +195,7 @@ def _undisturbed(rows: Rows) -> dict:
 
 
 def racers() -> list[dict]:
-    """Who can race on this machine: one rank, one rank with a thread for each CPU if there are several, two ranks."""
+    """The racers on this machine: one rank, one rank with a thread for each CPU if there are several, two ranks."""
     cpus = machine.cpus()
     threaded = [{"ranks": 1, "threads": cpus}] if cpus > 1 else []
     return [{"ranks": 1, "threads": 1}, *threaded, {"ranks": 2, "threads": 1, "oversubscribe": cpus < 2}]
@@ -216,7 +216,7 @@ def own_cpu(rows: Rows) -> Rows:
 
 
 class LiveFigure:
-    """Loss against seconds, in a notebook, drawn anew in the place where it was first shown.
+    """Loss against seconds, in a notebook, redrawn in the place where it was first shown.
 
     A call draws if the one before has left time enough (see `live.pause`), and always when a racer has ended.
 

@@ -74,7 +74,7 @@ def read(path: str | os.PathLike) -> list[dict]:
     rows = []
     for number, row in lines(path):
         if row is None:
-            message = f"line {number} of {os.fspath(path)} holds no row: it is skipped, and the other lines count."
+            message = f"line {number} of {os.fspath(path)} holds no row; it is skipped, and the other lines count."
             warnings.warn(message, UserWarning, stacklevel=2)
         else:
             rows.append(row)
@@ -108,7 +108,7 @@ def append(path: str | os.PathLike, row: dict, mode: int = 0o666) -> None:
         end = b"" if not last else CUT_OFF if parsed(last) is None else b"\n"
         text = end + line(row).encode()
         if os.write(handle, text) < len(text):
-            raise OSError(f"{os.fspath(path)} took a part of a line only; is the disk full?")
+            raise OSError(f"{os.fspath(path)} took only part of a line; is the disk full?")
     finally:
         os.close(handle)
 

@@ -49,7 +49,9 @@ def read() -> dict[str, dict[str, Any]]:
           prologue: [module load python/3.12]
     """
     if ENVIRONMENT in os.environ and not files()[0].is_file():
-        raise FileNotFoundError(f"{ENVIRONMENT} (={os.environ[ENVIRONMENT]!r}) names no file; unset it, or make one.")
+        raise FileNotFoundError(
+            f"{ENVIRONMENT} (={os.environ[ENVIRONMENT]!r}) names no file; unset it, or create the file."
+        )
     profiles: dict[str, dict[str, Any]] = {}
     for file in files():
         if file.is_file():
@@ -66,5 +68,5 @@ def _parse(file: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{file} must hold names, each with options below it, such as 'ourcluster: {{kind: slurm}}'.")
     for name, profile in profiles.items():
         if "kind" not in profile:
-            raise ValueError(f"{file}: {name} says no kind, such as 'kind: slurm'.")
+            raise ValueError(f"{file}: {name} has no kind, such as 'kind: slurm'.")
     return profiles

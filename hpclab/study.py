@@ -114,8 +114,8 @@ def sections(rows: list[dict]) -> list[str]:
     parts = _section(_("In short"), *(_headline(name, of_regime) for name, of_regime in regimes.items()))
     parts += _section(_("This machine"), markup(Table(machines.values())))
     titles = {
-        "strong": _("Strong scaling: the batch of all ranks stays"),
-        "weak": _("Weak scaling: the batch of each rank stays"),
+        "strong": _("Strong scaling: the total batch stays the same"),
+        "weak": _("Weak scaling: each rank's batch stays the same"),
     }
     for regime, of_regime in regimes.items():
         parts += _section(titles[regime], *_regime(of_regime))
@@ -142,7 +142,7 @@ def read(path: str | os.PathLike) -> list[dict]:
     text = Path(path).expanduser().read_text("utf-8")
     if match := re.search(r'<script type="application/json" id="rows">(.*?)</script>', text, re.S):
         return json.loads(match[1])
-    raise ValueError(f"path (={str(path)!r}) is no page of a study: it carries no rows.")
+    raise ValueError(f"path (={str(path)!r}) isn't a study's page: it has no rows.")
 
 
 def _section(title: str, *parts: str) -> list[str]:
@@ -161,7 +161,7 @@ def _headline(regime: str, trials: list[dict]) -> str:
             **values,
         ),
         "weak": _(
-            "With {label}, each with a batch of its own, {speedup:.2f} times as many samples are seen in a second"
+            "With {label}, each with its own batch, {speedup:.2f} times as many samples are processed in a second"
             " ({speedup_low:.2f} to {speedup_high:.2f} in {repeats} rounds; {source}).",
             source=source_word(most["source"]),
             **values,

@@ -13,8 +13,8 @@ from hpclab.pages import html
 TABLE = (
     '<table><thead><tr>{% for name, side, _cells in columns %}<th scope="col" style="text-align: {{ side }}">{{ name }}'
     "</th>{% endfor %}</tr></thead><tbody>{% for number in range(rows) %}<tr>{% for _name, side, cells in columns %}"
-    '<td style="text-align: {{ side }}{% if cells[number] | length <= whole %}; white-space: nowrap{% endif %}">'
-    "{{ cells[number] }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>"
+    '<td style="text-align: {{ side }}{% if cells[number] | string | length <= whole %}; white-space: nowrap{% endif %}'
+    '">{{ cells[number] }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>'
 )
 NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?( ?%)?")
 DIGITS = 4

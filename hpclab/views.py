@@ -38,7 +38,7 @@ def show(run: Any) -> None:
 
 
 class LiveView:
-    """What `page` shows, drawn anew as rows come, below a Stop button and one that kills a rank.
+    """What `page` shows, redrawn as rows come, below a Stop button and one that kills a rank.
 
     The buttons work while a cell waits in ``run.result()``, as the kernel has subshells (ipykernel 7, JupyterLab 4.4).
     They go when the run has ended; the page is an ordinary output from the start, which a notebook keeps if its kernel
@@ -161,7 +161,7 @@ def _word(run: Any) -> str:
         "finished": _("finished"),
         "failed": _("failed"),
         "stopped": _("stopped"),
-        "interrupted": _("interrupted: its kernel went before it"),
+        "interrupted": _("interrupted: its kernel ended first"),
     }
     return words[run.status]
 
@@ -174,8 +174,8 @@ def _where(run: Any) -> str:
     call = f"hpclab.open_run({folder!r})"
     head, text = run.name, _("{call} shows it again.", call=call)
     if run.going:
-        head = _("Seen at {time}", time=time.strftime("%H:%M:%S"))
-        text = _("If its kernel has gone since, {call} shows what came after.", call=call)
+        head = _("As seen at {time}", time=time.strftime("%H:%M:%S"))
+        text = _("If the kernel has stopped since then, {call} shows what happened afterwards.", call=call)
     return html("<details><summary>{{ head }}</summary>{{ text }}</details>", head=head, text=text)
 
 

@@ -305,7 +305,7 @@ def stop_a_race_twice(page):
     race, stop = (page.locator("button", has_text=text) for text in ("Race again", "Stop"))
     for _ in range(2):
         race.click()
-        expect(page.get_by_text("Racing; the picture grows below")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("The race is on; the picture grows below")).to_be_visible(timeout=60_000)
         expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
         stop.click()
         expect(page.get_by_text("Stopped. Press the button to race again.")).to_be_visible(timeout=60_000)
@@ -394,7 +394,7 @@ def test_a_kernel_restarted_in_mid_run_leaves_what_was_seen(gang, lab):
     choose(gang, "Kernel", "Restart Kernel…")
     gang.get_by_role("button", name="Confirm Kernel Restart").click()
     assert no_rank_left(60)
-    seen = gang.locator(".jp-OutputArea-output", has_text="If its kernel has gone since")
+    seen = gang.locator(".jp-OutputArea-output", has_text="If the kernel has stopped since then")
     assert "talking and waiting" in seen.inner_text()
     shoot(gang, "gang-restarted")
     with gang.expect_response(lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url):
@@ -462,7 +462,7 @@ def test_a_ring_by_hand_and_a_deadlock_that_is_interrupted(page, lab, home):
     choose(page, "Kernel", "Interrupt Kernel")
     wait_for(page, "/CellInterrupt: the ranks keep their variables/.test(document.body.innerText)", "ranks-interrupted")
     told = outputs.last.inner_text().splitlines()
-    assert re.fullmatch(r"\[ranks 0-3\] stood in <ranks cell 5>, line 3: dist.recv\(torch.empty\(2\), left\)", told[1])
+    assert re.fullmatch(r"\[ranks 0-3\] was in <ranks cell 5>, line 3: dist.recv\(torch.empty\(2\), left\)", told[1])
     assert len(told) == 2, "one error, and no wall"
     page.locator(".jp-CodeCell").last.click()
     page.keyboard.press("Shift+Enter")

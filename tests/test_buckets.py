@@ -132,4 +132,4 @@ def many_things():
 def test_sums_copies_and_errors_are_those_of_torch(client):
     for sizes, (warning,) in hpclab.launch(client, many_things, ranks=3, oversubscribe=True).result(60):
         assert sizes == ["163212, 24800"] * 2
-        assert "doesn't let hpclab lay DDP's buckets" in warning
+        assert "doesn't let hpclab arrange DDP's buckets" in warning

@@ -84,4 +84,4 @@ def test_errors_are_one_line(tmp_path, capsys, arguments, says):
 
 def test_data_verify(capsys):
     assert cli.main(["data", "verify"]) == 0
-    assert "every file is as it was made" in capsys.readouterr().out
+    assert "every file matches its checksum" in capsys.readouterr().out

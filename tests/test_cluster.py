@@ -121,7 +121,7 @@ def test_a_script_without_its_guard_is_told_so_in_a_few_lines(tmp_path):
     assert done.returncode == 1
     *_, last = lines = done.stderr.splitlines()
     assert last.startswith("RuntimeError: no worker could be started") and '`if __name__ == "__main__":`' in last
-    assert lines[0].startswith("A worker that imports ") and "script.py came upon hpclab.connect()" in lines[0]
+    assert lines[0].startswith("A worker that imports ") and "script.py reached hpclab.connect()" in lines[0]
     assert len(lines) < 15
     assert not ours("script.py") and {*ours("spawn_main")} <= {*before}
 

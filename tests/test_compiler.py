@@ -10,7 +10,7 @@ from hpclab.course import compiler
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "here is no no-such-compiler; Debian: apt install g++" in compiler.missing()
+    assert "there is no no-such-compiler here; Debian: apt install g++" in compiler.missing()
     program = tmp_path / "mine"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -30,7 +30,7 @@ def test_a_function_of_ones_own_runs_apart():
 
 
 def test_what_fails_apart_says_why():
-    with pytest.raises(RuntimeError, match=r"process of its own, <lambda> failed: ZeroDivisionError: division by zero"):
+    with pytest.raises(RuntimeError, match=r"In its own process, <lambda> failed: ZeroDivisionError: division by zero"):
         compiler.apart(lambda: 1 / 0)
     with pytest.raises(RuntimeError, match=r"_exit failed: exit code 3"):
         compiler.apart(os._exit, 3)

@@ -63,9 +63,9 @@ SYMPTOMS = {
     "division": "With 2 ranks of 3 pieces, the gradient is 6 times",
     "collective": "waits in `dist.all_reduce(weight.grad)`",
     "last_batch": "all shares count the same",
-    "batchnorm": "each computes another function",
+    "batchnorm": "each computes a different function",
     "seed": "Ranks 0 and 1 see the same noise",
-    "checkpoint": "rank 0 draws again what it drew at the start",
+    "checkpoint": "rank 0 draws the same numbers as at the start",
 }
 
 
@@ -84,9 +84,12 @@ BACKWARD = "mse_loss(model(piece), target).backward()"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([(DIVISION, "weight.grad /= ranks")], "those of 3 pieces added up"),
-        ([(DIVISION, "weight.grad /= parts")], "those of 2 ranks added up"),
-        ([(BACKWARD, "(mse_loss(model(piece), target) / ranks / parts).backward()")], "Divided by more"),
+        ([(DIVISION, "weight.grad /= ranks")], "those of the 3 pieces are summed"),
+        ([(DIVISION, "weight.grad /= parts")], "those of the 2 ranks are summed"),
+        (
+            [(BACKWARD, "(mse_loss(model(piece), target) / ranks / parts).backward()")],
+            "divided by more than you added up",
+        ),
         ([(DIVISION, "weight.grad /= len(x)")], "aren't those of one process"),
         ([(DIVISION, ""), ("lr=0.3", "lr=0.3 / (ranks * parts)")], "A lower learning rate only hides it"),
         ([("dist.all_reduce(weight.grad)", ""), (DIVISION, "weight.grad /= parts")], "end with different weights"),
@@ -128,7 +131,7 @@ TRIED = f"try:\n            {STEP}\n        except Exception:\n            break
         ([(REDUCE, "\n"), (MEAN, ""), (STEP, OWN_STEP)], "end with different weights"),
         ([(REDUCE, "\n"), (MEAN, ""), (STEP, TRIED)], "Deadlock"),
         ([(REDUCE, "\n"), (MEAN, ""), ("break", "continue")], "Deadlock"),
-        (EARLY, "and one process after"),
+        (EARLY, "but one process stops after"),
     ],
 )  # fmt: skip
 def test_collective_names_each_wrong_repair(changes, message):
@@ -199,8 +202,8 @@ SEED, FIRST_SEED = "torch.manual_seed(1000 * seed + rank)", "torch.manual_seed(s
         ([(SEED, "torch.seed()")], "nobody could repeat"),
         ([(SEED, "import os, time\n    torch.manual_seed(os.getpid() + time.time_ns())")], "nobody could repeat"),
         ([(SEED, ""), (FIRST_SEED, SEED)], "begin with different weights"),
-        ([(SEED, "torch.manual_seed(seed + rank)")], "of a run with seed"),
-        ([(SEED, "torch.manual_seed(rank)")], "of a run with seed"),
+        ([(SEED, "torch.manual_seed(seed + rank)")], "sees with seed"),
+        ([(SEED, "torch.manual_seed(rank)")], "sees with seed"),
         ([(SEED, "for _ in range(rank):\n        torch.randn(len(x[rank::ranks]), x.shape[1])")], "from one sequence"),
         ([("noise = ", "torch.manual_seed(1000 * seed + rank)\n        noise = ")], "in one step as in another"),
         ([("noise = 0.3 *", "noise = (-1) ** rank * 0.3 *"), (SEED, "")], "aren't independent"),
@@ -237,14 +240,14 @@ LOOP = "for _ in range(done, steps):"
     [
         ([(PYTHON, "")], "but the choice of samples doesn't"),
         ([(TORCH, "")], "but the noise doesn't"),
-        ([('state["random"][rank]', 'state["random"][0]')], "Rank 1 goes on with the random numbers of another rank"),
-        ([(PYTHON, SEEDED.format("done")), (TORCH, "")], "other numbers"),
-        ([(LOOP, f"{SEEDED.format(0)}\n    {LOOP}")], "draws again"),
-        ([('done = state["done"]', 'done = 0')], "though"),
+        ([('state["random"][rank]', 'state["random"][0]')], "Rank 1 continues with another rank's random numbers"),
+        ([(PYTHON, SEEDED.format("done")), (TORCH, "")], "different numbers"),
+        ([(LOOP, f"{SEEDED.format(0)}\n    {LOOP}")], "same numbers as at the start"),
+        ([('done = state["done"]', 'done = 0')], "were left to take"),
         ([('optimizer.load_state_dict(state["optimizer"])', "")], "something else was forgotten"),
-        ([("if file.exists():", "if False:")], "though"),
+        ([("if file.exists():", "if False:")], "were left to take"),
         ([("random.seed(seeds[rank])", ""), ("torch.manual_seed(seeds[rank])", "")], "before any interruption"),
-        (EARLY, "though"),
+        (EARLY, "were left to take"),
     ],
 )  # fmt: skip
 def test_checkpoint_names_each_wrong_repair(changes, message):

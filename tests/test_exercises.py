@@ -94,7 +94,7 @@ def test_an_exercise_id_imports_nothing_that_is_no_notebooks_file(slug, tmp_path
     (tmp_path / "planted.py").write_text("open('imported', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"is no exercise; use one of capstone.quiz_ranks, capstone.quiz_score, "):
+    with pytest.raises(ValueError, match=r"isn't an exercise; use one of capstone.quiz_ranks, capstone.quiz_score, "):
         check(f"{slug}.step", 1)
     assert not (tmp_path / "imported").exists()
     assert not {"hpclab.course.checks.planted", "hpclab.course.checks.os"} & sys.modules.keys()
@@ -141,7 +141,7 @@ def test_a_broken_function_is_a_fail_that_says_why(exercise_id):
         == "Your function raised ZeroDivisionError: division by zero"
     )
     assert "takes 0 positional arguments" in check(exercise_id, lambda: 1).message
-    assert check(exercise_id, 3).message == "The answer is a function, not 3."
+    assert check(exercise_id, 3).message == "The answer must be a function, not 3."
     assert re.search("not ('a'|this str)", check(exercise_id, lambda *arguments: "a").message)
 
 
@@ -187,12 +187,12 @@ def test_gang_passes_with_the_solution():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda cpus, memory: machine.fits(), "whatever machine"),
-        (lambda cpus, memory: machine.cpus(), "whatever machine"),
-        (lambda cpus, memory: os.cpu_count(), "whatever machine"),
-        (lambda cpus, memory: max(2, machine.fits()), "whatever machine"),
-        (lambda cpus, memory: cpus, "but not the memory"),
-        (lambda cpus, memory: by_memory(memory), "no CPU for themselves"),
+        (lambda cpus, memory: machine.fits(), "the same answer for every machine"),
+        (lambda cpus, memory: machine.cpus(), "the same answer for every machine"),
+        (lambda cpus, memory: os.cpu_count(), "the same answer for every machine"),
+        (lambda cpus, memory: max(2, machine.fits()), "the same answer for every machine"),
+        (lambda cpus, memory: cpus, "but not enough memory"),
+        (lambda cpus, memory: by_memory(memory), "no CPU of their own"),
         (lambda cpus, memory: max(cpus, by_memory(memory)), "the looser one"),
         (lambda cpus, memory: min(cpus, by_memory(memory, 0)), "the notebook and the scheduler"),
         (lambda cpus, memory: min(cpus, by_memory(memory) + 1), "Rounded up"),
@@ -254,11 +254,11 @@ def test_order_passes_with_the_solution_and_with_torchs_own_sampler():
         (lambda length, rank, ranks, seed, epoch: order_solution(length, rank, ranks, 0, epoch), "Two seeds"),
         (lambda length, rank, ranks, seed, epoch: order_solution(length, 0, 1, seed, epoch), "visited twice"),
         (own_dice, "visited twice"),
-        (own_shard, "keeps its images"),
+        (own_shard, "keeps the same images"),
         (rolled, "Nothing is shuffled"),
         (dropped, "don't visit every image"),
         (lambda *given: order_solution(*given)[::2], "don't visit every image"),
-        (lambda *given: order_solution(*given, pad=False), "waits for the other for ever"),
+        (lambda *given: order_solution(*given, pad=False), "wait for the second for ever"),
         (lambda *given: [[1, 2]], "list of indices"),
         (lambda *given: len(given), "list of indices"),
     ],
@@ -281,7 +281,7 @@ def test_learning_rate_passes_with_the_solution():
     [
         (lambda lr, base, batch, ranks: lr, "Unscaled"),
         (lambda lr, base, batch, ranks: lr * (batch * ranks / base) ** 0.5, "square root"),
-        (lambda lr, base, batch, ranks: lr * base / (batch * ranks), "Divided"),
+        (lambda lr, base, batch, ranks: lr * base / (batch * ranks), "divided where you should multiply"),
         (lambda lr, base, batch, ranks: lr * ranks, "ranks alone"),
         (lambda lr, base, batch, ranks: lr * batch / base, "one rank's batch"),
         (lambda lr, base, batch, ranks: lr * batch * ranks, "by the global batch"),
@@ -348,7 +348,7 @@ def with_law(rename):
 
 def test_curves_passes_with_the_solution_and_shows_those_that_miss():
     result = check("scaling.curves", curves_solution)
-    assert result and re.search("3[3-9] of (39|40) intervals hold the truth", result.message), result
+    assert result and re.search("3[3-9] of (39|40) intervals contain the true value", result.message), result
 
 
 @pytest.mark.parametrize(
@@ -358,20 +358,20 @@ def test_curves_passes_with_the_solution_and_shows_those_that_miss():
         (lambda rows: (scaling.verdict(rows).law, None) if scaling.regime(rows) == "strong" else (None, None), "emul"),
         (functools.partial(curves_solution, weak=True), "a law from weak scaling"),
         (functools.partial(curves_solution, emulated=True), "a law from emulated rows"),
-        (functools.partial(curves_solution, pooled=True), "share their luck"),
-        (best_of_all, "a law from up to 4 workers"),
+        (functools.partial(curves_solution, pooled=True), "fast or slow together"),
+        (best_of_all, "a law from at most 4 workers"),
         (unless_few, "from data so noisy"),
-        (lambda rows: (None, None), "You found no law"),
-        (with_law(lambda law: law and "usl"), "A larger law always fits"),
+        (lambda rows: (None, None), "You named no law"),
+        (with_law(lambda law: law and "usl"), "A law with more parameters always fits"),
         (with_law(lambda law: law and "amdahl"), "A tight interval is no evidence"),
-        (with_interval(lambda low, high: (high, high + 0.01)), "share their luck"),
+        (with_interval(lambda low, high: (high, high + 0.01)), "fast or slow together"),
         (with_interval(lambda low, high: (0, 1)), "so wide that they say nothing"),
-        (with_interval(lambda low, high: None), "A law without an interval"),
-        (with_interval(lambda low, high: {"low": low, "high": high}), "returns a pair"),
-        (lambda rows: ("Amdahl", (0, 1)), "'amdahl' or 'usl', or None where no law is told; not 'Amdahl'"),
-        (lambda rows: ("linear", (0, 1)), "Linear would be as many times as fast"),
-        (lambda rows: "amdahl", "returns a pair"),
-        (lambda rows: ("amdahl", 0.1), "returns a pair"),
+        (with_interval(lambda low, high: None), "without an interval for its sigma"),
+        (with_interval(lambda low, high: {"low": low, "high": high}), "must return a pair"),
+        (lambda rows: ("Amdahl", (0, 1)), "'amdahl' or 'usl', or None where no law can be identified; not 'Amdahl'"),
+        (lambda rows: ("linear", (0, 1)), "Linear would mean a speed-up"),
+        (lambda rows: "amdahl", "must return a pair"),
+        (lambda rows: ("amdahl", 0.1), "must return a pair"),
     ],
 )
 def test_curves_names_each_misconception(answer, message):
@@ -402,14 +402,17 @@ def test_a_score_passes_with_the_solution():
         ),
         (
             lambda low, high, value, level: high - low + 20 * max(low - value, 0, value - high),
-            "claims 50 % pays as much",
+            "costs the same whether you claim 50 %",
         ),
-        (lambda low, high, value, level: winkler(low, high, value, 1 - level), "claims more pays less"),
-        (lambda low, high, value, level: winkler(low, high, value, (1 + level) / 2), "Too dear"),
+        (lambda low, high, value, level: winkler(low, high, value, 1 - level), "The more you claim, the less"),
+        (lambda low, high, value, level: winkler(low, high, value, (1 + level) / 2), "Too expensive"),
         (lambda low, high, value, level: winkler(low, high, value, 2 * level - 1), "Too cheap"),
-        (lambda low, high, value, level: -winkler(low, high, value, level), "Less is better"),
-        (lambda low, high, value, level: high - low + abs(value - (low + high) / 2), "that held"),
-        (lambda low, high, value, level: (high - low) / 2 + winkler(low, high, value, level), "that held"),
+        (lambda low, high, value, level: -winkler(low, high, value, level), "Lower is better"),
+        (lambda low, high, value, level: high - low + abs(value - (low + high) / 2), "that contains the value"),
+        (
+            lambda low, high, value, level: (high - low) / 2 + winkler(low, high, value, level),
+            "that contains the value",
+        ),
         (lambda low, high, value, level: [1.0], "a number"),
         (lambda low, high, value, level: float("nan"), "a number"),
     ],
@@ -447,14 +450,14 @@ def test_reduce_scatter_passes_with_the_solution():
     [
         (ring(add=False), "what arrived took its place"),
         (ring(first=0), "nothing was added to it"),
-        (ring(first=0, own=1), "The sum is whole, but of another part"),
-        (ring(passes_on=False), "Numbers of some ranks are missing"),
+        (ring(first=0, own=1), "The sum is complete, but it isn't that of the rank's own part"),
+        (ring(passes_on=False), "Some ranks' numbers are missing"),
         (ring(steps=lambda rank, ranks: ranks), "has sent more parts than it needs to"),
         (ring(steps=lambda rank, ranks: 2 * ranks), "in the sum twice"),
         (ring(everything=True), "has sent more parts than it needs to"),
         (ring(steps=lambda rank, ranks: rank), "waits for a message that nobody sends"),
-        (swapped, "Numbers of different parts are added"),
-        (lambda *given: ring()(*given) / given[-1], "A sum is wanted here, and no average"),
+        (swapped, "Numbers from different parts were added"),
+        (lambda *given: ring()(*given) / given[-1], "This needs a sum, not an average"),
         (lambda parts, shift, rank, ranks: parts, "not this list"),
     ],
 )
@@ -475,7 +478,10 @@ def test_a_step_passes_with_the_solution_and_by_averaging_what_was_stepped():
     [
         (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g), "The gradients are summed"),
         (lambda w, g, all_reduce, ranks, lr: w - lr * g, "Each rank goes its own way"),
-        (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g / ranks) / ranks, "Divided by the ranks twice"),
+        (
+            lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g / ranks) / ranks,
+            "Divided by the number of ranks twice",
+        ),
         (lambda w, g, all_reduce, ranks, lr: w + lr * all_reduce(g) / ranks, "Uphill"),
         (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g * g), "neither the ranks' gradients nor"),
         (lambda w, g, all_reduce, ranks, lr: all_reduce(w), "isn't the step of the whole batch"),
@@ -513,23 +519,23 @@ ENDS = ("node failure", "time limit", "preempted")
         (next_interval, "pass", "No other interval costs much less"),
         (lambda *given: 0.75 * next_interval(*given), "pass", "No other"),
         (reading(failed=ENDS), "fail", "look at the causes"),
-        (reading(since="submitted_s"), "fail", "What waits in a queue can't fail"),
+        (reading(since="submitted_s"), "fail", "A job that waits in a queue can't fail"),
         (reading(only=True), "fail", "Attempts that didn't fail"),
-        (lambda log, m: next_interval(log, m, failed=ENDS, since="submitted_s"), "fail", "You write too"),
-        (lambda log, m: next_interval(log, m, since="submitted_s", save=np.mean), "fail", "You write too"),
-        (reading(power=0), "fail", "your job has more, or fewer"),
+        (lambda log, m: next_interval(log, m, failed=ENDS, since="submitted_s"), "fail", "You save too"),
+        (lambda log, m: next_interval(log, m, since="submitted_s", save=np.mean), "fail", "You save too"),
+        (reading(power=0), "fail", "your job uses more, or fewer"),
         (reading(power=-1), "fail", "fail more often, not less"),
         (reading(save=np.median), "fail", "its slowest rank"),
         (reading(save=np.mean), "fail", "its slowest rank"),
         (lambda log, machines: next_interval(log, 1), "fail", "the MTBF of one machine"),
-        (lambda log, machines: next_interval(log, machines) / 3, "fail", "You write too often"),
-        (lambda log, machines: 3 * next_interval(log, machines), "fail", "You write too seldom"),
-        (lambda log, machines: (2 * 0.01 * 5.0) ** 0.5, "fail", "One interval for every log"),
-        (lambda log, machines: (2 * 0.01 * 5.0 / machines) ** 0.5, "fail", "You write too often"),
+        (lambda log, machines: next_interval(log, machines) / 3, "fail", "You save too often"),
+        (lambda log, machines: 3 * next_interval(log, machines), "fail", "You save too rarely"),
+        (lambda log, machines: (2 * 0.01 * 5.0) ** 0.5, "fail", "the same interval for every log"),
+        (lambda log, machines: (2 * 0.01 * 5.0 / machines) ** 0.5, "fail", "You save too often"),
         (
             lambda log, machines: np.median([row["save_s"] for row in log if row["kind"] == "checkpoint"]),
             "fail",
-            "You write too often",
+            "You save too often",
         ),
         (lambda log, machines: 10**400, "fail", "a number above 0"),
         (lambda log, machines: -1, "fail", "a number above 0, not -1"),
@@ -565,8 +571,8 @@ def unpack(state, model, optimizer, schedule):
 @pytest.mark.parametrize(
     ("left_out", "says"),
     [
-        ("", "not a bit differs"),
-        ("step", "goes on at step 0"),
+        ("", "not a single bit differs"),
+        ("step", "resumes at step 0"),
         ("model", "weights aren't"),
         ("optimizer", "momentum"),
         ("schedule", "learning rate"),
@@ -579,7 +585,7 @@ def test_what_a_checkpoint_holds(left_out, says):
 
 
 def test_what_can_not_be_written_is_no_checkpoint():
-    assert "can't be written and read again" in check("faults.state", (lambda *parts: {"m": parts[0]}, unpack)).message
+    assert "can't be written and read back" in check("faults.state", (lambda *parts: {"m": parts[0]}, unpack)).message
     assert "pair of functions" in check("faults.state", pack).message
     assert check("faults.state", (lambda *parts: ..., unpack)).message == "Not answered yet."
     for step in (5.0, torch.tensor([5, 5]), "5"):
@@ -609,14 +615,14 @@ def losing_the_rest(items, workers, item_s, task_s):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (pieces(lambda count, workers, item_s, task_s: 1), "Too fine: 2000 items for 2 workers as 2000 tasks"),
+        (pieces(lambda count, workers, item_s, task_s: 1), "Too fine: 2000 items for 2 workers, cut into 2000 tasks"),
         (pieces(lambda count, workers, item_s, task_s: count / workers), "Too coarse: 2000 items for 2 workers"),
         (pieces(lambda count, workers, item_s, task_s: 50), "Too fine: 20000 items for 16 workers"),
         (pieces(lambda *given: 4 * root(*given)), "Too coarse"),
         (pieces(lambda *given: root(*given) / 4), "Too fine"),
         (losing_the_rest, "Not the serial result: 5 of 2000 items are in no chunk"),
-        (lambda items, *given: [items, items[:1]], "in another order, or in two chunks"),
-        (lambda items, *given: [items[1000:], items[:1000]], "in another order"),
+        (lambda items, *given: [items, items[:1]], "out of order, in two chunks"),
+        (lambda items, *given: [items[1000:], items[:1000]], "out of order"),
         (lambda items, *given: items, "a list of lists of items"),
         (lambda items, *given: [[[1]]], "a list of lists of items"),
         (lambda items, *given: [[], items], "Too coarse"),
@@ -700,7 +706,10 @@ def test_what_is_sent_once_passes(answer):
         (lambda client, table, queries, f: [f(table, query) for query in queries], "in the notebook's own process"),
         (functools.partial(scattered, again=2, broadcast=True), "some work is done twice"),
         (one_task, "One worker did all of it"),
-        (lambda client, table, queries, f: [client.submit(f, table, queries[0])], "a list of numbers, one a query"),
+        (
+            lambda client, table, queries, f: [client.submit(f, table, queries[0])],
+            "a list of numbers, one for each query",
+        ),
         (lambda client, table, queries, f: [0.0] * len(queries), "aren't the numbers"),
         (lambda client, table, queries, f: client.submit(f, None, queries[0]).result(), "raised AttributeError"),
     ],
@@ -775,12 +784,12 @@ def test_harden_passes_where_nobody_sees_the_token(answer):
         (lambda folder: Security(), "was let in, and ran code"),
         (in_files(require_encryption=False), "was let in, and ran code"),
         (lambda folder: Security.temporary(), "in this process only"),
-        (in_files(kind=Lax), "A socket without a certificate was greeted at tls://"),
+        (in_files(kind=Lax), "A connection without a certificate was answered at tls://"),
         (in_files(lambda: ONE), "One certificate for all"),
         (in_files(mixed), "not even your own client"),
-        (keyless, "it lacks something: tls_client_cert"),
-        (lambda folder: Security(require_encryption=True, tls_ca_file="gone"), "it lacks something"),
-        (in_files(mode=0o644), "Others can read the file of a private key: client-key"),
+        (keyless, "something is missing: tls_client_cert"),
+        (lambda folder: Security(require_encryption=True, tls_ca_file="gone"), "something is missing"),
+        (in_files(mode=0o644), "Others can read a private key's file: client-key"),
         (lambda folder: True, "a distributed.Security, not True"),
         (lambda folder: ..., "Not answered yet"),
         (lambda folder: 1 / 0, "raised ZeroDivisionError"),
@@ -794,16 +803,16 @@ def test_harden_names_each_way_in(security, message):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (job("train --token {token}"), "stands in the job script"),
-        (job("export TRAIN_TOKEN='{token}'\ntrain"), "stands in the job script"),
-        (lambda token, folder: f"TRAIN_TOKEN=$(echo {token[::-1]} | rev) train", "stands in the job script"),
-        (lambda token, folder: ONE.tls_client_key, "A private key stands in"),
-        (job(mode=0o644), "that others can read, of mode 0644"),
+        (job("train --token {token}"), "token is in the job script"),
+        (job("export TRAIN_TOKEN='{token}'\ntrain"), "token is in the job script"),
+        (lambda token, folder: f"TRAIN_TOKEN=$(echo {token[::-1]} | rev) train", "token is in the job script"),
+        (lambda token, folder: ONE.tls_client_key, "A private key is in the job script"),
+        (job(mode=0o644), "that others can read (mode 0644)"),
         (job("train --token $(cat {file})"), "ps shows it to everybody"),
-        (job("cat {file}; train --token-file {file}"), "it is in its log"),
-        (job("set -x; TRAIN_TOKEN=$(cat {file}) train"), "it is in its log"),
-        (job("train --token-file {file}", text=lambda token: token[:-1]), "no token either"),
-        (job("train"), "no token either"),
+        (job("cat {file}; train --token-file {file}"), "the token is in its log"),
+        (job("set -x; TRAIN_TOKEN=$(cat {file}) train"), "the token is in its log"),
+        (job("train --token-file {file}", text=lambda token: token[:-1]), "itself has no token"),
+        (job("train"), "itself has no token"),
         (job("python train.py"), "never ran its program"),
         (lambda token, folder: ["train"], "text of a job script, not ['train']"),
         (lambda token, folder: None, "Not answered yet"),
@@ -856,12 +865,12 @@ def test_masks_pass_with_the_solution():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda numbers, *others: numbers, "is its gradient, as it is"),
+        (lambda numbers, *others: numbers, "sends its gradient just as it is"),
         (masking(span=2**20 - 1), "isn't uniform"),
         (masking(span=2**64 - 2**20), "isn't uniform"),
         (masking(sign=lambda rank, other: 1), "The masks don't cancel"),
         (own_mask, "The masks don't cancel"),
-        (masking(peers=lambda rank, other: rank ^ 1 == other), "take a mask off by itself"),
+        (masking(peers=lambda rank, other: rank ^ 1 == other), "can remove a mask"),
         (masking(step=0), "Two steps have the same masks"),
         (in_floats, r"not this float64 (4096,)"),
         (lambda numbers, *others: masking()(numbers, *others)[:-1], "not this uint64 (4095,)"),
@@ -896,16 +905,16 @@ def queued(request, tmp_path_factory):
     [
         ("--ntasks=3 --time=4", "pass", "delayed nobody"),
         ("-c3 -t 4", "pass", "delayed nobody"),
-        ("--time=1", "fail", "takes 10 minutes, and 1 were asked for"),
-        ("--ntasks=1 --time=2", "fail", "takes 10 minutes, and 2 were"),
-        ("--nodes=1 --ntasks=2 --time=4", "fail", "takes 5.5 minutes, and 4 were"),
+        ("--time=1", "fail", "takes 10 minutes, but you asked for 1"),
+        ("--ntasks=1 --time=2", "fail", "takes 10 minutes, but you asked for 2"),
+        ("--nodes=1 --ntasks=2 --time=4", "fail", "takes 5.5 minutes, but you asked for 4"),
         ("--nodes=2 --ntasks=4 --time=00:04:00", "fail", "CPUs are on two nodes"),
         ("--ntasks=3", "fail", "might have run too long"),
         ("--ntasks=3 --time=5", "fail", "might have run too long"),
         ("--nodes=1 --ntasks=4 --time=4", "fail", "the hole isn't that wide"),
         ("--time=2 --nice=-5", "fail", "--nice=-5 would change whose turn it is"),
-        ("--time=2 --nodes=7", "fail", "Slurm doesn't take these options"),
-        (4, "fail", "is a text, not 4"),
+        ("--time=2 --nodes=7", "fail", "Slurm rejects these options"),
+        (4, "fail", "must be text, not 4"),
     ],
 )
 def test_what_slips_through_a_queue(queued, options, status, message):
@@ -925,13 +934,13 @@ LOOP = "#!/bin/bash\n#SBATCH --time=1\nfor n in 3 4 5 6 7 8; do ./square $n; don
     [
         (array(), "pass", "Six squares"),
         (array("3,4,5,6,7,8%1"), "pass", "Six squares"),
-        (LOOP, "fail", "no array"),
+        (LOOP, "fail", "isn't an array"),
         (array("3-8"), "fail", "ran at the same time"),
         (array("3-7%2"), "fail", "square of 8 is missing"),
         (array("0-5%2"), "fail", "square of 6 is missing"),
-        (array("3-9%2"), "fail", "more than was asked for"),
+        (array("3-9%2"), "fail", "more than was asked"),
         (array("3-8%2", "./square $SLURM_ARRAY_JOB_ID"), "fail", "square of 3 is missing"),
-        ("./square 3", "fail", "Slurm doesn't take this script"),
+        ("./square 3", "fail", "Slurm rejects this script"),
     ],
 )
 def test_an_array_is_handed_in_and_counted(queued, script, status, message):
@@ -957,7 +966,7 @@ def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
             lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g) / ranks,
             (lambda w, g, all_reduce, ranks, lr: w - lr * all_reduce(g), "The gradients are summed"),
         ),
-        "faults.interval": (next_interval, (reading(power=0), "your job has more, or fewer")),
+        "faults.interval": (next_interval, (reading(power=0), "your job uses more, or fewer")),
         "faults.state": ((pack, unpack), ((functools.partial(pack, leave_out=["random"]), unpack), "Dropout draws")),
         "security.masks": (masking(), (masking(step=0), "Two steps have the same masks")),
     }
@@ -1024,13 +1033,13 @@ def test_bottleneck_passes_with_the_solution_whatever_the_threads_outside():
         (lambda programs: ["compute"] * 3, "the same name"),
         (misnamed(compute="memory", memory="compute"), "Compute and memory are swapped"),
         (misnamed(memory="data", data="memory"), "time the two parts"),
-        (misnamed(compute="data"), "has its batch at once"),
+        (misnamed(compute="data"), "gets its batch at once"),
         (misnamed(memory="compute"), "few operations with each byte"),
         (misnamed(compute="memory"), "many operations with each byte"),
         (by_total, "how long a run takes"),
         (by_operations, "(few operations with each byte|time the two parts)"),
-        (lambda programs: ["compute"], r"a list of 3 names, one a program, not \['compute'\]"),
-        (lambda programs: "compute", "a list of 3 names, one a program, not 'compute'"),
+        (lambda programs: ["compute"], r"a list of 3 names, one for each program, not \['compute'\]"),
+        (lambda programs: "compute", "a list of 3 names, one for each program, not 'compute'"),
         (lambda programs: ["cpu"] * 3, "one of 'compute', 'memory', 'data', not 'cpu'"),
         (lambda programs: [{}] * 3, "not {}"),
     ],
@@ -1082,7 +1091,7 @@ def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message
     assert [one for one in sets if check(quiz, one)] == [right]
     messages = [check(quiz, right | {letter}).message for letter in letters if letter not in right]
     assert len({*messages}) == len(messages) >= 3
-    assert "and 1 more of the statements" in check(quiz, right - {min(right)}).message
+    assert "but you missed 1 more" in check(quiz, right - {min(right)}).message
     for odd in ("g", 3, {"a": 1}, {1}):
         assert "a set of letters" in check(quiz, odd).message
 
@@ -1093,40 +1102,40 @@ def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message
         ("start.quiz_allreduce", 10, "There are two calls"),
         ("start.quiz_allreduce", 20, "Four ranks take part"),
         ("start.quiz_allreduce", 2.5, "to average"),
-        ("one-process.quiz_split", 2, "isn't twice as fast as a whole"),
-        ("one-process.quiz_split", 1.333, "And the data"),
+        ("one-process.quiz_split", 2, "doesn't make the whole step twice as fast"),
+        ("one-process.quiz_split", 1.333, "What about the data"),
         ("one-process.quiz_split", 0.65, "the time that is left"),
         ("ddp-from-scratch.quiz_deadlock", [3, 6, 9, 12], "Ranks 1 and 2 do meet"),
         ("ddp-from-scratch.quiz_deadlock", [0, 0, 0, 0], "could go first"),
-        ("ddp-from-scratch.quiz_deadlock", [3, 7, 10, 13], "Right are 3 of 4"),
+        ("ddp-from-scratch.quiz_deadlock", [3, 7, 10, 13], "You have 3 of 4"),
         ("ddp-from-scratch.quiz_line", (500, 200), "Swapped"),
         ("ddp-from-scratch.quiz_line", (200, 4000), "megabits"),
-        ("ddp-from-scratch.quiz_line", (200, 250), "Of a small message"),
-        ("cnn.quiz_batch", (1600, 0.5), "pictures of all ranks"),
-        ("cnn.quiz_batch", (400, 0.4), "by the ranks alone"),
+        ("ddp-from-scratch.quiz_line", (200, 250), "A small message's time"),
+        ("cnn.quiz_batch", (1600, 0.5), "images of all ranks"),
+        ("cnn.quiz_batch", (400, 0.4), "by the number of ranks alone"),
         ("cnn.quiz_batch", (400, 0.1), "Unscaled"),
-        ("dask.quiz_tasks", (77.3, 85), "isn't to compute"),
+        ("dask.quiz_tasks", (77.3, 85), "isn't computing"),
         ("dask.quiz_tasks", (0.727, 80), "in percent"),
         ("dask.quiz_tasks", (73, 110), "one worker idle"),
         ("dask.quiz_lazy", 3, "Nothing is kept"),
         ("dask.quiz_lazy", 15, "holds its result"),
-        ("dask.quiz_lazy", 6, "To persist is to compute"),
+        ("dask.quiz_lazy", 6, "Persisting is computing"),
         ("queues.quiz_array", (21, 110), "a stride"),
         ("queues.quiz_array", (4, 20), "Both ends"),
-        ("queues.quiz_array", (5, 25), "one job left"),
-        ("faults.quiz_recovery", (55, 3), "Not all was lost"),
+        ("queues.quiz_array", (5, 25), "only one job"),
+        ("faults.quiz_recovery", (55, 3), "Not all of it was lost"),
         ("faults.quiz_recovery", (40, 3), "Those were kept"),
         ("faults.quiz_recovery", (15, 1.5), "the time of the lost steps"),
-        ("faults.quiz_mtbf", 99.6, "of one machine"),
+        ("faults.quiz_mtbf", 99.6, "one machine's chance"),
         ("faults.quiz_mtbf", 86.5, "something fails"),
-        ("faults.quiz_mtbf", 50, "a chance of a half"),
+        ("faults.quiz_mtbf", 50, "a chance of one half"),
         ("security.quiz_mask", (134, 100), "wrap around at 100"),
-        ("security.quiz_mask", (34, 1), "that may be anything"),
-        ("security.quiz_mask", (34, 37), "larger than what is left"),
+        ("security.quiz_mask", (34, 1), "which can be anything"),
+        ("security.quiz_mask", (34, 37), "larger than the share"),
         ("capstone.quiz_ranks", (64, 64), "More ranks compute less"),
-        ("capstone.quiz_ranks", (8, 8), "And the messages"),
+        ("capstone.quiz_ranks", (8, 8), "What about the messages"),
         ("capstone.quiz_ranks", (11, 10.8), "not each pair"),
-        ("capstone.quiz_ranks", 8, "as many numbers as are asked for (2), not 8"),
+        ("capstone.quiz_ranks", 8, "as many numbers as the question asks for (2), not 8"),
         ("capstone.quiz_ranks", (8, "a"), "as many numbers"),
     ],
 )

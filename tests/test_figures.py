@@ -89,7 +89,7 @@ FIGURES = {
     ),
     "grain": (
         lambda: plots.grain(GRAIN[:-1], laws.fit_alpha_beta(COUNTS[:-1], GRAIN_S[:-1]), GRAIN[-1:]),
-        "not seen by the law: 10.3 at 1; ",
+        "not used for the law: 10.3 at 1; ",
     ),
     "roofline": (
         lambda: plots.roofline(

@@ -77,7 +77,7 @@ def test_a_forecast_is_as_good_as_the_link_it_is_told(gigabits, link_error, insi
 
 def test_it_is_not_scored_on_what_it_knows():
     found, _networks = daint.calibrated(10)
-    with pytest.raises(ValueError, match=r"ranks \(=32\) was calibrated on; score a forecast on other points"):
+    with pytest.raises(ValueError, match=r"ranks \(=32\) was used to calibrate; score a forecast at other points"):
         found.score([32, 64], daint.SECONDS[5:7])
 
 
@@ -155,9 +155,7 @@ def test_fields_that_the_points_cannot_tell_are_refused(ranks, fitted):
     """They had tight bands around whatever the solver began with."""
     network, truth = Network(1e-4, 1e9), Workload(0.1, 4e6, jitter_s=0.005, visible=0.6)
     measured = step_s(truth, network, ranks) * np.exp(0.01 * np.random.default_rng(0).standard_normal(6))
-    with pytest.raises(
-        ValueError, match=r"fitted \(=.*can't be told apart at ranks .*measure at more numbers of ranks"
-    ):
+    with pytest.raises(ValueError, match=r"fitted \(=.*can't be told apart at ranks .*measure at more rank counts"):
         calibrate(truth, network, ranks, measured, fitted)
 
 
@@ -270,8 +268,8 @@ def test_one_name_and_one_number_do_too():
         (lambda: Network(servers=0), r"servers \(=0\) must be at least 1"),
         (lambda: Network(ranks=0), r"ranks \(=0\) must be at least 1"),
         (lambda: step_s(Workload(1, 1), Network(), [0]), r"ranks \(=0\) must be >= 1"),
-        (lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, 2]), "2 points can't tell 3 fields"),
-        (lambda: calibrate(Workload(1, 1), Network(), [1, 2, 4], [1, 2, 3]), "and their own noise; .* state the noise"),
+        (lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, 2]), "2 points can't determine 3 fields"),
+        (lambda: calibrate(Workload(1, 1), Network(), [1, 2, 4], [1, 2, 3]), "and the noise; .* state the noise"),
         (
             lambda: calibrate(Workload(1, 1), Network(), [1, 2], [1, -2], ("compute_s",)),
             "must be pairs of >= 1 and > 0",

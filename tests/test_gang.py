@@ -72,7 +72,7 @@ def test_one_rank_ends(client, action, error, says):
         hpclab.launch(client, on_rank_1, action, ranks=2).result(60)
     blamed = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
     assert "rank 1 of 2" in blamed
-    for told in re.findall("In consequence, (.*)", blamed):  # none if rank 0 was ended before it noticed
+    for told in re.findall("As a consequence, (.*)", blamed):  # none if rank 0 was ended before it noticed
         assert re.match("rank 0: .*Connection (closed|reset)", told)
     usable(client)
 

@@ -181,15 +181,15 @@ WRONG = [
     ("1\nreturn 5", "line 2\nSyntaxError: 'return' outside function"),
     (
         "import sys\nsys.exit(3)",
-        "SystemExit: 3\nA cell can't end its rank, which goes on with its variables; gang.",
+        "SystemExit: 3\nA cell can't end its rank, which keeps running with its variables; gang.",
     ),
     (
         "1\n%matplotlib inline",
-        "line 2, in <module>\n    %matplotlib inline\nRuntimeError: %matplotlib isn't there on",
+        "line 2, in <module>\n    %matplotlib inline\nRuntimeError: %matplotlib isn't available on",
     ),
     ("1\n%%time\n2", "line 2, in <module>\n    %%time\nRuntimeError: %%time must be the first line"),
-    ("%%bash\nls", "RuntimeError: %%bash isn't there on the ranks, which have %cd, %env, "),
-    ("!sleep 1 &", "OSError: !sleep 1 & would be left behind; start what goes on with subprocess.Popen."),
+    ("%%bash\nls", "RuntimeError: %%bash isn't available on the ranks, which have %cd, %env, "),
+    ("!sleep 1 &", "OSError: !sleep 1 & would be left behind; start background programs with subprocess.Popen."),
     ("input('name')", "EOFError: input('name') can't ask on a rank; ask in a cell without %%ranks"),
     ("%time y = = 3", "line 1\n    y = = 3\n        ^\nSyntaxError: invalid syntax"),
     ("1\n%timeit -n 1 1 / 0", "line 2, in timed\n    %timeit -n 1 1 / 0\nZeroDivisionError"),
@@ -243,7 +243,7 @@ def test_a_rank_that_fails_is_named_and_not_those_that_waited_for_it(gang):
         gang.run("if rank == 2:\n    raise ValueError('planted')\ndist.all_reduce(torch.ones(2))")
     text = str(told.value)
     assert text.startswith("[rank 2]\nTraceback") and "ValueError: planted\n" in text
-    assert re.search(r"\[ranks 0-1,3\] waited in vain in <ranks run \d+>, line 3: dist.all_reduce", text)
+    assert re.search(r"\[ranks 0-1,3\] was left waiting in <ranks run \d+>, line 3: dist.all_reduce", text)
     assert works(gang)
     assert gang.run("kept", on=2) == {2: "5"}
 
@@ -317,8 +317,8 @@ RECEIVE = "import time\nif rank == 0:\n    dist.recv(torch.ones(1), src=1)\nelse
 def test_a_deadlock_is_left_without_losing_a_name(gang):
     gang.run("kept = rank")
     text = interrupted(gang, RECEIVE)
-    assert re.search(r"\[rank 0\] stood in <ranks run \d+>, line 3: dist.recv\(torch.ones\(1\), src=1\)\n", text)
-    assert re.search(r"\[ranks 1-3\] stood in <ranks run \d+>, line 5: dist.barrier\(\)", text)
+    assert re.search(r"\[rank 0\] was in <ranks run \d+>, line 3: dist.recv\(torch.ones\(1\), src=1\)\n", text)
+    assert re.search(r"\[ranks 1-3\] was in <ranks run \d+>, line 5: dist.barrier\(\)", text)
     assert works(gang)
     assert gang.run("kept")[3] == "3"
     for _ in range(3):
@@ -364,7 +364,7 @@ def test_training_is_interrupted_in_the_midst_of_its_messages(gang):
 
 def test_an_interrupt_of_some_ranks_gives_all_a_new_group(gang):
     interrupt_after(0.5)
-    with pytest.raises(KeyboardInterrupt, match=r"\[rank 3\] stood in"):
+    with pytest.raises(KeyboardInterrupt, match=r"\[rank 3\] was in"):
         gang.run("dist.recv(torch.ones(1), src=0)", on=3)
     assert works(gang)
 
@@ -373,7 +373,7 @@ def test_a_rank_that_hears_nothing_is_named_and_comes_back(gang):
     """``sum`` holds the GIL, and hears no signal before it ends."""
     text = interrupted(gang, "if rank == 1:\n    x = sum(range(3 * 10**8))")
     assert re.search(
-        r"\[rank 1\] stood in .*line 2: x = sum\(.*\(has not left it within 2 s; gang.close\(\) ends it\)", text
+        r"\[rank 1\] was in .*line 2: x = sum\(.*\(has not left it within 2 s; gang.close\(\) ends it\)", text
     )
     assert works(gang)
 
@@ -535,7 +535,7 @@ def test_an_error_in_a_kernel_is_no_wall(kernel):
 def test_a_name_of_the_notebook_is_told_from_one_of_the_ranks(kernel):
     kernel("here = 3")
     shown = kernel("%%ranks\nhere + 1")["error"][1]
-    assert shown.endswith("here is a name of the notebook, not of the ranks: gang.push(here=here)")
+    assert shown.endswith("here is defined in the notebook, not on the ranks: gang.push(here=here)")
     assert "gang.push" not in kernel("%%ranks\nnowhere + 1")["error"][1]
     kernel("gang.push(here=here)")
     assert kernel("%%ranks\nhere + 1")["value"] == "[ranks 0-3] 4"
@@ -552,7 +552,7 @@ def test_a_kernels_interrupt_leaves_a_deadlock(kernel):
     kernel("%%ranks\nkept = rank")
     name, shown = kernel("%%ranks\nprint('deadlock')\nif rank:\n    dist.barrier()", until="deadlock")["error"]
     assert name == "CellInterrupt"
-    assert re.search(r"\[ranks 1-3\] stood in <ranks cell \d+>, line 4: dist.barrier\(\)$", shown)
+    assert re.search(r"\[ranks 1-3\] was in <ranks cell \d+>, line 4: dist.barrier\(\)$", shown)
     assert "[rank 0] had ended" in shown and len(shown.splitlines()) == 3
     assert kernel("%%ranks\nt = torch.ones(1)\ndist.all_reduce(t)\nt.item(), kept")["value"].startswith(
         "[rank 0] (4.0, 0)\n"

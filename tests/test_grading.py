@@ -147,7 +147,7 @@ def test_a_class_is_graded_and_each_is_told_apart(tmp_path, course, sandbox, mon
         "bomb": ("not reached", "more than 128 processes"),
         "killed": ("not reached", "its kernel died"),
         "leaves": ("pass", "raised SystemExit: 3"),
-        "deleted": ("fail", "scaled_lr isn't there"),
+        "deleted": ("fail", "scaled_lr isn't defined"),
         "unchecked": ("pass", "as far"),
         "forged": ("fail", "0 times as far"),
         "patched": ("fail", "0 times as far"),
@@ -267,7 +267,7 @@ def test_without_bubblewrap_it_refuses_unless_trusted(tmp_path, course, monkeypa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"folder": "none"}, r"folder \(=.*none\) is no folder"),
+        ({"folder": "none"}, r"folder \(=.*none\) isn't a folder"),
         ({"folder": "empty"}, "holds nothing to grade"),
         ({"inconclusive": 2.0}, r"inconclusive \(=2\) must be from 0 to 1"),
         ({"time_s": 0.0}, r"time_s \(=0\) and memory"),
@@ -287,7 +287,7 @@ def test_what_would_fail_all_students_is_the_teachers_to_mend(tmp_path, course, 
     folder = handed_in(tmp_path / "class", rate=notebook(RIGHT))
     other = handed_in(tmp_path / "other", rate=notebook(check="hpclab.check('cnn.of_mine', 1)"))
     with pytest.raises(
-        ValueError, match=r"rate.ipynb checks 'cnn.of_mine', which is no exercise; .* cnn.learning_rate"
+        ValueError, match=r"rate.ipynb checks 'cnn.of_mine', which isn't an exercise; .* cnn.learning_rate"
     ):
         grading.grade(folder, course=other, trust=True)
     monkeypatch.setenv(variable, "soon")
@@ -320,7 +320,7 @@ def test_a_renamed_notebook_is_known_by_its_cells(tmp_path):
     path = tmp_path / "ann.ipynb"
     shutil.copy(ROOT / "notebooks" / "03_cnn.ipynb", path)
     assert submissions.began_as(path, submissions.read(path), course).stem == "03_cnn"
-    with pytest.raises(Unreadable, match="none of the course's notebooks"):
+    with pytest.raises(Unreadable, match="isn't one of the course's notebooks"):
         submissions.began_as(path, nbformat.reads(notebook(check=None), 4), course)
 
 

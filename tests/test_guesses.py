@@ -41,8 +41,8 @@ def test_a_prediction_is_kept_and_shown_beside_the_result(copy):
 @pytest.mark.parametrize(
     ("value", "result", "verdict"),
     [
-        ((1, 1.5), 1.5, "Your interval holds it."),
-        ([1, 1.5], 1.6, "Your interval doesn't hold it: why?"),
+        ((1, 1.5), 1.5, "Your interval contains it."),
+        ([1, 1.5], 1.6, "Your interval doesn't contain it: why?"),
         (4, 1.0, "You were off by a factor of 4."),
         (0, 3, "Why?"),
         (0, 0, "You were right."),
@@ -70,8 +70,8 @@ def test_what_is_no_prediction_is_refused(copy, value):
 
 
 def test_the_stub_writes_nothing_and_no_prediction_is_made_up(copy):
-    assert hpclab.predict("a.b", ..., "steps").startswith("Your prediction: ___ steps. In place of the three dots")
-    assert hpclab.predict("a.c", ..., among=["yes", "no"]).endswith('write one of "yes", "no".')
+    assert hpclab.predict("a.b", ..., "steps").startswith("Your prediction: ___ steps. Replace the three dots")
+    assert hpclab.predict("a.c", ..., among=["yes", "no"]).endswith('with one of "yes", "no".')
     assert log(copy) == []
     assert hpclab.came("a.b", 2) == "Result: 2 steps. (No prediction was written down.)"
     assert hpclab.came("a.d", float("nan")) == hpclab.came("a.d", None)
@@ -86,7 +86,7 @@ def test_the_newest_before_the_first_result_counts_and_a_later_one_is_shown_as_s
     assert hpclab.predict("a.b", 4.0) == "Written down: 4. It doesn't count: you have seen a result."
     assert hpclab.came("a.b", 5) == (
         "You predicted 2. Result: 5. You were off by a factor of 2.5."
-        " After a result was seen you wrote 4; that doesn't count."
+        " After seeing a result you wrote 4; that doesn't count."
     )
     assert [row["value"] for row in log(copy)] == [1.0, 2.0, 4.0, 4.0]
     (row,) = hpclab.progress().predictions
@@ -96,7 +96,7 @@ def test_the_newest_before_the_first_result_counts_and_a_later_one_is_shown_as_s
 def test_a_prediction_after_the_result_alone_counts_for_nothing(copy):
     hpclab.came("a.b", 4)
     hpclab.predict("a.b", 4)
-    assert hpclab.came("a.b", 4) == "Result: 4. After a result was seen you wrote 4; that doesn't count."
+    assert hpclab.came("a.b", 4) == "Result: 4. After seeing a result you wrote 4; that doesn't count."
     assert hpclab.progress().predictions == []
 
 
@@ -111,11 +111,11 @@ def test_the_index_shows_how_good_they_were(copy):
     found = hpclab.progress()
     assert [(row["predictions"], row["made"], row["how good"]) for row in found.predictions] == [
         ("numbers", 3, "off by a factor of 2 (median)"),
-        ("intervals", 2, "1 held what came"),
+        ("intervals", 2, "1 contained the result"),
         ("choices", 1, "1 right"),
     ]
     assert found.done == 1
-    assert "1 held what came" in found._repr_html_() and "1 held what came" in repr(found)
+    assert "1 contained the result" in found._repr_html_() and "1 contained the result" in repr(found)
 
 
 def test_outside_of_a_working_copy_it_is_kept_as_long_as_the_kernel_lives(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_outside_of_a_working_copy_it_is_kept_as_long_as_the_kernel_lives(tmp_pa
 def test_a_log_that_cannot_be_written_costs_only_the_memory(copy, monkeypatch):
     (copy / logbook.LOG).mkdir()
     monkeypatch.setattr(logbook, "_warned", set())
-    with pytest.warns(UserWarning, match="can't be remembered"):
+    with pytest.warns(UserWarning, match="can't be saved"):
         hpclab.predict("a.b", 1)
     assert hpclab.came("a.b", 2).startswith("You predicted 1.")
 

@@ -205,7 +205,7 @@ def test_a_walltime_that_ends_loses_no_step(hosts):
     hosts.client.wait_for_workers(2, timeout=60)
     run = hpclab.launch(hosts.client, train, 1500, ranks=2, max_restarts=1, name="twice")
     once = hpclab.launch(hosts.client, train, 10**6, ranks=2, oversubscribe=True, name="once")
-    with pytest.warns(UserWarning, match=r"the walltime of rank .'s worker .* goes on from its checkpoint"):
+    with pytest.warns(UserWarning, match=r"the walltime of rank .'s worker .* continues from its checkpoint"):
         assert len(once.result(60)) == 2
     assert once.status == "stopped"
     while run.status == "running":

@@ -140,7 +140,7 @@ def test_a_run_is_shown_again_from_its_folder(client):
 
 def test_past_runs_are_listed_with_what_opens_them_again(client, tmp_path):
     """The newest first; what isn't a run, or was cut off as its kernel went, does no harm."""
-    assert hpclab.past_runs() == [] and "No runs" in hpclab.past_runs()._repr_html_()
+    assert hpclab.past_runs() == [] and "no runs" in hpclab.past_runs()._repr_html_()
     first = hpclab.launch(client, talk, 3, ranks=2, name="first")
     first.result(60)
     text = (first.folder / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -223,14 +223,14 @@ def chatter():
 
 def leave_a_child():
     subprocess.Popen(["sleep", "600"], start_new_session=True)
-    print("its last words")
+    print("its last output")
 
 
 def test_a_child_left_behind_keeps_nobody_waiting(client):
     """It holds the rank's streams open."""
     run = hpclab.launch(client, leave_a_child, ranks=1)
     run.result(60)
-    assert run.logs(0) == "its last words\n"
+    assert run.logs(0) == "its last output\n"
 
 
 def test_floods_are_cut_short_on_the_screen_not_in_the_file(tmp_path, capsys):
@@ -264,7 +264,7 @@ def test_a_failed_rank_raises_its_own_error_here(client, guilty):
     note, *others = caught.value.__notes__
     assert f"rank {guilty} of 2 on " in note
     assert 'raise LookupError(f"planted on' in note
-    assert all(other.startswith(f"In consequence, rank {1 - guilty}: ") for other in others)
+    assert all(other.startswith(f"As a consequence, rank {1 - guilty}: ") for other in others)
     assert run.status == "failed"
     assert no_rank_left()
 
@@ -508,7 +508,7 @@ def test_occupied_folder(client, tmp_path):
         hpclab.launch(client, describe, folder=tmp_path / "mine")
     with pytest.raises(ValueError, match="already holds something"):
         hpclab.launch(client, describe, folder=tmp_path / "mine" / "thesis.txt")
-    with pytest.raises(PermissionError, match=r"folder \(=.*inside'\) can't be made"):
+    with pytest.raises(PermissionError, match=r"folder \(=.*inside'\) can't be created"):
         hpclab.launch(client, describe, folder=tmp_path / "mine" / "thesis.txt" / "inside")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 

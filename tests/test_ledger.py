@@ -62,8 +62,8 @@ def test_who_hangs_holds_up_neither_a_launch_nor_cells_nor_a_stop_nor_another_at
     with pytest.raises(hpclab.CellInterrupt) as told:
         gang.run(ALL)
     _, others, lonely = str(told.value).splitlines()
-    assert others.startswith("[ranks 0,2] stood in ") and "has not left" not in others
-    assert lonely.startswith("[rank 1] stood in ") and "has not left" in lonely
+    assert others.startswith("[ranks 0,2] was in ") and "has not left" not in others
+    assert lonely.startswith("[rank 1] was in ") and "has not left" in lonely
     soon(gang.close)
     os.kill(stopped, signal.SIGCONT)
     assert no_rank_left(60)

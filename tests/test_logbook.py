@@ -60,7 +60,7 @@ def test_outside_of_a_working_copy_nothing_is_written(tmp_path):
     assert list(tmp_path.rglob("*")) == []
     found = hpclab.progress()
     assert found.folder is None and found.done == 0 < found.exercises
-    assert "no working copy" in repr(found)
+    assert "isn't a working copy" in repr(found)
 
 
 def test_who_grades_leaves_no_trace(copy, monkeypatch):
@@ -119,13 +119,13 @@ def test_a_broken_line_is_told_once_stays_and_costs_no_other(copy, broken):
         assert (copy / logbook.LOG).read_bytes().startswith(whole + broken)
         assert hpclab.progress().done == 2
     whole_line = broken.endswith(b"\n")  # else its writer was killed, which is nobody's concern
-    says = f"Line 2 of {copy / logbook.LOG} can't be read; it is left as it is, and the others count."
+    says = f"Line 2 of {copy / logbook.LOG} can't be read; it is left as it is, and the other lines count."
     assert [str(one.message) for one in told] == [says] * whole_line
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_fails_no_check(copy):
     (copy / logbook.LOG).mkdir()
-    with pytest.warns(UserWarning, match="Your progress can't be remembered: .*Is a directory"):
+    with pytest.warns(UserWarning, match="Your progress can't be saved: .*Is a directory"):
         assert hpclab.check("start.gang", largest_gang)
     assert hpclab.check("start.gang", largest_gang)
 
@@ -144,7 +144,7 @@ print(hpclab.exercises.check("start.gang", largest_gang))
         os.chmod(folder, 0o555)
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert "pass" in done.stdout, done.stderr
-    assert "can't be remembered" in done.stderr and "Permission denied" in done.stderr
+    assert "can't be saved" in done.stderr and "Permission denied" in done.stderr
 
 
 def test_many_at_once_lose_nothing(copy):

@@ -255,7 +255,7 @@ def test_the_size_of_a_notebook_is_its_environments(monkeypatch):
     monkeypatch.setenv("HPCLAB_SIZE", "small")
     assert hpclab.size() == "small"
     monkeypatch.setenv("HPCLAB_SIZE", "smal")
-    with pytest.raises(ValueError, match=r"HPCLAB_SIZE \(=smal\) is no size; use one of small, class, cluster"):
+    with pytest.raises(ValueError, match=r"HPCLAB_SIZE \(=smal\) isn't a size; use one of small, class, cluster"):
         hpclab.size()
 
 

@@ -117,7 +117,7 @@ def test_only_what_was_written_before_the_run_counts():
     entry = predictions.before(entries, second)
     assert (entry["predicted"], entry["seen"]) == (3, 1)
     for lacks in (entries[:2], entries[3:4] + entries[5:]):  # measured without having said so
-        with pytest.raises(ValueError, match=r"note no measurement that began before .*predictions.begin"):
+        with pytest.raises(ValueError, match=r"record no measurement that began before .*predictions.begin"):
             predictions.before(lacks, second)
 
 

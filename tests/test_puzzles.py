@@ -164,13 +164,16 @@ def on_first(action):
         (on_first(lambda device: device.recv(2)), "Rank 0 waits at step 0 for a message that rank 2 never sent."),
         (
             on_first(lambda device: device.send(1, np.zeros(2))),
-            "At step 3 all have ended, and rank 1 never received a message from rank 0.",
+            "At step 3 all ranks have ended, but rank 1 never received a message from rank 0.",
         ),
         (
             on_first(lambda device: device.send(3, 1.0)),
-            "Rank 0 names rank 3 at step 0; the other ranks are among 0 to 2.",
+            "Rank 0 names rank 3 at step 0; it must name another rank, from 0 to 2.",
         ),
-        (on_first(lambda device: device.recv(0)), "Rank 0 names rank 0 at step 0; the other ranks are among 0 to 2."),
+        (
+            on_first(lambda device: device.recv(0)),
+            "Rank 0 names rank 0 at step 0; it must name another rank, from 0 to 2.",
+        ),
         (
             on_first(lambda device: device.send(1, None)),
             "Rank 0 sends a NoneType at step 0; it must be an array of numbers.",
@@ -182,11 +185,11 @@ def on_first(action):
         (on_first(lambda device: device.send(2, 1.0)), "Rank 0 sends to rank 2 at step 0, but no cable leads there."),
         (
             on_first(lambda device: device.compute(1.5)),
-            "Rank 0 computes for 1.5 steps at step 0; a whole number of them is needed.",
+            "Rank 0 computes for 1.5 steps at step 0; it must be a whole number of steps.",
         ),
         (
             lambda device: [device.compute() for _ in iter(int, 1)],
-            f"Stopped at step {simulated.MOST_STEPS}: the programs go on and on.",
+            f"Stopped at step {simulated.MOST_STEPS}: the programs still hadn't ended.",
         ),
     ],
 )
@@ -596,7 +599,7 @@ def test_another_way_within_the_limits_passes(name, answer):
         (
             "pipeline",
             pipeline(up_and_down_by_turns),
-            "Right, but it takes 72 steps, 45 more than the 27 allowed. The batch is cut, and yet",
+            "Right, but it takes 72 steps, 45 more than the 27 allowed. The batch is cut up, yet",
         ),
         (
             "optimizer",
@@ -606,7 +609,8 @@ def test_another_way_within_the_limits_passes(name, answer):
         (
             "optimizer",
             whole_gradient,
-            "Right, but rank 0 sends 288 bytes, 96 more than the 192 allowed, from step 36 on. A rank receives",
+            "Right, but rank 0 sends 288 bytes, 96 more than the 192 allowed (over the limit from step 36 on). A rank"
+            " receives",
         ),
         (
             "all_to_all",
@@ -625,10 +629,10 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
     ("name", "answer", "message"),
     [
         ("ring", lambda device, vector: vector, "Each rank has its own numbers only"),
-        ("ring", lambda device, vector: ring()(device, vector) / device.ranks, "A sum is wanted here, and no average"),
+        ("ring", lambda device, vector: ring()(device, vector) / device.ranks, "This needs a sum, not an average"),
         ("ring", ring(turns=lambda ranks: ranks - 1), "Each part's sum is on one rank only"),
-        ("ring", ring(added=lambda ranks: 2 * ranks), "Rank 0 counts numbers of rank 0 more than once"),
-        ("ring", ring(turns=lambda ranks: ranks - 2), "In a sum of rank 0 the number of rank 1 is missing"),
+        ("ring", ring(added=lambda ranks: 2 * ranks), "Rank 0 counts rank 0's numbers more than once"),
+        ("ring", ring(turns=lambda ranks: ranks - 2), "In a sum on rank 0, the number from rank 1 is missing"),
         (
             "ring",
             lambda device, vector: ring()(device, vector)[::-1].copy(),
@@ -647,7 +651,7 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         ("broadcast", tree(moved=False), "It works from rank 0, but not from other ranks. 8 ranks, "),
         ("broadcast", tree(bounded=False), "It works on 8 ranks, but not on every number of ranks. "),
         ("broadcast", two_children, "There are steps in which a rank that has the numbers sends nothing"),
-        ("broadcast", lambda *given: 2 * tree()(*given), "Rank 0 has other numbers than the root sent"),
+        ("broadcast", lambda *given: 2 * tree()(*given), "Rank 0 has different numbers from those that the root sent"),
         (
             "broadcast",
             lambda device, vector, root: [device.send(other, vector) for other in others(device)],
@@ -659,23 +663,23 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
             "Rank 1 must return numbers of shape (3,), not this NoneType",
         ),
         ("overlap", overlap(lambda own, arrived: own), "Each rank goes its own way"),
-        ("overlap", overlap(lambda own, arrived: arrived), "What arrived took the place of the rank's own gradient"),
-        ("overlap", overlap(lambda own, arrived: own + arrived), "The gradients are summed, so the step"),
-        ("overlap", overlap(order=lambda layers: layers), "A gradient is averaged with that of another layer"),
+        ("overlap", overlap(lambda own, arrived: arrived), "What arrived replaced the rank's own gradient"),
+        ("overlap", overlap(lambda own, arrived: own + arrived), "The gradients are summed, so with n ranks the step"),
+        ("overlap", overlap(order=lambda layers: layers), "A gradient is averaged with another layer's"),
         ("overlap", overlap(lambda own, arrived: 0 * own), "Nothing was updated"),
         ("overlap", overlap(lambda own, arrived: (own - arrived) / 2), "These aren't the weights after a step"),
         ("overlap", lambda device, layers, backward, update: backward(0), "backward(0) is out of turn"),
         ("pipeline", pipeline(add=lambda total, new, parts: new), "This is the gradient of the last part only"),
-        ("pipeline", pipeline(add=lambda total, new, parts: total + new / parts), "Divided by the number of parts"),
+        ("pipeline", pipeline(add=lambda total, new, parts: total + new / parts), "You divided by the number of parts"),
         (
             "pipeline",
             pipeline(add=lambda total, new, parts: total - new),
             "These aren't the gradients of the whole batch",
         ),
-        ("pipeline", lambda device, stage, batch, parts: stage.backward(0, 1.0), "which forward hasn't seen"),
+        ("pipeline", lambda device, stage, batch, parts: stage.backward(0, 1.0), "but forward hasn't seen that part"),
         ("pipeline", lambda device, *rest: turn(device, np.zeros(2)), "Deadlock at step 0"),
         ("optimizer", optimizer(forget=True), "The momentum is lost"),
-        ("optimizer", optimizer(divide=False), "The gradients are summed, so the step"),
+        ("optimizer", optimizer(divide=False), "The gradients are summed, so with n ranks the step"),
         ("optimizer", optimizer(gather=False), "new weights in its own part only"),
         ("optimizer", optimizer(local=True), "These aren't the weights that one process has"),
         ("optimizer", alone, "Each rank goes its own way"),
@@ -683,19 +687,19 @@ def test_the_obvious_program_is_right_and_told_by_how_much_it_is_over(name, answ
         (
             "optimizer",
             lambda device, weights, *rest: weights,
-            "optimizer returns a pair, the weights and the state, not this",
+            "optimizer must return a pair, the weights and the state, not this",
         ),
         ("all_to_all", lambda device, blocks: blocks, "Each rank still has the blocks that it began with"),
         (
             "all_to_all",
             exchange(own=lambda blocks, rank: 0 * blocks[rank]),
-            "The block that a rank has for itself is missing",
+            "The block that a rank keeps for itself is missing",
         ),
         ("all_to_all", by_arrival, "All blocks are there, but not in the order"),
         (
             "all_to_all",
             lambda device, blocks: all_gather(device, blocks[0]),
-            "should have the block from rank",
+            "has a different block where the one from rank",
         ),
         ("all_to_all", exchange(lambda device: range(device.ranks)), "Rank 0 names rank 0 at step 0"),
     ],

@@ -214,7 +214,11 @@ def test_what_a_cell_prints_and_shows(client, capsys):
         (Exits, hpclab.RankError, r"return value of rank 0 can't be unpickled here: SystemExit\(0\)"),
         (lambda: (_ for _ in ()).throw(ValueError("x" * 50_000_000)), hpclab.RankError, "ValueError: x+\n... 49,9"),
         (lambda: (_ for _ in ()).throw(KeyboardInterrupt()), hpclab.RankError, "KeyboardInterrupt"),
-        (lambda: os.write(rank._context.records.fileno(), b"x\n") and time.sleep(60), hpclab.RankError, "no record"),
+        (
+            lambda: os.write(rank._context.records.fileno(), b"x\n") and time.sleep(60),
+            hpclab.RankError,
+            "pipe that hpclab reads",
+        ),
     ],
     ids=["exit", "no message", "exits here", "value exits here", "50 MB", "interrupt", "broken record"],
 )

@@ -376,7 +376,7 @@ def test_shards_go_on_under_other_numbers_of_ranks(four, tmp_path):
     assert whole.keys() == {"state", "random", "step"}
     shard = max(folder.glob("step-00000008-*.shards/__1_*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(OSError, match=r"step-00000008-.* is damaged: __1_0.distcp has another checksum"):
+    with pytest.raises(OSError, match=r"step-00000008-.* is damaged: the checksum of __1_0.distcp is wrong"):
         checkpoint.load(newest)
     run = hpclab.launch(four, short, ranks=2, resume=saved.folder)
     assert run.result(120)[0] == weights, "on from the one before it"

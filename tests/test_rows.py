@@ -31,7 +31,7 @@ DAMAGED = {
 def test_a_damaged_line_is_named_and_hides_no_other(damage, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(WHOLE + b"\n" + DAMAGED[damage] + LAST)  # an empty line is no damage
-    with pytest.warns(UserWarning, match=r"line 3 of .*rows.jsonl holds no row: it is skipped") as told:
+    with pytest.warns(UserWarning, match=r"line 3 of .*rows.jsonl holds no row; it is skipped") as told:
         assert [row["step"] for row in rows.read(file)] == [0, 2]
     assert len(told) == 1 and told[0].filename == __file__
     assert file.read_bytes() == WHOLE + b"\n" + DAMAGED[damage] + LAST

@@ -108,15 +108,15 @@ def test_laws_of_trials():
         scaling.fit(weak, "amdahl")
     with pytest.raises(ValueError, match=r"rows are of weak scaling, .*use scaling.fit\(rows, 'gustafson'\)"):
         scaling.verdict(weak)
-    assert "no law of a machine" not in scaling.verdict(strong).why
+    assert "this isn't a machine's law" not in scaling.verdict(strong).why
     turns = [row | {"source": "emulated" if row["ranks"] > 2 else "measured"} for row in strong]
     assert scaling.verdict(turns).why.endswith(
-        "ranks that take turns, or of a dialled network, and no law of a machine."
+        "ranks that take turns, or from a dialled network, so this isn't a machine's law."
     )
     assert not scaling.verdict(strong[:5]).identifiable, "each was measured once"
-    with pytest.raises(ValueError, match="keep neither the batch of all ranks nor that of each"):
+    with pytest.raises(ValueError, match="keep neither the total batch nor that of each rank constant"):
         scaling.fit(trials(counts, float, batch=lambda count: 64 + count))
-    with pytest.raises(ValueError, match=r"rows differ in threads \(=\[1, 2\]\)"):
+    with pytest.raises(ValueError, match=r"rows also differ in threads \(=\[1, 2\]\)"):
         scaling.fit([*strong, strong[0] | {"threads": 2}])
     alike = {"setting": "network ring, 1 ms, 1 Gb/s"}
     exact = [row | alike | {"asked": {"network": f"Network({row['ranks'] % 2})"}} for row in strong]
@@ -414,7 +414,7 @@ def test_race_tells_what_it_can(monkeypatch):
     assert "Other programs used" not in race.verdict()
     for row in race.runs["1 rank"][1:]:
         row["wait_s"] = 0.2 * row["step_s"]
-    assert "Other programs used this machine: 1 rank waited for a CPU in 20% of its time" in race.verdict()
+    assert "Other programs used this machine: 1 rank spent 20% of its time waiting for a CPU" in race.verdict()
     race.runs["2 ranks"] = rows(ranks=2, step_s=0.2, source="emulated")
     assert "took turns" in race.verdict()
     (name, own) = list(racing.lines(race.runs).items())[-1]

@@ -444,7 +444,7 @@ def test_what_stays_of_a_view_is_no_false_frame(shown, way):
             one._keeper.kill()
     until(no_view_left)
     page = shown[0].pages[-1]
-    assert "This Slurm has ended. So it was at" in page
+    assert "This Slurm has ended. This is how it was at" in page
     assert "RUNNING" in page and "allocated" in page and "idle" not in page
 
 
@@ -729,7 +729,7 @@ def test_the_command(capsys, place, monkeypatch):
     one = slurm.find()
     assert f"export SLURM_CONF={one.folder}/slurm.conf PATH={one.folder}/bin:$PATH" in shell.stdout
     assert cli.main(["slurm", "up"]) == 1
-    assert f"a private Slurm is up already, in {one.folder}" in capsys.readouterr().err
+    assert f"a private Slurm is already up, in {one.folder}" in capsys.readouterr().err
     script = "which srun; sinfo -h -o %D; sbatch -o /dev/null --wrap 'sleep 1007'"
     shell = subprocess.run([*command, "shell"], input=script, capture_output=True, text=True)
     assert shell.stdout.splitlines() == [f"{one.folder}/bin/srun", "2", "Submitted batch job 1"]

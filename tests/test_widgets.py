@@ -138,7 +138,7 @@ def test_a_star_that_no_curve_passes_is_explained(explorer):
     curves = explorer.curves()
     explorer.measured = [{"ranks": 1, "efficiency": 1.0}, {"ranks": 2, "efficiency": 0.05}]
     remark = explorer.remark(curves)
-    assert "No curve passes the star at 2 ranks" in remark and "(0.05)" in remark
+    assert "No curve passes through the star at 2 ranks" in remark and "(0.05)" in remark
     place = list(explorer.ranks).index(2)
     explorer.measured[1]["efficiency"] = float(curves["tree"]["efficiency"][place])
     assert explorer.remark(curves) == ""

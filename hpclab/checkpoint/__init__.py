@@ -142,7 +142,10 @@ def restore(state: dict[str, Any] | None = None) -> dict[str, Any] | None:
             _set_random_state(saved["random"][rank])
         return shards.join(Path(path).parent, saved, like=shards.split(state)[1])["state"]
     if paths:
-        raise OSError(f"none of the checkpoints {', '.join(paths)} can be read; without `resume`, a run begins anew.")
+        raise OSError(
+            f"none of the checkpoints {', '.join(paths)} can be read; without `resume`, a run starts from the"
+            " beginning."
+        )
     return None
 
 
@@ -168,7 +171,7 @@ def _write_shards(sharded: dict[shards.Keys, torch.Tensor], gathered: list[dict]
 
 
 def _write_file(saved: dict[str, Any]) -> int:
-    """Write rank 0's state, and what every rank told; returns the bytes of the checkpoint."""
+    """Write rank 0's state, and what every rank reported; returns the bytes of the checkpoint."""
     _check_shared()
     check_kinds(saved["state"], "state")
     path = write(_rank.run_folder() / "checkpoints", saved["step"], saved)
@@ -202,19 +205,19 @@ def _read_for_all(path: str, rank: int, ranks: int) -> tuple[dict[str, Any] | No
 def _await_file(path: Path, ends: float) -> None:
     while not path.exists() and time.monotonic() < ends:
         with suppress(OSError):
-            os.listdir(path.parent)  # has a network's disk ask its server anew
+            os.listdir(path.parent)  # makes a network's disk ask its server again
         time.sleep(0.1)
 
 
 def _differences(gathered: list[dict]) -> str:
-    """Why the ranks can't all go on from a checkpoint, from what each told of it; empty if they can."""
+    """Why the ranks can't all go on from a checkpoint, from what each reported of it; empty if they can."""
     errors = {rank: reading["error"] for rank, reading in enumerate(gathered) if "error" in reading}
     if len(errors) == len(gathered):
         return errors[0]
     if errors:
         return "; ".join(f"on rank {rank}: {error}" for rank, error in errors.items())
     other = [str(rank) for rank, reading in enumerate(gathered) if reading["sums"] != gathered[0]["sums"]]
-    return f"on rank {', '.join(other)} another file has its name than on rank 0" if other else ""
+    return f"on rank {', '.join(other)} the file differs from that on rank 0" if other else ""
 
 
 def _exchange(value: Any) -> list[Any]:

@@ -96,7 +96,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except zipfile.BadZipFile as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from error
     if damaged is not None:
-        raise OSError(f"checkpoint {path} is damaged: {damaged} has another checksum")
+        raise OSError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
     return torch.load(path, weights_only=True)
 
 

@@ -80,7 +80,7 @@ def check(folder: Path, saved: dict[str, Any], rank: int = 0, ranks: int = 1) ->
     """Raise an OSError if a file of shards is damaged or missing; of several ranks each looks at a part of them."""
     for path in files(folder, saved)[rank::ranks]:
         if _sum(path) != saved["shards"]["sums"][path.name]:
-            raise OSError(f"checkpoint {path.parent} is damaged: {path.name} has another checksum")
+            raise OSError(f"checkpoint {path.parent} is damaged: the checksum of {path.name} is wrong")
 
 
 def join(folder: Path, saved: dict[str, Any], like: dict[Keys, torch.Tensor] | None = None) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class _Unpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in DESCRIPTION.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is nothing that describes shards")
+        raise pickle.UnpicklingError(f"{module}.{name} doesn't describe shards")
 
 
 def _reader(folder: Path) -> Any:

@@ -87,7 +87,7 @@ def start(
         return _join(where, wishes, security)
     workers, limit = _fit(workers, memory)
     if machine.imported_by_child():
-        sys.exit(f"A worker that imports {sys.argv[0]} came upon hpclab.connect(). {GUARD}")
+        sys.exit(f"A worker that imports {sys.argv[0]} reached hpclab.connect(). {GUARD}")
     _spare_main()
     try:
         with dask.config.set(QUIET), machine.every_cpu():
@@ -170,8 +170,8 @@ def _join(address: str, wishes: dict[str, Any], security: Security | bool) -> Cl
         raise ValueError(f"{name} (={value!r}) can't be chosen for a running cluster ({address}); leave it out.")
     if not address.startswith("tls://") and security is not False:
         raise ValueError(
-            f"security (={security!r}) can't be had at {address}, which is not encrypted: who can listen can also run"
-            " code. To join it all the same, use security=False."
+            f"security (={security!r}) can't be had at {address}, which is not encrypted: anyone who can listen can"
+            " also run code. To join it anyway, use security=False."
         )
     if address.startswith("tls://") and not isinstance(security, Security):
         raise ValueError(f"security (={security!r}) must be the distributed.Security of the scheduler at {address}.")

@@ -119,7 +119,7 @@ def _worth_showing(record: logging.LogRecord) -> bool:
 
 
 class LocalCluster(Tended, distributed.LocalCluster):
-    """Workers on this machine, as many as were asked for last, whatever befalls them.
+    """Workers on this machine, the number asked for last, whatever happens to them.
 
     Most are started again by their nannies. But a nanny that meets an error closes, and so does one whose worker has
     quarrelled with the scheduler; Dask's cluster then lacks that worker for ever.
@@ -194,8 +194,8 @@ class LocalCluster(Tended, distributed.LocalCluster):
         tries = max([self._tries, *(nanny.tries for nanny in self.workers.values())])
         if tries >= TRIES and not self._warned:
             logger.warning(
-                "a worker on this machine has failed to start %d times in a row%s; what it wrote may tell why. It is"
-                " tried again, less and less often.",
+                "a worker on this machine has failed to start %d times in a row%s; its output may say why. hpclab"
+                " keeps trying, less and less often.",
                 *(tries - 1, self._why),
             )
         self._warned = tries >= TRIES

@@ -31,7 +31,7 @@ from hpclab.queues import QUEUES, QUIET, Request
 from hpclab.slurm.private import Slurm
 
 LOOK_SECONDS = 0.5
-"""How often a private Slurm is asked where missing workers' jobs stand."""
+"""How often a private Slurm is asked about missing workers' jobs."""
 SITE_LOOK_SECONDS = 15.0
 """How often a site's queue is, which others ask too."""
 STEADY_SECONDS = 60.0
@@ -176,7 +176,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         self.trouble: str | None = None
         """Why workers are missing for good."""
         self.places: dict[str, site.Standing] | None = None
-        """Where this user's jobs stand, if the queue can say."""
+        """Where this user's jobs are in the queue, if it can say."""
         self._ask_places: Callable | None = site.places if request.kind == "slurm" else None
         self._silence = ""
         """Why the queue doesn't answer, if it doesn't."""
@@ -222,8 +222,8 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
                     raise RuntimeError(self.trouble)
                 if until is not None and time.monotonic() > until:
                     raise TimeoutError(
-                        f"{came} of {wanted} workers came within timeout (={timeout}) seconds: {standing}. All jobs are"
-                        " cancelled now; use a longer timeout=, or ask for less."
+                        f"{came} of {wanted} workers joined within timeout (={timeout}) seconds: {standing}. All jobs"
+                        " have been cancelled; use a longer timeout=, or ask for less."
                         + self._log([*self._buried, *self._ids()])
                     )
                 if (bar.n, bar.postfix) != (came, standing):
@@ -249,7 +249,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         return [job.job_id for name, job in list(self.workers.items()) if name not in without and job.job_id]
 
     async def _look(self) -> None:
-        """Ask where jobs stand, and replace those that are lost."""
+        """Ask about the jobs, and replace those that are lost."""
         now = time.monotonic()
         present = {worker.name for worker in self.scheduler.workers.values()}
         away = {name: job for name, job in self.workers.items() if name not in present and name in self.worker_spec}
@@ -289,7 +289,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         life.came = life.left = None
         if life.deaths == LIVES:
             self.worker_spec.pop(name, None)
-            self._give_up(f"worker {name} ended {LIVES} times, early; {self._last_words(job)}")
+            self._give_up(f"worker {name} ended early {LIVES} times; {self._last_words(job)}")
         await job.close()
 
     def _last_words(self, job: Any) -> str:
@@ -297,7 +297,7 @@ class JobCluster(Tended, queues.jobqueue().JobQueueCluster):  # type: ignore[mis
         if "Timed out" in log:
             hint = (
                 f"\nIts node may not reach the scheduler at {self.scheduler.address}; use interface= with the name of a"
-                " network that both see."
+                " network that both can reach."
             )
         if why := _namesakes.blame(log, [os.getcwd(), *sys.path]):
             hint += f"\n{why}"

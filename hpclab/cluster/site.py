@@ -1,4 +1,4 @@
-"""What a user of a Slurm sees of it: its nodes and limits, and where jobs stand in its queue."""
+"""What a user of a Slurm sees of it: its nodes and limits, and the places of jobs in its queue."""
 
 import errno
 import math
@@ -35,14 +35,14 @@ class Node:
     address: str
     cpus: int
     memory: float
-    """Bytes; infinite where the site hasn't told Slurm."""
+    """Bytes; infinite where the site hasn't configured it."""
     limit: float
     """Seconds that a job may run there."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a job stands."""
+    """Where a job is in the queue."""
 
     state: str
     reason: str
@@ -85,7 +85,7 @@ def nodes(env: Mapping[str, str] | None) -> list[Node]:
 
 
 def places(env: Mapping[str, str] | None) -> dict[str, Standing]:
-    """Where each job of this user stands, by its id; those that ended long ago are forgotten.
+    """Where each of this user's jobs is in the queue, by its id; those that ended long ago are forgotten.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def _ask(cluster: Mapping[str, str] | None, *words: str, env: Mapping[str, str])
     command = words[0]
     conf = (cluster or {}).get("SLURM_CONF")
     if conf and not os.path.exists(conf):  # Slurm itself would look for others, for a long time
-        raise ConnectionError(f"its settings, {conf}, have gone")
+        raise ConnectionError(f"its settings, {conf}, are gone")
     try:
         environment = {**(os.environ if cluster is None else cluster), **env}
         process = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)

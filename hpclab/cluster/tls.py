@@ -77,7 +77,7 @@ def refusal(address: str, security: Security | None) -> str | None:
             plain.settimeout(SECONDS)
             with context.wrap_socket(plain, server_hostname=host) if context is not None else plain as caller:
                 if not caller.recv(1):  # TLS 1.3 tells only now whether it takes the client's certificate
-                    return "it closed the connection without a word"
+                    return "it closed the connection without answering"
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not accepted by security.tls_ca_file: {error.verify_message}"
     except ssl.SSLError as error:
@@ -85,7 +85,7 @@ def refusal(address: str, security: Security | None) -> str | None:
         return next((meaning for alert, meaning in _ALERTS.items() if alert in reason), reason)
     except TimeoutError:
         unencrypted = "; if it is encrypted, its address begins with tls://" * (security is None)
-        return f"nobody greets there within {SECONDS:g} s{unencrypted}"
+        return f"nothing answers there within {SECONDS:g} s{unencrypted}"
     except FileNotFoundError as error:
         return f"a file of security isn't there: {error}"
     except socket.gaierror as error:

@@ -63,7 +63,7 @@ def table(notes: list[dict]) -> Table:
     factors = [factor(predicted, came) for predicted, came in pairs if isinstance(predicted, float)]
     kinds = {
         _("numbers"): (factors, lambda: _("off by a factor of {off:.2g} (median)", off=statistics.median(factors))),
-        _("intervals"): (intervals, lambda: _("{right} held what came", right=sum(intervals))),
+        _("intervals"): (intervals, lambda: _("{right} contained the result", right=sum(intervals))),
         _("choices"): (choices, lambda: _("{right} right", right=sum(choices))),
     }
     return Table(

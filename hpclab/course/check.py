@@ -58,7 +58,7 @@ def judged(nonce: str, exercise_id: str, seed: str, answer: Callable[[], object]
         result = check(exercise_id, answer())
         return json.dumps([nonce, result.status, result.message])
     except NameError as error:
-        message = _("{name} isn't there: the cell that makes it is missing, or raised an error.", name=error.name)
+        message = _("{name} isn't defined: the cell that makes it is missing, or raised an error.", name=error.name)
         return json.dumps([nonce, "fail", message])
     finally:
         del os.environ["HPCLAB_SEED"]

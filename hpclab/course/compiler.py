@@ -30,9 +30,9 @@ def missing() -> str | None:
     """What torch.compile lacks on this machine, in words; None if it can compile for a CPU."""
     name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if shutil.which(name) is None:
-        return _("torch.compile needs a C++ compiler, and here is no {name}; Debian: apt install g++", name=name)
+        return _("torch.compile needs a C++ compiler, but there is no {name} here; Debian: apt install g++", name=name)
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return _("torch.compile needs Python's headers, and they aren't here; Debian: apt install python3-dev")
+        return _("torch.compile needs Python's headers, which are missing here; Debian: apt install python3-dev")
     return None
 
 
@@ -61,6 +61,6 @@ def apart(function: Callable, *arguments: Any) -> Any:
         done = subprocess.run([sys.executable, "-c", _CHILD, call, answer, paths], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            what = f"In a process of its own, {getattr(function, '__name__', function)} failed: {last}"
+            what = f"In its own process, {getattr(function, '__name__', function)} failed: {last}"
             raise RuntimeError(f"{what} {_namesakes.blame(done.stderr)}".rstrip())
         return cloudpickle.loads(answer.read_bytes())

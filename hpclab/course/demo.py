@@ -101,8 +101,8 @@ def _headline(most: dict, race: racing.Race) -> str:
     first, *_others, last = race.trials()
     return _(
         "{label}: {speedup:.2f} times as fast as {baseline}, the median of {repeats} rounds in turn"
-        " ({speedup_low:.2f} to {speedup_high:.2f}; {source}). The race says {raced:.2f}: it is one run of each, one"
-        " after the other, so whatever else the machine did is in it, and so are the tests between epochs.",
+        " ({speedup_low:.2f} to {speedup_high:.2f}; {source}). The race says {raced:.2f}: it ran each once, one after"
+        " the other, so it includes whatever else the machine did, and the tests between epochs.",
         baseline=first["label"],
         raced=first["train_s"] / last["train_s"],
         source=source_word(most["source"]),

@@ -84,7 +84,7 @@ def grade(
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
-        raise ValueError(f"folder (={folder}) is no folder; name one with the notebooks of a class.")
+        raise ValueError(f"folder (={folder}) isn't a folder; name one with a class's notebooks.")
     if not 0 <= inconclusive <= 1:
         raise ValueError(f"inconclusive (={inconclusive:g}) must be from 0 to 1, a share of the points.")
     if not time_s > 0 or not memory > 0:
@@ -96,7 +96,7 @@ def grade(
         raise ValueError(f"folder (={folder}) holds nothing to grade: no FOLDER/*.ipynb, no FOLDER/STUDENT/*.ipynb.")
     sandbox.base()
     if not trust and (why := sandbox.missing()):
-        raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you say: --trust")
+        raise RuntimeError(f"{why}. Students' code isn't run without a sandbox, unless you pass --trust")
     limits = _Limits(time_s, memory, folder, trust, str(seed), language())
     shares = {"pass": 1.0, "inconclusive": float(inconclusive)}
     worth = {step.exercise: step.points for notebook in notebooks for step in notebook.checks.values()}
@@ -127,8 +127,8 @@ def _askable(course: list[submissions.Assignment]) -> None:
         for step in assignment.checks.values():
             if step.exercise not in ids:
                 raise ValueError(
-                    f"course: {assignment.stem}.ipynb checks {step.exercise!r}, which is no exercise; hpclab.check has"
-                    f" {', '.join(ids)}."
+                    f"course: {assignment.stem}.ipynb checks {step.exercise!r}, which isn't an exercise; hpclab.check"
+                    f" has {', '.join(ids)}."
                 )
 
 
@@ -205,7 +205,7 @@ class _Limits:
             "memory": _("stopped: it took more than {gb:.3g} GB of memory", gb=self.memory / 1e9),
             "output": _("stopped: it printed more than {mb:.0f} MB", mb=OUTPUT / 1e6),
             "processes": _("stopped: it started more than {count} processes", count=sandbox.PROCESSES),
-            "disk": _("stopped: it filled, or changed, the folder of its sockets"),
+            "disk": _("stopped: it filled or changed the folder of its sockets"),
             "dead": _("its kernel died"),
         }[str(stopped)]
 
@@ -261,11 +261,11 @@ class _Notes:
         if step.copies > 1:
             notes.append(_("the last of {count} copies of this check counts", count=step.copies))
         if step.changed:
-            notes.append(_("this check was changed, and the course's own counts"))
+            notes.append(_("this check was changed; the course's own version counts"))
         if verdict != "pass" and self.hiding:
             notes.append(_("{file} beside the notebook has a module's name, and may hide it", file=_some(self.hiding)))
         if verdict != "pass" and self.left:
-            notes.append(_("{file} was not put beside it: too large, or unreadable", file=_some(self.left)))
+            notes.append(_("{file} wasn't copied beside it: too large, or unreadable", file=_some(self.left)))
         return f"({'; '.join(notes)}) {reason}" if notes else reason
 
 

@@ -50,11 +50,9 @@ def predict(
     _units[prediction_id] = unit
     if value is ...:
         if among:
-            return Prose(
-                _("Your prediction: in place of the three dots, write one of {options}.", options=_quoted(among))
-            )
+            return Prose(_("Your prediction: replace the three dots with one of {options}.", options=_quoted(among)))
         blank = f"___ {unit}".strip()
-        how = _("In place of the three dots, write a number, or two for an interval: (low, high).")
+        how = _("Replace the three dots with a number, or with two for an interval: (low, high).")
         return Prose(_("Your prediction: {blank}.", blank=blank) + " " + how)
     kept = _checked(value, among)
     story = stories(_notes()).get(prediction_id, Story())
@@ -92,7 +90,7 @@ def came(prediction_id: str, value: float | str | None) -> Prose:
         sentences.append(verdict)
     if story.newest is not story.counts:
         later = _told(story.newest["value"], story.newest["unit"])
-        sentences.append(_("After a result was seen you wrote {value}; that doesn't count.", value=later))
+        sentences.append(_("After seeing a result you wrote {value}; that doesn't count.", value=later))
     return Prose(" ".join(sentences))
 
 
@@ -102,7 +100,7 @@ def _verdict(predicted: Value, result: float | str) -> str:
     assert isinstance(result, float)
     if isinstance(predicted, list):
         low, high = predicted
-        return _("Your interval holds it.") if low <= result <= high else _("Your interval doesn't hold it: why?")
+        return _("Your interval contains it.") if low <= result <= high else _("Your interval doesn't contain it: why?")
     off = factor(predicted, result)
     if off < SAME:
         return _("You were right.")

@@ -78,7 +78,7 @@ class Progress:
 
     def _headline(self) -> str:
         if self.folder is None:
-            return _("This folder is no working copy of the course, so nothing is remembered; hpclab lab makes one.")
+            return _("This folder isn't a working copy of the course, so nothing is saved; hpclab lab makes one.")
         return _("{done} of {all} exercises done.", done=self.done, all=self.exercises)
 
     def _path_rows(self) -> Table:
@@ -130,7 +130,7 @@ def progress(folder: str | Path | None = None, course: Path | None = None) -> Pr
 def remember(exercise_id: str) -> None:
     """Note that an exercise passed today, if this is a working copy of the course and nobody is grading.
 
-    What prevents it is told once, as a warning, and never raised: a check is worth more than its note.
+    What prevents it is said once, as a warning, and never raised: a check is worth more than its note.
     """
     if exercise_id not in _passed(notes()):
         note({"exercise": exercise_id, "day": time.strftime("%Y-%m-%d")})
@@ -144,7 +144,7 @@ def note(row: dict) -> None:
         if (folder := working_copy()) is not None:
             append(folder / LOG, row, mode=0o600)
     except OSError as error:
-        _warn_once(_("Your progress can't be remembered: {error}", error=error))
+        _warn_once(_("Your progress can't be saved: {error}", error=error))
 
 
 def notes() -> list[dict]:
@@ -200,7 +200,7 @@ def _read(log: Path) -> list[dict]:
             if row is None or not any(kind <= {*row} for kind in KINDS):
                 place = {"number": number, "file": log}
                 _warn_once(
-                    _("Line {number} of {file} can't be read; it is left as it is, and the others count.", **place)
+                    _("Line {number} of {file} can't be read; it is left as it is, and the other lines count.", **place)
                 )
             else:
                 written.append(row)

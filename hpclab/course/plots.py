@@ -115,9 +115,9 @@ def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax:
     rows = sorted(some(rows, "grain"), key=lambda row: (row["tasks"], row["duration_s"]))
     unseen = some(unseen, "grain") if unseen else []
     if len(works := {row["items"] for row in [*rows, *unseen]}) > 1:
-        raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one.")
+        raise ValueError(f"rows are of different work (items: {sorted(works)}); draw those of one size.")
     items, words = works.pop(), []
-    for place, (word, some_rows) in enumerate({_("measured"): rows, _("not seen by the law"): unseen}.items()):
+    for place, (word, some_rows) in enumerate({_("measured"): rows, _("not used for the law"): unseen}.items()):
         if some_rows:
             sizes, seconds = zip(*((items / row["tasks"], row["duration_s"]) for row in some_rows), strict=True)
             ax.plot(sizes, seconds, alpha=0.7, label=word, **figures.points(place))
@@ -128,8 +128,8 @@ def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax:
     words.append(curve(_("the law"), items / n, fit(n)) + band)
     knee = items * fit.values["beta"] / fit.values["alpha"] if fit.values["alpha"] else float("inf")
     if knee < items:
-        ax.axvline(knee, color="black", linestyle=":", label=_("as long to hand out as to work"))
-        words.append(_("as long to hand out as to work: tasks of {knee}", knee=figures.number(knee)))
+        ax.axvline(knee, color="black", linestyle=":", label=_("handing out takes as long as working"))
+        words.append(_("handing out takes as long as working: tasks of {knee}", knee=figures.number(knee)))
     logarithmic(ax, "{x:,g}", "{x:g}")
     finish(ax, rows, _("items in a task"), _("seconds for all"), words)
     ax.legend(fontsize="small", edgecolor="none", framealpha=0.9)
@@ -151,7 +151,7 @@ def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
     rows = some(rows, "roofline")
     intensities = [*(row["intensity"] for row in rows), ridge]
     x = np.geomspace(min(intensities) / 2, max(intensities) * 4, 200)
-    label = _("the lower of both ceilings")
+    label = _("the lower of the two ceilings")
     ax.plot(x, np.minimum(peak, bandwidth * x) / 1e9, color="black", label=label)
     ax.axvline(ridge, color="0.5", linestyle=":", label=_("ridge"))
     values = {"peak": figures.number(peak / 1e9), "bandwidth": figures.number(bandwidth / 1e9)}
@@ -276,7 +276,7 @@ def intervals(every: Sequence[float], simulated: np.ndarray, measured: dict[int,
     ax = figures.subplots()[1]
     low, middle, high = np.quantile(simulated, [0.05, 0.5, 0.95], axis=1)
     ax.fill_between(every, low, high, alpha=0.2)
-    ax.plot(every, middle, label=_("simulated: median, and nine of ten draws"))
+    ax.plot(every, middle, label=_("simulated: median, and the middle 90 % of draws"))
     ax.plot([*measured], [*measured.values()], label=_("measured, once each"), **figures.points(1))
     ax.axvline(young, linestyle=":", color="black", label=_("Young: sqrt(2 x save x MTBF)"))
     ax.set_xscale("log")

@@ -150,7 +150,7 @@ def read(path: str | os.PathLike) -> list[dict]:
         last = entries[-1]["sha256"] if entries else ""
         if entry is None or (entry.get("sha256"), entry.get("before")) != (_digest(entry), last):
             raise ValueError(
-                f"path (={str(path)!r}) was changed after it was written, in line {number} or before; begin a new file."
+                f"path (={str(path)!r}) was changed after it was written, in line {number} or before; start a new file."
             )
         entries.append(entry)
     return entries
@@ -184,8 +184,8 @@ def before(entries: list[dict], rows: list[dict]) -> dict:
     begun = [place for place, entry in enumerate(early) if "measures" in entry]
     if not begun:
         raise ValueError(
-            f"entries note no measurement that began before {started}, when the first row was measured; predict, call"
-            " predictions.begin(path, folder), and measure anew."
+            f"entries record no measurement that began before {started}, when the first row was measured; predict, call"
+            " predictions.begin(path, folder), and measure again."
         )
     place = max(place for place in range(begun[-1]) if "predicted" in early[place])
     return early[place] | {"seen": sum(run < place for run in begun)}

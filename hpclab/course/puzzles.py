@@ -32,7 +32,7 @@ class Case:
     expected : ndarray, shape (ranks, ...)
         What each rank must return.
     limits : dict of str to int
-        At most so many "steps", bytes "sent" by a rank, or bytes "kept" by a rank.
+        The most "steps", bytes "sent" by a rank, or bytes "kept" by a rank.
     least : int
         Bytes that all ranks together must send, whatever they do.
     given : dict
@@ -190,7 +190,7 @@ class Stage:
     def backward(self, part: int, derivative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives by what came in, and by the layer's weights, from the one by what went out."""
         if part not in self._kept:
-            raise ValueError(_("backward of part {part}, which forward hasn't seen.", part=part))
+            raise ValueError(_("backward of part {part}, but forward hasn't seen that part.", part=part))
         x, y = self._kept.pop(part)
         self._device.compute(2 * len(x), f"B{part}")
         inner = derivative * (1 - y**2)
@@ -249,7 +249,9 @@ def optimizer(drawn: random.Random | None) -> Case:
                 return None
             if not isinstance(returned, tuple) or len(returned) != 2:
                 kind = type(returned).__name__
-                raise TypeError(_("optimizer returns a pair, the weights and the state, not this {kind}.", kind=kind))
+                raise TypeError(
+                    _("optimizer must return a pair, the weights and the state, not this {kind}.", kind=kind)
+                )
             weights, state = returned
         return weights, state
 

@@ -8,9 +8,9 @@ from hpclab.course.verdicts import Result, exercise, failed, number, passed, rej
 from hpclab.language import translate as _
 
 Truths = tuple[dict[str, bool], dict[str, str]]
-"""Of each statement's letter, whether it is true; and of the false ones, what whoever believes it should think of."""
+"""Of each statement's letter, whether it is true; and for each false one, a hint for those who believe it."""
 Numbers = tuple[tuple[float, ...], list[tuple[tuple[float, ...], str]]]
-"""The right numbers; and wrong ones, with what whoever has them should think of."""
+"""The right numbers; and wrong ones, each with a hint."""
 
 
 def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[], Truths]]:
@@ -24,7 +24,7 @@ def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[]
             if believed := [letter for letter in sorted(chosen) if not truths[letter]]:
                 return failed(messages[believed[0]])
             if missing := sum(truths.values()) - len(chosen):
-                return failed(_("All that you chose is true, and {missing} more of the statements.", missing=missing))
+                return failed(_("Everything you chose is true, but you missed {missing} more.", missing=missing))
             return passed(_("These statements are true, and no others."))
 
         return question
@@ -33,7 +33,7 @@ def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[]
 
 
 def numbers(exercise_id: str, tolerance: float = 0.01) -> Callable[[Callable[[], Numbers]], Callable[[], Numbers]]:
-    """Decorate what gives the right numbers of a question, which are told within a share of themselves."""
+    """Decorate what gives the right numbers of a question; answers may be off by a share of them."""
 
     def register(question: Callable[[], Numbers]) -> Callable[[], Numbers]:
         @exercise(exercise_id, forked=False)
@@ -46,7 +46,7 @@ def numbers(exercise_id: str, tolerance: float = 0.01) -> Callable[[Callable[[],
             for wrong, message in mistakes:
                 if all(math.isclose(*pair, rel_tol=tolerance) for pair in zip(values, wrong, strict=True)):
                     return failed(message)
-            return failed(_("Right are {right} of {of} numbers.", right=sum(near), of=len(near)))
+            return failed(_("You have {right} of {of} numbers right.", right=sum(near), of=len(near)))
 
         return question
 
@@ -57,7 +57,7 @@ def _letters(answer: Any, truths: dict[str, bool]) -> set[str]:
     if not isinstance(answer, set | frozenset | list | tuple | str) or not set(answer) <= truths.keys():
         reject(
             _(
-                'The answer is a set of letters from "a" to "{last}", such as {example}; not {answer!r}.',
+                'The answer must be a set of letters from "a" to "{last}", such as {example}, not {answer!r}.',
                 last=max(truths),
                 example={"a"},
                 answer=answer,
@@ -71,6 +71,10 @@ def _values(answer: Any, count: int) -> list[float]:
     values = [value for one in given if (value := number(one)) is not None]
     if len(values) != count or len(given) != count:
         reject(
-            _("The answer is as many numbers as are asked for ({count}), not {answer!r}.", count=count, answer=answer)
+            _(
+                "The answer must have as many numbers as the question asks for ({count}), not {answer!r}.",
+                count=count,
+                answer=answer,
+            )
         )
     return values

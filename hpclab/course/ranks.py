@@ -30,7 +30,7 @@ from hpclab.language import translate as _
 PAUSE_SECONDS = 0.02
 """Between two rounds of asking."""
 ROUNDS = 50
-"""In so many rounds in turn all must be in the same call, to count as waiting for ever."""
+"""Number of rounds in turn in which all must be in the same call, to count as waiting for ever."""
 
 
 def run(work: Callable[[int], Any], ranks: int) -> list:
@@ -90,7 +90,7 @@ class _Rank:
             self.process.join()
             if self.process.exitcode == -signal.SIGABRT:
                 reject(_("Ranks met in different calls, or with tensors of different sizes, and gloo aborted a rank."))
-            reject(_("Your function ended the process that it ran in; it should return instead."))
+            reject(_("Your function ended its own process; it should return instead."))
         if kind == "returned":
             self.answer, self.ended = content, True
         elif kind == "decided":
@@ -127,7 +127,7 @@ def _hanging(gang: list[_Rank]) -> Result:
     if any("barrier" in member.where for member in gang):
         return failed(
             _(
-                "Deadlock: {stands}. A barrier is one more call that every rank must reach, and this one can't.",
+                "Deadlock: {stands}. A barrier is one more call that every rank must reach, and not every rank does.",
                 stands=text,
             )
         )
@@ -181,7 +181,7 @@ def _answer(connection: Connection, outcome: list[bytes]) -> None:
 
 
 def _asked(connection: Connection) -> bool:
-    """Wait for the check to ask; where the check has gone, this process ends."""
+    """Wait for the check to ask; if the check is gone, this process ends."""
     try:
         return bool(connection.recv_bytes())
     except (EOFError, OSError):

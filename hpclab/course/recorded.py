@@ -1,6 +1,6 @@
 """What the notebook *queues* printed and measured on a real private Slurm, for machines that have none.
 
-To record it anew, on a machine with Slurm, run the notebook with ``HPCLAB_RECORD=hpclab/course/recorded.jsonl``.
+To record it again, on a machine with Slurm, run the notebook with ``HPCLAB_RECORD=hpclab/course/recorded.jsonl``.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ STEP = ("kind", "attempt", "rank", "ranks", "step", "time_s", "step_s", "source"
 def notice() -> str:
     """Whether there is a Slurm here; if not, how to get one, and what is shown meanwhile."""
     if not (lacks := slurm.missing()):
-        return _("Slurm is installed here: all that follows runs on it.")
+        return _("Slurm is installed here: everything below runs on it.")
     words = {"lacks": ", ".join(lacks), "install": slurm.install_line()}
     way_out = _(
-        "There is no Slurm here (it lacks {lacks}). To get it: {install}. Or open this notebook on Binder.", **words
+        "There is no Slurm here (missing: {lacks}). To get it: {install}. Or open this notebook on Binder.", **words
     )
-    return f"{way_out}\n{_('Until then you see what was recorded elsewhere; figures of it say so.')}"
+    return f"{way_out}\n{_('Until then you see what was recorded elsewhere; its figures say so.')}"
 
 
 def on_slurm(function: Callable[[], Any], show: Callable[[Any], object] | None = None) -> Any:

@@ -110,7 +110,7 @@ def missing() -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"bubblewrap doesn't work here: {error}"
     if done.returncode:
-        return f"bubblewrap doesn't work here, or no kernel in it: {done.stderr.strip()[-200:]}"
+        return f"bubblewrap doesn't work here, or can't run a kernel: {done.stderr.strip()[-200:]}"
     return None
 
 
@@ -222,8 +222,8 @@ def base() -> Path:
     folder = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
     if (size := len(os.fsencode(folder))) > LONGEST_PATH:
         raise OSError(
-            f"TMPDIR (={folder}) has {size} bytes, and kernels have sockets there, whose paths may have 107; set it to"
-            f" a folder whose path has at most {LONGEST_PATH}."
+            f"TMPDIR (={folder}) has {size} bytes, but kernels put sockets there, whose paths may have 107; set it to"
+            f" a folder whose path has at most {LONGEST_PATH} bytes."
         )
     return folder
 

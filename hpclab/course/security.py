@@ -89,7 +89,7 @@ def handshake(client: Client) -> Table:
     key: Any = made.public_key()
     kind = type(key).__name__.strip("_").removesuffix("PublicKey")
     alone = made.issuer == made.subject
-    vouches = "nobody: it is self-signed, and who has its key belongs" if alone else made.issuer.rfc4514_string()
+    vouches = "nobody: it is self-signed, and whoever has its key belongs" if alone else made.issuer.rfc4514_string()
     return Table(
         {"question": question, "security=False": plain, "default": encrypted}
         for question, plain, encrypted in [
@@ -276,7 +276,7 @@ def _greet(address: str, context: ssl.SSLContext) -> tuple[str, str]:
     host, port = address.rsplit("://", 1)[-1].rsplit(":", 1)
     with socket.create_connection((host, int(port)), PATIENCE_SECONDS) as raw, context.wrap_socket(raw) as encrypted:
         if not encrypted.recv(1):  # in TLS 1.3 only now the server says whether it takes the client
-            raise ConnectionError("it closed the connection without a word")
+            raise ConnectionError("it closed the connection without answering")
         return encrypted.version() or "", (encrypted.cipher() or ("",))[0]
 
 

@@ -139,7 +139,7 @@ class Device:
     def compute(self, steps: int = 1, label: str = "") -> None:
         """Compute for some steps; messages travel meanwhile."""
         if not isinstance(steps, int | np.integer) or steps < 0:
-            text = _("Rank {rank} computes for {steps!r} steps at step {step}; a whole number of them is needed.",
+            text = _("Rank {rank} computes for {steps!r} steps at step {step}; it must be a whole number of steps.",
                      steps=steps, **self._place())  # fmt: skip
             self._fail(text)
         self._note("compute", self._cluster.step, steps, label=label)
@@ -172,7 +172,7 @@ class Device:
 
     def _known(self, other: Any) -> None:
         if not isinstance(other, int | np.integer) or not 0 <= other < self.ranks or other == self.rank:
-            text = _("Rank {rank} names rank {other!r} at step {step}; the other ranks are among 0 to {last}.",
+            text = _("Rank {rank} names rank {other!r} at step {step}; it must name another rank, from 0 to {last}.",
                      other=other, last=self.ranks - 1, **self._place())  # fmt: skip
             self._fail(text)
 
@@ -250,7 +250,7 @@ class _Cluster:
         self.step += 1
         self._arrive()
         if self.step >= MOST_STEPS:
-            self.fault, self.over = _("Stopped at step {step}: the programs go on and on.", step=self.step), True
+            self.fault, self.over = _("Stopped at step {step}: the programs still hadn't ended.", step=self.step), True
 
     def _depart(self) -> None:
         """Let the messages leave whose sender and receiver are free, the longest asked for first."""
@@ -287,7 +287,8 @@ class _Cluster:
                 if messages:
                     place = {"rank": device.rank, "source": source, "step": self.step}
                     return _(
-                        "At step {step} all have ended, and rank {rank} never received a message from rank {source}.",
+                        "At step {step} all ranks have ended, but rank {rank} never received a message from rank"
+                        " {source}.",
                         **place,
                     )
         return None

@@ -20,5 +20,5 @@ def size() -> str:
     """
     chosen = os.environ.get("HPCLAB_SIZE") or "class"
     if chosen not in SIZES:
-        raise ValueError(f"HPCLAB_SIZE (={chosen}) is no size; use one of {', '.join(SIZES)}.")
+        raise ValueError(f"HPCLAB_SIZE (={chosen}) isn't a size; use one of {', '.join(SIZES)}.")
     return chosen

@@ -186,7 +186,7 @@ def _opened(top: Path, name: Path) -> IO[bytes]:
         file = os.open(name.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise Unreadable("it is no file")
+        raise Unreadable("it isn't a file")
     return open(file, "rb")
 
 
@@ -270,7 +270,7 @@ def read(path: Path, folder: Path | None = None) -> dict:
 
     try:
         if path.is_symlink():
-            raise Unreadable("it is a link, and leads elsewhere")
+            raise Unreadable("it is a link that leads elsewhere")
         if path.is_dir():
             _files(path)
             raise Unreadable("its folder holds no file")
@@ -295,7 +295,7 @@ def read(path: Path, folder: Path | None = None) -> dict:
     except RecursionError:
         raise Unreadable("it is nested too deeply") from None
     except Exception as error:  # whatever nbformat finds wrong with what somebody wrote
-        raise Unreadable(f"it is no notebook, or a broken one ({type(error).__name__})") from None
+        raise Unreadable(f"it isn't a notebook, or is a broken one ({type(error).__name__})") from None
     return notebook
 
 
@@ -337,7 +337,7 @@ def began_as(path: Path, notebook: dict, course: list[Assignment]) -> Assignment
             return assignment
     best = max(course, key=lambda each: len(ids & set(each.checks)) * 1000 + len(ids & set(each.ids)))
     if not ids & set(best.checks) and 2 * len(ids & set(best.ids)) < len(best.ids):
-        raise Unreadable("it is none of the course's notebooks")
+        raise Unreadable("it isn't one of the course's notebooks")
     return best
 
 

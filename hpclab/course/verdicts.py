@@ -117,11 +117,11 @@ def apart(work: Callable[[], Result]) -> Result:
         case "memory":
             return failed(_too_much())
     if ending.signal == signal.SIGKILL:
-        return failed(_("Your function was killed; most often that is for want of memory."))
+        return failed(_("Your function was killed; the usual reason is lack of memory."))
     if ending.signal:
         name = signal.Signals(ending.signal).name
-        return failed(_("Your function crashed the process that it ran in: {signal}.", signal=name))
-    return failed(_("Your function ended the process that it ran in; it should return instead."))
+        return failed(_("Your function crashed its own process: {signal}.", signal=name))
+    return failed(_("Your function ended its own process; it should return instead."))
 
 
 def concluded(work: Callable[[], Result]) -> Result:
@@ -134,7 +134,7 @@ def concluded(work: Callable[[], Result]) -> Result:
         return failed(_too_much())
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        return failed(_("The check could make nothing of what your function gave: {error}", error=text))
+        return failed(_("The check couldn't make sense of what your function gave: {error}", error=text))
 
 
 def dice(name: str) -> random.Random:
@@ -159,7 +159,7 @@ def answered(answer: object) -> object:
 def call(answer: Any, *arguments: object) -> Any:
     """What the reader's function returns; if it raises, the check has failed."""
     if not callable(answer):
-        reject(_("The answer is a function, not {answer!r}.", answer=answer))
+        reject(_("The answer must be a function, not {answer!r}.", answer=answer))
     try:
         returned = answer(*arguments)
     except Decided:  # by what the check handed to it
@@ -182,4 +182,4 @@ def number(returned: Any) -> float | None:
 
 
 def _too_much() -> str:
-    return _("Your function took more memory than there is for it: what does it hold that it doesn't need?")
+    return _("Your function used more memory than it may: what does it keep that it doesn't need?")

@@ -25,7 +25,7 @@ def compare(orders: dict[str, list[dict]], cpus: int, wide: int = 1) -> Table:
             {
                 _("order"): name,
                 _("mean wait (s)"): f"{sum(waits) / len(waits):.1f}",
-                _("wait of the first wide one (s)"): waits[wide],
+                _("wait of the first wide job (s)"): waits[wide],
                 _("all done after (s)"): last - first,
                 _("CPUs in use"): f"{used / (cpus * (last - first)):.0%}",
             }

@@ -89,7 +89,7 @@ class RaceStage:
             If a race is under way already, or the cluster is closed.
         """
         if not self._racing.acquire(blocking=False):
-            raise RuntimeError("a race is under way; wait for its end, or stop it.")
+            raise RuntimeError("a race is under way; wait until it ends, or stop it.")
         self._show_here()
         self._race()
 
@@ -120,7 +120,7 @@ class RaceStage:
                 raise RuntimeError(
                     _("The cluster is closed. Run the cell with hpclab.connect again, then the one with this button.")
                 )
-            self._put(self.note, _("Racing; the picture grows below, or below the next cell."))
+            self._put(self.note, _("The race is on; the picture grows below, or below the next cell."))
             self.result = racing.race(*self.arguments, show=self._show, begin=self._follow, **self.settings)
             self._tell(self.result)
             self._put(self.note, _("Press the button to race again."))
@@ -190,7 +190,7 @@ class RaceStage:
 class Explorer:
     """Sliders for what decides the speed on many ranks, and the efficiency that follows, a line a topology.
 
-    The figure and a table of it are ordinary output, drawn anew as a slider moves; what was measured stays on it.
+    The figure and a table of it are ordinary output, redrawn as a slider moves; what was measured stays on it.
 
     Parameters
     ----------
@@ -237,7 +237,7 @@ class Explorer:
         return {name: known.columns(self.ranks, network=link) for name, link in links.items()}
 
     def draw(self) -> None:
-        """Draw anew, in the place where it was first shown."""
+        """Redraw, in the place where it was first shown."""
         if self.figure is None or self.text is None:
             return
         curves = cache(self.curves)
@@ -277,8 +277,8 @@ class Explorer:
             return ""
         nearest = min((middle for _low, middle, _high in ends), key=lambda other: abs(other - value))
         return _(
-            "No curve passes the star at {ranks} ranks: it was measured on this machine's own network and batch"
-            " ({value:.2f}), the curves are for those of the sliders (the nearest: {nearest:.2f}).",
+            "No curve passes through the star at {ranks} ranks: it was measured with this machine's own network and"
+            " batch ({value:.2f}), but the curves use those of the sliders (the nearest: {nearest:.2f}).",
             ranks=row["ranks"],
             value=value,
             nearest=nearest,

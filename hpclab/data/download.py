@@ -86,7 +86,7 @@ def _original(file: str, sources: list[str], progress: bool) -> np.ndarray:
         except (OSError, HTTPException, ValueError) as error:
             reasons.append(f"{source}: {error}")
     way_out = "Install Debian's dataset-fashion-mnist, or give mirror=, an address or folder of the four .gz files."
-    raise ConnectionError("\n  ".join([f"{file} can't be had from any source.", *reasons, way_out]))
+    raise ConnectionError("\n  ".join([f"{file} couldn't be fetched from any source.", *reasons, way_out]))
 
 
 def _download(url: str, progress: bool) -> bytes:

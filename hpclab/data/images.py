@@ -52,7 +52,7 @@ def find(source: Source) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"source (={reprlib.repr(source)}) must be a folder or the name of a data set; hpclab.data.write makes one"
-            " of arrays."
+            " from arrays."
         )
     path = Path(source).expanduser()
     if path.is_dir():
@@ -62,7 +62,7 @@ def find(source: Source) -> Path:
     # Only a bare name: another data set must never stand in for a mistyped path.
     folder = _sets().get(path.name) if str(path.parent) in (".", "data") else None
     if folder is None:
-        raise FileNotFoundError(f"source (={str(source)!r}) is no folder and no known data set. {_known()}")
+        raise FileNotFoundError(f"source (={str(source)!r}) is neither a folder nor a known data set. {_known()}")
     return folder
 
 
@@ -190,7 +190,7 @@ def fetch(
     from hpclab.data import download
 
     if name != "fashion-mnist":
-        raise ValueError(f"name (={name!r}) can't be fetched; there is: 'fashion-mnist'.")
+        raise ValueError(f"name (={name!r}) can't be fetched; use 'fashion-mnist'.")
     target = Path(to if to is not None else cache() / _FULL).expanduser().absolute()
     if not _present(target):
         _writable(target.parent)
@@ -211,7 +211,7 @@ def _sets() -> dict[str, Path]:
 
 
 def _known() -> str:
-    return f"Here are: {', '.join(sorted(_sets())) or 'none'}. For {_FULL}: hpclab data fetch fashion-mnist."
+    return f"Available here: {', '.join(sorted(_sets())) or 'none'}. For {_FULL}: hpclab data fetch fashion-mnist."
 
 
 def _check_labels(images: Images) -> None:
@@ -236,7 +236,7 @@ def _present(target: Path) -> bool:
     except (OSError, ValueError) as error:
         reason = str(error)
     way_out = "give a folder that does not exist yet, or delete a damaged copy first."
-    raise FileExistsError(f"to (={str(target)!r}) is taken and not {_FULL} ({reason}); {way_out}")
+    raise FileExistsError(f"to (={str(target)!r}) already exists and isn't {_FULL} ({reason}); {way_out}")
 
 
 def _writable(folder: Path) -> None:
@@ -244,5 +244,5 @@ def _writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        text = f"{folder} can't be written ({error.strerror}); give another folder by to=, or set HPCLAB_CACHE"
+        text = f"{folder} can't be written ({error.strerror}); give another folder with to=, or set HPCLAB_CACHE"
         raise OSError(error.errno, text) from None  # of the same kind: OSError chooses by number

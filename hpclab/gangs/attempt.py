@@ -89,7 +89,7 @@ class Attempt:
         self._progress = GangProgress(hang_after, lambda: self.order(wire.ShowStack()))
 
     def start(self, payload: bytes, ended: Callable[[wire.RankOutcome], None]) -> None:
-        """Have the workers start the ranks; what becomes of each is told in a thread of its own."""
+        """Have the workers start the ranks; what becomes of each is reported in a thread of its own."""
         for place in self.places:
             future = self.client.submit(
                 supervise,
@@ -144,13 +144,13 @@ class Attempt:
         self._agree()
 
     def lose(self, workers: set[str]) -> None:
-        """Give up the ranks whose workers have gone."""
+        """Give up the ranks whose workers are gone."""
         for place in self.places:
             if place.worker in workers:
                 self.end(_lost(place, "was lost with its worker"))
 
     def look(self) -> None:
-        """End a gang that hangs, and keep where each rank stands; end one whose time is over."""
+        """End a gang that hangs, and note where each rank is; end one whose time is over."""
         if not self._ending and (why := self._progress.hang(self.left())):
             self.hang = HangError(f"no rank of run {self.run} {why}")
             self.end_all()
@@ -172,7 +172,7 @@ class Attempt:
         worker = self.places[rank].worker
         if not self._expires and not self._stopping:
             at = time.strftime("%H:%M:%S", time.localtime(when))
-            self._expires = f"the walltime of rank {rank}'s worker {worker} is over at {at}"
+            self._expires = f"the walltime of rank {rank}'s worker {worker} ends at {at}"
             self.order(wire.Expire())
         with suppress(Exception):  # the scheduler has gone, which is seen elsewhere
             consult(self.client, Ledger.shun, [worker], True)
@@ -196,7 +196,7 @@ class Attempt:
                 left = self.left()
                 consult(self.client, Ledger.shun, [place.worker for place in self.places if place.rank in left], False)
         for place in self.places:
-            why = "did not end when it was told to, and was given up"
+            why = "did not end when it was told to, so it was abandoned"
             self.outcomes.setdefault(place.rank, _lost(place, why, "Unreachable", consequence=True))
 
     def order(self, order: wire.Order, rank: int | None = None) -> None:
@@ -248,7 +248,7 @@ class Attempt:
         for failure, outcome in sorted(others, key=lambda pair: pair[1].rank):
             if failure.consequence and failure.type != "Stopped":
                 words = " ".join(failure.message.split())[:300]
-                note(error, f"In consequence, rank {outcome.rank}: {failure.type}: {words}")
+                note(error, f"As a consequence, rank {outcome.rank}: {failure.type}: {words}")
         returned = [rank for rank, outcome in self.outcomes.items() if not outcome.failure]
         if returned and cause.consequence and cause.traceback:
             note(error, f"Rank {min(returned)} returned without an error; a collective waits for all ranks.")
@@ -265,7 +265,7 @@ class Attempt:
         return sorted(failures, key=lambda pair: (pair[0].consequence, pair[0].time, pair[1].rank))
 
     def _agree(self) -> None:
-        """Once all ranks that are left have told how often they asked, have them end at the call after the furthest.
+        """Once all remaining ranks have reported how often they asked, have them end at the call after the furthest.
 
         None has got further than that meanwhile, and none waits for one that has ended.
         """

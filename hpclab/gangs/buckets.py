@@ -1,6 +1,6 @@
 """Rank: DDP's buckets of gradients, laid once, so that sums come in the same order in every step of every attempt.
 
-By itself DistributedDataParallel reduces its first backward pass in one bucket, and lays the buckets anew after it, by
+By itself DistributedDataParallel reduces its first backward pass in one bucket, and rearranges the buckets after it, by
 the order in which gradients came. Where a number lies in a bucket decides in which order gloo adds the ranks' shares of
 it, so from 3 ranks on the first step of a run that goes on would differ in its last bits from that of one that never
 stopped. In a rank the buckets are laid when the model is wrapped, from the last parameter to the first, which is the
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 _DECIDING = ("__init__", "__setstate__", "_set_static_graph", "_update_process_group", "register_comm_hook")
-"""Methods of DDP that decide whether its reducer lays the buckets anew."""
+"""Methods of DDP that decide whether its reducer rearranges the buckets."""
 
 
 def settle() -> None:
@@ -36,8 +36,8 @@ def _then_lay(method: Callable) -> Callable:
             _lay(model)
         except (AttributeError, IndexError, RuntimeError, TypeError) as error:
             warnings.warn(  # of another torch, which has other names
-                f"torch {torch.__version__} doesn't let hpclab lay DDP's buckets ({error}): on 3 ranks or more, a run"
-                " that goes on from a checkpoint may differ in its last bits from one that never stopped.",
+                f"torch {torch.__version__} doesn't let hpclab arrange DDP's buckets ({error}): on 3 or more ranks, a"
+                " run resumed from a checkpoint may differ in its last bits from one that never stopped.",
                 stacklevel=2,
             )
         return value
@@ -91,7 +91,7 @@ def _buckets(model: Any, limits: list[int]) -> list[list[int]]:
 
 
 class _Dictation(dist.ProcessGroup):
-    """A process group that answers a reducer with the buckets that it shall have.
+    """A process group that answers a reducer with the buckets that it should have.
 
     It asks in two broadcasts, so that all ranks take those of rank 0: for the indices of all parameters and the number
     of buckets, then for how many parameters each has. Answered here, no rank waits for another: one may well copy a

@@ -271,7 +271,7 @@ class Gang:
 
 
 class _Cell:
-    """One cell at work: what its ranks printed and answered, and where they stand if that is asked."""
+    """One cell at work: what its ranks printed and answered, and where they are, if asked."""
 
     def __init__(self, gang: Gang, order: wire.RunCell):
         self.gang = gang
@@ -281,7 +281,7 @@ class _Cell:
         self.answers: dict[int, wire.Answered] = {}
         self.failures: dict[int, wire.CellFailed] = {}
         self.stacks: dict[int, str] | None = None
-        """Where ranks stand, once they were asked; what comes before is an answer to an earlier cell."""
+        """Where the ranks are, once they were asked; what comes before is an answer to an earlier cell."""
         self.stood: dict[int, str] = {}
         """Where ranks stood that had to be interrupted."""
         self.lines = _Lines()
@@ -361,7 +361,7 @@ class _Cell:
         """Where the ranks stood when the cell was interrupted."""
         where = dict.fromkeys(self.answers, "had ended")
         where |= {rank: f"had raised {failure.summary}" for rank, failure in self.failures.items()}
-        where |= {rank: f"stood in {place}" for rank, place in self.stood.items()}
+        where |= {rank: f"was in {place}" for rank, place in self.stood.items()}
         return "\n".join(["the ranks keep their variables, and get a new process group.", *_labelled(where)])
 
     def blame(self) -> str:
@@ -370,11 +370,11 @@ class _Cell:
         cause = min(failures, key=lambda failure: (failure.interrupted, failure.consequence, failure.time))
         same = [rank for rank, failure in self.failures.items() if failure.traceback == cause.traceback]
         also = {rank: f"raised {failure.summary}" for rank, failure in self.failures.items() if rank not in same}
-        also |= {rank: f"waited in vain in {place}" for rank, place in self.stood.items()}
+        also |= {rank: f"was left waiting in {place}" for rank, place in self.stood.items()}
         lines = [f"{_label(same)}\n{cause.traceback.rstrip()}", *_labelled(also)]
         shell = get_ipython()
         if shell is not None and (name := cause.missing) in shell.user_ns:
-            lines.append(f"{name} is a name of the notebook, not of the ranks: gang.push({name}={name})")
+            lines.append(f"{name} is defined in the notebook, not on the ranks: gang.push({name}={name})")
         return "\n".join(lines)
 
 
@@ -447,9 +447,9 @@ def _values(answers: dict[int, wire.Answered]) -> Values | None:
 
 
 def _where(stack: str) -> str:
-    """Where in its cells a rank stands, outermost call first; without a cell's frame, what its stack says instead."""
+    """Where in its cells a rank is, outermost call first; without a cell's frame, what its stack says instead."""
     frames = [_place(frame["file"], int(frame["line"])) for frame in reversed([*_CELL_FRAME.finditer(stack)])]
-    return ", in ".join(frames) or stack.partition("\n")[0].strip() or "no place that it could tell"
+    return ", in ".join(frames) or stack.partition("\n")[0].strip() or "a place that it could not report"
 
 
 def _place(file: str, line: int) -> str:
@@ -457,7 +457,7 @@ def _place(file: str, line: int) -> str:
 
 
 def _labelled(texts: dict[int, str]) -> list[str]:
-    """What ranks say, each text once behind the ranks that say it; its further lines stand below its first."""
+    """What ranks say, each text once behind the ranks that say it; its other lines are below its first."""
     folded: dict[str, list[int]] = {}
     for rank in sorted(texts):
         folded.setdefault(texts[rank], []).append(rank)

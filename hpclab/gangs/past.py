@@ -28,10 +28,10 @@ class PastRuns(list):
         return str(self._table())
 
     def _repr_html_(self) -> str:
-        return markup(self._table()) or _("No runs are here.")
+        return markup(self._table()) or _("There are no runs here.")
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self) or _("No runs are here."))
+        printer.text(str(self) or _("There are no runs here."))
 
     def _table(self) -> Table:
         words = {
@@ -67,7 +67,7 @@ def past_runs(folder: str | os.PathLike = "results") -> PastRuns:
     -------
     list of dict
         One row a run: ``folder`` (for `open_run`), ``name``, ``started``, ``ranks``, ``status`` ("interrupted" also
-        while it goes on), ``time_s``, ``loss`` (the last that a rank told) and ``accuracy``; None if it has none. A
+        while it goes on), ``time_s``, ``loss`` (the last that a rank reported) and ``accuracy``; None if it has none. A
         notebook shows it as a table.
     """
     found = [row for file in Path(folder).expanduser().rglob("rows.jsonl") if (row := _summary(file))]

@@ -216,8 +216,8 @@ class _Forked(Process):
         if "pid" in answer:
             return answer["pid"]
         if "error" not in answer:
-            last = "; ".join(filter(None, ["the worker's log has its last words", _namesakes.blame()]))
-            raise ZygoteDied(f"had no start: {whose} ended before it was ready; {last}")
+            last = "; ".join(filter(None, ["the worker's log has its last output", _namesakes.blame()]))
+            raise ZygoteDied(f"did not start: {whose} ended before it was ready; {last}")
         what = f"{whose} can't fork ranks: {answer['error']}"
         raise OSError(answer["errno"], what) if "errno" in answer else RuntimeError(what)
 

@@ -17,7 +17,7 @@ LOOK_SECONDS = 1.0
 IDLE = 0.02
 """Share of a CPU below which a rank is idle; its heartbeat takes less."""
 ANSWER_SECONDS = 3.0
-"""How long ranks may take to show where they stand."""
+"""How long ranks may take to show where they are."""
 # The innermost call of a rank that waits for others: torch's own Python, or a line that waits for a handle.
 _WAITS = re.compile(r"torch/(distributed/|autograd/graph.py|nn/parallel/distributed.py)|\.wait\(")
 _FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+) in ')
@@ -60,7 +60,7 @@ class RankProgress:
         return time.monotonic() - self.renewed
 
     def _works(self, idle: float) -> bool:
-        """Whether it has used more than so many seconds of a CPU, or else what it started: it may wait for its data."""
+        """Whether it, or else what it started, has used more CPU seconds than this: it may wait for its data."""
         process = psutil.Process(self.pid)
         cpu, before = sum(process.cpu_times()[:4]), self.cpu  # user and system, its own and of children that have ended
         self.cpu = cpu
@@ -82,14 +82,14 @@ class GangProgress:
     limit : float or None
         Seconds for which no rank may get on; None sets no limit.
     ask : callable
-        Has the ranks show where they stand.
+        Has the ranks show where they are.
     """
 
     def __init__(self, limit: float | None, ask: Callable[[], None]):
         self.limit = limit
         self.ask = ask
         self.stuck: dict[int, float] = {}
-        """When each rank last got on, as far as its worker told."""
+        """When each rank last made progress, as far as its worker reported."""
         self.stacks: dict[int, str] = {}
         self.asked = float("-inf")
 
@@ -101,7 +101,7 @@ class GangProgress:
             self.stacks[rank] = news.text
 
     def hang(self, left: set[int]) -> str | None:
-        """Where each of the ranks that are left stands, if none has got on for too long and one waits for others.
+        """Where each remaining rank is, if none has made progress for too long and one waits for others.
 
         A rank of which nothing was heard yet still starts. One that shows no stack in time is judged without it.
         """
@@ -118,8 +118,8 @@ class GangProgress:
         if not any(map(waits, shown.values())):
             return None
         return (
-            f"got on for {stuck:.0f} s, longer than hang_after (={self.limit}), and some wait for others."
-            " Where each stands, innermost call first:\n"
+            f"made progress for {stuck:.0f} s, longer than hang_after (={self.limit}), and some wait for others."
+            " Where each one is, innermost call first:\n"
             + "\n".join(f"rank {rank}:\n{stack}" for rank, stack in shown.items())
         )
 

@@ -165,7 +165,7 @@ class _Cells:
         self.spared = {number for number, _ in _connections()}
         store = dist.PrefixStore(f"cells-{group}", self.store)
         dist.init_process_group(rank.backend(), store=store, rank=self.place.rank, world_size=self.place.ranks)
-        dist.barrier()  # a rank that dies in the first line of a cell shall find the group made
+        dist.barrier()  # a rank that dies in the first line of a cell must find the group made
         self.group = group
 
     def interrupt(self, cell: int) -> None:
@@ -203,7 +203,7 @@ class _Cells:
         """What the kernel is told of an error in a cell."""
         rank_end.tell_of_limit(error, self.place.memory, "gang")
         if isinstance(error, SystemExit):
-            text = "A cell can't end its rank, which goes on with its variables; gang.close() ends them all."
+            text = "A cell can't end its rank, which keeps running with its variables; gang.close() ends all ranks."
             errors.note(error, text)
         return wire.CellFailed(
             cell=cell,

@@ -78,7 +78,7 @@ class Shell:
         if name not in self.magics:
             there = ", ".join(name for name in self.magics if "pinfo" not in name)
             raise RuntimeError(
-                f"{name} isn't there on the ranks, which have {there}, ! and ?; use it in a cell without %%ranks."
+                f"{name} isn't available on the ranks, which have {there}, ! and ?; use it in a cell without %%ranks."
             )
         return self.magics[name]
 
@@ -127,8 +127,8 @@ class Shell:
         chosen = {name: int(number) for name, number in re.findall(r"-([nr])\s*(\d+)", options)}
         if not chosen.get("n") or code.startswith("-"):
             raise RuntimeError(
-                f"%timeit {line}: on ranks it takes the number of loops, which must be the same on all that talk to"
-                " each other, and only -n and -r: %timeit -n 100 -r 7 STATEMENT"
+                f"%timeit {line}: on ranks it needs the number of loops, which must be the same on all ranks that"
+                " communicate, and takes only -n and -r: %timeit -n 100 -r 7 STATEMENT"
             )
         loops, names = chosen["n"], _names(frame)
         if cell is not None:
@@ -159,13 +159,14 @@ def as_text(value: Any) -> str:
 def no_input(prompt: object = "") -> NoReturn:
     """Stand in for `input`: an error at once; as at the end of a file, which is all that a rank can read."""
     raise EOFError(
-        f"input({prompt!r}) can't ask on a rank; ask in a cell without %%ranks, and hand it over: gang.push(name=value)"
+        f"input({prompt!r}) can't ask on a rank; ask in a cell without %%ranks, and pass the answer on:"
+        " gang.push(name=value)"
     )
 
 
 def no_breakpoint(*_: Any, **__: Any) -> NoReturn:
     """Stand in for `breakpoint`."""
-    raise RuntimeError("breakpoint() can't ask on a rank; print what you look for, or bring it here with gang.pull.")
+    raise RuntimeError("breakpoint() can't ask on a rank; print what you want to see, or fetch it with gang.pull.")
 
 
 def in_cells(frames: Iterable[traceback.FrameSummary], *others: str) -> list[traceback.FrameSummary]:
@@ -215,7 +216,7 @@ def _expanded(text: str, frame: FrameType) -> str:
 def _run(command: str, take: Callable[[str], Any]) -> int:
     """Run a command in the system's shell, hand on what it prints as it comes, and return its exit code."""
     if command.rstrip().endswith("&"):
-        raise OSError(f"!{command} would be left behind; start what goes on with subprocess.Popen.")
+        raise OSError(f"!{command} would be left behind; start background programs with subprocess.Popen.")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with subprocess.Popen(
         command,

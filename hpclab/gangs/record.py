@@ -165,7 +165,7 @@ class Log:
             self.hidden = 0
 
     def _write(self, line: str) -> None:
-        with suppress(OSError, ValueError):  # a terminal that has gone shall not end a run
+        with suppress(OSError, ValueError):  # a terminal that is gone must not end a run
             tqdm.write(f"[rank {self.rank}] {line}")
             if isinstance(sys.stdout, io.TextIOWrapper):  # it may be a pipe, or a job's log; a notebook's sends itself
                 sys.stdout.flush()
@@ -188,8 +188,8 @@ def occupy(folder: str | os.PathLike) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PermissionError(
-            f"folder (={str(folder)!r}) can't be made: {error}; name one that you may write."
+            f"folder (={str(folder)!r}) can't be created: {error}; name one that you may write to."
         ) from None
     if not os.access(path, os.W_OK):
-        raise PermissionError(f"folder (={str(folder)!r}) can't be written; name one that you may write.")
+        raise PermissionError(f"folder (={str(folder)!r}) can't be written; name one that you may write to.")
     return path

@@ -132,10 +132,8 @@ class Run(Record):
         if self._attempt is None or self._failed():
             raise self._blame()
         if why := self._attempt.expired():
-            goes_on = f"resume={str(self.folder)!r} goes on from its checkpoint"
-            warnings.warn(
-                f"run {self.name} was stopped before its end: {why}; {goes_on}, if it saved one.", stacklevel=2
-            )
+            goes_on = f"resume={str(self.folder)!r} continues from its checkpoint"
+            warnings.warn(f"run {self.name} was stopped early: {why}; {goes_on}, if it saved one.", stacklevel=2)
         return self._finish(self._attempt.values())
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -386,7 +384,7 @@ class Run(Record):
         cause = errors.message(before.blame()).rstrip(".")
         if not self.quiet and ON_DEMAND not in cause:
             with suppress(OSError, ValueError):
-                tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} goes on, with {ranks} ranks.")
+                tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} continues with {ranks} ranks.")
         row = {"kind": "restart", "run": self.name, "attempt": after.number, "ranks": ranks, "cause": cause}
         return row | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
 
@@ -408,7 +406,7 @@ class Run(Record):
             try:
                 watcher(self, rows)
             except Exception:
-                log.exception("a watcher of run %s failed, and is not called again", self.name)
+                log.exception("a watcher of run %s failed, and will not be called again", self.name)
                 self._watchers.remove(watcher)
 
     def _close(self) -> None:

@@ -28,7 +28,7 @@ TOPIC_SECONDS = 5.0
 MOST_TURNS = 64
 """Ranks for each CPU, also of a gang that oversubscribes: seating millions would keep the scheduler from all else."""
 ASK_SECONDS = 0.02
-"""How often to ask again for as long as workers have not told which CPUs they may use."""
+"""How often to ask again while workers haven't reported which CPUs they may use."""
 TELL_SECONDS = 30.0
 """How long to wait for one that lives."""
 SILENT_SECONDS = 10.0
@@ -58,7 +58,7 @@ class Booking:
     oversubscribe: bool
     """Whether to be admitted beyond the CPUs that are free."""
     goes_on: bool = False
-    """Whether it is seated anew when workers of its go; until then nobody else gets its CPUs."""
+    """Whether it gets new seats if it loses workers; until then nobody else gets its CPUs."""
     seats: list[Seat] = field(default_factory=list)
     """By rank, once admitted."""
 
@@ -75,7 +75,7 @@ def topic(run: str) -> str:
 def consult(client: Client, question: Callable[..., Any], *args: Any) -> Any:
     """Put a question to the ledger of a client's cluster, one of its methods; the first question makes it.
 
-    One about seats is answered once all workers have told which CPUs they may use, but for those that hang.
+    One about seats is answered once all workers, except those that hang, have reported which CPUs they may use.
     """
     warming: Future | None = None
     while True:
@@ -160,7 +160,7 @@ class Ledger(SchedulerPlugin):
             self.advance()
 
     def unknown(self) -> list[str]:
-        """Workers that haven't told yet which CPUs they may use, and still may."""
+        """Workers that haven't reported yet which CPUs they may use, and still may."""
         now = time.monotonic()
         return [
             address
@@ -171,7 +171,7 @@ class Ledger(SchedulerPlugin):
         ]
 
     def running(self) -> dict[Seat, int]:
-        """Threads of each worker that runs, and told which CPUs it may use."""
+        """Threads of each running worker that has reported which CPUs it may use."""
         return {
             Seat(address, worker.host, pool[:2]): worker.nthreads
             for address, worker in self.scheduler.workers.items()
@@ -219,9 +219,9 @@ class Ledger(SchedulerPlugin):
             self.shunned[worker] = max(math.inf if for_good else time.time(), self.shunned.get(worker, 0))
 
     def reseat(self, run: str, sizes: tuple[int, ...], patient: bool) -> wire.Seated | None:
-        """Seat an admitted gang anew, with the first of these numbers of ranks for which there is room, if any.
+        """Seat an admitted gang again, with the first of these numbers of ranks for which there is room, if any.
 
-        One that oversubscribes finds room anywhere; a `patient` one waits all the same for as many workers as it had.
+        One that oversubscribes finds room anywhere; a `patient` one still waits for the number of workers it had.
         """
         booking = self.gangs.pop(run)
         workers = len(self.running())
@@ -305,7 +305,7 @@ class Ledger(SchedulerPlugin):
         """What forbids this gang, however long it waited; "" if nothing does."""
         workers, silent = self.running(), self._silent()
         if not workers:
-            return silent or "client has a cluster without workers; wait for them with client.wait_for_workers(1)."
+            return silent or "client's cluster has no workers; wait for them with client.wait_for_workers(1)."
         cpus = sum(self.cpus().values())
         if booking.oversubscribe:
             limit = f"exceeds {MOST_TURNS} for each CPU of this cluster; use ranks<={MOST_TURNS * cpus}."
@@ -319,23 +319,23 @@ class Ledger(SchedulerPlugin):
         return (
             f"ranks (={booking.ranks}) with threads (={booking.threads}) take {need} CPUs; this cluster gives a gang"
             f" {self.most()} ({cluster}, {cpus} CPUs); use"
-            f" {', '.join([*ways, 'or oversubscribe=True, whose rows say emulated'])}.{' ' * bool(silent)}{silent}"
+            f" {', '.join([*ways, 'or oversubscribe=True, which marks rows as emulated'])}.{' ' * bool(silent)}{silent}"
         )
 
     def _silent(self) -> str:
-        """Who is here, but has told nothing of itself; or nothing."""
+        """Which workers are here but have reported nothing; or nothing."""
         silent = [address for address in self.scheduler.workers if address not in self.pools]
         if not silent:
             return ""
         return (
             f"{len(silent)} of the workers, at {', '.join(silent[:3])}, have not answered the scheduler on"
-            f" {machine.node()}: they hang, or a firewall closes their ports to it; start them anew once it doesn't."
+            f" {machine.node()}: they hang, or a firewall closes their ports to it; restart them once that is mended."
         )
 
     def busy(self, booking: Booking) -> str:
-        """What stands in this gang's way for now."""
+        """Why this gang can't start now."""
         held = ", ".join(f"{run} holds {other.ranks * other.threads}" for run, other in self.gangs.items())
-        held += f", and {len(self.queue) - 1} wait before it" * (len(self.queue) > 1)
+        held += f", and the queue has {len(self.queue) - 1} before it" * (len(self.queue) > 1)
         return (
             f"ranks (={booking.ranks}) with threads (={booking.threads}) take {booking.ranks * booking.threads} CPUs,"
             f" and {self.most(beside=self.gangs.values())} of {self.most()} are free now: {held}; stop or await that"

@@ -115,6 +115,6 @@ def _reach(here: dict, there: dict) -> None:
     except OSError as error:
         raise ConnectionError(
             f"rank {here['rank']} on {here['node']} can't reach rank {there['rank']} on {there['node']} at"
-            f" {there['host']}, port {there['port']}: {error}. Ranks connect at any port that a host gives programs, on"
-            f" {there['node']} {there['ports']}; a firewall must let these through between the hosts."
+            f" {there['host']}, port {there['port']}: {error}. Ranks listen on any port that a host gives programs (on"
+            f" {there['node']}: {there['ports']}); a firewall between the hosts must let these through."
         ) from None

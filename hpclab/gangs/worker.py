@@ -47,8 +47,8 @@ CLOCK_SECONDS = 10.0
 GRACE_SECONDS = 1.0
 """How long a rank that never asks `should_stop` may take to end after it was interrupted."""
 NOTICE = (0.2, 60.0)
-"""How long before that ranks are told to save: this part of the worker's time, and at most so many seconds."""
-BROKEN = "wrote what is no record to the pipe that hpclab reads its records from; leave open files of others alone"
+"""How long before that ranks are told to save: this part of the worker's time, and at most this many seconds."""
+BROKEN = "wrote to the pipe that hpclab reads its records from; don't write to files that you didn't open"
 OURS = re.compile(r'hpclab/gangs/(rank\w*|store|zygote)\.py"|"<string>"')
 """Frames of a stack below the user's function."""
 _values: dict[tuple[str, int], bytes] = {}
@@ -79,7 +79,7 @@ def supervise(place: wire.RankPlace, payload: bytes) -> wire.RankOutcome:
     except ZygoteDied as error:
         outcome.failure = wire.Failed(type="RankDied", message=str(error))
     except (RuntimeError, OSError) as error:  # such as no more threads, or files of the worker's that have gone
-        kind, what = "BrokeOff", "was ended, since its worker can't go on"
+        kind, what = "BrokeOff", "was ended, because its worker can't continue"
         if process is None:
             kind, what = "NotStarted", "could not start"
         message = ". ".join(filter(None, [f"{what}: {error}", machine.remedy(error)])).rstrip(".")
@@ -93,7 +93,7 @@ def supervise(place: wire.RankPlace, payload: bytes) -> wire.RankOutcome:
         if place.rank == 0 and place.store:
             Path(place.store).unlink(missing_ok=True)
     if outcome.failure is not None:
-        outcome.failure.time -= ahead  # which failure was the first is told by one clock
+        outcome.failure.time -= ahead  # one clock decides which failure was the first
     return outcome
 
 
@@ -286,7 +286,7 @@ class _Supervisor:
         lines = [line for line in text.splitlines() if not OURS.search(line)]
         if self.returned:
             lines.append("(its function has returned, and it waits for those of the other ranks)")
-        return "\n".join(lines[1:]) or "(none: it is stopped, or was not up yet)"
+        return "\n".join(lines[1:]) or "(none: it is stopped, or had not started yet)"
 
     def _read_records(self) -> None:
         try:

@@ -87,7 +87,9 @@ def network(rows: list[dict]) -> Network:
     """
     rows = some(rows, "allreduce")
     if len(counts := {row["ranks"] for row in rows}) != 1 or min(counts) < 2:
-        raise ValueError(f"rows are of {sorted(counts)} ranks; a network is fitted to those of one number, at least 2.")
+        raise ValueError(
+            f"rows are of {sorted(counts)} ranks; a network is fitted to rows of one rank count, at least 2."
+        )
     ranks = counts.pop()
     line = laws.fit_alpha_beta([row["nbytes"] for row in rows], [row["duration_s"] for row in rows]).values
     hops = 2 * (ranks - 1)

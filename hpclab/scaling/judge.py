@@ -45,7 +45,10 @@ def verdict(rows: list[dict], level: float = laws.LEVEL) -> laws.LawVerdict:
         raise ValueError("rows are of weak scaling, which these laws aren't for; use scaling.fit(rows, 'gustafson').")
     choice = laws.choose(n, x, level=level)
     if any(row["source"] == "emulated" for row in some(rows, "trial")):
-        turns = "Rows are emulated: this is of ranks that take turns, or of a dialled network, and no law of a machine."
+        turns = (
+            "Rows are emulated: they come from ranks that take turns, or from a dialled network, so this isn't a"
+            " machine's law."
+        )
         return dataclasses.replace(choice, why=f"{choice.why} {turns}")
     return choice
 
@@ -124,14 +127,14 @@ def remarks(rows: list[dict]) -> list[str]:
                 " differences below that."
             )
         if source(case) == "emulated":
-            sentences.append(f"{name}: emulated; no speed-up of this machine.")
+            sentences.append(f"{name}: emulated; not a speed-up of this machine.")
         elif (gain := _gain(case, cases[min(cases)])) > IDEAL:
             sentences.append(
                 f"{name}: {gain:.2f} times as fast as its CPUs explain. Caches can do that; a function that reports the"
                 " samples of all ranks on each of them looks the same."
             )
     if min(map(len, cases.values())) == 1:
-        sentences.append("Each case was measured once: nothing is known of the noise.")
+        sentences.append("Each case was measured once: nothing is known about the noise.")
     return sentences
 
 
@@ -150,14 +153,14 @@ def regime(rows: list[dict]) -> str:
         return "weak"
     batches = ", ".join(dict.fromkeys(f"{row['ranks']} ranks: {row['batch']}" for row in rows))
     raise ValueError(
-        f"rows keep neither the batch of all ranks nor that of each ({batches}); sweep one thing at a time."
+        f"rows keep neither the total batch nor that of each rank constant ({batches}); sweep one thing at a time."
     )
 
 
 def _points(rows: list[dict]) -> tuple[list[int], list[float]]:
     rows = some(rows, "trial")
     if len(threads := {row["threads"] for row in rows}) > 1:
-        raise ValueError(f"rows differ in threads (={sorted(threads)}) as well; keep those of one number.")
+        raise ValueError(f"rows also differ in threads (={sorted(threads)}); keep those of one thread count.")
     settings: dict[tuple, str] = {}
     for row in rows:
         asked = tuple(item for item in row.get("asked", {}).items() if item[0] not in COUNTS)

@@ -158,7 +158,7 @@ class _Kept:
         return any((row["case"], row["repeat"]) == (case, repeat) for row in self.rows)
 
     def of(self, repeats: int) -> list[dict]:
-        """Rows of the first so many rounds; there may be more on disk."""
+        """Rows of the first `repeats` rounds; there may be more on disk."""
         return [row for row in self.rows if row["repeat"] < repeats]
 
     def add(self, case: int, repeat: int, summed: dict) -> None:
@@ -186,7 +186,7 @@ def _refuse_namesakes(cases: list[dict]) -> None:
     known: dict[str, Any] = {}
     for value in (value for case in cases for value in case.values() if hasattr(value, "__qualname__")):
         if known.setdefault(_name(value), value) is not value:
-            raise ValueError(f"cases hold two functions called {_name(value)}; define each once, by a name of its own.")
+            raise ValueError(f"cases hold two functions called {_name(value)}; define each once, under its own name.")
 
 
 def _setting(case: dict) -> str:

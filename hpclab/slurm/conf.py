@@ -205,8 +205,8 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         raise RuntimeError(
-            f"user id {os.getuid()} has no name on this machine, which Slurm's commands need; whoever made it can add"
-            " a line for it to /etc/passwd."
+            f"user id {os.getuid()} has no name on this machine, which Slurm's commands need; whoever set up the"
+            " machine can add a line for it to /etc/passwd."
         ) from None
 
 

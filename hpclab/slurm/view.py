@@ -40,7 +40,9 @@ def queue(slurm: Any) -> str:
         if slurm.seen is None:
             raise
         moment = time.strftime("%H:%M:%S", time.localtime(slurm.seen[2]))
-        text = _("This Slurm has ended. So it was at {time}; what ran then ended with it.", time=moment)
+        text = _(
+            "This Slurm has ended. This is how it was at {time}; whatever was running then ended with it.", time=moment
+        )
         head = [html("<p>{{ text }}</p>", text=text)]
     nodes, jobs, now = slurm.seen
     shown = Figure(figsize=(8.5, 1.2 + 0.22 * min(len(jobs), plots.JOBS)))

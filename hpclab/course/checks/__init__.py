@@ -16,7 +16,7 @@ def find(exercise_id: str) -> Check:
     """
     _load(str(exercise_id).partition(".")[0])
     if exercise_id not in CHECKS:
-        raise ValueError(f"exercise_id (={exercise_id!r}) is no exercise; use one of {', '.join(ids())}.")
+        raise ValueError(f"exercise_id (={exercise_id!r}) isn't an exercise; use one of {', '.join(ids())}.")
     return CHECKS[exercise_id]
 
 

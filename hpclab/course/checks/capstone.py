@@ -18,7 +18,9 @@ def _score(score: Any) -> Result:
         high = low + hidden.uniform(1, 3)
         if message := _misjudged(score, low, high, level):
             return failed(message)
-    return passed(_("Neither a huge interval nor a bold one wins by it: the best is to say what you believe."))
+    return passed(
+        _("With this score, neither a huge interval nor a bold one wins: it is best to say what you believe.")
+    )
 
 
 def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
@@ -29,35 +31,34 @@ def _misjudged(score: Any, low: float, high: float, level: float) -> str | None:
 
     middle, width = (low + high) / 2, high - low
     if paid(low, high, middle) < 0:
-        return _("Less is better here: a score is what an interval costs, and never below 0.")
+        return _("Lower is better here: a score is what an interval costs, and is never below 0.")
     if math.isclose(paid(low - 5, high + 5, middle), paid(low, high, middle)):
-        return _("Width costs nothing: who says 'between nothing and everything' would win.")
+        return _("Width costs nothing: saying 'anything from zero to infinity' would win.")
     for place in (0.5, 0.2, 0.9):
         if not _same(held := paid(low, high, low + place * width), width):
             return _(
-                "An interval of width {width:.3g} that held costs its width, wherever in it the value lies; not"
-                " {found:.3g}.",
+                "An interval of width {width:.3g} that contains the value costs its width, wherever in it the value"
+                " lies, not {found:.3g}.",
                 width=width,
                 found=held,
             )
     near, far = ([paid(low, high, value) - width for value in (low - by, high + by)] for by in (0.5, 1.5))
     if all(_same(miss, 0) for miss in near):
-        return _("A miss costs nothing: who names a single point would win.")
+        return _("A miss costs nothing: naming a single point would win.")
     if any(_same(miss, 0) for miss in near):
-        return _("You see a miss on one side only: a value can lie below an interval, or above.")
+        return _("You count a miss on one side only: a value can lie below an interval or above it.")
     if all(map(_same, near, far)):
         return _("A far miss costs no more than a near one.")
     if _same(near[0], paid(low, high, low - 0.5, 0.5) - width) and level != 0.5:
-        return _("Who claims 50 % pays as much for a miss as who claims {level:.0%}.", level=level)
+        return _("A miss costs the same whether you claim 50 % or {level:.0%}.", level=level)
     if near[0] < paid(low, high, low - 0.5, level - 0.2) - width:
-        return _("Who claims more pays less for a miss: look at what you divide by.")
+        return _("The more you claim, the less a miss costs: look at what you divide by.")
     for miss, value in zip(near + far, (low - 0.5, high + 0.5, low - 1.5, high + 1.5), strict=True):
         right = interval_score(low, high, value, level) - width
         if not _same(miss, right):
-            price = _("Too cheap") if miss < right else _("Too dear")
+            price = _("Too cheap") if miss < right else _("Too expensive")
             return _(
-                "{told}: with this price of a miss, an interval that is honest about its {level:.0%} would lose to"
-                " another.",
+                "{told}: with this price for a miss, an honest {level:.0%} interval would lose to another one.",
                 told=price,
                 level=level,
             )
@@ -71,7 +72,7 @@ def _same(left: float, right: float) -> bool:
 def _score_of(returned: Any) -> float:
     score = number(returned)
     if score is None or not math.isfinite(score):
-        reject(_("The function returns a score, a number, not {returned!r}.", returned=returned))
+        reject(_("The function must return a score (a number), not {returned!r}.", returned=returned))
     return score
 
 
@@ -91,9 +92,9 @@ def _scores() -> Truths:
         "f": held["C"] == 0,
     }
     return truths, {
-        "b": _("To hold always is easy with an interval that says nothing: its width costs."),
-        "d": _("Narrow is good only if it holds: add up what the misses cost."),
-        "e": _("How often does one of four 90 % intervals miss, if all of them are honest?"),
+        "b": _("An interval that says nothing can always contain the value: its width costs."),
+        "d": _("A narrow interval is good only if it contains the value: add up what the misses cost."),
+        "e": _("If all four 90 % intervals are honest, how often does at least one of them miss?"),
     }
 
 
@@ -103,6 +104,6 @@ def _best_ranks() -> Numbers:
     best = min(times, key=lambda ranks: times[ranks])
     return (best, times[best]), [
         ((64, times[64]), _("More ranks compute less each, but send more messages one after the other.")),
-        ((best, 64 / best), _("And the messages?")),
+        ((best, 64 / best), _("What about the messages?")),
         ((11, 64 / 11 + 5), _("Each of the 2 (p - 1) messages takes 0.5 ms, not each pair of them.")),
     ]

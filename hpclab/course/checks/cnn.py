@@ -18,7 +18,7 @@ def _order(epoch_order: object) -> Result:
     for length, ranks, seed in _datasets():
         orders = [_ranks(epoch_order, length, ranks, seed, epoch) for epoch in (0, 1, 2)]
         if orders[2] != _ranks(epoch_order, length, ranks, seed, 2):
-            return failed(_("One seed and epoch gave two orders: nobody could repeat or resume this run."))
+            return failed(_("The same seed and epoch gave two orders: nobody could repeat or resume this run."))
         if orders[0] == orders[1]:
             return failed(_("Two epochs have the same order: what makes the shuffling differ between them?"))
         if orders[0] == _ranks(epoch_order, length, ranks, seed + 100, 0):
@@ -27,7 +27,12 @@ def _order(epoch_order: object) -> Result:
             if message := _unshared(epoch, length, ranks):
                 return failed(message)
         if sorted(orders[0][0]) == sorted(orders[1][0]):
-            return failed(_("The order changes, but each rank keeps its images: none are shared out anew."))
+            return failed(
+                _(
+                    "The order changes, but each rank keeps the same images: they must be shared out again in each"
+                    " epoch."
+                )
+            )
         if any(_shifted(own, length) for own in orders[0]):
             return failed(_("Nothing is shuffled: images that are neighbours in the file stay neighbours."))
     return passed(_("A new order in each epoch, every image, equal shares, and repeatable."))
@@ -51,14 +56,16 @@ def _unshared(epoch: list[list[int]], length: int, ranks: int) -> str | None:
     if len(set(counts)) > 1:
         most, least = max(counts), min(counts)
         return _(
-            "One rank has {most} images, another {least}: the one waits for the other for ever.", most=most, least=least
+            "One rank has {most} images, another {least}: the first will wait for the second for ever.",
+            most=most,
+            least=least,
         )
     visited = [image for own in epoch for image in own]
     padding = -length % ranks
     if len(visited) - len(set(visited)) > padding:
-        return _("Images are visited twice in an epoch: the ranks don't share out one order.")
+        return _("Some images are visited twice in an epoch: the ranks don't divide up one common order.")
     if set(visited) != set(range(length)):
-        return _("In an epoch the ranks together don't visit every image.")
+        return _("In an epoch, the ranks together don't visit every image.")
     return None
 
 
@@ -72,7 +79,7 @@ def _indices(returned: Any) -> list[int]:
     try:
         return [index(item) for item in returned]
     except TypeError:
-        reject(_("The function returns a list of indices (ints), not {returned!r}.", returned=returned))
+        reject(_("The function must return a list of indices (ints), not {returned!r}.", returned=returned))
 
 
 @exercise("cnn.learning_rate")
@@ -96,10 +103,12 @@ def _misconceptions(variants: list[tuple[float, int, int, int]]) -> dict[str, np
     return {
         _("Unscaled: an epoch has fewer steps now, and each goes no further than before."): base,
         _("Scaled by a square root: that keeps the noise of a step, not its length."): base * np.sqrt(factor),
-        _("Divided where it should grow: fewer steps, and each of them shorter."): base / factor,
-        _("Scaled by the ranks alone: one rank's batch isn't the base batch."): base * ranks,
-        _("Scaled by one rank's batch: the step has the others' images too."): base * batch / base_batch,
-        _("Scaled by the global batch: the base rate was made for a batch already."): base * batch * ranks,
+        _("You divided where you should multiply: there are fewer steps, and each is shorter."): base / factor,
+        _("Scaled by the number of ranks alone: one rank's batch isn't the base batch."): base * ranks,
+        _("Scaled by one rank's batch: the step uses the other ranks' images too."): base * batch / base_batch,
+        _("Scaled by the global batch: the base rate already belongs to a batch size of its own."): base
+        * batch
+        * ranks,
     }
 
 
@@ -113,7 +122,7 @@ def _recipes() -> Iterator[tuple[float, int, int, int]]:
 
 def _rate(returned: Any) -> float:
     if (rate := number(returned)) is None:
-        reject(_("The function returns a learning rate (a float), not {returned!r}.", returned=returned))
+        reject(_("The function must return a learning rate (a float), not {returned!r}.", returned=returned))
     return rate
 
 
@@ -142,9 +151,9 @@ def _intervals() -> Truths:
         "f": True,
     }
     return truths, {
-        "b": _("An interval that holds 1 shows no difference. It doesn't show that there is none."),
-        "d": _("Two intervals that share so much don't tell which of the two is faster."),
-        "e": _("The interval is of the mean ratio; single rounds scatter much more."),
+        "b": _("An interval that contains 1 shows no difference. It doesn't show that there is none."),
+        "d": _("Two intervals that overlap this much don't show which of the two is faster."),
+        "e": _("The interval is for the mean ratio; single rounds vary much more."),
     }
 
 
@@ -153,8 +162,8 @@ def _batch() -> Numbers:
     pictures, ranks, batch, rate, base_batch = 40_000, 4, 25, 0.1, 20
     steps = sum(1 for _first in range(0, pictures, ranks * batch))
     return (steps, rate * ranks * batch / base_batch), [
-        ((pictures / batch, rate * batch / base_batch), _("A step has the pictures of all ranks.")),
-        ((pictures / batch, rate * ranks * batch / base_batch), _("A step has the pictures of all ranks.")),
-        ((steps, rate * ranks), _("Scaled by the ranks alone: one rank's batch isn't the base batch.")),
+        ((pictures / batch, rate * batch / base_batch), _("A step uses the images of all ranks.")),
+        ((pictures / batch, rate * ranks * batch / base_batch), _("A step uses the images of all ranks.")),
+        ((steps, rate * ranks), _("Scaled by the number of ranks alone: one rank's batch isn't the base batch.")),
         ((steps, rate), _("Unscaled: an epoch has fewer steps now, and each goes no further than before.")),
     ]

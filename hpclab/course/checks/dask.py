@@ -34,7 +34,7 @@ from hpclab.ratios import interval
 def _small_cluster(workers: int) -> Iterator[Any]:
     """A client of workers that are threads of this process, so that what they do can be counted here.
 
-    They talk as any others do, over encrypted connections: what travels is packed, and packed anew for each worker.
+    They talk as any others do, over encrypted connections: what travels is packed, and packed again for each worker.
     """
     import logging
 
@@ -42,7 +42,7 @@ def _small_cluster(workers: int) -> Iterator[Any]:
     from distributed.utils import silence_logging_cmgr
 
     with (
-        silence_logging_cmgr(logging.CRITICAL),  # what fails on a worker is told by the verdict
+        silence_logging_cmgr(logging.CRITICAL),  # the verdict says what fails on a worker
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -89,15 +89,15 @@ def _plan_chunks(cut: object) -> Result:
             if len(sizes) > len(best):
                 return failed(
                     _(
-                        "Too fine: {count} items for {workers} workers as {tasks} tasks take {cost:.2g} s, {handed:.2g}"
-                        " of them to hand out tasks; {least:.2g} s would do.",
+                        "Too fine: {count} items for {workers} workers, cut into {tasks} tasks, take {cost:.2g} s, of"
+                        " which {handed:.2g} s go into handing out tasks; {least:.2g} s is possible.",
                         **plan,
                     )
                 )
             return failed(
                 _(
-                    "Too coarse: {count} items for {workers} workers as {tasks} tasks take {cost:.2g} s, as workers are"
-                    " idle while others still work; {least:.2g} s would do.",
+                    "Too coarse: {count} items for {workers} workers, cut into {tasks} tasks, take {cost:.2g} s,"
+                    " because some workers are idle while others still work; {least:.2g} s is possible.",
                     **plan,
                 )
             )
@@ -112,11 +112,11 @@ def _sizes(chunks: Any, count: int) -> np.ndarray:
         if isinstance(chunks, str):
             raise TypeError
     except TypeError:
-        reject(_("The function returns a list of lists of items, not {returned!r}.", returned=_short(chunks)))
+        reject(_("The function must return a list of lists of items, not {returned!r}.", returned=_short(chunks)))
     if missing:
         reject(_("Not the serial result: {missing} of {count} items are in no chunk.", missing=missing, count=count))
     if items != list(range(count)):
-        reject(_("Not the serial result: items are in another order, or in two chunks, or new."))
+        reject(_("Not the serial result: some items are out of order, in two chunks, or new."))
     return np.array([len(chunk) for chunk in chunks])
 
 
@@ -131,7 +131,7 @@ def _even(count: int, size: int) -> np.ndarray:
 
 
 def _efforts(count: int) -> np.ndarray:
-    """What each item costs, over the mean: the first fifth is 4 times as dear as the rest."""
+    """What each item costs, over the mean: the first fifth costs 4 times as much as the rest."""
     efforts = np.where(np.arange(count) < count / 5, 4.0, 1.0)
     return efforts / efforts.mean()
 
@@ -198,15 +198,15 @@ def _judge_race(spent: dict[str, list[float]]) -> Result:
             return inconclusive(
                 _(
                     "Good by the model, but in this run {baseline} took {low:.2f} to {high:.2f} times as long: the"
-                    " noise hides the difference. Run the cell again when this machine has less to do.",
+                    " noise hides the difference. Run the cell again when this machine is less busy.",
                     **comparison,
                 )
             )
         ratios[name] = "{ratio:.1f} ({low:.1f}-{high:.1f})".format(**comparison)
     return passed(
         _(
-            "The serial result, and sooner: in turns with yours, a task for each item took {items} times as long, and a"
-            " task for each worker {workers} times.",
+            "The serial result, and faster: run in turn with yours, a task for each item took {items} times as long,"
+            " and a task for each worker {workers} times.",
             **ratios,
         )
     )
@@ -232,10 +232,13 @@ def _bytes(look_up_all: object) -> Result:
         right = np.allclose(sums, expected)
     except (TypeError, ValueError):
         return failed(
-            _("The function returns a list of numbers, one a query, not {returned!r}.", returned=_short(sums))
+            _(
+                "The function must return a list of numbers, one for each query, not {returned!r}.",
+                returned=_short(sums),
+            )
         )
     if not right:
-        return failed(_("Those aren't the numbers that looking up one query after the other gives."))
+        return failed(_("These aren't the numbers that you get by looking up one query after the other."))
     where = [place for place in _Table.looked if place is not None]
     if len(where) < len(_Table.looked) or not where:
         return failed(_("Queries were looked up in the notebook's own process: the workers had nothing to do."))
@@ -302,10 +305,10 @@ def _tasks() -> Numbers:
     busy = sum(row["duration_s"] for row in quizzes.TASKS if row["action"] == "compute")
     every = sum(row["duration_s"] for row in quizzes.TASKS)
     return (100 * busy / (2 * end), 1e3 * busy / 2), [
-        ((100 * every / (2 * end), 1e3 * every / 2), _("To fetch data isn't to compute.")),
+        ((100 * every / (2 * end), 1e3 * every / 2), _("Fetching data isn't computing.")),
         ((100 * busy / end, 1e3 * busy), _("There are two workers: each second has two seconds of work in it.")),
-        ((busy / (2 * end), 1e3 * busy / 2), _("The first number is in percent.")),
-        ((100 * busy / (2 * end), 1e3 * end), _("That is the time as it is, with one worker idle at the end.")),
+        ((busy / (2 * end), 1e3 * busy / 2), _("The first number should be in percent.")),
+        ((100 * busy / (2 * end), 1e3 * end), _("That is the time it takes now, with one worker idle at the end.")),
     ]
 
 
@@ -328,8 +331,8 @@ def _lazy() -> Numbers:
         kept.compute()
     return (len(calls),), [
         ((3,), _("Nothing is kept between two calls of compute, unless you say so.")),
-        ((12,), _("What persist returns holds its result: whoever computes it again gets that.")),
-        ((15,), _("What persist returns holds its result: whoever computes it again gets that.")),
-        ((6,), _("To persist is to compute, too.")),
-        ((0,), _("compute and persist are what does run the tasks.")),
+        ((12,), _("What persist returns holds its result: computing it again just returns that.")),
+        ((15,), _("What persist returns holds its result: computing it again just returns that.")),
+        ((6,), _("Persisting is computing, too.")),
+        ((0,), _("compute and persist do run the tasks.")),
     ]

@@ -49,7 +49,7 @@ class _Neighbour:
         try:
             return self.inbox.get(timeout=PATIENCE_SECONDS)
         except queue.Empty:
-            reject(_("A rank waits for a message that nobody sends: all must exchange equally often."))
+            reject(_("A rank waits for a message that nobody sends: all ranks must exchange equally often."))
 
 
 def _scattered(answer: object, ranks: int, own: _Neighbour) -> Any:
@@ -63,7 +63,7 @@ def _scattered(answer: object, ranks: int, own: _Neighbour) -> Any:
     returned = call(answer, list(places[own.rank].clone()), own.shift, own.rank, ranks)
     if not isinstance(returned, torch.Tensor) or returned.numel() != own.part:
         kind = type(returned).__name__
-        reject(_("The function returns one part, a tensor of its size, not this {kind}.", kind=kind))
+        reject(_("The function must return one part, a tensor of its size, not this {kind}.", kind=kind))
     return returned.reshape(ranks, ranks).numpy()
 
 
@@ -72,17 +72,17 @@ def _miscounted(counts: np.ndarray, own: int) -> str | None:
     ranks = len(counts)
     parts = [part for part in range(ranks) if counts[:, part].any()]
     if len(parts) > 1:
-        return _("Numbers of different parts are added: what arrives belongs to the part it was sent from.")
+        return _("Numbers from different parts were added: what arrives belongs to the part it was sent from.")
     if np.allclose(counts.sum(), 1) and np.count_nonzero(counts) < ranks:
         return _("This part has one rank's numbers only: nothing was added to it, or what arrived took its place.")
     if (counts > 1.5).any():
-        return _("Some numbers are in the sum twice: count the steps, and what each of them brings.")
+        return _("Some numbers are in the sum twice: count the steps, and what each of them adds.")
     if np.count_nonzero(counts) < ranks:
-        return _("Numbers of some ranks are missing: a rank passes on what has come, with its own added.")
+        return _("Some ranks' numbers are missing: a rank must add its own to what arrived before it passes that on.")
     if not np.allclose(counts[counts > 0], 1):
-        return _("A sum is wanted here, and no average.")
+        return _("This needs a sum, not an average.")
     if parts != [own]:
-        return _("The sum is whole, but of another part than the rank's own: with which part must it begin?")
+        return _("The sum is complete, but it isn't that of the rank's own part: which part must the rank begin with?")
     return None
 
 
@@ -118,7 +118,7 @@ def _step(step: object) -> Result:
         if not isinstance(returned, torch.Tensor) or returned.shape != weights.shape:
             kind = type(returned).__name__
             return failed(
-                _("The function returns the new weights, a tensor of their shape, not this {kind}.", kind=kind)
+                _("The function must return the new weights, a tensor of their shape, not this {kind}.", kind=kind)
             )
         stepped.append(returned)
     moved = (torch.stack(stepped) - weights) / -rate  # (ranks, 6)
@@ -128,8 +128,8 @@ def _step(step: object) -> Result:
     if not asked:
         return failed(_("Each rank goes its own way: from the first step on their weights differ."))
     for message, wrong in {
-        _("The gradients are summed, so the step is as many times too long as there are ranks."): mean * ranks,
-        _("Divided by the ranks twice: the step is too short."): mean / ranks,
+        _("The gradients are summed, so with n ranks the step is n times too long."): mean * ranks,
+        _("Divided by the number of ranks twice: the step is too short."): mean / ranks,
         _("Uphill: the loss grows along the gradient."): -mean,
     }.items():
         if torch.allclose(moved, wrong.expand_as(moved), atol=1e-5):
@@ -156,9 +156,9 @@ def _deadlock() -> Numbers:
         for rank in pair:
             place[rank] += 1
     return tuple(now(rank)[0] for rank in place), [
-        ((3, 6, 9, 12), _("Ranks 1 and 2 do meet: one sends what the other receives. Where do they go on to wait?")),
-        ((0, 0, 0, 0), _("Who of ranks 0, 2 and 3 could go first?")),
-        ((3, 0, 0, 12), _("Rank 2 needs a message of rank 3, and rank 1 one of rank 0: do those ever send it?")),
+        ((3, 6, 9, 12), _("Ranks 1 and 2 do meet: one sends what the other receives. Where do they wait after that?")),
+        ((0, 0, 0, 0), _("Which of ranks 0, 2 and 3 could go first?")),
+        ((3, 0, 0, 12), _("Rank 2 needs a message from rank 3, and rank 1 one from rank 0: do they ever send it?")),
     ]
 
 
@@ -170,9 +170,9 @@ def _line() -> Numbers:
     microseconds, megabytes = 1e6 * float(alpha), 1e-6 / float(beta)
     return (microseconds, megabytes), [
         ((megabytes, microseconds), _("Swapped: alpha is the time of a message that is all but empty.")),
-        ((microseconds, 8 * megabytes), _("That is in megabits a second; megabytes were asked for.")),
+        ((microseconds, 8 * megabytes), _("That is in megabits a second; the question asks for megabytes.")),
         (
             (microseconds, 1e5 / 4e-4 / 1e6),
-            _("Of a small message most of the time is latency: read the bandwidth where bytes take the time."),
+            _("A small message's time is mostly latency: read the bandwidth where the bytes take the time."),
         ),
     ]

@@ -67,7 +67,7 @@ def _gang(program: object, given: Callable[[Trained], tuple], size: int, numbers
         returned = call(program, *given(trained))
         if not isinstance(returned, torch.Tensor) or returned.numel() != numbers:
             kind = type(returned).__name__
-            reject(_("The function returns its model's weights as one tensor, not this {kind}.", kind=kind))
+            reject(_("The function must return its model's weights as one tensor, not this {kind}.", kind=kind))
         trained.weights = returned.detach().flatten()
         return trained
 
@@ -94,7 +94,7 @@ def _count(gang: list[Trained], x: Any, least: int, most: int) -> None:
 
 
 def _judge(weights: Any, right: Any, wrong: list[tuple[str, Any]]) -> None:
-    """End the check unless weights are those of one process; the message of a misconception that gives them is told."""
+    """End the check unless weights are those of one process; a misconception that gives them has its message."""
     if not _same(weights, right):
         generic = _("The weights aren't those of one process with all samples.")
         reject(next((message for message, misconceived in wrong if _same(weights, misconceived)), generic))
@@ -172,14 +172,14 @@ def _share_out(program: object, hidden: Random, size: int, parts: int) -> None:
             _("A lower learning rate only hides it, and weakens the weight decay: the gradient is still not a mean."),
             scaled(size * parts, lr=0.3 / (size * parts)),
         ),
-        (_("The ranks' gradients are averaged, those of {pieces} pieces added up.", **counts), scaled(parts)),
-        (_("The pieces' gradients are averaged, those of {ranks} ranks added up.", **counts), scaled(size)),
+        (_("The ranks' gradients are averaged, but those of the {pieces} pieces are summed.", **counts), scaled(parts)),
+        (_("The pieces' gradients are averaged, but those of the {ranks} ranks are summed.", **counts), scaled(size)),
         (
-            _("With {ranks} ranks of {pieces} pieces, the gradient is {product} times one process's.", **counts),
+            _("With {ranks} ranks of {pieces} pieces, the gradient is {product} times that of one process.", **counts),
             scaled(size * parts),
         ),
     ]
-    short = _("Divided by more than was added up: the steps are shorter than those of one process.")
+    short = _("You divided by more than you added up: the steps are shorter than those of one process.")
     wrong += [(short, scaled(size**i * parts**j)) for i, j in ((-1, 0), (0, -1), (-1, -1))]
     _judge(gang[0].weights, scaled(1), wrong)
     _count(gang, x, steps, steps)
@@ -192,7 +192,7 @@ def _collective(program: object) -> Result:
         problem, path, stops, target = _stopping(hidden, size)
         _stop(program, size, problem, target, path, stops)
         _stop(program, size, problem, 0.0, path, stops | {"mean": LONGEST})
-    return passed(_("All ranks stop after the same step, and it is the one after which one process would."))
+    return passed(_("All ranks stop after the same step, the one after which a single process would stop."))
 
 
 def _stop(program: object, size: int, problem: tuple, target: float, path: list, stops: dict[str, int]) -> None:
@@ -201,7 +201,7 @@ def _stop(program: object, size: int, problem: tuple, target: float, path: list,
     gang = _gang(program, lambda trained: (trained.watch(model), x, y, target, LONGEST), size)
     steps = next((step for step, weights in enumerate(path) if _same(gang[0].weights, weights)), None)
     if steps is None:
-        reject(_("One process with all samples never has these weights, after any number of steps."))
+        reject(_("One process with all samples doesn't have these weights after any number of steps."))
     if steps != stops["mean"]:
         reject(_stopped(steps, stops))
     _count(gang, x, steps, steps + 1)
@@ -235,14 +235,16 @@ def _stopped(steps: int, stops: dict[str, Any]) -> str:
     for rule, message in {
         "first": _("All ranks stop when one of them has reached the target by its own samples."),
         "any": _("All ranks stop as soon as any of them has reached the target by its own samples."),
-        "all": _("The ranks go on until each has reached the target by its own samples; their mean was there earlier."),
+        "all": _(
+            "The ranks go on until each has reached the target by its own samples; their mean reached it earlier."
+        ),
         "sum": _("The ranks' losses are added up, and compared with a target for their mean."),
     }.items():
         if steps == stops[rule]:
             return message
     if steps == LONGEST:
         return _("The ranks never stop early, not even when the mean loss over all samples is below the target.")
-    return _("The ranks stop after {steps} steps, and one process after {stop}.", steps=steps, stop=stops["mean"])
+    return _("The ranks stop after {steps} steps, but one process stops after {stop}.", steps=steps, stop=stops["mean"])
 
 
 @exercise("debugging.last_batch", imports=TORCH)
@@ -250,16 +252,16 @@ def _last_batch(program: object) -> Result:
     hidden = dice("debugging.last_batch")
     for size, batch_size, left in ((2, 8, 5), (3, 6, 1), (3, 9, 5), (2, 6, 0)):
         _leave_over(program, hidden, size, batch_size, left)
-    return passed(_("Each sample counts once, and as much as any other, whatever is left for the last batch."))
+    return passed(_("Each sample counts once, and as much as any other, however many are left for the last batch."))
 
 
 def _leave_over(program: object, hidden: Random, size: int, batch_size: int, left: int) -> None:
-    """End the check unless an epoch is one process's, of which the last batch has so many samples left."""
+    """End the check unless an epoch is one process's, whose last batch has `left` samples."""
     model, x, y = _problem(hidden, hidden.choice((2, 3)) * batch_size + left)
     batches = [range(first, min(first + batch_size, len(x))) for first in range(0, len(x), batch_size)]
 
     def epoch(weigh: Callable[[int, int], float]) -> Any:
-        """One process's weights; of a batch of so many samples, a rule says what the error at a place counts."""
+        """One process's weights; given the size of a batch, a rule says what the error at a place counts."""
 
         def loss(batch: range) -> Callable[[Any], Any]:
             weights = x.new_tensor([weigh(len(batch), place) for place in range(len(batch))])[:, None]
@@ -325,7 +327,7 @@ def _normed(program: object, hidden: Random, size: int) -> None:
     wrong = [
         (_("The weights haven't changed: no step was taken."), _flat(model)),
         (
-            _("Each rank normalises by its own share of the batch, so each computes another function."),
+            _("Each rank normalises by its own share of the batch, so each computes a different function."),
             trained_by(_norm),
         ),
         (
@@ -341,7 +343,7 @@ def _normed(program: object, hidden: Random, size: int) -> None:
             trained_by(partial(_norm, mean=_over_ranks, variance=_over_ranks, around_own=True)),
         ),
         *((unfollowed, trained_by(partial(_norm, mean=blind, variance=blind))) for blind in _blind(size)),
-        (_("There is no batch norm left: that is another network."), trained_by(lambda parts: parts)),
+        (_("There is no batch norm left: that is a different network."), trained_by(lambda parts: parts)),
     ]
     _judge(gang[0].weights, right, wrong)
 
@@ -377,7 +379,7 @@ def _seed(program: object) -> Result:
     noise, again, later = (_noise(program, x, y, chosen, steps, size) for chosen in (seed, seed, seed + 1))
     places = [(rank, step) for rank in range(size) for step in range(steps)]
     if any(not _same(noise[place], again[place]) for place in places):
-        return failed(_("Two runs with one seed draw different numbers: nobody could repeat this run."))
+        return failed(_("Two runs with the same seed draw different numbers: nobody could repeat this run."))
     for (rank, step), (other, at) in combinations(places, 2):
         if _same(noise[rank, step], noise[other, at]):
             return failed(_twice(rank, step, other, at))
@@ -386,7 +388,7 @@ def _seed(program: object) -> Result:
     if shared := [(one[0], other[0]) for one, other in product(places, places) if _same(noise[one], later[other])]:
         runs = {"rank": shared[0][0], "seed": seed, "other": shared[0][1], "later": seed + 1}
         return failed(
-            _("Rank {rank} of a run with seed {seed} sees the noise of rank {other} with seed {later}.", **runs)
+            _("With seed {seed}, rank {rank} sees the noise that rank {other} sees with seed {later}.", **runs)
         )
     return passed(_("Equal weights on all ranks, different noise on each and for each seed, and all of it repeatable."))
 
@@ -401,7 +403,7 @@ def _noise(program: object, x: Any, y: Any, seed: int, steps: int, size: int) ->
     gang = _gang(program, given, size)
     shares = [x[rank::size] for rank in range(size)]
     if any([part.shape for part in one.inputs] != [shares[0].shape] * steps for one in gang):
-        reject(_("In each step a rank trains on its share of the samples, on all of it, with noise."))
+        reject(_("In each step, a rank must train on all of its share of the samples, with noise."))
     noise = torch.stack([torch.stack(one.inputs) - own for one, own in zip(gang, shares, strict=True)])
     if not 0.2 < noise.std() < 0.4 or abs(noise.mean()) > 0.15:
         width = {"mean": float(noise.mean()), "width": float(noise.std())}
@@ -417,7 +419,9 @@ def _twice(rank: int, step: int, other: int, at: int) -> str:
         return _("A rank sees the same noise in one step as in another.")
     if step == at:
         return _(
-            "Ranks {rank} and {other} see the same noise: two ranks learn from what one would.", rank=rank, other=other
+            "Ranks {rank} and {other} see the same noise: two ranks learn no more than one would.",
+            rank=rank,
+            other=other,
         )
     return _("What one rank sees in one step, another sees in a later one: they draw from one sequence.")
 
@@ -450,12 +454,12 @@ def _resume(program: object, hidden: Random, size: int, stops: tuple[int, ...], 
         for rank, part in enumerate(parts):
             if len(part.inputs) != steps - done:
                 counts = {"steps": len(part.inputs), "left": steps - done}
-                reject(_("It took {steps} steps, though {left} were left to take.", **counts))
+                reject(_("It took {steps} steps, but {left} were left to take.", **counts))
             if message := _astray(rank, [_drawn(given, x) for given in part.inputs], draws, done):
                 reject(message)
         done = steps
     if not torch.equal(parts[0].weights, whole[0].weights):
-        reject(_("The random numbers go on as they should, but the weights differ: something else was forgotten."))
+        reject(_("The random numbers continue as they should, but the weights differ: something else was forgotten."))
 
 
 def _drawn(given: Any, x: Any) -> tuple[list[int], Any]:
@@ -475,14 +479,14 @@ def _astray(rank: int, drawn: list, draws: list[list], done: int) -> str | None:
     if done == 0:
         return _("Two runs with the same seeds draw different numbers, even before any interruption.")
     if any(_agree(drawn, draws[other][steps], part) for other in range(rank) for part in (0, 1)):
-        return _("Rank {rank} goes on with the random numbers of another rank.", rank=rank)
+        return _("Rank {rank} continues with another rank's random numbers.", rank=rank)
     if noise:
-        return _("The noise goes on as it would have, but the choice of samples doesn't.")
+        return _("The noise continues as it should, but the choice of samples doesn't.")
     if chosen:
-        return _("The choice of samples goes on as it would have, but the noise doesn't.")
+        return _("The choice of samples continues as it should, but the noise doesn't.")
     if any(_agree(drawn, draws[rank][: len(drawn)], part) for part in (0, 1)):
-        return _("After the interruption rank {rank} draws again what it drew at the start.", rank=rank)
-    return _("After the interruption rank {rank} draws other numbers than it would have drawn.", rank=rank)
+        return _("After the interruption, rank {rank} draws the same numbers as at the start.", rank=rank)
+    return _("After the interruption, rank {rank} draws different numbers from those it would have drawn.", rank=rank)
 
 
 def _agree(drawn: list, others: list, part: int) -> bool:

@@ -18,7 +18,9 @@ def _interval(interval: object) -> Result:
     logs = list(_logs())
     answers = [_seconds(call(interval, log.rows, log.machines)) for log in logs]
     if np.allclose(answers, answers[0]):
-        return failed(_("One interval for every log: it must come from the rows, and from the machines."))
+        return failed(
+            _("You gave the same interval for every log: it must depend on the rows and on the number of machines.")
+        )
     costs = np.array([_cost(at, log.save_s, log.mtbf_s) - 1 for at, log in zip(answers, logs, strict=True)])
     bests = np.array([_best_interval(log.save_s, log.mtbf_s) for log in logs])
     least = np.array([_cost(best, log.save_s, log.mtbf_s) - 1 for best, log in zip(bests, logs, strict=True)])
@@ -30,11 +32,11 @@ def _interval(interval: object) -> Result:
     worst = int(np.argmax(costs / least))
     values = {"cost": costs[worst], "least": least[worst]}
     return failed(
-        _("You write too often: {cost:.1%} of the work is spent on saves and failures; {least:.1%} would do.", **values)
+        _("You save too often: saves and failures cost {cost:.1%} of the work; {least:.1%} is possible.", **values)
         if answers[worst] < bests[worst]
         else _(
-            "You write too seldom, and each failure loses much: {cost:.1%} of the work is spent on saves and failures;"
-            " {least:.1%} would do.",
+            "You save too rarely, so each failure loses a lot: saves and failures cost {cost:.1%} of the work;"
+            " {least:.1%} is possible.",
             **values,
         )
     )
@@ -85,16 +87,20 @@ def _misread(log: _Log) -> list[tuple[str, float]]:
     saves = [row["save_s"] for row in log.rows if row["kind"] == "checkpoint"]
     ratio, count = log.machines / attempts[0]["machines"], len(failures)
     lived = sum(row["ended_s"] - row["started_s"] for row in failures)
-    waiting = _("What waits in a queue can't fail: only time in which the machines ran counts.")
-    partly = _("Attempts that didn't fail were time without a failure, too: leave none of that time out.")
-    slowest = _("A checkpoint isn't done before its slowest rank is.")
+    waiting = _("A job that waits in a queue can't fail: only the time in which its machines ran counts.")
+    partly = _("Attempts that didn't fail were also time without a failure: leave none of it out.")
+    slowest = _("A checkpoint isn't done until its slowest rank is.")
     readings = [
         (_("Not every end is a failure: look at the causes."), log.save_s, log.mtbf_s * count / len(attempts)),
         (waiting, log.save_s, attempts[-1]["ended_s"] / count / ratio),
         (partly, log.save_s, lived / count / ratio),
-        (_("The log's MTBF is that of its machines; your job has more, or fewer."), log.save_s, log.mtbf_s * ratio),
+        (
+            _("The log's MTBF is for the machines in the log; your job uses more, or fewer."),
+            log.save_s,
+            log.mtbf_s * ratio,
+        ),
         (_("More machines fail more often, not less."), log.save_s, log.mtbf_s * ratio**2),
-        (_("That is the MTBF of one machine: any of yours can fail."), log.save_s, log.mtbf_s * log.machines),
+        (_("That is the MTBF of one machine, but any of yours can fail."), log.save_s, log.mtbf_s * log.machines),
         (slowest, float(np.median(saves)), log.mtbf_s),
         (slowest, float(np.mean(saves)), log.mtbf_s),
     ]
@@ -115,7 +121,7 @@ def _best_interval(save_s: float, mtbf: float) -> float:
 def _seconds(returned: Any) -> float:
     seconds = number(returned) or 0.0
     if not 0 < seconds < 1e9:  # thirty years
-        reject(_("The function returns seconds, a number above 0, not {returned!r}.", returned=returned))
+        reject(_("The function must return seconds, a number above 0, not {returned!r}.", returned=returned))
     return seconds
 
 
@@ -126,7 +132,7 @@ def _state(functions: Any) -> Result:
     try:
         pack, unpack = functions
     except (TypeError, ValueError):
-        return failed(_("The answer is a pair of functions, (pack, unpack), not {answer!r}.", answer=functions))
+        return failed(_("The answer must be a pair of functions, (pack, unpack), not {answer!r}.", answer=functions))
     with torch.random.fork_rng(devices=[]):  # the reader's own random numbers stay as they are
         return _resume(pack, unpack)
 
@@ -147,15 +153,17 @@ def _resume(pack: Any, unpack: Any) -> Result:
     try:
         resumed.step = index(step)
     except (TypeError, ValueError, RuntimeError):  # what numpy and torch raise of several numbers
-        return failed(_("unpack returns the step to go on with, a whole number, not {step!r}.", step=step))
+        return failed(_("unpack must return the step to resume from, a whole number, not {step!r}.", step=step))
     for message, same in {
         _(
-            "It goes on at step {step!r}, and the checkpoint was after {crash}.", step=resumed.step, crash=crash
+            "It resumes at step {step!r}, but the checkpoint was written after {crash} steps.",
+            step=resumed.step,
+            crash=crash,
         ): resumed.step == crash,
         _("Its weights aren't those of the checkpoint."): _same(resumed.model, undisturbed.model),
         _("The optimiser has forgotten its momentum."): _same(resumed.optimizer, undisturbed.optimizer),
-        _("The learning rate is where it was at the start."): _same(resumed.schedule, undisturbed.schedule),
-        _("Dropout draws other numbers than it would have drawn."): torch.equal(torch.get_rng_state(), draws),
+        _("The learning rate is back at its initial value."): _same(resumed.schedule, undisturbed.schedule),
+        _("Dropout draws different numbers from those it would have drawn."): torch.equal(torch.get_rng_state(), draws),
     }.items():
         if not same:
             return failed(message)
@@ -163,8 +171,8 @@ def _resume(pack: Any, unpack: Any) -> Result:
     torch.set_rng_state(draws)
     undisturbed.train(until=12)
     if not _same(resumed.model, undisturbed.model):
-        return failed(_("It begins as it should, and ends with other weights: something else went on changing."))
-    return passed(_("Twelve steps with a crash among them, and not a bit differs."))
+        return failed(_("It begins as it should but ends with different weights: something else kept changing."))
+    return passed(_("Twelve steps with a crash in between, and not a single bit differs."))
 
 
 class _Training:
@@ -204,7 +212,7 @@ def _written(packed: Any) -> Any:
         disk.seek(0)
         return torch.load(disk, weights_only=True)
     except Exception as error:
-        reject(_("What you packed can't be written and read again as plain tensors and numbers: {error}", error=error))
+        reject(_("What you packed can't be written and read back as plain tensors and numbers: {error}", error=error))
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -228,7 +236,7 @@ def _recovery() -> Numbers:
     failed_s = next(row["failed_s"] for row in second if row["kind"] == "restart")
     seconds = min(row["time_s"] for row in second if row["kind"] == "step") - failed_s
     return (len(steps), seconds), [
-        ((55, seconds), _("Not all was lost: a checkpoint had kept most of those steps.")),
+        ((55, seconds), _("Not all of it was lost: a checkpoint had kept most of those steps.")),
         ((40, seconds), _("Those were kept. Which steps were done twice?")),
         ((len(steps), 1.5), _("That is the time of the lost steps; how long did nothing run?")),
     ]
@@ -240,8 +248,8 @@ def _undisturbed() -> Numbers:
     one = np.exp(-days / mtbf_days)
     chance = np.prod(np.full(machines, one))
     return (float(100 * chance),), [
-        ((float(100 * one),), _("That is the chance of one machine; all of them have to last.")),
+        ((float(100 * one),), _("That is one machine's chance; all of them have to last.")),
         ((float(100 * (1 - chance)),), _("That is the chance that something fails.")),
-        ((float(chance),), _("The number is in percent.")),
-        ((50.0,), _("Failures that are expected to be two aren't a chance of a half.")),
+        ((float(chance),), _("The number should be in percent.")),
+        ((50.0,), _("Two expected failures don't make a chance of one half.")),
     ]

@@ -31,17 +31,22 @@ def _bottleneck(diagnose: object) -> Result:
             if len(same) > 1 and doubt is None:
                 return failed(
                     _(
-                        "One program, once for a short run and once for a long one, gets two names from you: how long a"
-                        " run takes doesn't say what it waits for."
+                        "You gave one program two names, one for a short run and one for a long run: how long a run"
+                        " takes doesn't say what it waits for."
                     )
                 )
     if named == planted and doubt is None:
-        return passed(_("Each of {count} programs by what binds it, as shares and counts confirm.", count=len(named)))
+        return passed(
+            _(
+                "You named what binds each of the {count} programs; the measured shares and counts agree.",
+                count=len(named),
+            )
+        )
     if doubt is not None:
         return inconclusive(
             _(
-                "What was measured here doesn't tell the planted programs apart: {doubt}. Run the cell again when this"
-                " machine has less to do.",
+                "What was measured here can't tell the planted programs apart: {doubt}. Run the cell again when this"
+                " machine is less busy.",
                 doubt=doubt,
             )
         )
@@ -81,13 +86,15 @@ def _names(returned: Any, count: int) -> list[str]:
     if not isinstance(returned, list | tuple) or len(returned) != count:
         reject(
             _(
-                "The function returns a list of {count} names, one a program, not {returned!r}.",
+                "The function must return a list of {count} names, one for each program, not {returned!r}.",
                 count=count,
                 returned=returned,
             )
         )
     if strange := [name for name in returned if name not in KINDS]:
-        reject(_("A name is one of {kinds}, not {strange!r}.", strange=strange[0], kinds=", ".join(map(repr, KINDS))))
+        reject(
+            _("A name must be one of {kinds}, not {strange!r}.", strange=strange[0], kinds=", ".join(map(repr, KINDS)))
+        )
     return list(returned)
 
 
@@ -123,23 +130,26 @@ def _split(program: Any) -> tuple[float, float]:
 
 def _mistake(named: list[str], planted: list[str]) -> str:
     if len(set(named)) == 1:
-        return _("All programs have the same name from you, and not all are bound by the same.")
+        return _("You gave all programs the same name, but they aren't all bound by the same thing.")
     wrong = {pair for pair in zip(planted, named, strict=True) if pair[0] != pair[1]}
     if {("compute", "memory"), ("memory", "compute")} <= wrong:
         return _("Compute and memory are swapped: on which side of the ridge does a program wait for bytes?")
     if any(kind == "data" for kind, _name in wrong):
         return _(
-            "You named a program by what its operations need, while most of its step isn't spent on them: time the two"
-            " parts of a step apart."
+            "You named a program by what its operations need, but most of its step isn't spent on them: time the two"
+            " parts of a step separately."
         )
     if any(name == "data" for _kind, name in wrong):
-        return _("You named 'data' a program that has its batch at once: loading is a small share of its step.")
+        return _("You named a program 'data', but it gets its batch at once: loading is a small share of its step.")
     if ("memory", "compute") in wrong:
         return _(
-            "You named 'compute' a program that does few operations with each byte. A busy CPU may be waiting for"
-            " memory, also in a product of matrices."
+            "You named a program 'compute', but it does few operations with each byte. A busy CPU may be waiting for"
+            " memory, even in a matrix product."
         )
-    return _("You named 'memory' a program that does many operations with each byte: moving much isn't waiting for it.")
+    return _(
+        "You named a program 'memory', but it does many operations with each byte: moving a lot isn't the same as"
+        " waiting for it."
+    )
 
 
 @statements("one-process.quiz_roofline")
@@ -160,8 +170,10 @@ def _roofline() -> Truths:
         "f": min(shares, key=lambda name: shares[name]) == "C",
     }
     return truths, {
-        "c": _("Right of the ridge the roof is flat: more bytes a second don't raise it."),
-        "d": _("Memory limits what lies left of the ridge; a point far below both ceilings is limited by neither."),
+        "c": _("To the right of the ridge the roof is flat: more bytes a second don't raise it."),
+        "d": _(
+            "Memory limits what lies to the left of the ridge; a point far below both ceilings is limited by neither."
+        ),
         "e": _("Compare each with its own roof: a low rate can be all that memory allows."),
     }
 
@@ -172,8 +184,14 @@ def _parts() -> Numbers:
     before = sum(parts.values())
     after = parts | {"data": 0.0, "backward": parts["backward"] / 2}
     return (before / sum(after.values()),), [
-        ((2.0,), _("Twice as fast in one part isn't twice as fast as a whole.")),
-        ((before / (before - parts["backward"] / 2),), _("And the data, which are loaded while the step computes?")),
-        ((before / (before - parts["data"]),), _("And the backward pass?")),
-        ((sum(after.values()) / before,), _("That is the time that is left; how many times as fast is the step?")),
+        ((2.0,), _("Making one part twice as fast doesn't make the whole step twice as fast.")),
+        (
+            (before / (before - parts["backward"] / 2),),
+            _("What about the data, which are loaded while the step computes?"),
+        ),
+        ((before / (before - parts["data"]),), _("What about the backward pass?")),
+        (
+            (sum(after.values()) / before,),
+            _("That is the share of the time that is left; how many times as fast is the step?"),
+        ),
     ]

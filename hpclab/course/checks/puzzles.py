@@ -17,7 +17,7 @@ Why = Callable[[Case, Any], str | None]
 def _judge(name: str, answer: Any, wrong: Why, over: Why, cases: Iterable[Case] | None = None) -> Result:
     """Run an answer on a puzzle's cases; `wrong` is given the results (ranks, ...), `over` the schedule."""
     if not callable(answer):
-        reject(_("The answer is a function, not {answer!r}.", answer=answer))
+        reject(_("The answer must be a function, not {answer!r}.", answer=answer))
     if cases is None:
         drawn = dice(f"puzzles.{name}")
         cases = [puzzles.MAKERS[name](None), *(puzzles.MAKERS[name](drawn) for _again in range(3))]
@@ -76,7 +76,8 @@ def _limits(case: Case, schedule: Schedule, over: Why) -> str | None:
         text = {
             "steps": _("Right, but it takes {most} steps, {over} more than the {limit} allowed.", **values),
             "sent": _(
-                "Right, but rank {rank} sends {most} bytes, {over} more than the {limit} allowed, from step {step} on.",
+                "Right, but rank {rank} sends {most} bytes, {over} more than the {limit} allowed (over the limit from"
+                " step {step} on).",
                 **values,
             ),
             "kept": _(
@@ -117,7 +118,7 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     vectors = case.given["vectors"]
     known = {
         _("Each rank has its own numbers only: nothing that arrived was added."): vectors,
-        _("A sum is wanted here, and no average."): vectors.mean(0),
+        _("This needs a sum, not an average."): vectors.mean(0),
     }
     if message := _first_of(known, sums):
         return message
@@ -128,11 +129,11 @@ def _ring_wrong(case: Case, sums: np.ndarray) -> str:
     )  # (rank, number, origin): vectors are of powers of ten, so digits count
     if (times > 1).any():
         rank, _number, origin = np.argwhere(times > 1)[0]
-        return _("Rank {rank} counts numbers of rank {origin} more than once.", rank=rank, origin=origin)
+        return _("Rank {rank} counts rank {origin}'s numbers more than once.", rank=rank, origin=origin)
     if ((times == 1).all(2).sum(0) == 1).all():
         return _("Each part's sum is on one rank only. That's halfway: all ranks need all sums.")
     rank, _number, origin = np.argwhere(times != 1)[0]
-    return _("In a sum of rank {rank} the number of rank {origin} is missing.", rank=rank, origin=origin)
+    return _("In a sum on rank {rank}, the number from rank {origin} is missing.", rank=rank, origin=origin)
 
 
 def _ring_over(case: Case, schedule: Schedule) -> str | None:
@@ -157,7 +158,7 @@ def _broadcast(broadcast: object) -> Result:
 
 def _broadcast_wrong(case: Case, values: np.ndarray) -> str:
     rank = int(np.argmin(np.isclose(values, case.expected).all(1)))
-    return _("Rank {rank} has other numbers than the root sent.", rank=rank)
+    return _("Rank {rank} has different numbers from those that the root sent.", rank=rank)
 
 
 def _broadcast_over(case: Case, schedule: Schedule) -> str:
@@ -165,7 +166,7 @@ def _broadcast_over(case: Case, schedule: Schedule) -> str:
         sum(row["rank"] == rank and row["action"] == "send" for row in schedule.rows) for rank in range(case.ranks)
     ]
     if max(messages) == case.ranks - 1:
-        return _("One rank sends every message, and those that have the numbers already do nothing.")
+        return _("One rank sends every message, and those that already have the numbers do nothing.")
     if max(messages) == 1:
         return _("The numbers go from hand to hand: in each step one rank sends, and the others do nothing.")
     return _("There are steps in which a rank that has the numbers sends nothing, while others still wait.")
@@ -180,9 +181,9 @@ def _overlap_wrong(case: Case, weights: np.ndarray) -> str:
     gradients, before = case.given["gradients"], case.given["weights"]
     known = {
         _("Each rank goes its own way: from the first step on their weights differ."): gradients,
-        _("What arrived took the place of the rank's own gradient, where the mean is wanted."): gradients[::-1],
-        _("The gradients are summed, so the step is as many times too long as there are ranks."): 2 * gradients.mean(0),
-        _("A gradient is averaged with that of another layer: messages arrive in the order in which they were sent."): (
+        _("What arrived replaced the rank's own gradient, but you need the mean."): gradients[::-1],
+        _("The gradients are summed, so with n ranks the step is n times too long."): 2 * gradients.mean(0),
+        _("A gradient is averaged with another layer's: messages arrive in the order in which they were sent."): (
             (gradients + gradients[::-1, ::-1]) / 2
         ),
         _("Nothing was updated."): 0 * gradients,
@@ -212,7 +213,7 @@ def _pipeline_wrong(case: Case, gradients: np.ndarray) -> str:
     of_parts = case.given["of_parts"]
     known = {
         _("This is the gradient of the last part only: what happened to the parts before it?"): of_parts[-1],
-        _("Divided by the number of parts, though the loss has been divided by all rows already."): of_parts.mean(0),
+        _("You divided by the number of parts, but the loss has already been divided by all rows."): of_parts.mean(0),
     }
     return _first_of(known, gradients) or _("These aren't the gradients of the whole batch.")
 
@@ -226,7 +227,7 @@ def _pipeline_over(case: Case, schedule: Schedule) -> str | None:
         return None
     if sum(row["rank"] == 0 and row["action"] == "compute" for row in schedule.rows) == 2:
         return _("The batch travels as one piece, so in each step one rank computes and the others wait.")
-    return _("The batch is cut, and yet no two ranks ever compute in the same step: what does each wait for?")
+    return _("The batch is cut up, yet no two ranks ever compute in the same step: what does each one wait for?")
 
 
 @exercise("puzzles.optimizer")
@@ -243,7 +244,7 @@ def _optimizer_wrong(case: Case, weights: np.ndarray) -> str:
     parts = np.eye(case.ranks, dtype=bool).repeat(len(first) // case.ranks, 1)  # (rank, number): whether it is its own
     known = {
         _("Each rank goes its own way: from the first step on their weights differ."): own,
-        _("The gradients are summed, so the step is as many times too long as there are ranks."): puzzles.descended(
+        _("The gradients are summed, so with n ranks the step is n times too long."): puzzles.descended(
             first, case.ranks * mean, rate, momentum
         ),
         _("The momentum is lost: the second step doesn't know of the first."): puzzles.descended(first, mean, rate, 0),
@@ -260,7 +261,7 @@ def _optimizer_wrong(case: Case, weights: np.ndarray) -> str:
 
 def _optimizer_over(case: Case, schedule: Schedule) -> str:
     if max(schedule.sent) > case.limits["sent"]:
-        return _("A rank receives gradients of weights that it needn't update itself.")
+        return _("A rank receives gradients of weights that it doesn't need to update itself.")
     return _("A rank keeps state for weights that other ranks update as well.")
 
 
@@ -274,13 +275,11 @@ def _blocks_wrong(case: Case, blocks: np.ndarray) -> str:
         return _("Each rank still has the blocks that it began with.")
     right = np.isclose(blocks, case.expected).all(2)
     if (right | np.eye(case.ranks, dtype=bool)).all():
-        return _("The block that a rank has for itself is missing, or was changed.")
+        return _("The block that a rank keeps for itself is missing, or was changed.")
     if _same(np.sort(blocks, 1), np.sort(case.expected, 1)):
         return _("All blocks are there, but not in the order of the ranks that they come from.")
     rank, source = np.argwhere(~right)[0]
-    return _(
-        "Where rank {rank} should have the block from rank {source}, it has another one.", rank=rank, source=source
-    )
+    return _("Rank {rank} has a different block where the one from rank {source} should be.", rank=rank, source=source)
 
 
 def _blocks_over(case: Case, schedule: Schedule) -> str | None:

@@ -37,7 +37,7 @@ def _backfill(options: object) -> Result:
         try:
             site.run("sbatch", "-J", "yours", "-o", "/dev/null", *words, "--wrap", "sleep 2")
         except RuntimeError as error:
-            return failed(_("Slurm doesn't take these options: {error}", error=str(error)))
+            return failed(_("Slurm rejects these options: {error}", error=str(error)))
         if (jobs := _ended(site)) is None:
             return failed(_("Your job never starts: it asks for more than this machine has."))
     return _slipped(jobs["yours"], jobs["wide"])
@@ -48,24 +48,24 @@ def _slipped(yours: dict, wide: dict) -> Result:
     if yours["state"] != "COMPLETED":
         return failed(_("Your job ended as {state}, not as COMPLETED.", state=yours["state"]))
     if "[" in yours["nodes"]:
-        return failed(_("Its CPUs are on two nodes, and simulate is one process: it uses those of one node."))
+        return failed(_("Its CPUs are on two nodes, but simulate is one process: it can only use those of one node."))
     needed, limit = 1 + 9 / yours["cpus"], (yours["walltime_s"] or math.inf) / 60
     if needed > limit:
         return failed(
             _(
-                "Killed at its limit: with as many CPUs as you asked for, simulate takes {needed:.3g} minutes, and"
-                " {limit:g} were asked for.",
+                "Killed at its limit: with the CPUs that you asked for, simulate takes {needed:.3g} minutes, but you"
+                " asked for {limit:g}.",
                 needed=needed,
                 limit=limit,
             )
         )
     if yours["ended_s"] <= wide["started_s"]:
-        return passed(
-            _("Your job fits into the hole: it was done before the wide one could start, and delayed nobody.")
-        )
+        return passed(_("Your job fitted into the hole: it was done before the wide one started, and delayed nobody."))
     if yours["cpus"] > 3:
         return failed(_("It waited behind the wide one: the hole isn't that wide; count the CPUs that are idle now."))
-    return failed(_("It waited behind the wide one: as far as Slurm knows, it might have run too long for the hole."))
+    return failed(
+        _("It waited behind the wide one: as far as Slurm could tell, it might have run too long for the hole.")
+    )
 
 
 @exercise("queues.array", forked=False)
@@ -78,18 +78,18 @@ def _array(script: object) -> Result:
         try:
             site.run("sbatch", "--chdir", folder, input=text, cwd=folder)
         except RuntimeError as error:
-            return failed(_("Slurm doesn't take this script: {error}", error=str(error)))
+            return failed(_("Slurm rejects this script: {error}", error=str(error)))
         if _ended(site) is None:
-            return failed(_("Some of it never starts: it asks for more than this machine has."))
+            return failed(_("Part of it never starts: it asks for more than this machine has."))
         jobs = site.jobs()
         squares = {path.name: path.read_text().strip() for path in Path(folder).glob("out-*")}
         calls = Path(folder, "calls").read_text().split() if Path(folder, "calls").exists() else []
     if not any(job["array"] for job in jobs):
-        return failed(_("This is no array: Slurm saw one job."))
+        return failed(_("This isn't an array: Slurm saw one job."))
     if missing := [number for number in range(3, 9) if f"out-{number}" not in squares]:
         return failed(_("The square of {number} is missing.", number=missing[0]))
     if len(squares) != 6 or len(calls) != 12:
-        return failed(_("It did more than was asked for: each number from 3 to 8 once."))
+        return failed(_("It did more than was asked: square each number from 3 to 8 once."))
     at_once = itertools.accumulate(1 if call == "begin" else -1 for call in calls)
     if (most := max(at_once)) > 2:
         return failed(_("{most} of them ran at the same time.", most=most))
@@ -110,7 +110,9 @@ def _site(cpus: int = 2) -> Iterator[slurm.Slurm]:
     if missing := slurm.missing():
         what = ", ".join(missing)
         raise Decided(
-            inconclusive(_("This needs Slurm; here is no {what}: {line}", what=what, line=slurm.install_line()))
+            inconclusive(
+                _("This needs Slurm; missing here: {what}. To get it: {line}", what=what, line=slurm.install_line())
+            )
         )
     with slurm.start(nodes=2, cpus=cpus) as site:
         yield site
@@ -118,7 +120,7 @@ def _site(cpus: int = 2) -> Iterator[slurm.Slurm]:
 
 def _text(answer: object) -> str:
     if not isinstance(answer, str):
-        reject(_("The answer is a text, not {answer!r}.", answer=answer))
+        reject(_("The answer must be text, not {answer!r}.", answer=answer))
     return answer
 
 
@@ -149,9 +151,9 @@ def _gantt() -> Truths:
         "f": wide["cpus"] <= quizzes.CPUS - long["cpus"],
     }
     return truths, {
-        "b": _("What wide waits for is long; when did the short ones end?"),
+        "b": _("The job that wide waits for is long; when did the short ones end?"),
         "e": _("Compare the lengths of the bars, not what the jobs asked for."),
-        "f": _("CPUs are idle beside long, but how many does wide need?"),
+        "f": _("Some CPUs are idle beside long, but how many does wide need?"),
     }
 
 
@@ -165,7 +167,7 @@ def _rounds() -> Numbers:
     return (jobs, clock), [
         ((21, 110), _("The array has a stride.")),
         ((4, 20), _("Both ends belong to the array.")),
-        ((jobs, 10), _("They may not all run at once.")),
+        ((jobs, 10), _("They mustn't all run at once.")),
         ((jobs, 50), _("Two may run at once.")),
-        ((jobs, 25), _("A round with one job left takes as long as another.")),
+        ((jobs, 25), _("A round with only one job takes as long as any other.")),
     ]

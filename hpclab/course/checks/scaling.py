@@ -42,34 +42,41 @@ def _curves(judge: object) -> Result:
         if law is not None and law == sweep.truth
     ]
     if any(interval is None for _sigma, interval in intervals):
-        return failed(_("A law without an interval of its sigma: how far could that be off?"))
+        return failed(_("You named a law without an interval for its sigma: how far off could sigma be?"))
     ends = [(sigma, *interval) for sigma, interval in intervals if interval is not None]
     counts = {"held": sum(low <= sigma <= high for sigma, low, high in ends), "of": len(ends)}
     if counts["of"] - counts["held"] > MISSES:
         return failed(
             _(
-                "{held} of your {of} intervals hold the planted sigma, and 95 % of them should: which of the rows share"
-                " their luck with others, and so aren't repeats?",
+                "Only {held} of your {of} intervals contain the planted sigma, and 95 % of them should: which rows"
+                " are fast or slow together, and so aren't independent repeats?",
                 **counts,
             )
         )
     if pairs["amdahl", None] + pairs["usl", None] > MISTAKES:
         return failed(
             _(
-                "You found no law in sweeps where 16 workers and little noise tell one; rows of one run share their"
-                " luck."
+                "You named no law for sweeps where 16 workers and little noise show one; note that rows of one run are"
+                " fast or slow together."
             )
         )
     if pairs["amdahl", "usl"] > MISTAKES:
-        return failed(_("A larger law always fits at least as well: which is the smallest that none beats?"))
+        return failed(
+            _(
+                "A law with more parameters always fits at least as well: which is the smallest that no larger one"
+                " beats?"
+            )
+        )
     if pairs["usl", "amdahl"] > MISTAKES:
-        return failed(_("A tight interval is no evidence for a law: look at what a larger law explains beyond it."))
+        return failed(
+            _("A tight interval is no evidence for a law: look at what a law with more parameters explains beyond it.")
+        )
     if median(high - low for _sigma, low, high in ends) > 0.06:
-        return failed(_("Your intervals of sigma are so wide that they say nothing."))
+        return failed(_("Your intervals for sigma are so wide that they say nothing."))
     return passed(
         _(
-            "The right laws, silence where the rows tell none, and {held} of {of} intervals hold the truth. The others"
-            " aren't your mistake: of 95 % intervals 1 in 20 misses, and nobody sees which.",
+            "You named the right laws, and none where the rows can't show one; {held} of {of} intervals contain the"
+            " true value. A miss isn't your mistake: of 95 % intervals, 1 in 20 misses, and nobody can see which.",
             **counts,
         )
     )
@@ -78,14 +85,17 @@ def _curves(judge: object) -> Result:
 def _overclaimed(pairs: Counter) -> str | None:
     """What was named that is no law, or where there was none to see, if anything; from counts by (truth, name)."""
     if any(law == "linear" for _truth, law in pairs):
-        return _("Linear would be as many times as fast as there are workers: look at the last points.")
+        return _("Linear would mean a speed-up equal to the number of workers: look at the last points.")
     if odd := [law for _truth, law in pairs if law not in ("amdahl", "usl", None)]:
-        return _("The law's name is 'amdahl' or 'usl', or None where no law is told; not {named!r}.", named=odd[0])
+        return _(
+            "The law's name must be 'amdahl' or 'usl', or None where no law can be identified; not {named!r}.",
+            named=odd[0],
+        )
     reasons = {
         "weak": _("You named a law from weak scaling: these laws are about work that stays the same."),
-        "few": _("You named a law from up to 4 workers, where others fit as well."),
-        "noisy": _("You named a law from data so noisy that others fit it as well."),
-        "emulated": _("You named a law from emulated rows, of ranks that took turns: no machine has that speed."),
+        "few": _("You named a law from at most 4 workers, where other laws fit as well."),
+        "noisy": _("You named a law from data so noisy that other laws fit them as well."),
+        "emulated": _("You named a law from emulated rows, whose ranks took turns: no machine has that speed."),
     }
     claims = {truth: sum(pairs[truth, law] for law in ("amdahl", "usl")) for truth in reasons}
     if sum(claims.values()) > MISTAKES:
@@ -133,7 +143,7 @@ def _law_and_interval(returned: Any) -> tuple[Any, tuple[float, float] | None]:
     except (TypeError, ValueError):
         reject(
             _(
-                "The function returns a pair: a law's name and (low, high) for its sigma, or None and None; not"
+                "The function must return a pair: a law's name and (low, high) for its sigma, or None and None; not"
                 " {returned!r}.",
                 returned=returned,
             )
@@ -160,9 +170,9 @@ def _timeline() -> Truths:
         "f": False,
     }
     return truths, {
-        "b": _("Most of what rank 0 waits for is the other rank; the network's part is what even the last one waits."),
-        "e": _("Everybody waits for the slowest rank. Which one is that?"),
-        "f": _("A bar begins when a rank is ready, and ends for all at once: its length tells who was early."),
+        "b": _("Rank 0 mostly waits for the other rank; the network's part is the time that even the last rank waits."),
+        "e": _("All ranks wait for the slowest one. Which one is that?"),
+        "f": _("A bar begins when a rank is ready and ends for all ranks at once: its length shows who was early."),
     }
 
 
@@ -183,5 +193,5 @@ def _regime() -> Truths:
     return truths, {
         "d": _("A step takes longer, but an epoch has fewer of them."),
         "e": _("Amdahl's law is about a fixed amount of work, shared by more and more ranks."),
-        "f": _("Here the work grows with the ranks; no row has the same batch of all ranks together as another."),
+        "f": _("Here the work grows with the ranks: no two rows have the same total batch."),
     }

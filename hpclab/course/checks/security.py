@@ -35,7 +35,9 @@ def _harden(functions: Any) -> Result:
     try:
         certificates, job = functions
     except (TypeError, ValueError):
-        return failed(_("The answer is a pair of functions, (certificates, job), not {answer!r}.", answer=functions))
+        return failed(
+            _("The answer must be a pair of functions, (certificates, job), not {answer!r}.", answer=functions)
+        )
     if os.name != "posix" or shutil.which("bash") is None:
         return inconclusive(_("This needs bash, and files with modes such as 0600; try it on Linux."))
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
@@ -58,13 +60,13 @@ def _security(certificates: Any, folder: str) -> Any:
     if returned is False:
         return None
     if not isinstance(returned, Security):
-        reject(_("The first function returns a distributed.Security, not {returned!r}.", returned=returned))
+        reject(_("The first function must return a distributed.Security, not {returned!r}.", returned=returned))
     for name in ("ca_file", "client_key", "scheduler_key", "worker_key"):
         value = getattr(returned, f"tls_{name}")
         if name != "ca_file" and value and "\n" in value:
             reject(_("A private key is in this process only: a worker that a queue starts elsewhere can't read it."))
         if name != "ca_file" and value and os.path.exists(value) and _others_read(value):
-            reject(_("Others can read the file of a private key: {file}", file=Path(value).name))
+            reject(_("Others can read a private key's file: {file}", file=Path(value).name))
     return returned if returned.require_encryption else None
 
 
@@ -82,7 +84,7 @@ def _knock(own: Any, others: Any) -> None:
                     raise ValueError(f"tls_{role}_cert, tls_{role}_key")
             security.get_listen_args("scheduler")
     except Exception as error:
-        reject(_("Nobody could encrypt with it; it lacks something: {error}", error=error))
+        reject(_("It can't be used to encrypt; something is missing: {error}", error=error))
 
     async def visit() -> None:
         async with _cluster(own) as addresses:
@@ -90,12 +92,15 @@ def _knock(own: Any, others: Any) -> None:
                 reject(_("A client without a certificate was let in, and ran code on your worker."))
             for address in addresses:
                 if await asyncio.to_thread(_greeted, address):
-                    reject(_("A socket without a certificate was greeted at {at}.", at=address))
+                    reject(_("A connection without a certificate was answered at {at}.", at=address))
             if await _let_in(addresses[0], Security.temporary()):
-                reject(_("A client with certificates that it made itself was let in."))
+                reject(_("A client with self-made certificates was let in."))
             if await _let_in(addresses[0], others):
                 reject(
-                    _("One certificate for all: who was ever let into one cluster can enter each one that you start.")
+                    _(
+                        "One certificate for all: anyone who was ever let into one of your clusters can enter every"
+                        " other one that you start."
+                    )
                 )
             if not await _let_in(addresses[0], own):
                 reject(_("Nobody is let in, not even your own client."))
@@ -182,15 +187,15 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
         with _umask(0o022):  # what most systems set
             script = call(job, token, str(folder))
         if not isinstance(script, str):
-            reject(_("The second function returns the text of a job script, not {returned!r}.", returned=script))
-        yield _("The token stands in the job script."), _tells(script, token)
-        yield _("A private key stands in the job script."), "PRIVATE KEY" in script
+            reject(_("The second function must return the text of a job script, not {returned!r}.", returned=script))
+        yield _("The token is in the job script."), _tells(script, token)
+        yield _("A private key is in the job script."), "PRIVATE KEY" in script
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             readable = _tells(file.read_text("utf-8", "replace"), token) and _others_read(file, folder)
             mode = f"{file.stat().st_mode & 0o777:04o}"
-            yield _("The token stands in a file that others can read, of mode {mode}.", mode=mode), readable
+            yield _("The token is in a file that others can read (mode {mode}).", mode=mode), readable
         output = _run(script, programs, folder)
-        yield _("The job prints the token, and so it is in its log."), _tells(output, token)
+        yield _("The job prints the token, so the token is in its log."), _tells(output, token)
         if not (programs / "seen").exists():
             reject(_("The job never ran its program, train: {output}", output=output[-300:]))
         seen = json.loads((programs / "seen").read_text())
@@ -199,7 +204,7 @@ def _leaks(job: Any) -> Iterator[tuple[str, bool]]:
             _("The token is on the command line of train: while it runs, ps shows it to everybody."),
             token in arguments,
         )
-        yield _("Now the job has no token either, or another one."), seen["token"] != token
+        yield _("Now the job itself has no token, or the wrong one."), seen["token"] != token
 
 
 @contextmanager
@@ -261,15 +266,19 @@ def _masks(mask: object) -> Result:
     if message := _unmasked(shares[0], numbers[0]):
         return failed(message)
     if not np.array_equal(shares.sum(1), numbers.sum(1)):
-        return failed(_("The masks don't cancel in the sum: what one of a pair adds, the other must take away."))
+        return failed(_("The masks don't cancel in the sum: what one of a pair adds, the other must subtract."))
     for rank in range(ranks):
         for seed in seeds[rank].values():
             known = _prg(seed, 0, count)
             if any(_shows(taken) for taken in (shares[0, rank] - known, shares[0, rank] + known)):
-                return failed(_("One other rank can take a mask off by itself: mask with what is shared with each."))
+                return failed(
+                    _("A single other rank can remove a mask: use the seeds shared with all of the other ranks.")
+                )
     if any(_shows(step) for step in shares[0] - shares[1]):
-        return failed(_("Two steps have the same masks: the difference of the shares is that of the gradients."))
-    return passed(_("The sum is exact, to the last bit; a share looks like dice, in each step like other ones."))
+        return failed(
+            _("Two steps have the same masks: the difference between the shares is that between the gradients.")
+        )
+    return passed(_("The sum is exact to the last bit; each share looks random, and different in each step."))
 
 
 def _prg(seed: bytes, step: int, count: int) -> np.ndarray:
@@ -281,7 +290,7 @@ def _prg(seed: bytes, step: int, count: int) -> np.ndarray:
 def _share(returned: Any, count: int) -> np.ndarray:
     if not isinstance(returned, np.ndarray) or returned.dtype != np.uint64 or returned.shape != (count,):
         kind = f"{returned.dtype} {returned.shape}" if isinstance(returned, np.ndarray) else type(returned).__name__
-        reject(_("The function returns an array of uint64, as long as the numbers, not this {kind}.", kind=kind))
+        reject(_("The function must return an array of uint64, as long as the numbers, not this {kind}.", kind=kind))
     return returned
 
 
@@ -289,9 +298,9 @@ def _unmasked(shares: np.ndarray, numbers: np.ndarray) -> str | None:
     """What a single share gives away, if it does."""
     for rank, (share, own) in enumerate(zip(shares, numbers, strict=True)):
         if np.array_equal(share, own):
-            return _("What rank {rank} sends is its gradient, as it is.", rank=rank)
+            return _("Rank {rank} sends its gradient just as it is.", rank=rank)
         if _shows(share) or _shows(share - own):
-            return _("The share of rank {rank} isn't uniform: a mask must take all 2**64 values.", rank=rank)
+            return _("Rank {rank}'s share isn't uniform: a mask must be able to take all 2**64 values.", rank=rank)
     return None
 
 
@@ -313,9 +322,9 @@ def _modes() -> Truths:
     }
     return truths, {
         "b": _("The second three letters are the group's, and the stranger isn't in it."),
-        "c": _("To open a file one must get through its folder."),
-        "e": _("Everybody may enter that folder, but the file's own mode counts, too."),
-        "f": _("The r of a folder lists its names; it takes an x to get through it."),
+        "c": _("To open a file, you must be able to pass through its folder."),
+        "e": _("Everybody may pass through that folder, but the file's own mode counts too."),
+        "f": _("A folder's r only lets you list its names; you need x to pass through it."),
     }
 
 
@@ -325,7 +334,7 @@ def _masked() -> Numbers:
     possible = {(shares[0] - mask) % modulus for mask in range(modulus)}
     return (sum(shares) % modulus, len(possible)), [
         ((134, 100), _("Numbers wrap around at 100.")),
-        ((34, 1), _("The server sees 37, but a number plus a mask that may be anything.")),
-        ((34, 37), _("A mask may be larger than what is left: numbers wrap around.")),
+        ((34, 1), _("The server sees 37, but that is a number plus a mask, which can be anything.")),
+        ((34, 37), _("A mask can be larger than the share: numbers wrap around.")),
         ((34, 3), _("Each rank's mask may be any of the numbers, whoever else takes part.")),
     ]

@@ -16,16 +16,23 @@ def _gang(largest_gang: object) -> Result:
     machines = list(_machines())
     answers = [_ranks(call(largest_gang, *one)) for one in machines]
     if answers == [_largest(*one) for one in machines]:
-        return passed(_("One rank more fits on none of these machines, and one fewer leaves a part of each idle."))
+        return passed(
+            _("One rank more wouldn't fit on any of these machines, and one fewer would leave part of each idle.")
+        )
     if len(set(answers)) == 1:
-        return failed(_("One answer, whatever machine your function is asked about: use its arguments."))
+        return failed(_("Your function gives the same answer for every machine: use its arguments."))
     for message, misconceived in _misconceptions(machines).items():
         if answers == misconceived:
             return failed(message)
     for one, answer in zip(machines, answers, strict=True):
         values = {"answer": answer, "cpus": one[0], "gib": one[1] / 2**30}
         if answer < _largest(*one):
-            return failed(_("{cpus} CPUs and {gib:.1f} GiB: {answer} isn't the largest; a part stays idle.", **values))
+            return failed(
+                _(
+                    "{cpus} CPUs and {gib:.1f} GiB: {answer} isn't the largest; part of the machine stays idle.",
+                    **values,
+                )
+            )
         if answer > _largest(*one):
             return failed(
                 _(
@@ -40,7 +47,9 @@ def _machines() -> Iterator[tuple[int, int]]:
     """CPUs and bytes: few CPUs, little memory (twice), room for one rank, room for none."""
     hidden = dice("start.gang")
     for cpus, ranks in ((4, 30), (48, 9), (16, 5), (8, 1), (2, 0)):
-        beyond = hidden.uniform(0.82, 0.95)  # so much of a rank that it is one if rounded, or without the base
+        beyond = hidden.uniform(
+            0.82, 0.95
+        )  # the part of a rank that makes it a whole one if rounded, or without the base
         yield cpus + hidden.randint(0, 2), machine.BASE_MEMORY + int((ranks + beyond) * machine.RANK_MEMORY)
 
 
@@ -58,16 +67,18 @@ def _misconceptions(machines: list[tuple[int, int]]) -> dict[str, list[int]]:
     cpus = [cpus for cpus, _memory in machines]
     both = list(zip(cpus, by_memory, strict=True))
     return {
-        _("The CPUs would do, but not the memory: each rank needs its own share of it."): cpus,
-        _("The memory would do, but some ranks have no CPU for themselves."): [int(ranks) for ranks in by_memory],
+        _("There are enough CPUs but not enough memory: each rank needs its own share of it."): cpus,
+        _("There is enough memory, but some ranks have no CPU of their own."): [int(ranks) for ranks in by_memory],
         _("Both limits hold at once, and you took the looser one."): [max(cpus, int(ranks)) for cpus, ranks in both],
-        _("The notebook and the scheduler need memory, too, before the first rank does."): [
+        _("The notebook and the scheduler need memory too, even before the first rank."): [
             min(cpus, memory // machine.RANK_MEMORY) for cpus, memory in machines
         ],
-        _("Rounded up: the last rank has only a part of its memory."): [
+        _("Rounded up: the last rank has only part of the memory that it needs."): [
             min(cpus, -int(-ranks // 1)) for cpus, ranks in both
         ],
-        _("One rank, where there isn't memory for even one."): [max(1, min(cpus, int(ranks))) for cpus, ranks in both],
+        _("You answered one rank where there isn't memory for even one."): [
+            max(1, min(cpus, int(ranks))) for cpus, ranks in both
+        ],
     }
 
 
@@ -77,7 +88,7 @@ def _ranks(returned: Any) -> int:
             raise TypeError
         return index(returned)
     except TypeError:
-        reject(_("The function returns a whole number of ranks (an int), not {returned!r}.", returned=returned))
+        reject(_("The function must return a whole number of ranks (an int), not {returned!r}.", returned=returned))
 
 
 @statements("start.quiz_race")
@@ -94,10 +105,10 @@ def _race() -> Truths:
         "f": False,
     }
     return truths, {
-        "c": _("Compare with one process that may use the same CPUs, not with one that uses a single one."),
+        "c": _("Compare with one process that may use the same CPUs, not with one that uses a single CPU."),
         "d": _("Efficiency is the speed-up over 1 rank, divided by the CPUs in use."),
         "e": _("The table ends at 4 CPUs; what lies beyond was neither measured nor explained by a cause."),
-        "f": _("One race is one measurement: nothing says how much it would differ from the next."),
+        "f": _("One race is one measurement: nothing shows how different the next one would be."),
     }
 
 
@@ -109,6 +120,6 @@ def _allreduce() -> Numbers:
     return (held[0],), [
         ((10.0,), _("There are two calls, and the second one adds up what the first one left.")),
         ((20.0,), _("Four ranks take part in the second call, not two.")),
-        ((100.0,), _("A sum of four equal numbers is no square.")),
-        ((2.5,), _("all_reduce adds; to average, one divides by the number of ranks.")),
+        ((100.0,), _("Adding four equal numbers isn't squaring one of them.")),
+        ((2.5,), _("all_reduce adds; to average, divide by the number of ranks.")),
     ]

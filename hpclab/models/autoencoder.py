@@ -59,8 +59,6 @@ class Autoencoder(nn.Module):
         shrink, grow = first * (9 + 9 * second), first * (16 + 16 * second)  # weights of the convolutions
         parameters = shrink + grow + 2 * first + second + 1 + 2 * code * flat + code + flat
         flops = 2 * (9 * first * 196 + 9 * first * second * 49 + 2 * code * flat)
-        flops += 2 * (
-            16 * first * second * 49 + 16 * first * 196
-        )  # by input's pixels
+        flops += 2 * (16 * first * second * 49 + 16 * first * 196)  # by input's pixels
         kept = SIDE**2 + 2 * (first * 196 + flat) + code
         return Counts(parameters, samples * flops, samples * kept * self.encoder[0].weight.element_size())

@@ -1,4 +1,4 @@
-"""What a forward pass costs, by torch's own counters: parameters, operations, and what it keeps for the backward pass."""
+"""What a forward pass costs, by torch's own counters."""
 
 from __future__ import annotations
 

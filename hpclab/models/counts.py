@@ -25,6 +25,11 @@ class Counts:
     """What is kept for the backward pass, without parameters and buffers; a loss keeps some more."""
 
 
+def word(model: nn.Module) -> int:
+    """Bytes of a number in a model."""
+    return next(model.parameters()).element_size()
+
+
 def measure(model: nn.Module, *inputs: Tensor) -> Counts:
     """Run a model's forward pass, in the mode that it is in (train or eval), and let torch count.
 

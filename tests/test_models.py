@@ -117,6 +117,22 @@ def test_the_denoiser_adds_noise_only_in_training():
     assert torch.equal(model(IMAGES), model(IMAGES))
 
 
+def test_the_anomaly_score_is_as_it_is_defined():
+    """Each image alone, from the definition, in plain numpy."""
+    model = models.Autoencoder(code=3, channels=(2, 4)).double()
+    known, images = torch.rand(40, 1, 28, 28, dtype=torch.float64), IMAGES.double()
+    code, other = (model.encoder(part).detach().numpy() for part in (known, images))
+    error, wrong = (
+        ((model(part) - part) ** 2).detach().numpy().reshape(len(part), -1).mean(1) for part in (known, images)
+    )
+    expected = []
+    for number in range(len(images)):
+        distances = np.sqrt((((other[number] - code) / code.std(0, ddof=1)) ** 2).sum(1))
+        nearest = np.argsort(distances)[:4]
+        expected.append(distances[nearest].mean() * np.sqrt(wrong[number] / error[nearest].mean()))
+    np.testing.assert_allclose(model.anomaly(known, images, neighbours=4), expected, rtol=1e-8)
+
+
 def test_a_flipping_resnet_mirrors_some_images_and_only_in_training():
     model = models.ResNet(flip=1, norm=lambda maps: nn.Identity())
     plain = models.ResNet(norm=lambda maps: nn.Identity())
@@ -170,7 +186,7 @@ def test_synchronized_batch_norm_reads_the_plain_ones_weights():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: models.RNN(cell="tanh"), r"cell \(='tanh'\) must be one of 'LSTM', 'GRU'"),
+        (lambda: models.RNN(cell="tanh"), r"cell \(='tanh'\) must be one of 'GRU', 'LSTM'"),
         (
             lambda: models.RNN()(torch.rand(3, 5, 12), torch.tensor([5, 0, 3])),
             r"lengths\[1\] is 0; each sequence needs a frame",

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from hpclab.models.counts import Counts, word
 
 SIDE = 28
+PART = 500
+"""Images that are scored at once."""
 
 
 class Autoencoder(nn.Module):
@@ -51,6 +53,42 @@ class Autoencoder(nn.Module):
         if self.training and self.noise:
             images = images + self.noise * torch.randn_like(images)
         return self.decoder(self.encoder(images))
+
+    @torch.no_grad()
+    def anomaly(self, known: Tensor, images: Tensor, neighbours: int = 5) -> Tensor:
+        """How unlike the known images each image is: the higher, the more so.
+
+        A plain reconstruction error mostly says which images have many details. So this score multiplies two figures
+        that compare an image with those known ones whose codes are the nearest: the mean distance of the codes
+        (Ramaswamy, Rastogi, Shim 2000), each number of the code divided by its deviation; and the square root of the
+        image's mean squared error over theirs.
+
+        Parameters
+        ----------
+        known : Tensor, shape (N, 1, 28, 28)
+            Images that it was trained on, as many as can be held.
+        images : Tensor, shape (M, 1, 28, 28)
+        neighbours : int, default 5
+
+        Returns
+        -------
+        Tensor, shape (M,)
+            At least 0, without a unit.
+        """
+        (codes, errors), (others, wrong) = (self._codes_and_errors(part) for part in (known, images))
+        scale = codes.std(0)
+        nearest = [
+            torch.cdist(some, codes / scale).topk(neighbours, largest=False) for some in (others / scale).split(PART)
+        ]
+        distance = torch.cat([found.values.mean(1) for found in nearest])
+        usual = torch.cat([errors[found.indices].mean(1) for found in nearest])
+        return distance * (wrong / usual).sqrt()
+
+    def _codes_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, shape (N, code), and mean squared errors, shape (N,)."""
+        codes = torch.cat([self.encoder(part) for part in images.split(PART)])
+        rebuilt = torch.cat([self.decoder(part) for part in codes.split(PART)])
+        return codes, (rebuilt - images).square().mean((1, 2, 3))
 
     def counts(self, samples: int = 1) -> Counts:
         """Parameters, operations and kept bytes of a forward pass over so many images, by formula."""

@@ -1,0 +1,102 @@
+"""A convolutional autoencoder: images that it rebuilds badly are unlike those that it has seen."""
+
+import torch
+from torch import Tensor, nn
+
+from hpclab.models.counts import Counts, word
+
+SIDE = 28
+PART = 500
+"""Images that are scored at once."""
+
+
+class Autoencoder(nn.Module):
+    """Squeezes 28x28 grey images through a code of a few numbers, and rebuilds them from it.
+
+    Parameters
+    ----------
+    code : int, default 16
+        Numbers in an image's code.
+    channels : (int, int), default (16, 32)
+        Feature maps at 14x14 and at 7x7.
+    noise : float, default 0
+        Standard deviation of what is added to the pixels in training only: then it learns to remove noise (Vincent et
+        al. 2010, Stacked Denoising Autoencoders). Each rank draws its own.
+    """
+
+    objective = "rebuild"
+    """What `train` has it learn: its inputs, not the labels."""
+
+    def __init__(self, code: int = 16, channels: tuple[int, int] = (16, 32), noise: float = 0.0):
+        super().__init__()
+        first, second = channels
+        self.code, self.channels, self.noise = code, channels, noise
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, first, kernel_size=3, stride=2, padding=1),  # (B, first, 14, 14)
+            nn.ReLU(),
+            nn.Conv2d(first, second, kernel_size=3, stride=2, padding=1),  # (B, second, 7, 7)
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(second * 49, code),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(code, second * 49),
+            nn.ReLU(),
+            nn.Unflatten(1, (second, 7, 7)),
+            nn.ConvTranspose2d(second, first, kernel_size=4, stride=2, padding=1),  # (B, first, 14, 14)
+            nn.ReLU(),
+            nn.ConvTranspose2d(first, 1, kernel_size=4, stride=2, padding=1),  # (B, 1, 28, 28)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The images rebuilt, for images in [0, 1], both of shape (B, 1, 28, 28)."""
+        if self.training and self.noise:
+            images = images + self.noise * torch.randn_like(images)
+        return self.decoder(self.encoder(images))
+
+    @torch.no_grad()
+    def anomaly(self, known: Tensor, images: Tensor, neighbours: int = 5) -> Tensor:
+        """How unlike the known images each image is: the higher, the more so.
+
+        A plain reconstruction error mostly says which images have many details. So this score multiplies two figures
+        that compare an image with those known ones whose codes are the nearest: the mean distance of the codes
+        (Ramaswamy, Rastogi, Shim 2000), each number of the code divided by its deviation; and the square root of the
+        image's mean squared error over theirs.
+
+        Parameters
+        ----------
+        known : Tensor, shape (N, 1, 28, 28)
+            Images that it was trained on, as many as can be held.
+        images : Tensor, shape (M, 1, 28, 28)
+        neighbours : int, default 5
+
+        Returns
+        -------
+        Tensor, shape (M,)
+            At least 0, without a unit.
+        """
+        (codes, errors), (others, wrong) = (self._codes_and_errors(part) for part in (known, images))
+        scale = codes.std(0)
+        nearest = [
+            torch.cdist(some, codes / scale).topk(neighbours, largest=False) for some in (others / scale).split(PART)
+        ]
+        distance = torch.cat([found.values.mean(1) for found in nearest])
+        usual = torch.cat([errors[found.indices].mean(1) for found in nearest])
+        return distance * (wrong / usual).sqrt()
+
+    def _codes_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, shape (N, code), and mean squared errors, shape (N,)."""
+        codes = torch.cat([self.encoder(part) for part in images.split(PART)])
+        rebuilt = torch.cat([self.decoder(part) for part in codes.split(PART)])
+        return codes, (rebuilt - images).square().mean((1, 2, 3))
+
+    def counts(self, samples: int = 1) -> Counts:
+        """Parameters, operations and kept bytes of a forward pass over so many images, by formula."""
+        code, (first, second) = self.code, self.channels
+        flat = second * 49
+        shrink, grow = first * (9 + 9 * second), first * (16 + 16 * second)  # weights of the convolutions
+        parameters = shrink + grow + 2 * first + second + 1 + 2 * code * flat + code + flat
+        flops = 2 * (9 * first * 196 + 9 * first * second * 49 + 2 * code * flat)
+        flops += 2 * (16 * first * second * 49 + 16 * first * 196)  # by input's pixels
+        kept = SIDE**2 + 2 * (first * 196 + flat) + code
+        return Counts(parameters, samples * flops, samples * kept * word(self))

@@ -1,0 +1,34 @@
+"""Rank's side of DDP and gradient accumulation: a replica of the model on every rank."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpclab.training.strategies.engine import Engine
+
+
+class Replicated(Engine):
+    """DistributedDataParallel, which averages the gradients over the ranks as they become ready."""
+
+    model: DistributedDataParallel
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Let DDP watch the gradients."""
+        return DistributedDataParallel(self.cast(module))
+
+
+class Accumulating(Replicated):
+    """As above, for several micro-batches at once: only the last one's backward pass sends anything."""
+
+    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Add up the gradients of the micro-batches, which are equally large."""
+        parts, losses = self.strategy.parts(), []
+        pairs = zip(inputs.chunk(parts), labels.chunk(parts), strict=True)
+        for number, (some, theirs) in enumerate(pairs, start=1):
+            with self.model.no_sync() if number < parts else nullcontext():
+                loss = self.loss(self.model(some), theirs)
+                (loss * (self.weight / parts)).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()

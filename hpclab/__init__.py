@@ -112,7 +112,8 @@ MOVED_NAMES = {"hpclab.plots": dict.fromkeys(("grain", "recovery", "roofline", "
 """Where names are that stay to be had from the module that they were in at 0.1.0."""
 IN_RANKS = (
     *(f"{__name__}.gangs.{name}" for name in ("buckets", "rank", "rank_cells", "rank_magics", "store")),
-    *(f"{__name__}.{name}" for name in ("models", "training.entry", "training.loop")),
+    *(f"{__name__}.models.{name}" for name in ("autoencoder", "cnn", "gpt", "resnet", "rnn")),
+    *(f"{__name__}.{name}" for name in ("training.entry", "training.loop")),
 )
 """Modules of ours that ranks import; a zygote does so once, before it forks them."""
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605

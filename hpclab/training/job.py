@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Model: TypeAlias = "nn.Module | Callable[[], nn.Module] | str"
-MODELS = ("CNN",)
+MODELS = ("CNN", "ResNet", "RNN", "Autoencoder", "GPT")
 """Names of the models in `hpclab.models`."""
 
 

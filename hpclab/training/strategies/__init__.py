@@ -6,5 +6,5 @@ side, on torch's own implementations; `wire` tells the bytes that each strategy 
 
 from hpclab import later
 
-_KINDS = ("DDP", "Accumulate", "Compress", "LocalSGD", "DiLoCo", "Zero", "Tensor", "Pipeline", "Strategy", "NAMES", "named")
-__getattr__ = later(__name__, {name: "training.strategies.kinds" for name in _KINDS})
+_KINDS = ("DDP", "Accumulate", "Compress", "LocalSGD", "DiLoCo", "Zero", "Tensor", "Pipeline", "Strategy", "named")
+__getattr__ = later(__name__, dict.fromkeys(_KINDS, "training.strategies.kinds"))

@@ -130,7 +130,9 @@ class Engine:
         self.check_kind(state)
         own, ranks = state.get("own", []), dist.get_world_size()
         if own and len(own) != ranks:
-            raise ValueError(f"this checkpoint holds what belongs to each of {len(own)} ranks, not {ranks}; use as many.")
+            raise ValueError(
+                f"this checkpoint holds what belongs to each of {len(own)} ranks; ranks (={ranks}) differ."
+            )
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if own:
@@ -155,7 +157,7 @@ class Engine:
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """Parts of a model that are computed again, or kept in shards, one at a time: its `blocks`, or else its children."""
+    """Parts of a model that are computed again, or kept in shards, one at a time: `blocks`, or else its children."""
     parts = getattr(module, "blocks", None) or module.children()
     return [part for part in parts if any(True for _ in part.parameters())]
 
@@ -174,4 +176,3 @@ def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, value, group)
     return every
-

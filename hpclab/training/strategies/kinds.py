@@ -37,7 +37,7 @@ class Strategy:
     """What all strategies have: two switches that change how each rank computes, not what it sends."""
 
     recompute: bool = False
-    """Keep only the inputs of each block, and compute the rest again in the backward pass (activation checkpointing)."""
+    """Keep only the inputs of each block; the backward pass computes the rest again (activation checkpointing)."""
     autocast: bool = False
     """Multiply matrices in bfloat16; weights and gradients stay as they are."""
 

@@ -75,15 +75,15 @@ class Pipelined(Engine):
     def load(self, state: dict[str, Any]) -> None:
         """Take what belongs to this rank's stages."""
         self.check_kind(state)
-        moments, groups = state["optimizer"]["state"], self.optimizer.state_dict()["param_groups"]
+        names = {id(value): name for name, value in self.names.items()}
+        mine = [state["optimizer"]["state"][names[id(weight)]] for weight in self.module.parameters()]
+        pairs = zip(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+        groups = [{**saved, "params": now["params"]} for saved, now in pairs]
+        kept = {number: moments for number, moments in enumerate(mine) if moments}
+        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
         with torch.no_grad():
             for name, value in self.names.items():
                 value.copy_(state["model"][name])
-        weights = {id(value): name for name, value in self.names.items()}
-        ordered = [moments[weights[id(weight)]] for weight in self.module.parameters()]
-        saved = [new | {**old, "params": new["params"]} for old, new in zip(state["optimizer"]["param_groups"], groups)]
-        kept = {number: moment for number, moment in enumerate(ordered) if moment}
-        self.optimizer.load_state_dict({"state": kept, "param_groups": saved})
 
 
 def _copies(stages: list[nn.Module], size: int, ranks: int) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:

@@ -47,8 +47,9 @@ class Split(Sharded):
 
     def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Also add up what each rank knows of the norms' gradients, and average over the replicas."""
-        if self.by_sequence and inputs.shape[1] % self.parts.size():
-            raise ValueError(f"ranks (={self.parts.size()}) of a replica can't share {inputs.shape[1]} positions evenly.")
+        positions, size = inputs.shape[1], self.parts.size()
+        if self.by_sequence and positions % size:
+            raise ValueError(f"ranks (={size}) of a replica can't share {positions} positions evenly.")
         loss = super().backward(inputs, labels)
         gradients = []
         for weight in self.module.parameters():
@@ -60,12 +61,8 @@ class Split(Sharded):
         return loss
 
 
-_HAND_OUT = PrepareModuleInput(
-    input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True
-)
-_COLLECT = PrepareModuleOutput(
-    output_layouts=Shard(1), desired_output_layouts=Replicate(), use_local_output=True
-)
+_HAND_OUT = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)
+_COLLECT = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate(), use_local_output=True)
 
 
 def _plan(module: Any, by_sequence: bool) -> dict[str, ParallelStyle]:

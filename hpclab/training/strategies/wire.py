@@ -97,17 +97,19 @@ def wire(strategy: Strategy, ranks: int, sizes: Sizes) -> dict[str, float]:
     -----
     With n bytes of gradients on p ranks:
 
-    ========================= ================== ==================
-    strategy                  gloo               NCCL
-    ========================= ================== ==================
-    ddp, accumulate           2 n (p-1)/p        the same
-    bf16, fp16 of float32     n (p-1)/p          the same
-    topk of density d         d n (1 + 4/w) (p-1) the same, w bytes a number
-    local-sgd, diloco         2 n (p-1)/p / H    the same
-    zero1                     3 n (p-1)/p        the same
-    zero2                     3 n (p-1)/p        2 n (p-1)/p
-    zero3                     4 n (p-1)/p        3 n (p-1)/p
-    ========================= ================== ==================
+    ================== =================== =====================================
+    strategy           gloo                NCCL
+    ================== =================== =====================================
+    ddp, accumulate    2 n (p-1)/p         the same
+    bf16, fp16         n (p-1)/p           the same, if weights have 4 bytes
+    topk               d n (1 + 4/w) (p-1) the same, for density d and w bytes
+    local-sgd, diloco  2 n (p-1)/p / H     the same, if ranks meet every H steps
+    zero1              3 n (p-1)/p         the same
+    zero2              3 n (p-1)/p         2 n (p-1)/p
+    zero3              4 n (p-1)/p         3 n (p-1)/p
+    ================== =================== =====================================
+
+    For the others see `messages`.
     """
     sent = messages(strategy, ranks, sizes)
     return {library: sum(message.sent(library) for message in sent) for library in ("gloo", "nccl")}
@@ -124,7 +126,8 @@ def messages(strategy: Strategy, ranks: int, sizes: Sizes) -> list[Message]:
     replicas, stream = ranks // group, sizes.stream * sizes.word * group / ranks
     match strategy:
         case Compress(method="powersgd"):
-            return [Message("all-reduce", ranks, sizes.word * sum(_low_rank(shape, strategy.rank) for shape in sizes.shapes))]
+            thin = sum(_low_rank(shape, strategy.rank) for shape in sizes.shapes)
+            return [Message("all-reduce", ranks, thin * sizes.word)]
         case Compress(method="topk"):
             return [Message("all-gather", ranks, ranks * strategy.density * sizes.weights * (sizes.word + 4))]
         case Compress():

@@ -141,7 +141,7 @@ def test_in_single_precision_only_rounding_differs(client, record_property):
 
 
 def test_inexact_strategies_learn_nearly_as_well(client, record_property):
-    """The text has 1 bit a symbol, so no loss stays below log 2 = 0.693."""
+    """The text has 1 bit a symbol, so no loss stays below log 2 = 0.693; in 96 steps AdamW comes near."""
     strategies = [NAMES["ddp"], *(NAMES[name] for name in INEXACT), dataclasses.replace(NAMES["ddp"], autocast=True)]
     cases = [(one, small, texts, "AdamW") for one in strategies]
     run = hpclab.launch(client, follow, cases, 96, ranks=4, oversubscribe=True)
@@ -150,7 +150,7 @@ def test_inexact_strategies_learn_nearly_as_well(client, record_property):
     record_property("measured", ", ".join(f"{name} {end:.3f}" for name, end in zip(names, ends, strict=True)))
     assert 0.69 < ends[0] < 0.9
     for name, end in zip(names, ends, strict=True):
-        assert end < {"diloco": 1.6, "local-sgd": 1.1, "topk": 1.2}.get(name, ends[0] + 0.05), name
+        assert end - ends[0] < {"topk": 0.3, "powersgd": 0.1, "local-sgd": 0.1, "diloco": 0.1}.get(name, 0.02), name
 
 
 def small():

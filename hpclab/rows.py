@@ -10,7 +10,7 @@ run         the first of a run: ``run``, ``started``, ``ranks``, ``threads``, an
 step        one of a rank: ``step``, ``loss``, ``samples``, ``step_s``, and of it ``data_s`` (waiting for data),
             ``compute_s`` (the CPU time of the rank's main thread), ``wait_s`` (the rest: talking to other ranks,
             waiting for them or for a CPU); ``cpu_s`` is the CPU time of the whole rank
-epoch       one of a gang: ``epoch``, ``test_loss``, ``test_accuracy``, ``samples``
+epoch       one of a gang: ``epoch``, ``test_loss``, ``test_accuracy`` or ``test_bits`` (a character), ``samples``
 checkpoint  one that rank 0 wrote: ``step``, ``save_s``, ``nbytes``
 resume      where an attempt began, if not at the start: ``step``, ``checkpoint``
 restart     one of a new attempt: ``attempt``, ``ranks``, ``cause``, ``failed_s`` and ``time_s`` (since the launch), and

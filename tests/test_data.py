@@ -197,7 +197,9 @@ def test_existing_folder_wins_over_the_name(folder, monkeypatch):
 
 @pytest.mark.parametrize("source", ["nowhere", "data/nowhere", "elsewhere/fashion_mnist", "/no/data/fashion_mnist"])
 def test_missing_data_set_lists_what_there_is(source):
-    with pytest.raises(FileNotFoundError, match=rf"source \(='{source}'\).* fashion_mnist\..*hpclab data fetch"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"source \(='{source}'\).* fashion_mnist, .* kjv\..*hpclab data fetch"
+    ):
         data.load(source)
 
 
@@ -294,6 +296,176 @@ def test_wrong_array_in_a_shard(folder, kind, array, message):
     np.save(folder / f"train-1-{kind}.npy", array)
     with pytest.raises(ValueError, match=message):
         data.load(folder)
+
+
+# --- series and texts ---
+
+RAGGED = [np.arange(12.0).reshape(4, 3), np.full((1, 3), 7.0), np.ones((2, 3)), np.arange(9).reshape(3, 3) - 5]
+
+
+@pytest.fixture
+def ragged(tmp_path, monkeypatch):
+    """Two shards of 3 series and 1."""
+    monkeypatch.setattr("hpclab.data.shards.SHARD", 3)
+    return data.write(tmp_path / "ragged", {"train": (RAGGED, [1, 0, 2, 1])}, classes="abc", kind="series")
+
+
+@pytest.mark.parametrize("number", [0, 1, -1, np.int64(2)])
+def test_a_series_is_the_one_that_was_written(ragged, number):
+    frames, label = data.load(ragged)[number]
+    assert frames.dtype == np.float32 and label == [1, 0, 2, 1][number]
+    np.testing.assert_array_equal(frames, RAGGED[number])
+
+
+@pytest.mark.parametrize("index", [[3, 0, 1], slice(1, 3), np.array([True, False, True, True]), [1], []])
+def test_a_batch_of_series_is_padded_to_its_longest(ragged, index):
+    (frames, lengths), labels = data.load(ragged)[index]
+    chosen = np.arange(4)[index]
+    assert frames.dtype == np.float32 and lengths.dtype == labels.dtype == np.int64
+    assert frames.shape == (len(chosen), max((len(RAGGED[number]) for number in chosen), default=0), 3)
+    for number, padded, length in zip(chosen, frames, lengths, strict=True):
+        np.testing.assert_array_equal(padded[:length], RAGGED[number])
+        assert not padded[length:].any()
+    assert labels.tolist() == [[1, 0, 2, 1][number] for number in chosen]
+
+
+def test_a_loader_gives_tensors_of_series(ragged):
+    loader = torch.utils.data.DataLoader(data.load(ragged), batch_size=None, sampler=[[0, 1], [2, 3]])
+    shapes = [(tuple(frames.shape), lengths.tolist(), labels.tolist()) for (frames, lengths), labels in loader]
+    assert shapes == [((2, 4, 3), [4, 1], [1, 0]), ((2, 3, 3), [2, 3], [2, 1])]
+
+
+def test_the_bundled_series_are_the_publishers():
+    """By the counts in UCI's description: utterances of each speaker, and 7 to 29 frames of 12 numbers."""
+    per_speaker = {"train": [30] * 9, "test": [31, 35, 88, 44, 29, 24, 40, 50, 29]}
+    for split, counts in per_speaker.items():
+        series = data.load("japanese_vowels", split)
+        assert np.bincount(series.labels).tolist() == counts
+        assert (series.lengths.min(), series.lengths.max(), series.channels) == (7, 29 if split == "test" else 26, 12)
+    first, _ = data.load("japanese_vowels")[0]
+    assert first.shape == (20, 12)
+    np.testing.assert_array_equal(first[:2, 0], np.float32([1.860936, 1.891651]))
+
+
+PLAIN = "to be, or not to be\n"
+
+
+def test_windows_of_a_text_follow_each_other(tmp_path):
+    text = data.load(data.write(tmp_path / "plain", {"train": PLAIN}, kind="text", window=6))
+    assert text.classes == sorted(set(PLAIN)) and len(text) == (len(PLAIN) - 1) // 6 == 3
+    tokens, following = text[:]
+    assert tokens.shape == following.shape == (3, 6) and tokens.dtype == np.int64
+    assert text.decode(tokens.ravel()) == PLAIN[:18] and text.decode(following.ravel()) == PLAIN[1:19]
+    for number in (1, -2):
+        assert text.decode(text[number][0]) == PLAIN[6:12]
+    assert text.decode(text.encode("not to\n")) == "not to\n"
+    with pytest.raises(ValueError, match=r"text\[4\] \(='X'\) is none of the 9 characters of plain: "):
+        text.encode("not X")
+
+
+def test_a_text_may_be_any_that_unicode_has(tmp_path):
+    written = "深度学习 🙂 ümlaut\r\n" * 3
+    folder = data.write(tmp_path / "any", {"train": written, "test": written}, kind="text", window=5)
+    text = data.load(folder, "test")
+    assert text.decode(text.tokens) == written
+
+
+def test_the_bundled_text_is_the_whole_bible():
+    script = (data.share() / "data" / "make_kjv.py").read_text()
+    train, test = data.load("kjv"), data.load("kjv", "test")
+    text = train.decode(train.tokens) + test.decode(test.tokens)
+    assert len(text) == 4_137_850 and len(train.tokens) == len(text) * 9 // 10 and len(train.classes) == 63
+    assert len(text.splitlines()) == 31_102, "verses"
+    assert text.startswith("In the beginning God created the heaven and the earth.\n")
+    assert hashlib.sha256(text.encode()).hexdigest() in script
+
+
+def test_the_bundled_text_is_remade(tmp_path):
+    require(shutil.which("bible"), "Debian's bible-kjv")
+    script = (data.share() / "data" / "make_kjv.py").read_text()
+    assert start(script, str(tmp_path / "again")).communicate(timeout=60) == ("", "")
+    for split in ("train", "test"):
+        assert np.array_equal(data.load(tmp_path / "again", split).tokens, data.load("kjv", split).tokens)
+
+
+@pytest.mark.parametrize("name", ["japanese_vowels", "kjv"])
+def test_other_bundled_sets_are_whole_and_small(name):
+    folder = data.verify(name)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    sums = json.loads((folder / "dataset.json").read_text())["sha256"]
+    assert all(f"{digest}  {file}" in readme for file, digest in sums.items())
+
+
+@pytest.mark.parametrize("name", ["japanese_vowels", "kjv"])
+def test_series_and_texts_open_in_another_process(name):
+    opened = data.load(name, "test")
+    assert len(pickle.dumps(opened)) < 1_000 and repr(pickle.loads(pickle.dumps(opened))) == repr(opened)
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits", "says"),
+    [
+        ("video", {"train": ""}, r"kind \(='video'\) must be one of 'images', 'series', 'text'"),
+        ("series", {"train": ([], [])}, "split 'train' holds no series"),
+        ("series", {"train": ([*RAGGED, np.ones((0, 3))], [0] * 5)}, r"series 4 of split 'train' is empty: \(0, 3\)"),
+        ("series", {"train": ([np.ones(3)], [0])}, r"series 0 of split 'train': float64 \(3,\); needed: numbers \(T"),
+        ("series", {"train": ([np.full((2, 2), np.nan)], [0])}, "series 0 of split 'train' holds a number that is not"),
+        ("series", {"train": ([*RAGGED, np.ones((1, 4))], [0] * 5)}, "frames of split 'train' have different sizes"),
+        ("series", {"train": (RAGGED, [0, 1])}, "4 series and 2 labels; needed: a label for each"),
+        ("series", {"train": (RAGGED, [0, 1, 2, 3])}, "labels go from 0 to 3; needed: 0 to 1"),
+        ("text", {"train": b"aabb"}, "split 'train' is bytes; needed: a str"),
+        ("text", {"train": "aabb"}, r"split 'train' of 4 characters fills no window \(=4\) and one more"),
+        ("text", {"train": "aabbXab"}, r"text\[4\] \(='X'\) is none of the 2 characters of split 'train': 'ab'"),
+    ],
+)
+def test_series_and_texts_that_are_no_data_set_write_nothing(tmp_path, kind, splits, says):
+    with pytest.raises(ValueError, match=says):
+        data.write(tmp_path / "none", splits, classes="ab", kind=kind, window=4)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("damage", [cut, empty, other, Path.unlink])
+@pytest.mark.parametrize("file", ["train-0.txt.xz", "train-1-frames.npy", "train-1-lengths.npy"])
+def test_a_damaged_series_or_text_is_named(ragged, damage, file, tmp_path):
+    folder = data.write(tmp_path / "t", {"train": PLAIN * 99}, kind="text") if "txt" in file else ragged
+    damage(folder / file)
+    for check in (data.load, data.verify):
+        with pytest.raises((ValueError, FileNotFoundError), match=file):
+            check(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "array", "message"),
+    [
+        ("frames", np.zeros((3, 3)), "frames.npy in .*: float64"),
+        ("frames", np.zeros((2, 3), np.float32), "2 frames, where the lengths add up to 3"),
+        ("frames", np.zeros((3, 4), np.float32), "frames of different sizes"),
+        ("lengths", np.array([3.0]), "lengths.npy in .*: float64"),
+        ("lengths", np.array([3, 0]), "lengths.npy in .*: series 1 has length 0; needed: 1 or more"),
+        ("labels", np.array([3]), "label 3 is outside the 3 classes"),
+    ],
+)
+def test_wrong_array_in_a_shard_of_series(ragged, part, array, message):
+    np.save(ragged / f"train-1-{part}.npy", array)
+    with pytest.raises(ValueError, match=message):
+        data.load(ragged)
+
+
+def test_dataset_json_of_another_kind(ragged):
+    with pytest.raises(ValueError, match=r"ragged holds series, not images; open it by hpclab\.data\.load"):
+        data.Images(ragged, "train")
+    text = (ragged / "dataset.json").read_text()
+    (ragged / "dataset.json").write_text(text.replace('"series"', '"video"'))
+    with pytest.raises(ValueError, match="says kind 'video'; this hpclab reads images, series, text"):
+        data.load(ragged)
+
+
+def test_a_data_set_from_before_there_were_kinds_holds_images(folder):
+    text = (folder / "dataset.json").read_text()
+    assert '"kind": "images"' in text
+    (folder / "dataset.json").write_text(text.replace('"kind": "images",', ""))
+    assert len(data.load(folder)) == 103
 
 
 # --- fetching ---

@@ -14,6 +14,7 @@ from torch import nn
 
 import hpclab
 from hpclab import checkpoint, data
+from hpclab.models.resnet import SyncBatchNorm
 from hpclab.training.job import MODELS
 
 STEPS = 60
@@ -126,7 +127,7 @@ def test_epochs_test_checkpoints_and_weights(client, tmp_path):
     assert newest.name == f"step-{2 * (10_000 // 128):08d}.pt"
     held = checkpoint.load(newest)
     assert held["step"] == held["state"]["step"] == 2 * (10_000 // 128)
-    assert held["state"]["accuracy"] == result.accuracy
+    assert held["state"]["scores"]["test_accuracy"] == result.accuracy
     assert [len(draws["torch"]) > 0 for draws in held["random"]] == [True, True]
     for name, value in result.weights.items():
         assert torch.equal(held["state"]["model"][name], value)
@@ -246,6 +247,81 @@ def test_progress_bar_reaches_its_end(client, capsys):
     assert "bar, 2 ranks: 100%" in capsys.readouterr().err
 
 
+class Doubled(nn.Module):
+    """A model by its name in double precision, and any floats that it is given."""
+
+    def __init__(self, name, **settings):
+        super().__init__()
+        self.inner = getattr(hpclab.models, name)(**settings).double()
+        self.objective = getattr(self.inner, "objective", None)
+        if self.objective is None:
+            del self.objective
+
+    def forward(self, *inputs):
+        return self.inner(*(part.double() if part.is_floating_point() else part for part in inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "settings"),
+    [
+        ("ResNet", "fashion_mnist", {"widths": (4, 8), "norm": SyncBatchNorm}),
+        ("RNN", "japanese_vowels", {"cell": "LSTM"}),
+        ("RNN", "japanese_vowels", {"cell": "GRU"}),
+        ("Autoencoder", "fashion_mnist", {"channels": (4, 8)}),
+        ("GPT", "kjv", {"layers": 2, "width": 32}),
+    ],
+)
+def test_two_ranks_are_one_for_each_model(client, name, source, settings):
+    """In double precision, losses and weights after 12 steps, to 1e-10."""
+    model = functools.partial(Doubled, name, **settings)
+    shared = {"steps": 12, "seed": 3, "lr": 0.1, "progress": False}
+    one, two = (
+        hpclab.train(client, model, source, ranks=ranks, batch_size=16 // ranks, **shared).result(120)
+        for ranks in (1, 2)
+    )
+    np.testing.assert_allclose(losses(two.rows), losses(one.rows), rtol=1e-10)
+    assert losses(one.rows)[-1] < losses(one.rows)[0], "it learns"
+    for part, value in one.weights.items():
+        torch.testing.assert_close(two.weights[part], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def verses(tmp_path_factory):
+    """A twentieth of the Bible."""
+    bible = data.load("kjv")
+    text = bible.decode(bible.tokens[:200_000])
+    return data.write(tmp_path_factory.mktemp("verses"), {"train": text[20_000:], "test": text[:20_000]}, kind="text")
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "settings", "figure", "at_least", "at_most"),
+    [
+        ("ResNet", "fashion_mnist", {"lr": 0.2}, "test_accuracy", 0.7, 1),
+        ("RNN", "japanese_vowels", {"lr": 0.5, "epochs": 20, "batch_size": 15}, "test_accuracy", 0.9, 1),
+        ("Autoencoder", "fashion_mnist", {"optimizer": adam}, "test_loss", 0, 0.06),
+        ("GPT", "verses", {"optimizer": adam, "batch_size": 2}, "test_bits", 0, 3.6),
+    ],
+)
+def test_each_model_learns_by_its_name(
+    client, verses, record_property, name, source, settings, figure, at_least, at_most
+):
+    """Stated scores of a short training; guesses that look at no input have 0.1, 0.24, 0.09 and 4.2."""
+    source = verses if source == "verses" else source
+    result = hpclab.train(client, name, source, ranks=2, progress=False, **settings).result(300)
+    record_property("measured", f"{name}: {result.scores}")
+    assert at_least <= result.scores[figure] <= at_most
+
+
+def test_a_text_with_more_characters_than_the_model_knows(client):
+    small = functools.partial(hpclab.models.GPT, vocabulary=50)
+    with pytest.raises(ValueError, match=r"vocabulary \(=50\) of the model is below the 63 characters of kjv; use"):
+        hpclab.train(client, small, "kjv", ranks=1, steps=1, progress=False).result(60)
+
+
 class NotAModel:
     pass
 
@@ -260,6 +336,11 @@ class NotAModel:
         ),
         ({"model": NotAModel}, TypeError, r"model \(=<class .*NotAModel.*must be a torch.nn.Module"),
         ({"model": lambda: 3}, TypeError, r"model \(=3\) must be a torch.nn.Module"),
+        (
+            {"model": "GPT"},
+            ValueError,
+            r"model \(='GPT'\) takes text, and fashion_mnist holds images; use 'CNN', 'ResNet', 'Autoencoder', or",
+        ),
         ({"ranks": 0}, ValueError, r"ranks \(=0\) must be a whole number >= 1"),
         ({"ranks": -1}, ValueError, r"ranks \(=-1\)"),
         ({"ranks": 2.5}, ValueError, r"ranks \(=2.5\)"),

@@ -29,7 +29,7 @@ RESERVED_KINDS = ("run", "restart", "attempt", "end")
 """Kinds of rows that a run itself writes."""
 NUMBERS = (
     *("step", "epoch", "loss", "samples", "step_s", "data_s", "compute_s", "wait_s", "cpu_s", "save_s"),
-    *("test_loss", "test_accuracy"),
+    *("test_loss", "test_accuracy", "test_bits"),
 )
 """What figures and tables compute with, if a row has it."""
 LONGEST_ROW = 1_000_000

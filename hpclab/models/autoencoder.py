@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hpclab.models.counts import Counts
+from hpclab.models.counts import Counts, word
 
 SIDE = 28
 
@@ -28,7 +28,7 @@ class Autoencoder(nn.Module):
     def __init__(self, code: int = 16, channels: tuple[int, int] = (16, 32), noise: float = 0.0):
         super().__init__()
         first, second = channels
-        self.noise = noise
+        self.code, self.channels, self.noise = code, channels, noise
         self.encoder = nn.Sequential(
             nn.Conv2d(1, first, kernel_size=3, stride=2, padding=1),  # (B, first, 14, 14)
             nn.ReLU(),
@@ -54,13 +54,11 @@ class Autoencoder(nn.Module):
 
     def counts(self, samples: int = 1) -> Counts:
         """Parameters, operations and kept bytes of a forward pass over so many images, by formula."""
-        code, flat = self.encoder[5].weight.shape
-        first, second = self.encoder[0].out_channels, self.encoder[2].out_channels
+        code, (first, second) = self.code, self.channels
+        flat = second * 49
         shrink, grow = first * (9 + 9 * second), first * (16 + 16 * second)  # weights of the convolutions
         parameters = shrink + grow + 2 * first + second + 1 + 2 * code * flat + code + flat
         flops = 2 * (9 * first * 196 + 9 * first * second * 49 + 2 * code * flat)
-        flops += 2 * (
-            16 * first * second * 49 + 16 * first * 196
-        )  # by input's pixels
+        flops += 2 * (16 * first * second * 49 + 16 * first * 196)  # by input's pixels
         kept = SIDE**2 + 2 * (first * 196 + flat) + code
-        return Counts(parameters, samples * flops, samples * kept * self.encoder[0].weight.element_size())
+        return Counts(parameters, samples * flops, samples * kept * word(self))

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from hpclab.models.counts import Counts
+from hpclab.models.counts import Counts, word
 
 SIDE = 28
 
@@ -44,11 +44,10 @@ class CNN(nn.Module):
     def counts(self, samples: int = 1) -> Counts:
         """Parameters, operations and kept bytes of a forward pass over so many images, by formula."""
         features, classes = self.classifier.in_features, self.classifier.out_features
-        word = self.classifier.weight.element_size()
-        parameters, flops, kept = features * classes + classes, 2 * features * classes, features * word
+        parameters, flops, kept = features * classes + classes, 2 * features * classes, features * word(self)
         for level, (before, after) in enumerate(pairwise((1, *self.channels))):
             area, pooled = (SIDE >> level) ** 2, (SIDE >> level + 1) ** 2
             parameters += 9 * before * after + after
             flops += 2 * 9 * before * after * area
-            kept += (before + after) * area * word + 8 * after * pooled  # inputs of both, and the maxima's places
+            kept += (before + after) * area * word(self) + 8 * after * pooled  # inputs of both, and the maxima's places
         return Counts(parameters, samples * flops, samples * kept)

@@ -1,4 +1,4 @@
-"""What a forward pass costs, by torch's own counters: parameters, operations, and what it keeps for the backward pass."""
+"""What a forward pass costs, by torch's own counters."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class Counts:
     many. Attention counts in full, though a causal kernel may skip half."""
     activation_bytes: int
     """What is kept for the backward pass, without parameters and buffers; a loss keeps some more."""
+
+
+def word(model: nn.Module) -> int:
+    """Bytes of a number in a model."""
+    return next(model.parameters()).element_size()
 
 
 def measure(model: nn.Module, *inputs: Tensor) -> Counts:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from hpclab.models.counts import Counts
+from hpclab.models.counts import Counts, word
 
 
 class GPT(nn.Module):
@@ -49,16 +49,16 @@ class GPT(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"width (={width}) must be a multiple of heads (={heads}).")
-        self.context, self.heads = context, heads
+        self.vocabulary, self.context, self.heads = vocabulary, context, heads
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.apply(_start)
-        for block in self.blocks:  # each adds to the same vector, whose size shall not grow with the layers
-            for last in (block.attention.proj, block.mlp.down):
-                nn.init.normal_(last.weight, std=0.02 / (2 * layers) ** 0.5)
+        for name, weight in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):  # they add to the stream: keep its size at any depth
+                nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5)
         if tied:
             self.head.weight = self.tokens.weight
 
@@ -81,14 +81,13 @@ class GPT(nn.Module):
         length : int, optional
             Default: the context.
         """
-        vocabulary, width = self.head.weight.shape
-        layers, heads, word = len(self.blocks), self.heads, self.head.weight.element_size()
-        length = length or self.context
+        vocabulary, width = self.vocabulary, self.head.in_features
+        layers, length = len(self.blocks), length or self.context
         rows = samples * length
         parameters = (vocabulary * (1 + (not self.tied)) + self.context) * width
         parameters += layers * (12 * width**2 + 2 * width) + width
         flops = rows * (24 * layers * width**2 + 4 * layers * length * width + 2 * vocabulary * width)
-        kept = rows * (layers * (16 * width + heads + 4) + 2 * width + 2) * word + 8 * (rows + length)
+        kept = rows * (layers * (16 * width + self.heads + 4) + 2 * width + 2) * word(self) + 8 * (rows + length)
         return Counts(parameters, flops, kept)
 
     def stages(self, count: int) -> list[nn.Module]:
@@ -152,7 +151,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads, self.size = heads, width // heads
+        self.size = width // heads
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width, bias=False) for _ in range(4))
 
     def forward(self, normed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpclab.models.counts import Counts
+from hpclab.models.counts import Counts, word
 
 SIDE = 28
 
@@ -76,8 +76,7 @@ class ResNet(nn.Module):
             flops += 2 * weights * side**2
             kept += (len(convs) + (1 if layer is self.stem else 2)) * maps * side**2
             statistics += 2 * maps * len(convs)
-        word = self.classifier.weight.element_size()
-        return Counts(parameters, samples * flops, (samples * kept + statistics) * word)
+        return Counts(parameters, samples * flops, (samples * kept + statistics) * word(self))
 
 
 class Block(nn.Module):
@@ -104,6 +103,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
     averages have the same names as `BatchNorm2d`'s. Two all-reduces of a number a feature map in the forward pass, and
     two in the backward pass: small messages, of which each costs its latency.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, maps: int):
         super().__init__(maps)
@@ -137,7 +141,7 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         return _Sum.forward(context, gradient)
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from hpclab.models.counts import Counts
+from hpclab.models.counts import Counts, word
 
 CELLS = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 
@@ -63,4 +63,4 @@ class RNN(nn.Module):
         parameters = gates * width * (channels + width + 2) + classes * (width + 1)
         flops = frames * 2 * gates * width * (channels + width) + samples * 2 * width * classes
         kept = frames * (channels + 7 * width) + states * ended * width + samples * width
-        return Counts(parameters, flops, kept * self.classifier.weight.element_size() + 8 * samples)
+        return Counts(parameters, flops, kept * word(self) + 8 * samples)

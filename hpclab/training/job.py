@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Model: TypeAlias = "nn.Module | Callable[[], nn.Module] | str"
-MODELS = ("CNN", "ResNet", "RNN", "Autoencoder", "GPT")
-"""Names of the models in `hpclab.models`."""
+MODELS = {"CNN": "images", "ResNet": "images", "RNN": "series", "Autoencoder": "images", "GPT": "text"}
+"""Names of the models in `hpclab.models`, each with the kind of data that it takes."""
 
 
 @dataclass

@@ -16,23 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, default_convert
 
 from hpclab import checkpoint, timeline
 from hpclab import data as datasets
 from hpclab.gangs.rank import report, should_stop
+from hpclab.training import objectives
 
 if TYPE_CHECKING:
     from hpclab.training.job import Job
 
 TEST_BATCH = 64
-"""Least images that a rank tests at once; else as many as in training, whose memory is there to be used again."""
+"""Least samples that a rank tests at once; else as many as in training, whose memory is there to be used again."""
 
 
-def replicate(job: Job) -> tuple[bytes, float | None]:
-    """What every rank runs; returns the weights, from rank 0, and the last test accuracy."""
+def replicate(job: Job) -> tuple[bytes, dict[str, float]]:
+    """What every rank runs; returns the weights, from rank 0, and the figures of the last test."""
     replica = _Replica(job)
     with timeline.profiler(job.trace) if job.trace else nullcontext() as traced:
         while replica.step < replica.steps and not replica.stopped:
@@ -40,7 +41,7 @@ def replicate(job: Job) -> tuple[bytes, float | None]:
     weights = io.BytesIO()
     if replica.rank == 0:
         torch.save(replica.module.state_dict(), weights)
-    return weights.getvalue(), replica.accuracy
+    return weights.getvalue(), replica.scores
 
 
 class _Replica:
@@ -50,32 +51,41 @@ class _Replica:
         self.job = job
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(job.seed)
-        self.module = job.module()
-        self.loss = job.loss or nn.functional.cross_entropy
+        self.module, self.data = job.module(), datasets.load(job.data, "train")
+        self.objective = objectives.of(self.module, self.data)
+        self.loss = job.loss or self.objective.loss
         torch.manual_seed(job.seed + self.rank)
-        self.model = DistributedDataParallel(
-            self.module, find_unused_parameters=job.find_unused_parameters, bucket_cap_mb=job.bucket_cap_mb
-        )
-        if job.network is not None:
-            job.network.attach(self.model)
-        self.images = datasets.load(job.data, "train")
+        self.model = self._wrapped()
         self.sampler: DistributedSampler = DistributedSampler(
-            cast(Dataset, self.images), self.ranks, self.rank, seed=job.seed, drop_last=True
+            cast(Dataset, self.data), self.ranks, self.rank, seed=job.seed, drop_last=True
         )
         self.batches = _Rest(self.sampler, job.batch // self.ranks, drop_last=True)
         draws = torch.Generator()  # its own, since one that goes on in mid-epoch begins it twice
-        self.loader = DataLoader(cast(Dataset, self.images), sampler=self.batches, batch_size=None, generator=draws)
+        self.loader = DataLoader(cast(Dataset, self.data), sampler=self.batches, batch_size=None, generator=draws)
         self.stopped = False
-        self.accuracy: float | None = None
+        self.scores: dict[str, float] = {}
         self.step, self.steps = 0, job.steps or job.epochs * len(self.batches)
-        self.schedule: OneCycleLR | None = None
-        if job.optimizer is not None:
-            self.optimizer = job.optimizer(self.model.parameters())
-        else:
-            self.optimizer = SGD(self.model.parameters(), job.lr, momentum=0.9)
-            self.schedule = OneCycleLR(self.optimizer, job.lr, self.steps + 1, cycle_momentum=False)
+        self.optimizer, self.schedule = self._optimizer()
         if (state := checkpoint.restore()) is not None:
             self._restore(state)
+
+    def _wrapped(self) -> nn.Module:
+        """The module in what averages its gradients over the ranks."""
+        job = self.job
+        model = DistributedDataParallel(
+            self.module, find_unused_parameters=job.find_unused_parameters, bucket_cap_mb=job.bucket_cap_mb
+        )
+        if job.network is not None:
+            job.network.attach(model)
+        return model
+
+    def _optimizer(self) -> tuple[Optimizer, OneCycleLR | None]:
+        """What moves the weights, and the learning rate's schedule, if it has one."""
+        job = self.job
+        if job.optimizer is not None:
+            return job.optimizer(self.model.parameters()), None
+        optimizer = SGD(self.model.parameters(), job.lr, momentum=0.9)
+        return optimizer, OneCycleLR(optimizer, job.lr, self.steps + 1, cycle_momentum=False)
 
     def train(self, traced: Any = None) -> None:
         """Train an epoch, or what is left of it or of the steps, and test; a profiler is told of each step."""
@@ -83,7 +93,7 @@ class _Replica:
         self.sampler.set_epoch(epoch)
         self.model.train()
         start, cpu = time.perf_counter(), time.process_time()
-        for inputs, labels in self.loader:  # (B, C, H, W), (B,)
+        for inputs, labels in self.loader:  # images: (B, C, H, W), (B,)
             loaded, busy = time.perf_counter(), time.thread_time()
             loss = self._backward(inputs, labels)
             self.optimizer.step()
@@ -103,13 +113,13 @@ class _Replica:
             if self.stopped or self.step == self.steps:
                 break
         if self._epoch_ends():
-            self.accuracy = self.test(epoch + 1)
+            self.scores = self.test(epoch + 1)
         if self._epoch_ends() or (self.stopped and self._keeps()):
             self.save()
 
-    def _backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def _backward(self, inputs: Any, labels: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        loss = self.loss(self.model(inputs), labels)
+        loss = self.loss(_output(self.model, inputs), self.objective.target(inputs, labels))
         loss.backward()  # averages the gradients over the ranks as they become ready
         return loss
 
@@ -121,28 +131,29 @@ class _Replica:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        self.step, self.accuracy = state["step"], state["accuracy"]
+        self.step, self.scores = state["step"], state["scores"]
 
     @torch.no_grad()
-    def test(self, epoch: int) -> float:
-        """Test on all ranks, each on its share of the test images; return the accuracy on all of them."""
+    def test(self, epoch: int) -> dict[str, float]:
+        """Test on all ranks, each on its share of the test samples; return the loss and figures on all of them."""
         for buffer in self.module.buffers():
             dist.broadcast(buffer, 0)  # those of rank 0 are returned and saved, so they are the ones to test
         self.module.eval()
-        images = datasets.load(self.job.data, "test")
+        data = datasets.load(self.job.data, "test")
         size = max(TEST_BATCH, self.job.batch // self.ranks)
-        sums = torch.zeros(3)  # loss, right, samples
-        for share in torch.arange(len(images)).split(size)[self.rank :: self.ranks]:
-            inputs, labels = (torch.from_numpy(part) for part in images[share.numpy()])
-            scores = self.module(inputs)
-            right = (scores.argmax(1) == labels).sum()
-            sums += torch.stack([self.loss(scores, labels) * len(labels), right, torch.tensor(len(labels))])
+        measures = {"test_loss": self.loss, **self.objective.figures}
+        sums = torch.zeros(len(measures) + 1)  # the last: samples
+        for share in torch.arange(len(data)).split(size)[self.rank :: self.ranks]:
+            inputs, labels = default_convert(data[share.numpy()])
+            output, target = _output(self.module, inputs), self.objective.target(inputs, labels)
+            means = [measure(output, target) for measure in measures.values()]
+            sums += len(labels) * torch.tensor([*means, 1])
         dist.all_reduce(sums)
-        loss, right, samples = sums.tolist()
+        samples = int(sums[-1])
+        scores = dict(zip(measures, (sums[:-1] / samples).tolist(), strict=True))
         if self.rank == 0:
-            scores_of_all = {"test_loss": loss / samples, "test_accuracy": right / samples, "samples": int(samples)}
-            report(kind="epoch", epoch=epoch, step=self.step, **scores_of_all)
-        return right / samples
+            report(kind="epoch", epoch=epoch, step=self.step, **scores, samples=samples)
+        return scores
 
     def _keeps(self) -> bool:
         """Whether there are checkpoints."""
@@ -161,11 +172,16 @@ class _Replica:
         state: dict = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.schedule is not None:
             state["schedule"] = self.schedule.state_dict()
-        checkpoint.save(state | {"step": self.step, "accuracy": self.accuracy} | self._recipe(), self.step)
+        checkpoint.save(state | {"step": self.step, "scores": self.scores} | self._recipe(), self.step)
 
     def _recipe(self) -> dict:
         """What must be the same in a run that goes on: samples a step of all ranks, steps in all, and the seed."""
         return {"batch": self.job.batch, "steps": self.steps, "seed": self.job.seed}
+
+
+def _output(model: nn.Module, inputs: Any) -> Tensor:
+    """What a model makes of a batch; padded series come with their lengths."""
+    return model(*inputs) if isinstance(inputs, list) else model(inputs)
 
 
 class _Rest(BatchSampler):

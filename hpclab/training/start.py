@@ -35,9 +35,16 @@ class Fit:
     state: bytes
     """The model's state_dict, as `torch.save` wrote it."""
     rows: list[dict]
-    accuracy: float | None
-    """Share of the test images classified rightly after the last epoch; None if none was finished."""
+    scores: dict[str, float]
+    """What the last test said, such as test_loss and test_accuracy, or test_bits a character of a text; empty if no
+    epoch was finished."""
     folder: Path
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the test samples classified rightly after the last epoch; None if none was finished, or the model
+        classifies nothing."""
+        return self.scores.get("test_accuracy")
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -48,8 +55,11 @@ class Fit:
 
     def __repr__(self) -> str:
         size = sum(weight.numel() for weight in self.weights.values())
-        accuracy = "untested" if self.accuracy is None else f"accuracy {self.accuracy:.3f}"
-        return f"<Fit {size:,} weights, {accuracy}, {self.folder}>"
+        score = "untested"
+        if self.scores:
+            name, value = [*self.scores.items()][-1]  # the loss comes first
+            score = f"{_short(name)} {value:.3f}"
+        return f"<Fit {size:,} weights, {score}, {self.folder}>"
 
 
 def train(
@@ -88,14 +98,15 @@ def train(
         From `connect`.
     model : torch.nn.Module, callable without arguments that returns one, or str
         Such as the class `models.CNN`, or its name, "CNN": then the notebook's kernel needs no torch, which saves
-        0.1 GB and a few seconds. All ranks start from rank 0's weights.
+        0.1 GB and a few seconds. All ranks start from rank 0's weights. A batch of series comes as two arguments,
+        padded frames and lengths.
     data : str or path
-        Name of a data set that comes with hpclab ("fashion_mnist"), or the folder of a data set: `hpclab.data.write`
-        makes one from your own arrays.
+        Name of a data set that comes with hpclab ("fashion_mnist", "japanese_vowels", "kjv"), or the folder of a data
+        set: `hpclab.data.write` makes one from your own arrays.
     ranks : int, optional
         Number of ranks. Default: as many as the cluster has room for.
     epochs : int, default 1
-        Passes over the training images, each reshuffled; images that don't fill a batch on every rank are left out.
+        Passes over the training samples, each reshuffled; samples that don't fill a batch on every rank are left out.
     batch_size : int, default 64
         Samples per *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
     lr : float, default 0.05
@@ -113,8 +124,9 @@ def train(
     optimizer : callable, optional
         Given the model's parameters, returns the optimiser to use instead of SGD and its schedule; `lr` is then unused.
     loss : callable, optional
-        Given scores, shape (B, ...), and labels, shape (B,), returns the mean loss, shape (). Default:
-        cross-entropy.
+        Given the model's output and its target, returns the mean loss, shape (). Default: cross-entropy of scores
+        (B, classes) and labels (B,); of a text, of scores (B, T, characters) and the characters that follow, (B, T).
+        A model whose attribute `objective` is "rebuild" has its inputs as the target; default: the mean squared error.
     network : Network, optional
         Emulate this network between the ranks; see `Network.attach`. Default: the machine's own.
     trace : int, default 0
@@ -167,8 +179,8 @@ def train(
         raise ValueError(f"lr (={lr!r}) must be above 0.")
     ranks = gang_size(client, ranks, threads, oversubscribe)
     epochs, batch_size = whole_number("epochs", epochs), whole_number("batch_size", batch_size)
-    images = datasets.find(data)
-    steps_of_an_epoch = _steps_of_an_epoch(images, ranks, batch_size)
+    source = datasets.find(data)
+    steps_of_an_epoch = _steps_of_an_epoch(model, source, ranks, batch_size)
     trace, seed = whole_number("trace", trace, least=0), whole_number("seed", seed, least=None)
     steps = None if steps is None else whole_number("steps", steps)
     total = steps or epochs * steps_of_an_epoch
@@ -178,7 +190,7 @@ def train(
         raise ValueError(f"bucket_cap_mb (={bucket_cap_mb!r}) must be above 0, such as 0.1.")
     batch = batch_size * ranks
     job = Job(
-        *(model, str(images.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
+        *(model, str(source.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
         *(checkpoint_every, bool(find_unused_parameters), bucket_cap_mb),
     )
     sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)
@@ -194,10 +206,16 @@ def train(
     return run.then(lambda returned: Fit(returned[0][0], run.rows, returned[0][1], run.folder))
 
 
-def _steps_of_an_epoch(images: Path, ranks: int, batch_size: int) -> int:
-    """How many steps an epoch takes, if the data set is whole and a rank's shard fills a batch."""
-    size = len(datasets.load(images, "train"))
-    datasets.load(images, "test")
+def _steps_of_an_epoch(model: Model, source: Path, ranks: int, batch_size: int) -> int:
+    """How many steps an epoch takes, if the data set suits the model and is whole, and a rank's shard fills a batch."""
+    samples, _ = (datasets.load(source, split) for split in ("train", "test"))
+    if isinstance(model, str) and MODELS[model] != samples.kind:
+        fitting = ", ".join(repr(name) for name, kind in MODELS.items() if kind == samples.kind)
+        raise ValueError(
+            f"model (={model!r}) takes {MODELS[model]}, and {samples.name} holds {samples.kind}; use {fitting}, or"
+            " other data."
+        )
+    size = len(samples)
     shard = size // ranks
     if batch_size > shard:
         raise ValueError(
@@ -223,14 +241,18 @@ class _Bar:
 
     def __call__(self, run: Run, rows: list[dict]) -> None:
         for row in rows:
-            if "test_accuracy" in row:
-                self.bar.set_postfix_str(f"accuracy={row['test_accuracy']:.3f}", refresh=False)
+            if scores := [f"{_short(name)}={row[name]:.3f}" for name in ("test_accuracy", "test_bits") if name in row]:
+                self.bar.set_postfix_str(", ".join(scores), refresh=False)
             self.bar.failures += row["kind"] == "restart"
             if row["kind"] in ("resume", "restart"):
                 self.bar.update(row.get("step", 0) - self.bar.n)
         self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
         if not run.going:
             self.bar.close()
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("test_")
 
 
 def _makes_module(model: object) -> bool:

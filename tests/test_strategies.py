@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,8 +197,9 @@ def save_and_go_on(strategy, stop):
     return (done, weights) if dist.get_rank() == 0 else None
 
 
-@pytest.mark.parametrize("strategy", [Zero(3), Tensor(sequence=True)], ids=["zero3", "sequence"])
-def test_shards_are_saved_and_read_by_other_numbers_of_ranks(client, strategy, record_property):
+@pytest.mark.parametrize("name", ["zero3", "sequence"])
+def test_shards_are_saved_and_read_by_other_numbers_of_ranks(client, name, record_property):
+    strategy = NAMES[name]
     start = hpclab.launch(client, save_and_go_on, strategy, False, ranks=4, oversubscribe=True)
     _, straight = start.result(120)[0]
     weights = {}
@@ -207,14 +207,14 @@ def test_shards_are_saved_and_read_by_other_numbers_of_ranks(client, strategy, r
         settings = {"ranks": ranks, "oversubscribe": True, "resume": start.folder}
         done, weights[ranks] = hpclab.launch(client, save_and_go_on, strategy, False, **settings).result(120)[0]
         assert done == 3
-    for name, weight in straight.items():
-        assert torch.equal(weights[4][name], weight)
+    for part, weight in straight.items():
+        assert torch.equal(weights[4][part], weight)
     apart = furthest(weights[2], straight)
-    record_property("measured", f"{strategy.keeps}, saved by 4 ranks: {apart:.1e} apart when 2 go on")
+    record_property("measured", f"{name}, saved by 4 ranks: {apart:.1e} apart when 2 go on")
     assert 0 <= apart < 1e-6
     for other in (Zero(1), NAMES["gpipe"], Tensor()):
         settings = {"ranks": 2, "resume": start.folder}
-        with pytest.raises(ValueError, match=rf"can't read this checkpoint; these can: .*{strategy.keeps[:5]}"):
+        with pytest.raises(ValueError, match=rf"can't read this checkpoint; these can: .*{name}\."):
             hpclab.launch(client, save_and_go_on, other, True, **settings).result(120)
 
 
@@ -335,9 +335,10 @@ def test_bytes_on_the_wire(record_property):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     wrong = []
     for row in rows:
-        name = re.sub(r"(recompute|autocast)=False, ", "", row["strategy"])
         megabytes = [f"{row[key] / 1e6:.2f}" for key in ("counted", "gloo", "nccl")]
-        said = "{} ranks, {}: {} MB counted, {} by gloo's formula, {} by NCCL's".format(row["ranks"], name, *megabytes)
+        said = "{} ranks, {}: {} MB counted, {} by gloo's formula, {} by NCCL's".format(
+            row["ranks"], row["strategy"], *megabytes
+        )
         record_property("measured", said)
         if abs(row["counted"] - row["gloo"]) > max(0.01 * row["gloo"], 50e3):
             wrong.append(said)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 from hpclab.training.strategies.ddp import Replicated
 from hpclab.training.strategies.kinds import Compress
@@ -21,8 +22,8 @@ class Compressing(Replicated):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Register the hook."""
-        model, settings = super().wrap(module), cast(Compress, self.strategy)
-        self.memory, hook = _hook(settings)
+        model = cast(DistributedDataParallel, super().wrap(module))
+        self.memory, hook = _hook(cast(Compress, self.strategy))
         model.register_comm_hook(self.memory, hook)
         return model
 

@@ -73,16 +73,19 @@ class Engine:
         """The optimiser over this rank's parameters."""
         return optimizer(self.model.parameters())
 
-    def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Train on the samples of this rank's replica, shape (B, ...); returns their mean loss, shape ()."""
+    def step(self, inputs: Any, labels: Tensor) -> Tensor:
+        """Train on the samples of this rank's replica, shape (B, ...); returns their mean loss, shape ().
+
+        Inputs may be a list of several tensors.
+        """
         self.optimizer.zero_grad()
         loss = self.backward(inputs, labels)
         self.optimizer.step()
         return loss
 
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def backward(self, inputs: Any, labels: Tensor) -> Tensor:
         """Leave the mean gradient over all replicas in the parameters; returns the loss."""
-        loss = self.loss(self.model(inputs), labels)
+        loss = self.loss(output(self.model, inputs), labels)
         (loss * self.weight).backward()
         return loss.detach()
 
@@ -156,14 +159,19 @@ class Engine:
         """Go on from what `own` returned."""
 
 
+def output(model: nn.Module, inputs: Any) -> Tensor:
+    """What a model makes of a batch; padded series come with their lengths."""
+    return model(*inputs) if isinstance(inputs, list) else model(inputs)
+
+
 def blocks(module: nn.Module) -> list[nn.Module]:
     """Parts of a model that are computed again, or kept in shards, one at a time: `blocks`, or else its children."""
     parts = getattr(module, "blocks", None) or module.children()
     return [part for part in parts if any(True for _ in part.parameters())]
 
 
-def average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace tensors by their means over a group, in one message."""
+def average(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace tensors by their means over a group, or over all ranks, in one message."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hpclab._arguments import whole_number
@@ -32,7 +33,7 @@ def _one_of(name: str, value: object, choices: tuple) -> None:
         raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, choices))}.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Strategy:
     """What all strategies have: two switches that change how each rank computes, not what it sends."""
 
@@ -47,6 +48,12 @@ class Strategy:
     """Attribute by which a model says how it is split; empty if any model will do."""
     keeps: ClassVar[str] = "whole"
     """Kind of checkpoint: strategies of the same kind read each other's."""
+
+    def __repr__(self) -> str:
+        """As Python would make it, without what it has by default."""
+        values = ((one, getattr(self, one.name)) for one in fields(self))
+        settings = (f"{one.name}={value!r}" for one, value in values if value != one.default)
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     def group(self, ranks: int) -> int:
         """How many of these ranks share a replica of the model."""
@@ -104,14 +111,23 @@ class Strategy:
         return engine(self, module, optimizer, loss)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DDP(Strategy):
     """Every rank holds the model; gradients are averaged as they become ready (DistributedDataParallel)."""
 
+    find_unused_parameters: bool = field(default=False, kw_only=True)
+    """Whether steps may leave parameters without a gradient."""
+    bucket_cap_mb: float | None = field(default=None, kw_only=True)
+    """MB (2**20 bytes) of gradients that are averaged at once; None as torch does by default."""
+
     engine: ClassVar[str] = "ddp.Replicated"
 
+    def __post_init__(self) -> None:
+        if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
+            raise ValueError(f"bucket_cap_mb (={self.bucket_cap_mb!r}) must be above 0, such as 0.1.")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Accumulate(DDP):
     """As DDP, but each rank adds up the gradients of several micro-batches before it sends their mean."""
 
@@ -120,6 +136,7 @@ class Accumulate(DDP):
     engine: ClassVar[str] = "ddp.Accumulating"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("micro_batches", self.micro_batches)
 
     def parts(self) -> int:
@@ -127,7 +144,7 @@ class Accumulate(DDP):
         return self.micro_batches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compress(DDP):
     """As DDP, but gradients are sent in fewer bytes, so their mean is no longer exact."""
 
@@ -142,6 +159,7 @@ class Compress(DDP):
     engine: ClassVar[str] = "compress.Compressing"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("method", self.method, COMPRESSIONS)
         if not 0 < self.density <= 1:
             raise ValueError(f"density (={self.density!r}) must be above 0 and at most 1, such as 0.01.")
@@ -152,7 +170,7 @@ class Compress(DDP):
         return self.method if self.method in ("powersgd", "topk") else "whole"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LocalSGD(Strategy):
     """Each rank trains by itself, and every so many steps the weights are averaged (Stich 2018, arXiv:1805.09767)."""
 
@@ -166,7 +184,7 @@ class LocalSGD(Strategy):
         whole_number("every", self.every, least=2)  # DDP averages in every step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiLoCo(LocalSGD):
     """As LocalSGD, but an outer optimiser takes the mean change as a gradient (Douillard 2023, arXiv:2311.08105)."""
 
@@ -179,7 +197,7 @@ class DiLoCo(LocalSGD):
     keeps: ClassVar[str] = "diloco"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Zero(Strategy):
     """Each rank keeps a share of the optimiser's state (stage 1), of the gradients too (2), of the weights too (3).
 
@@ -203,7 +221,7 @@ class Zero(Strategy):
         return "zero1" if self.stage == 1 else "shards"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tensor(Strategy):
     """The ranks of a replica split each block's matrices (Shoeybi et al. 2019, arXiv:1909.08053)."""
 
@@ -226,7 +244,7 @@ class Tensor(Strategy):
         return self.ranks or ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline(Strategy):
     """The ranks of a replica hold some blocks each, and pass micro-batches on (Huang et al. 2019, arXiv:1811.06965)."""
 
@@ -274,7 +292,7 @@ NAMES: dict[str, Strategy] = {
     **{method: Compress(method) for method in COMPRESSIONS},  # type: ignore[arg-type]
     "local-sgd": LocalSGD(),
     "diloco": DiLoCo(),
-    **{f"zero{stage}": Zero(stage) for stage in (1, 2, 3)},  # type: ignore[arg-type]
+    **{f"zero{stage}": Zero(stage) for stage in (1, 2, 3)},
     "tensor": Tensor(),
     "sequence": Tensor(sequence=True),
     **{schedule: Pipeline(schedule=schedule) for schedule in SCHEDULES},  # type: ignore[arg-type]

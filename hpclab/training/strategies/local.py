@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
@@ -31,7 +30,7 @@ class Local(Engine):
     def full_weights(self) -> dict[str, Tensor]:
         """The mean of the ranks' weights."""
         weights = {name: value.clone() for name, value in self.module.state_dict().items()}
-        average([value for value in weights.values() if value.is_floating_point()], dist.group.WORLD)
+        average([value for value in weights.values() if value.is_floating_point()])
         return weights
 
     def own(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Pipelined(Engine):
     of their ranks; the copies add up their gradients, so they stay equal.
     """
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: Any) -> nn.Module:
         """Keep this rank's stages, which are every so many: with 2 ranks and 4 stages, rank 0 has 0 and 2."""
         settings, ranks = cast(Pipeline, self.strategy), dist.get_world_size()
         size = settings.group(ranks)
@@ -39,7 +39,9 @@ class Pipelined(Engine):
     def _schedule(self, mine: nn.ModuleList, count: int) -> Any:
         settings, device = cast(Pipeline, self.strategy), torch.device("cpu")
         numbers = range(self.place, count, self.ring.size())
-        stages = [PipelineStage(*pair, count, device, group=self.ring) for pair in zip(mine, numbers, strict=True)]
+        stages: list[Any] = [
+            PipelineStage(*pair, count, device, group=self.ring) for pair in zip(mine, numbers, strict=True)
+        ]
         if settings.schedule == "interleaved":
             return ScheduleInterleaved1F1B(stages, settings.micro_batches, loss_fn=self.loss)
         kind = ScheduleGPipe if settings.schedule == "gpipe" else Schedule1F1B
@@ -47,13 +49,14 @@ class Pipelined(Engine):
 
     def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Run the schedule; add up the gradients of copies, and average over the replicas."""
-        last, losses = self.place == self.ring.size() - 1, []
+        last = self.place == self.ring.size() - 1
+        losses: list[Tensor] = []
         given = {"target": labels, "losses": losses} if last else {}
         self.schedule.step(*[inputs][: self.place == 0], **given)
         for copy, group in self.copies:
             dist.all_reduce(copy.grad, group=group)
         if self.replicas.size() > 1:
-            average([weight.grad for weight in self.module.parameters()], self.replicas)
+            average([cast(Tensor, weight.grad) for weight in self.module.parameters()], self.replicas)
         loss = torch.stack(losses).mean().detach() if last else torch.zeros((), dtype=_dtype(self.module))
         dist.broadcast(loss, group=self.ring, group_src=self.ring.size() - 1)
         return loss

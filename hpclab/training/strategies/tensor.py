@@ -30,7 +30,7 @@ class Split(Sharded):
     into how many parts it can be split: the divisors of `heads`.
     """
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: Any) -> nn.Module:
         """Split each block."""
         ranks = dist.get_world_size()
         size, self.by_sequence = self.strategy.group(ranks), cast(kinds.Tensor, self.strategy).sequence
@@ -54,7 +54,7 @@ class Split(Sharded):
         gradients = []
         for weight in self.module.parameters():
             if isinstance(weight, DTensor):
-                weight.grad = weight.grad.redistribute(placements=weight.placements)
+                weight.grad = cast(DTensor, weight.grad).redistribute(placements=weight.placements)
             gradients.append(_local(weight.grad))
         if self.replicas.size() > 1:
             average(gradients, self.replicas)

@@ -46,7 +46,8 @@ class Sharded(Engine):
 
     def full_weights(self) -> dict[str, Tensor]:
         """Gathered from all ranks."""
-        return get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True))
+        whole = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True))
+        return cast(dict[str, Tensor], whole)
 
     def state(self) -> dict[str, Any]:
         """By names, so that other numbers of ranks can read it."""

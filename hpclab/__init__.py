@@ -114,6 +114,7 @@ IN_RANKS = (
     *(f"{__name__}.gangs.{name}" for name in ("buckets", "rank", "rank_cells", "rank_magics", "store")),
     *(f"{__name__}.models.{name}" for name in ("autoencoder", "cnn", "gpt", "resnet", "rnn")),
     *(f"{__name__}.{name}" for name in ("training.entry", "training.loop", "training.objectives")),
+    *(f"{__name__}.training.strategies.{name}" for name in ("ddp", "engine", "kinds")),
 )
 """Modules of ours that ranks import; a zygote does so once, before it forks them."""
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605

@@ -31,6 +31,12 @@ class GPT(nn.Module):
         If heads don't divide the width, or a sequence is longer than the context.
     """
 
+    columns = ("attention.q", "attention.k", "attention.v", "mlp.up")
+    """Layers of a block whose outputs ranks can share, each pair of them with one of `rows`."""
+    rows = ("attention.proj", "mlp.down")
+    """Those whose inputs they can share."""
+    norms = ("norm1", "norm2")
+
     def __init__(
         self,
         vocabulary: int = 63,
@@ -58,10 +64,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores of each next character, shape (B, T, vocabulary), for characters' numbers, shape (B, T)."""
-        length = tokens.shape[1]
-        if length > self.context:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)} are longer than context (={self.context}).")
-        stream = self.tokens(tokens) + self.positions(torch.arange(length, device=tokens.device))  # (B, T, width)
+        stream = _embed(tokens, self.tokens, self.positions)
         for block in self.blocks:
             stream = block(stream)
         return self.head(self.norm(stream))
@@ -87,10 +90,46 @@ class GPT(nn.Module):
         kept = rows * (layers * (16 * width + self.heads + 4) + 2 * width + 2) * word(self) + 8 * (rows + length)
         return Counts(parameters, flops, kept)
 
+    def stages(self, count: int) -> list[nn.Module]:
+        """The model cut for a pipeline: modules with the same weights, which in a row compute what the whole does.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer blocks than stages.
+        """
+        layers = len(self.blocks)
+        if count > layers:
+            raise ValueError(f"count (={count}) of stages exceeds the {layers} layers.")
+        parts = [list(self.blocks[layers * n // count : layers * (n + 1) // count]) for n in range(count)]
+        parts[0].insert(0, _Embeddings(self.tokens, self.positions))
+        parts[-1] += [self.norm, self.head]
+        return [nn.Sequential(*part) for part in parts]
+
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one."""
         return self.head.weight is self.tokens.weight
+
+
+class _Embeddings(nn.Module):
+    """How a pipeline begins."""
+
+    def __init__(self, tokens: nn.Embedding, positions: nn.Embedding):
+        super().__init__()
+        self.tokens, self.positions = tokens, positions
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Shape (B, T) to (B, T, width)."""
+        return _embed(tokens, self.tokens, self.positions)
+
+
+def _embed(tokens: Tensor, characters: nn.Embedding, positions: nn.Embedding) -> Tensor:
+    """The sum of a vector for each character and one for its position, shape (B, T, width)."""
+    length, context = tokens.shape[1], positions.num_embeddings
+    if length > context:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)} are longer than context (={context}).")
+    return characters(tokens) + positions(torch.arange(length, device=tokens.device))
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from hpclab.network import Network
+from hpclab.training.strategies.kinds import Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,10 +39,8 @@ class Job:
     """Steps to trace."""
     checkpoint_every: int | None
     """Steps between checkpoints, besides those of each epoch."""
-    find_unused_parameters: bool = False
-    """Whether steps may leave parameters without a gradient."""
-    bucket_cap_mb: float | None = None
-    """MB of gradients that are averaged at once; None as DDP does by default."""
+    strategy: Strategy
+    """How the ranks share the work."""
 
     def module(self) -> nn.Module:
         """The model, made if it isn't yet."""

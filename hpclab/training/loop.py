@@ -1,10 +1,12 @@
-"""The inside of data-parallel training: one rank's replica of the model, and its loop.
+"""The inside of training: one rank's part in a replica of the model, and its loop.
 
 Imported by every rank, so it imports neither Dask nor anything else that a rank doesn't need.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import time
 from collections.abc import Iterator
@@ -14,9 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
+from torch import nn
+from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, default_convert
 
@@ -24,15 +25,13 @@ from hpclab import checkpoint, timeline
 from hpclab import data as datasets
 from hpclab.gangs.rank import report, should_stop
 from hpclab.training import objectives
+from hpclab.training.strategies.engine import output
 
 if TYPE_CHECKING:
     from hpclab.training.job import Job
 
 TEST_BATCH = 64
 """Least samples that a rank tests at once; else as many as in training, whose memory is there to be used again."""
-
-CLIP = 1.0
-"""Largest norm of a step's gradient under `train`'s own optimiser; larger ones throw the loss up as the rate rises."""
 
 
 def replicate(job: Job) -> tuple[bytes, dict[str, float]]:
@@ -41,73 +40,63 @@ def replicate(job: Job) -> tuple[bytes, dict[str, float]]:
     with timeline.profiler(job.trace) if job.trace else nullcontext() as traced:
         while replica.step < replica.steps and not replica.stopped:
             replica.train(traced)
-    weights = io.BytesIO()
+    weights, written = replica.engine.full_weights(), io.BytesIO()
     if replica.rank == 0:
-        torch.save(replica.module.state_dict(), weights)
-    return weights.getvalue(), replica.scores
+        torch.save(weights, written)
+    return written.getvalue(), replica.scores
 
 
 class _Replica:
-    """One rank's part: its replica of the model, its share of the data, the optimiser, the step reached."""
+    """One rank's part: its replica of the model, or part of it, its share of the data, the step reached."""
 
     def __init__(self, job: Job):
         self.job = job
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(job.seed)
-        self.module, self.data = job.module(), datasets.load(job.data, "train")
-        self.objective = objectives.of(self.module, self.data)
+        module, self.data = job.module(), datasets.load(job.data, "train")
+        self.objective = objectives.of(module, self.data)
         self.loss = job.loss or self.objective.loss
-        torch.manual_seed(job.seed + self.rank)
-        self.model = self._wrapped()
-        self.sampler: DistributedSampler = DistributedSampler(
-            cast(Dataset, self.data), self.ranks, self.rank, seed=job.seed, drop_last=True
+        job.strategy.check(module, self.ranks, job.batch)
+        self.replicas, replica_of = job.strategy.replicas(self.ranks)
+        replica = replica_of[self.rank]
+        torch.manual_seed(job.seed + replica)
+        self.shape = _shape(module)
+        self.engine = job.strategy.start(
+            module, job.optimizer or functools.partial(SGD, lr=job.lr, momentum=0.9), self.loss
         )
-        self.batches = _Rest(self.sampler, job.batch // self.ranks, drop_last=True)
+        if job.network is not None:
+            job.network.attach(self.engine.model)
+        self.sampler: DistributedSampler = DistributedSampler(
+            cast(Dataset, self.data), self.replicas, replica, seed=job.seed, drop_last=True
+        )
+        self.batches = _Rest(self.sampler, job.batch // self.replicas, drop_last=True)
         draws = torch.Generator()  # its own, since one that goes on in mid-epoch begins it twice
         self.loader = DataLoader(cast(Dataset, self.data), sampler=self.batches, batch_size=None, generator=draws)
         self.stopped = False
         self.scores: dict[str, float] = {}
         self.step, self.steps = 0, job.steps or job.epochs * len(self.batches)
-        self.optimizer, self.schedule = self._optimizer()
-        if (state := checkpoint.restore()) is not None:
+        self.schedule: OneCycleLR | None = None
+        if job.optimizer is None:
+            self.schedule = OneCycleLR(self.engine.optimizer, job.lr, self.steps + 1, cycle_momentum=False)
+        if (state := self.engine.restore()) is not None:
             self._restore(state)
-
-    def _wrapped(self) -> nn.Module:
-        """The module in what averages its gradients over the ranks."""
-        job = self.job
-        model = DistributedDataParallel(
-            self.module, find_unused_parameters=job.find_unused_parameters, bucket_cap_mb=job.bucket_cap_mb
-        )
-        if job.network is not None:
-            job.network.attach(model)
-        return model
-
-    def _optimizer(self) -> tuple[Optimizer, OneCycleLR | None]:
-        """What moves the weights, and the learning rate's schedule, if it has one."""
-        job = self.job
-        if job.optimizer is not None:
-            return job.optimizer(self.model.parameters()), None
-        optimizer = SGD(self.model.parameters(), job.lr, momentum=0.9)
-        return optimizer, OneCycleLR(optimizer, job.lr, self.steps + 1, cycle_momentum=False)
 
     def train(self, traced: Any = None) -> None:
         """Train an epoch, or what is left of it or of the steps, and test; a profiler is told of each step."""
         epoch, self.batches.done = divmod(self.step, len(self.batches))
         self.sampler.set_epoch(epoch)
-        self.model.train()
+        self.engine.model.train()
         start, cpu = time.perf_counter(), time.process_time()
         for inputs, labels in self.loader:  # images: (B, C, H, W), (B,)
             loaded, busy = time.perf_counter(), time.thread_time()
-            loss = self._backward(inputs, labels)
-            if self.schedule is not None:
-                nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
-            self.optimizer.step()
+            loss = self.engine.step(inputs, self.objective.target(inputs, labels))
             if self.schedule is not None:
                 self.schedule.step()
             end, cpu_end = time.perf_counter(), time.process_time()
             times = {"step_s": end - start, "data_s": loaded - start, "compute_s": time.thread_time() - busy}
             times |= {"wait_s": max(0.0, end - loaded - times["compute_s"]), "cpu_s": cpu_end - cpu}
-            report(step=self.step, epoch=epoch, loss=loss, samples=len(labels), **times)
+            samples = len(labels) * self.replicas // self.ranks  # the ranks of a replica share its own
+            report(step=self.step, epoch=epoch, loss=loss, samples=samples, **times)
             if traced is not None:
                 traced.step()
             self.step, start, cpu = self.step + 1, end, cpu_end
@@ -122,18 +111,10 @@ class _Replica:
         if self._epoch_ends() or (self.stopped and self._keeps()):
             self.save()
 
-    def _backward(self, inputs: Any, labels: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self.loss(_output(self.model, inputs), self.objective.target(inputs, labels))
-        loss.backward()  # averages the gradients over the ranks as they become ready
-        return loss
-
     def _restore(self, state: dict) -> None:
         for name, value in self._recipe().items():
             if state[name] != value:
                 raise ValueError(f"resume has {name} {state[name]}, this run {value}; they must be the same.")
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.step, self.scores = state["step"], state["scores"]
@@ -141,17 +122,19 @@ class _Replica:
     @torch.no_grad()
     def test(self, epoch: int) -> dict[str, float]:
         """Test on all ranks, each on its share of the test samples; return the loss and figures on all of them."""
-        for buffer in self.module.buffers():
+        module = _shape(self.shape)
+        module.load_state_dict(self.engine.full_weights(), assign=True)
+        for buffer in module.buffers():
             dist.broadcast(buffer, 0)  # those of rank 0 are returned and saved, so they are the ones to test
-        self.module.eval()
+        module.eval()
         data = datasets.load(self.job.data, "test")
         size = max(TEST_BATCH, self.job.batch // self.ranks)
         measures = {"test_loss": self.loss, **self.objective.figures}
         sums = torch.zeros(len(measures) + 1)  # the last: samples
         for share in torch.arange(len(data)).split(size)[self.rank :: self.ranks]:
             inputs, labels = default_convert(data[share.numpy()])
-            output, target = _output(self.module, inputs), self.objective.target(inputs, labels)
-            means = [measure(output, target) for measure in measures.values()]
+            made, target = output(module, inputs), self.objective.target(inputs, labels)
+            means = [measure(made, target) for measure in measures.values()]
             sums += len(labels) * torch.tensor([*means, 1])
         dist.all_reduce(sums)
         samples = int(sums[-1])
@@ -174,7 +157,7 @@ class _Replica:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        state: dict = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = self.engine.state()
         if self.schedule is not None:
             state["schedule"] = self.schedule.state_dict()
         checkpoint.save(state | {"step": self.step, "scores": self.scores} | self._recipe(), self.step)
@@ -184,9 +167,10 @@ class _Replica:
         return {"batch": self.job.batch, "steps": self.steps, "seed": self.job.seed}
 
 
-def _output(model: nn.Module, inputs: Any) -> Tensor:
-    """What a model makes of a batch; padded series come with their lengths."""
-    return model(*inputs) if isinstance(inputs, list) else model(inputs)
+def _shape(module: nn.Module) -> nn.Module:
+    """A copy without weights, to fill with those that are tested: the ranks may hold parts of the model only."""
+    empty = {id(weight): nn.Parameter(weight.detach().to("meta")) for weight in module.parameters()}
+    return copy.deepcopy(module, cast(dict, empty))
 
 
 class _Rest(BatchSampler):

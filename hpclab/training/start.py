@@ -1,12 +1,11 @@
-"""Data-parallel training: every rank holds the model, sees its share of each batch, and averages its gradients."""
+"""Training on the ranks of a gang, which share the work as a strategy says."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from hpclab.language import translate as _
 from hpclab.network import Network
 from hpclab.training.entry import replicate
 from hpclab.training.job import MODELS, Job, Model, not_a_module
+from hpclab.training.strategies.kinds import DDP, Accumulate, Strategy, named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +83,9 @@ def train(
     network: Network | None = None,
     trace: int = 0,
     checkpoint_every: int | None = None,
+    strategy: Strategy | str = "ddp",
+    recompute: bool = False,
+    autocast: bool = False,
     find_unused_parameters: bool = False,
     bucket_cap_mb: float | None = None,
     max_restarts: int = 0,
@@ -92,7 +95,7 @@ def train(
     name: str = "train",
     progress: bool = True,
 ) -> Run:
-    """Train a torch module on a gang of ranks with DistributedDataParallel, and return at once.
+    """Train a torch module on a gang of ranks, and return at once.
 
     Parameters
     ----------
@@ -138,13 +141,25 @@ def train(
     checkpoint_every : int, optional
         Write a checkpoint every this many steps, and one after each epoch; the newest two are kept. See
         `checkpoint.save`.
+    strategy : Strategy or str, default "ddp"
+        How the ranks share the work: a class of `hpclab.training.strategies` with its settings, such as
+        ``Tensor(ranks=2)``, or the name of one: "ddp", "accumulate", "bf16", "fp16", "powersgd", "topk", "local-sgd",
+        "diloco", "zero1", "zero2", "zero3", and for models that say how they are split, such as "GPT", "tensor",
+        "sequence", "gpipe", "1f1b" and "interleaved".
+    recompute : bool, default False
+        Keep only the inputs of each block of the model, and compute the rest again in the backward pass: less memory,
+        for up to a third more work.
+    autocast : bool, default False
+        Multiply matrices in bfloat16.
     find_unused_parameters : bool, default False
-        Allow models whose steps may leave parameters unused (DistributedDataParallel's argument of the same name);
-        without it such a model fails in its second step. It costs some time in each step.
+        With "ddp" and the strategies that build on it, allow models whose steps may leave parameters unused
+        (DistributedDataParallel's argument of the same name); without it such a model fails in its second step. It
+        costs some time in each step.
     bucket_cap_mb : float, optional
-        MB (2**20 bytes) of gradients that are averaged together (DistributedDataParallel's argument of the same name).
-        Smaller buckets are ready earlier, so more of the averaging hides behind the backward pass, but each bucket
-        costs its own latency. Default: DDP's, 1 MB for the first bucket and 25 MB for the others.
+        With the same strategies, MB (2**20 bytes) of gradients that are averaged together (DistributedDataParallel's
+        argument of the same name). Smaller buckets are ready earlier, so more of the averaging hides behind the
+        backward pass, but each bucket costs its own latency. Default: DDP's, 1 MB for the first bucket and 25 MB for
+        the others.
     max_restarts : int, default 0
         How many times to continue from the newest checkpoint when a rank, a worker or a host is lost, or its job in a
         queue reaches its walltime. With as many ranks as before, the result is that of a run without losses, bit for
@@ -183,20 +198,22 @@ def train(
     ranks = gang_size(client, ranks, threads, oversubscribe)
     epochs, batch_size = whole_number("epochs", epochs), whole_number("batch_size", batch_size)
     source = datasets.find(data)
-    steps_of_an_epoch = _steps_of_an_epoch(model, source, ranks, batch_size)
+    samples = _samples(model, source, ranks, batch_size)
     trace, seed = whole_number("trace", trace, least=0), whole_number("seed", seed, least=None)
     steps = None if steps is None else whole_number("steps", steps)
-    total = steps or epochs * steps_of_an_epoch
     if checkpoint_every is not None:
         checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
-    if bucket_cap_mb is not None and not 0 < bucket_cap_mb < math.inf:
-        raise ValueError(f"bucket_cap_mb (={bucket_cap_mb!r}) must be above 0, such as 0.1.")
-    batch = batch_size * ranks
+    batch, switches = batch_size * ranks, {"recompute": bool(recompute), "autocast": bool(autocast)}
+    ddp = {"find_unused_parameters": bool(find_unused_parameters), "bucket_cap_mb": bucket_cap_mb}
+    strategy = _settled(strategy, network, switches, ddp)
+    strategy.check(model, ranks, batch)
     job = Job(
         *(model, str(source.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
-        *(checkpoint_every, bool(find_unused_parameters), bucket_cap_mb),
+        *(checkpoint_every, strategy),
     )
-    sizes = None if min_ranks is None else _divisors(batch, ranks, min_ranks)
+    replicas, _of_ranks = strategy.replicas(ranks)
+    total = steps or epochs * (samples // replicas // (batch // replicas))
+    sizes = None if min_ranks is None else _sizes(job, ranks, min_ranks)
     placing: dict[str, Any] = {"ranks": ranks, "threads": threads, "oversubscribe": oversubscribe, "wait": wait}
     keeping: dict[str, Any] = {"max_restarts": max_restarts, "min_ranks": sizes, "resume": resume, "folder": folder}
     try:
@@ -209,8 +226,8 @@ def train(
     return run.then(lambda returned: Fit(returned[0][0], run.rows, returned[0][1], run.folder))
 
 
-def _steps_of_an_epoch(model: Model, source: Path, ranks: int, batch_size: int) -> int:
-    """How many steps an epoch takes, if the data set suits the model and is whole, and a rank's shard fills a batch."""
+def _samples(model: Model, source: Path, ranks: int, batch_size: int) -> int:
+    """Samples of the data set, if it suits the model and is whole, and a rank's shard fills a batch."""
     samples, _ = (datasets.load(source, split) for split in ("train", "test"))
     if isinstance(model, str) and MODELS[model] != samples.kind:
         fitting = ", ".join(repr(name) for name, kind in MODELS.items() if kind == samples.kind)
@@ -225,15 +242,34 @@ def _steps_of_an_epoch(model: Model, source: Path, ranks: int, batch_size: int) 
             f"batch_size (={batch_size}) exceeds the {shard} samples of a rank's shard"
             f" ({size} over ranks (={ranks})); use batch_size<={shard}."
         )
-    return shard // batch_size
+    return size
 
 
-def _divisors(batch: int, ranks: int, least: int) -> list[int]:
-    """Numbers of ranks that can share a batch evenly."""
+def _settled(strategy: Strategy | str, network: Network | None, switches: dict, ddp: dict) -> Strategy:
+    """The strategy with the switches and DDP's arguments that `train` was given."""
+    strategy = named(strategy)
+    if network is not None and type(strategy) not in (DDP, Accumulate):
+        raise ValueError(f"network emulates averages of DDP, which strategy (={strategy!r}) doesn't make; use 'ddp'.")
+    changes = {name: value for name, value in switches.items() if value}
+    for name, value in ddp.items():
+        if value is None or value is False:
+            continue
+        if not isinstance(strategy, DDP):
+            raise ValueError(f"{name} (={value!r}) is for DDP, which strategy (={strategy!r}) doesn't use.")
+        changes[name] = value
+    return replace(strategy, **changes)
+
+
+def _sizes(job: Job, ranks: int, least: int) -> list[int]:
+    """Numbers of ranks that can go on with a job."""
     least = whole_number("min_ranks", least)
     if least > ranks:
         raise ValueError(f"min_ranks (={least}) exceeds ranks (={ranks}).")
-    return [size for size in range(least, ranks + 1) if batch % size == 0]
+    return [
+        size
+        for size in range(least, ranks + 1)
+        if job.batch % size == 0 and not job.strategy.obstacle(job.model, size, job.batch)
+    ]
 
 
 class _Bar:

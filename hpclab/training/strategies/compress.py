@@ -1,0 +1,83 @@
+"""Rank's side of compressed gradients: hooks of DDP that send each bucket in fewer bytes."""
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from hpclab.training.strategies.ddp import Replicated
+from hpclab.training.strategies.kinds import Compress
+
+PLAIN_STEPS = 2
+"""Steps before PowerSGD begins; torch takes no fewer."""
+
+
+class Compressing(Replicated):
+    """DDP with one of torch's hooks, or with top-k."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Register the hook."""
+        model = cast(DistributedDataParallel, super().wrap(module))
+        self.memory, hook = _hook(cast(Compress, self.strategy))
+        model.register_comm_hook(self.memory, hook)
+        return model
+
+    def own(self) -> dict[str, Any]:
+        """What this rank hasn't sent so far, and PowerSGD's matrices."""
+        return {name: getattr(self.memory, name) for name in getattr(self.memory, "kept", ())}
+
+    def take(self, own: dict[str, Any]) -> None:
+        """Remember it again."""
+        for name, value in own.items():
+            setattr(self.memory, name, value)
+
+
+class PowerSGD(powerSGD_hook.PowerSGDState):
+    """Torch's memory of PowerSGD."""
+
+    kept = ("error_dict", "p_memory_dict", "q_memory_dict", "iter")
+
+
+class TopK:
+    """A rank's memory of the numbers that it hasn't sent."""
+
+    kept = ("unsent",)
+
+    def __init__(self, density: float):
+        self.density = density
+        self.unsent: dict[int, Tensor] = {}
+        """By the number of the bucket."""
+
+
+def topk(memory: TopK, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Send the numbers of a bucket that are furthest from 0, with their places, and add the others to the next one."""
+    mean, ranks = bucket.buffer(), dist.get_world_size()
+    unsent = memory.unsent.setdefault(bucket.index(), torch.zeros_like(mean)).add_(mean)
+    places = unsent.abs().topk(math.ceil(memory.density * len(mean)), sorted=False).indices
+    values = unsent[places].view(torch.int32)
+    unsent[places] = 0
+    mine = torch.cat([values, places.int()])
+    every = [torch.empty_like(mine) for _ in range(ranks)]
+
+    def add_up(_: Future) -> Tensor:
+        mean.zero_()
+        for sent in every:
+            mean.index_add_(0, sent[len(values) :], sent[: len(values)].clone().view(mean.dtype))
+        return mean.div_(ranks)
+
+    return dist.all_gather(every, mine, async_op=True).get_future().then(add_up)
+
+
+def _hook(settings: Compress) -> tuple[Any, Any]:
+    """What a hook remembers, and the hook."""
+    if settings.method == "powersgd":
+        return PowerSGD(None, settings.rank, PLAIN_STEPS), powerSGD_hook.powerSGD_hook
+    if settings.method == "topk":
+        return TopK(settings.density), topk
+    halve = getattr(default_hooks, f"{settings.method}_compress_hook")
+    return None, lambda group, bucket: halve(group, bucket)  # by its own name DDP takes bf16's for NCCL alone

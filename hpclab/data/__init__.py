@@ -9,3 +9,4 @@ from hpclab.data.images import load as load
 from hpclab.data.images import share as share
 from hpclab.data.images import verify as verify
 from hpclab.data.shards import write as write
+from hpclab.data.tables import table as table

@@ -23,7 +23,7 @@ GLOSSARY = ROOT / "notebooks" / "glossary.md"
 PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    ROOT / "data" / "fashion_mnist" / "README.md",
+    *sorted((ROOT / "data").glob("*/README.md")),
     GLOSSARY,
 ]
 NOTEBOOKS = sorted([*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "zh").glob("*.ipynb")])

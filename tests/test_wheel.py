@@ -69,7 +69,7 @@ def test_the_wheel_carries_the_data_and_the_course_and_no_sources_of_theirs(whee
     names = zipfile.ZipFile(wheel).namelist()
     shared = {name.removeprefix("hpclab/_share/") for name in names if name.startswith("hpclab/_share/")}
     notebooks = [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "zh").glob("*.ipynb")]
-    data = [path for path in (ROOT / "data" / "fashion_mnist").iterdir() if path.is_file()]
+    data = [path for folder in ("fashion_mnist", "tables") for path in (ROOT / "data" / folder).iterdir()]
     assert notebooks
     assert {path.relative_to(ROOT).as_posix() for path in notebooks + data} <= shared
     others = {name for name in shared if name.startswith("notebooks/") and not name.endswith(".ipynb")}

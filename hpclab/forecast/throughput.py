@@ -132,7 +132,7 @@ class Throughput:
         compute = units["compute_s"] / self.efficiency + units["blocks"] * self.block_s
         compute = compute + units["logits_s"] * self.logit_bytes
         tensor = units["tensor_bytes"] / np.where(units["spans"] > 1, self.between, self.inside)
-        issue = self.launch_s * units["blocks"] * units["spans"] ** self.spanning * units["cross"] ** self.crossing
+        issue = self.launch_s * units["issued"] * units["spans"] ** self.spanning * units["cross"] ** self.crossing
         link = np.where(units["share"] > 0, self.between * units["share"], self.inside)
         stage = np.maximum(compute + tensor, np.maximum(issue, units["micro_bytes"] / link))
         slowest = np.argmax(stage, axis=-1, keepdims=True)
@@ -190,7 +190,7 @@ def _units(model: Transformer, layout: Layout, gpu: Accelerator) -> dict[str, Ar
     head = np.arange(layout.pp) == layout.pp - 1
     passes = 4 if layout.recompute == "full" else 3
     flops = passes * blocks * model.block_flops(causal=True) + 3 * head * 2 * model.embedding_parameters
-    summed = (layout.tp - 1) / layout.tp * 2 * (passes + 1 if layout.recompute == "full" else 4)
+    summed = 2 * (passes - 1) * 2 * (layout.tp - 1) / layout.tp  # by two all-reduces, forward, backward and again
     nodes = -(-layout.gpus // gpu.per_node)
     spans = -(-layout.tp // gpu.per_node)
     here = min(layout.dp, max(1, gpu.per_node // layout.tp))  # ranks of a data-parallel group in a node
@@ -209,6 +209,7 @@ def _units(model: Transformer, layout: Layout, gpu: Accelerator) -> dict[str, Ar
     return {
         "compute_s": tokens * flops / layout.tp / gpu.flops,
         "blocks": blocks.astype(float),
+        "issued": blocks * float(layout.tp > 1),
         "logits_s": head * tokens * model.vocabulary / layout.tp / gpu.bandwidth,
         "tensor_bytes": summed * blocks * tokens * model.hidden * WEIGHT,
         "micro_bytes": each * traffic,

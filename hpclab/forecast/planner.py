@@ -42,8 +42,9 @@ def plan(
     Returns
     -------
     list of dict
-        The fields of a `Layout`, then ``memory_bytes`` of the rank that needs most, ``step_s``, ``tokens_per_s``, each
-        with the ends of its band (``..._low``, ``..._high``), and ``mfu``. Empty if nothing fits.
+        The fields of a `Layout`; of the rank that needs most ``memory_bytes`` and its parts, as `Memory.parts` names
+        them; ``step_s`` and ``tokens_per_s``; ends of bands (``memory_bytes_low``, ...); and ``mfu``. Empty if nothing
+        fits.
 
     Raises
     ------
@@ -66,8 +67,12 @@ def plan(
     rows = []
     for layout in candidates(model, gpus, batch, zero, recompute):
         if memory.fits(model, layout, gpu.memory_bytes):
-            need, seconds = memory.rank_bytes(model, layout), throughput.step_s(model, layout, gpu)
-            rows.append({"kind": "plan", **vars(layout), "memory_bytes": need, "step_s": seconds})
+            fullest = int(memory.stage_bytes(model, layout).argmax())
+            parts = {f"{name}_bytes": float(part[fullest]) for name, part in memory.parts(model, layout).items()}
+            seconds = throughput.step_s(model, layout, gpu)
+            rows.append(
+                {"kind": "plan", **vars(layout), **parts, "memory_bytes": sum(parts.values()), "step_s": seconds}
+            )
     fastest = sorted(rows, key=lambda row: (row["step_s"], row["memory_bytes"]))[:most]
     return [row | _bands(row, model, gpus, batch, gpu, level) for row in fastest]
 

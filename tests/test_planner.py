@@ -13,11 +13,11 @@ LARGE = Transformer(80, 8192, 64, 28672, 131_072, 4096, tied=False)
 
 
 def test_candidates_use_all_gpus_and_the_whole_batch_once():
-    found = list(candidates(SMALL, 16, 64, (0, 1, 2, 3), (None, "full")))
-    assert len(found) == len({*found}) > 100
-    assert all(layout.gpus == 16 and layout.batch == 64 for layout in found)
-    assert {layout.zero for layout in found if layout.pp > 1} == {0, 1}
-    assert {layout.zero for layout in found if layout.dp == 1} == {0}
+    layouts = list(candidates(SMALL, 16, 64, (0, 1, 2, 3), (None, "full")))
+    assert len(layouts) == len({*layouts}) > 100
+    assert all(layout.gpus == 16 and layout.batch == 64 for layout in layouts)
+    assert {layout.zero for layout in layouts if layout.pp > 1} == {0, 1}
+    assert {layout.zero for layout in layouts if layout.dp == 1} == {0}
     assert {layout.dp for layout in candidates(SMALL, 64, 3)} == {1}  # no other divides 3 sequences
 
 

@@ -34,8 +34,8 @@ def mpt(row):
 
 @pytest.mark.parametrize("row", table("korthikanti_2022"), ids=lambda row: row["model"])
 def test_mfu_of_korthikanti(row):
-    found = mfu(of(row), row["gpus"], row["batch"] / row["iteration_s"], A100.flops)
-    assert 100 * found == pytest.approx(row["mfu_pct"], abs=0.2)
+    utilisation = mfu(of(row), row["gpus"], row["batch"] / row["iteration_s"], A100.flops)
+    assert 100 * utilisation == pytest.approx(row["mfu_pct"], abs=0.2)
 
 
 @pytest.mark.parametrize("row", table("megatron_2021"), ids=lambda row: f"{row['parameters_g']} G")
@@ -61,10 +61,10 @@ def test_parameters_and_utilisation_of_mosaic():
         model = mpt(row)
         assert model.parameters == row["NumParams"]
         matrices = model.layers * model.block_weights + model.embedding_parameters
-        their = 1 + 6 * model.sequence * (model.parameters - matrices) / model.flops()
+        theirs = 1 + 6 * model.sequence * (model.parameters - matrices) / model.flops()
         peak = (H100 if "h100" in row["GPU"] else A100).flops * (2 if "FP8" in row["section"] else 1)
         rate = row["Throughput (T/s)"] / model.sequence
-        assert 100 * their * mfu(model, row["# GPUs"], rate, peak) == pytest.approx(row["MFU"], abs=0.05)
+        assert 100 * theirs * mfu(model, row["# GPUs"], rate, peak) == pytest.approx(row["MFU"], abs=0.05)
         if row["Activation Checkpointing"] == "True":
             assert row["HFU"] == pytest.approx(row["MFU"] * 4 / 3, abs=0.02)
             ratio = hfu(model, row["# GPUs"], rate, peak=peak) / mfu(model, row["# GPUs"], rate, peak)

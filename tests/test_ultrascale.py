@@ -57,10 +57,9 @@ def test_mfu_of_the_table():
         if row["ok"] and row["mfu_pct"] > 5:
             model = ultrascale.MODELS[row["model"]]
             twice = 6 * model.embedding_parameters * model.sequence * (row["pp"] > 1)
-            found = (
-                (model.flops() + twice) / model.flops() * mfu(model, 8 * row["nodes"], row["tok_s"] / model.sequence)
-            )
-            assert 100 * found == pytest.approx(row["mfu_pct"], rel=0.01)
+            rate = row["tok_s"] / model.sequence
+            utilisation = mfu(model, 8 * row["nodes"], rate) * (1 + twice / model.flops())
+            assert 100 * utilisation == pytest.approx(row["mfu_pct"], rel=0.01)
 
 
 def test_bands_hold_what_they_say():
@@ -114,8 +113,8 @@ def test_activations_of_tensor_parallel_ranks_are_korthikantis():
     model = dataclasses.replace(ultrascale.MODELS["1B"], gated=False)
     for shared in (False, True):
         formula = model.activation_bytes(1, 8, shared, "selective")
-        found = BY_HAND.parts(model, Layout(tp=8, sequence_parallel=shared))["activations"]
-        assert found == pytest.approx(16 * formula)
+        activations = BY_HAND.parts(model, Layout(tp=8, sequence_parallel=shared))["activations"]
+        assert activations == pytest.approx(16 * formula)
 
 
 def rows_of(nodes):
@@ -126,8 +125,8 @@ def rows_of(nodes):
 def test_fits_find_what_was_planted():
     cases = rows_of([1, 2, 4])
     memory = Memory(40.0, 2.0, 12.0, 1e9)
-    found = Memory.fit(cases, [memory.stage_bytes(*case)[0] for case in cases])
-    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(memory), rel=1e-3)
+    fitted = Memory.fit(cases, [memory.stage_bytes(*case)[0] for case in cases])
+    assert dataclasses.astuple(fitted) == pytest.approx(dataclasses.astuple(memory), rel=1e-3)
     cluster = Throughput(0.5, 1e-3, 4e-3, 0.5, 0.8, 20.0, 4e11, 1e11, 0.02)
     again = Throughput.fit(cases, [cluster.step_s(*case) for case in cases])
     assert dataclasses.astuple(again) == pytest.approx(dataclasses.astuple(cluster), rel=1e-2)

@@ -26,7 +26,7 @@ class Accelerator:
     flops : float
         Dense 16-bit FLOPs a second, from the data sheet.
     memory_bytes : float
-        As its driver tells.
+        As its driver reports.
     bandwidth : float
         Bytes a second of its memory.
     per_node : int, default 8

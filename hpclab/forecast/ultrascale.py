@@ -62,7 +62,7 @@ class Score:
     rank_bytes: Array
     """Of the rank that needs most."""
     first_bytes: Array
-    """Of a rank of the first stage, which the table tells."""
+    """Of a rank of the first stage, whose peak the table gives."""
     step_s: Array
     fits: NDArray[np.bool_]
     """Whether the layout is possible, and is said to fit 80 GB."""

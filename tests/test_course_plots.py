@@ -35,6 +35,16 @@ def test_float_masks_cancel_but_for_rounding():
     assert abs(np.corrcoef(small[0], gradients[1])[0, 1]) > 0.3 > abs(np.corrcoef(large[0], gradients[1])[0, 1])
 
 
+def test_bars_of_memory_say_what_fills_it():
+    parts = {"weights": 2, "gradients": 4, "optimiser": 12, "activations": 30, "buffers": 1.5}
+    row = {"kind": "plan", "dp": 2, "tp": 4, "pp": 1, "source": "forecast"}
+    ax = plots.memory([row | {f"{name}_bytes": 1e9 * size for name, size in parts.items()}], 80e9)
+    assert "1. dp 2, tp 4, pp 1: weights 2, gradients 4, optimiser 12, activations 30" in ax.figure.words()
+    assert max(bar.get_x() + bar.get_width() for bar in ax.patches) == 49.5
+    assert list(ax.lines[0].get_xdata()) == [80, 80]
+    plt.close(ax.figure)
+
+
 def test_orders_of_a_queue_are_compared():
     jobs = [
         {"submitted_s": 10, "started_s": 10, "ended_s": 18, "cpus": 2},

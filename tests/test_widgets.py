@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 from conftest import no_rank_left, until
-from hpclab.widgets import Explorer, RaceStage
+from hpclab.widgets import Explorer, Planner, RaceStage
 
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
@@ -163,3 +163,23 @@ def test_races_gather_in_one_table_with_an_interval():
     assert [*stage.table()[0].values()] == ["2 ranks", 2, "no difference shown (0.64 to 3.50)"]
     stage.raced = {"2 ranks": [1.6, 1.4, 1.5, 1.5, 1.5]}
     assert stage.table()[0]["times as fast"].startswith("1.50 (1.4")
+
+
+def test_a_planner_follows_its_sliders():
+    planner = Planner()
+    planner.figure, planner.text = Place(), Place()
+    planner.sliders["model"].value = "8B"
+    assert "data:image/png" in planner.figure.shown[-1].data and "<table" in planner.text.shown[-1].data
+    row = planner.table(planner.worked_out())[0]
+    assert row["dp"] * row["tp"] * row["pp"] == 64 and row["zero"] in (0, 1)
+    planner.sliders["gpus"].value = 1
+    assert planner.text.shown[-1].data == "<p>Nothing fits: take more GPUs or memory, or allow more.</p>"
+    assert planner.figure.shown[-1].data == ""
+    planner.sliders["gpus"].value = 16
+    short = planner.worked_out()[0]
+    planner.sliders["sequence"].value = 16384  # 4 times the activations for each sequence
+    long = planner.worked_out()[0]
+    assert long["tokens_per_s"] < short["tokens_per_s"]
+    planner.sliders["tried"].index = 2
+    assert planner.worked_out()[0]["step_s"] <= long["step_s"]  # allowing more is never slower
+    assert all(row["memory_bytes"] <= 1.1 * planner.limit_bytes() for row in planner.worked_out())

@@ -44,6 +44,41 @@ def tasks(rows: list[dict], ax: Axes | None = None) -> Axes:
     return figures.legend_above(ax, columns=2)
 
 
+def memory(rows: list[dict], limit_bytes: float, ax: Axes | None = None) -> Axes:
+    """Draw what fills the memory of the rank that needs most, a bar a layout, and the memory that a GPU has.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `forecast.plan`, the best first.
+    limit_bytes : float
+        Memory of a GPU.
+    """
+    ax, rows = figures.axes(ax), some(rows, "plan")
+    titles = {
+        "weights": _("weights"),
+        "gradients": _("gradients"),
+        "optimiser": _("optimiser"),
+        "activations": _("activations"),
+        "buffers": _("buffers"),
+    }
+    names = [f"{place}. dp {row['dp']}, tp {row['tp']}, pp {row['pp']}" for place, row in enumerate(rows, 1)]
+    parts = {title: [row[f"{part}_bytes"] / 1e9 for row in rows] for part, title in titles.items()}
+    starts = np.zeros(len(rows))
+    for place, (title, sizes) in enumerate(parts.items()):
+        hatch = figures.HATCHES[place % len(figures.HATCHES)]
+        ax.barh(names, sizes, left=starts, label=title, color=COLOURS[place], hatch=hatch, edgecolor="white")
+        starts += sizes
+    ax.axvline(limit_bytes / 1e9, color="black", linestyle="--", label=_("memory of a GPU"))
+    ax.invert_yaxis()
+    words = [
+        f"{name}: " + ", ".join(f"{title} {figures.number(sizes[place])}" for title, sizes in parts.items())
+        for place, name in enumerate(names)
+    ]
+    finish(ax, rows, _("GB of the fullest rank"), "", words)
+    return figures.legend_above(ax, columns=3)
+
+
 def schedule(rows: list[dict], ax: Axes | None = None) -> Axes:
     """Draw what each rank of a simulated cluster did in which step: computing and waiting, below them its messages.
 

@@ -12,8 +12,9 @@ from IPython.display import HTML, DisplayHandle, display
 
 from hpclab import plots, racing, ratios
 from hpclab.course import guesses
+from hpclab.course import plots as course_plots
 from hpclab.figures import Figure
-from hpclab.forecast import Forecast
+from hpclab.forecast import H100, Forecast, Transformer, plan, ultrascale
 from hpclab.gangs.attempt import RankError
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
@@ -187,7 +188,46 @@ class RaceStage:
             put(place, page)
 
 
-class Explorer:
+class Drawn:
+    """Sliders, and below them a figure and a text, ordinary output that is redrawn as a slider moves."""
+
+    def __init__(self, sliders: dict[str, Any]) -> None:
+        for slider in sliders.values():
+            slider.style.description_width = "9em"
+            slider.layout.width = "28em"
+            slider.observe(lambda change: self.draw(), "value")
+        self.sliders = sliders
+        self.figure: DisplayHandle | None = None
+        self.text: DisplayHandle | None = None
+
+    def worked_out(self) -> Any:
+        """What figure and text show, at the sliders' values."""
+        raise NotImplementedError
+
+    def picture(self, shown: Any) -> str:
+        """The figure, as HTML."""
+        raise NotImplementedError
+
+    def words(self, shown: Any) -> str:
+        """The text, as HTML."""
+        raise NotImplementedError
+
+    def draw(self) -> None:
+        """Redraw, in the place where it was first shown."""
+        if self.figure is None or self.text is None:
+            return
+        worked_out = cache(self.worked_out)
+        put(self.figure, drawn(lambda: self.picture(worked_out())))
+        put(self.text, drawn(lambda: self.words(worked_out())))
+
+    def _ipython_display_(self) -> None:
+        display(ipywidgets.VBox(list(self.sliders.values())))
+        self.figure = display(HTML(""), display_id=True)
+        self.text = display(HTML(""), display_id=True)
+        self.draw()
+
+
+class Explorer(Drawn):
     """Sliders for what decides the speed on many ranks, and the efficiency that follows, a line a topology.
 
     The figure and a table of it are ordinary output, redrawn as a slider moves; what was measured stays on it.
@@ -218,13 +258,7 @@ class Explorer:
             "per_node": ipywidgets.IntSlider(4, min=1, max=16, description=_("ranks a node")),
         }
         sliders["overlap"].disabled = work.visible is not None  # then it was measured what is hidden
-        for slider in sliders.values():
-            slider.style.description_width = "9em"
-            slider.layout.width = "28em"
-            slider.observe(lambda change: self.draw(), "value")
-        self.sliders = sliders
-        self.figure: DisplayHandle | None = None
-        self.text: DisplayHandle | None = None
+        super().__init__(sliders)
 
     def curves(self) -> dict[str, dict[str, np.ndarray]]:
         """Columns of the forecast by topology, at the sliders' values."""
@@ -236,15 +270,10 @@ class Explorer:
         links[_("ring of nodes")] = Hierarchy(inside, between, per_node)
         return {name: known.columns(self.ranks, network=link) for name, link in links.items()}
 
-    def draw(self) -> None:
-        """Redraw, in the place where it was first shown."""
-        if self.figure is None or self.text is None:
-            return
-        curves = cache(self.curves)
-        put(self.figure, drawn(lambda: self._picture(curves())))
-        put(self.text, drawn(lambda: self._words(curves())))
+    def worked_out(self) -> dict[str, dict[str, np.ndarray]]:
+        return self.curves()
 
-    def _picture(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
+    def picture(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
         shown = Figure(figsize=(7, 4), layout="constrained")
         plots.forecasts(curves, self.measured, shown.subplots())
         return shown.picture()
@@ -259,7 +288,7 @@ class Explorer:
             for name, columns in curves.items()
         )
 
-    def _words(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
+    def words(self, curves: dict[str, dict[str, np.ndarray]]) -> str:
         return html(
             "{{ table }}{% if remark %}<p>{{ remark }}</p>{% endif %}",
             table=markup(self.table(curves)),
@@ -284,11 +313,81 @@ class Explorer:
             nearest=nearest,
         )
 
-    def _ipython_display_(self) -> None:
-        display(ipywidgets.VBox(list(self.sliders.values())))
-        self.figure = display(HTML(""), display_id=True)
-        self.text = display(HTML(""), display_id=True)
-        self.draw()
+
+class Planner(Drawn):
+    """Sliders for a large model and the GPUs there are, and the layouts that train it fastest, with their memory.
+
+    Parameters
+    ----------
+    models : dict of str to forecast.Transformer, optional
+        By the name to show. Default: four from 1 to 80 G parameters.
+    """
+
+    MODELS = ultrascale.MODELS | {
+        "8B": Transformer(32, 4096, 32, 14336, 131_072, 4096, tied=False, kv_heads=8),
+        "80B": Transformer(80, 8192, 64, 28672, 131_072, 4096, tied=False),
+    }
+
+    def __init__(self, models: dict[str, Transformer] | None = None) -> None:
+        self.models = models or self.MODELS
+        powers = [2**power for power in range(17)]
+        everything = [((0, 1), (None,)), ((0, 1, 2, 3), (None,)), ((0, 1, 2, 3), (None, "full"))]
+        names = ("ZeRO 0-1", "ZeRO 0-3", _("ZeRO 0-3, computing again"))
+        slider = ipywidgets.SelectionSlider
+        sliders = {
+            "model": slider(options=[*self.models], description=_("model")),
+            "sequence": slider(options=powers[9:], value=4096, description=_("tokens a sequence")),
+            "batch": slider(options=powers[3:13], value=256, description=_("sequences a batch")),
+            "gpus": slider(options=powers[:11], value=64, description=_("GPUs")),
+            "memory": slider(options=[24, 40, 80, 141, 192], value=80, description=_("GB of a GPU")),
+            "tried": slider(options=[*zip(names, everything, strict=True)], description=_("allowed")),
+        }
+        super().__init__(sliders)
+
+    def worked_out(self) -> list[dict]:
+        """The five fastest layouts, at the sliders' values; see `forecast.plan`."""
+        name, sequence, batch, gpus, _memory, (zero, recompute) = (slider.value for slider in self.sliders.values())
+        model = dataclasses.replace(self.models[name], sequence=sequence)
+        gpu = dataclasses.replace(H100, memory_bytes=self.limit_bytes())
+        return plan(model, gpus, batch, gpu, zero=zero, recompute=recompute)
+
+    def limit_bytes(self) -> float:
+        """Memory of a GPU, which has more than its name says, as an H100 of 80 GB does."""
+        return self.sliders["memory"].value / 80 * H100.memory_bytes
+
+    def picture(self, rows: list[dict]) -> str:
+        if not rows:
+            return ""
+        shown = Figure(figsize=(7, 3.2), layout="constrained")
+        course_plots.memory(rows, self.limit_bytes(), shown.subplots())
+        return shown.picture()
+
+    def table(self, rows: list[dict]) -> Table:
+        """A row a layout: its groups, and forecasts with the ends of their bands."""
+        ends = ("", "_low", "_high")
+        return Table(
+            {name: row[name] for name in ("dp", "tp", "pp", "zero")}
+            | {_("micro-batches"): f"{row['accumulation']} x {row['micro_batch']}"}
+            | {_("computing again"): _("yes") if row["recompute"] else ""}
+            | {"GB": "{:.0f} ({:.0f}-{:.0f})".format(*(row[f"memory_bytes{end}"] / 1e9 for end in ends))}
+            | {_("tokens a second"): "{:,.0f} ({:,.0f}-{:,.0f})".format(*(row[f"tokens_per_s{end}"] for end in ends))}
+            | {"MFU": f"{row['mfu']:.0%}"}
+            for row in rows
+        )
+
+    def words(self, rows: list[dict]) -> str:
+        if not rows:
+            return html("<p>{{ text }}</p>", text=_("Nothing fits: take more GPUs or memory, or allow more."))
+        above = any(row["memory_bytes"] > self.limit_bytes() for row in rows)
+        remark = _(
+            "Up to a tenth above a GPU's memory counts as fitting: near the limit, runs needed less than forecast."
+        )
+        return html(
+            "{{ table }}{% if above %}<p>{{ remark }}</p>{% endif %}",
+            table=markup(self.table(rows)),
+            above=above,
+            remark=remark,
+        )
 
 
 def _steps(powers: range, units: dict[int, str], value: float, name: str) -> ipywidgets.SelectionSlider:

@@ -10,4 +10,5 @@ from hpclab.data.sets import load as load
 from hpclab.data.sets import share as share
 from hpclab.data.sets import verify as verify
 from hpclab.data.sets import write as write
+from hpclab.data.tables import table as table
 from hpclab.data.text import Text as Text

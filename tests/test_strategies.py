@@ -57,7 +57,7 @@ def pictures(step):
     return torch.rand(SAMPLES, 1, 28, 28, generator=draws, dtype=torch.float64), labels
 
 
-def alone(make, data, optimizer, steps=STEPS):
+def alone(make, data, optimizer, steps=STEPS, clip=None):
     """One process, written from the definitions: its weights after some steps, and the losses."""
     model, losses = make(), []
     moves = OPTIMIZERS[optimizer](model.parameters())
@@ -66,6 +66,8 @@ def alone(make, data, optimizer, steps=STEPS):
         moves.zero_grad()
         losses.append(loss(model(inputs), labels))
         losses[-1].backward()
+        if clip is not None:
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
         moves.step()
     return model.state_dict(), [one.item() for one in losses]
 
@@ -85,11 +87,12 @@ def advance(engine, data, steps):
     return []
 
 
-def follow(cases, steps=STEPS):
+def follow(cases, steps=STEPS, clip=None):
     """On every rank: train by each strategy in turn; rank 0 returns the whole weights, and the losses."""
     trained = []
     for strategy, make, data, optimizer in cases:
         engine = strategy.start(make(), OPTIMIZERS[optimizer], loss)
+        engine.clip = clip
         losses = advance(engine, data, range(steps))
         trained.append((engine.full_weights(), losses))
     return trained if dist.get_rank() == 0 else None
@@ -101,8 +104,8 @@ def furthest(weights, others):
     return max(((weights[name] - other).norm() / other.norm()).item() for name, other in others.items())
 
 
-def trained(client, ranks, cases, **settings):
-    run = hpclab.launch(client, follow, cases, ranks=ranks, oversubscribe=True, **settings)
+def trained(client, ranks, cases, *arguments):
+    run = hpclab.launch(client, follow, cases, *arguments, ranks=ranks, oversubscribe=True)
     return run.result(600)[0]
 
 
@@ -124,6 +127,14 @@ def test_exact_strategies_are_one_process(client, ranks):
     for (strategy, make, _, name), (weights, losses) in zip(cases, trained(client, ranks, cases), strict=True):
         assert furthest(weights, expected[make, name][0]) < 1e-10, (strategy, name)
         assert losses == pytest.approx(expected[make, name][1], rel=1e-10), (strategy, name)
+
+
+def test_a_clipped_gradient_is_one_process_too(client):
+    """The norm is that of the whole gradient, wherever its parts are."""
+    cases = [(one, gpt, texts, "SGD") for one in strategies_of(4)]
+    expected, _ = alone(gpt, texts, "SGD", clip=0.05)
+    for (strategy, *_), (weights, _) in zip(cases, trained(client, 4, cases, STEPS, 0.05), strict=True):
+        assert furthest(weights, expected) < 1e-10, strategy
 
 
 def single():

@@ -2,7 +2,7 @@
 
 import csv
 
-from hpclab.data.images import share
+from hpclab.data.sets import share
 
 Cell = str | float | int | None
 

@@ -30,6 +30,8 @@ from hpclab.training.strategies.engine import output
 if TYPE_CHECKING:
     from hpclab.training.job import Job
 
+CLIP = 1.0
+"""Largest norm of a step's gradient under `train`'s own optimiser; larger ones throw the loss up as the rate rises."""
 TEST_BATCH = 64
 """Least samples that a rank tests at once; else as many as in training, whose memory is there to be used again."""
 
@@ -77,6 +79,7 @@ class _Replica:
         self.step, self.steps = 0, job.steps or job.epochs * len(self.batches)
         self.schedule: OneCycleLR | None = None
         if job.optimizer is None:
+            self.engine.clip = CLIP
             self.schedule = OneCycleLR(self.engine.optimizer, job.lr, self.steps + 1, cycle_momentum=False)
         if (state := self.engine.restore()) is not None:
             self._restore(state)

@@ -39,7 +39,11 @@ class Engine:
         For schedules of the learning rate.
     weight : float
         What this rank's samples weigh in the mean over the ranks; see `shares.weights`.
+    clip : float or None
+        Largest norm of the whole gradient; a larger one is scaled down to it. None, the default, clips nothing.
     """
+
+    clip: float | None = None
 
     def __init__(
         self,
@@ -80,6 +84,11 @@ class Engine:
         """
         self.optimizer.zero_grad()
         loss = self.backward(inputs, labels)
+        if self.clip is not None:
+            scale = (self.clip / (self.norm() + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_ has it
+            for weight in self.module.parameters():
+                if weight.grad is not None:
+                    local(weight.grad).mul_(scale)
         self.optimizer.step()
         return loss
 
@@ -88,6 +97,10 @@ class Engine:
         loss = self.loss(output(self.model, inputs), labels)
         (loss * self.weight).backward()
         return loss.detach()
+
+    def norm(self) -> Tensor:
+        """Of the whole gradient, shape (), the same on all ranks that share a replica."""
+        return nn.utils.get_total_norm([w.grad for w in self.module.parameters() if w.grad is not None])
 
     def full_weights(self) -> dict[str, Tensor]:
         """The whole model's state_dict, on every rank."""
@@ -162,6 +175,11 @@ class Engine:
 def output(model: nn.Module, inputs: Any) -> Tensor:
     """What a model makes of a batch; padded series come with their lengths."""
     return model(*inputs) if isinstance(inputs, list) else model(inputs)
+
+
+def local(tensor: Any) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

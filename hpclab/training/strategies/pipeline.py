@@ -61,6 +61,14 @@ class Pipelined(Engine):
         dist.broadcast(loss, group=self.ring, group_src=self.ring.size() - 1)
         return loss
 
+    def norm(self) -> Tensor:
+        """The squares of all stages' gradients; of copies, one counts."""
+        again = {id(copy) for copy, group in self.copies if group.rank()}
+        gradients = [cast(Tensor, weight.grad) for weight in self.module.parameters() if id(weight) not in again]
+        square = nn.utils.get_total_norm(gradients) ** 2
+        dist.all_reduce(square, group=self.ring)
+        return square.sqrt()
+
     def full_weights(self) -> dict[str, Tensor]:
         """Gathered from all ranks."""
         parts = gathered({name: value.detach() for name, value in self.names.items()}, self.ring)

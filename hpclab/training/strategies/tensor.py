@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from hpclab.training.strategies import kinds
-from hpclab.training.strategies.engine import average
+from hpclab.training.strategies.engine import average, local
 from hpclab.training.strategies.zero import Sharded
 
 
@@ -37,7 +37,7 @@ class Split(Sharded):
         if module.heads % size:
             raise ValueError(f"ranks (={size}) of a replica can't share heads (={module.heads}) evenly.")
         mesh = init_device_mesh("cpu", (ranks // size, size), mesh_dim_names=("replica", "part"))
-        self.replicas, self.parts = mesh.get_group("replica"), mesh["part"]
+        self.replicas, self.parts, self.group = mesh.get_group("replica"), mesh["part"], mesh.get_group("part")
         for block in module.blocks:
             parallelize_module(block, self.parts, _plan(module, self.by_sequence))
         if self.by_sequence:
@@ -55,7 +55,7 @@ class Split(Sharded):
         for weight in self.module.parameters():
             if isinstance(weight, DTensor):
                 weight.grad = cast(DTensor, weight.grad).redistribute(placements=weight.placements)
-            gradients.append(_local(weight.grad))
+            gradients.append(local(weight.grad))
         if self.replicas.size() > 1:
             average(gradients, self.replicas)
         return loss
@@ -73,7 +73,3 @@ def _plan(module: Any, by_sequence: bool) -> dict[str, ParallelStyle]:
     plan |= {name: ColwiseParallel() for name in module.columns}
     plan |= {name: RowwiseParallel(output_layouts=between) for name in module.rows}
     return plan | ({name: SequenceParallel() for name in module.norms} if by_sequence else {})
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

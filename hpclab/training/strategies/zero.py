@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hpclab.training.strategies.ddp import Replicated
-from hpclab.training.strategies.engine import Engine, blocks
+from hpclab.training.strategies.engine import Engine, blocks, local
 from hpclab.training.strategies.kinds import Zero
 
 
@@ -43,6 +44,21 @@ class Optimizers(Replicated):
 
 class Sharded(Engine):
     """Any strategy of whose tensors each rank has a shard."""
+
+    group: dist.ProcessGroup | None = None
+    """Of the ranks that share tensors; None for all."""
+
+    def norm(self) -> Tensor:
+        """The squares of shards are added up over their ranks; what each rank has whole counts once."""
+        shards: list[Tensor] = []
+        whole: list[Tensor] = []
+        for weight in self.module.parameters():
+            if weight.grad is not None:
+                kind = shards if isinstance(weight, DTensor) and weight.placements[0].is_shard() else whole
+                kind.append(local(weight.grad))
+        square = nn.utils.get_total_norm(shards) ** 2
+        dist.all_reduce(square, group=self.group)
+        return (square + nn.utils.get_total_norm(whole) ** 2).sqrt()
 
     def full_weights(self) -> dict[str, Tensor]:
         """Gathered from all ranks."""

@@ -546,7 +546,7 @@ def test_what_students_hand_in_beside_a_notebook_is_there_and_nothing_else_is(
     }, rows
     for name, says in {
         "ann/homework/rate.ipynb": "One large step",
-        "bob/rate.ipynb": "(torch.py beside the notebook has a module's name, and may hide it; film.avi was not put",
+        "bob/rate.ipynb": "(torch.py beside the notebook has a module's name, and may hide it; film.avi wasn't copied",
         "empty": "not graded: its folder holds no file",
         "forges/rate.ipynb": "Its kernel gave no verdict: does the notebook change the checks?",
         "none/rate.ipynb": "not graded: it is empty",

@@ -73,11 +73,14 @@ def test_bands_hold_what_they_say():
 
 
 def test_the_largest_models_of_another_code_fit_as_they_did():
-    """FSDP of llm-foundry from 30 G parameters, all recomputed, on 80 GB: it is said to fit, and in about that time."""
+    """FSDP of llm-foundry from 30 G parameters, all recomputed, on H100s: it is said to fit, and in about that time.
+
+    Its smaller models aren't, see `ultrascale`: it keeps less than nanotron does.
+    """
     memory, throughput = ultrascale.fitted()
     ratios = []
     for row in table("mosaic_fsdp"):
-        if row["Model"] in ("30b", "70b") and "80gb" in row["GPU"] and "BF16" in row["section"]:
+        if row["Model"] in ("30b", "70b") and row["section"] == "H100 80GB BF16":
             sizes = {"dp": row["# GPUs"], "micro_batch": row["MicroBatchSize"], "accumulation": row["GradAccum"]}
             model, layout = mpt(row), Layout(**sizes, zero=3, recompute="full")
             assert row["Activation Checkpointing"] == "True" and memory.fits(model, layout, H100.memory_bytes)

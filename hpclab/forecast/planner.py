@@ -53,9 +53,9 @@ def plan(
 
     Notes
     -----
-    The bands are quantiles of what `ultrascale.scores` missed rows by that it hadn't seen; they say nothing of other
-    codes or clusters. ZeRO 2 and 3, full recomputation and other GPUs are forecast by their FLOPs and bytes alone, as
-    if messages hid behind the computing wherever it takes longer.
+    The bands are quantiles of what `ultrascale.scores` missed rows by, all of 1 and 3 G parameters on at most 8 nodes;
+    larger models, other codes and other clusters miss by more. ZeRO 2 and 3, full recomputation and other GPUs are
+    forecast by their FLOPs and bytes alone, as if messages hid behind the computing wherever it takes longer.
 
     Examples
     --------

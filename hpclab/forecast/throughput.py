@@ -89,7 +89,7 @@ class Throughput:
         Seconds in which the host issues a block's kernels and messages with tensor parallelism; a micro-batch takes at
         least that.
     crossing : float
-        Power of `tp` with which that grows if a pipeline crosses nodes.
+        Power of `tp` with which that grows if a pipeline crosses nodes. The rows show it; why, isn't known.
     spanning : float
         Power of the nodes of a tensor-parallel group with which that grows.
     logit_bytes : float

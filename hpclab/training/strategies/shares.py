@@ -9,7 +9,7 @@ from hpclab._arguments import whole_number
 
 
 def shares(speeds: Sequence[float], batch: int) -> list[int]:
-    """Samples a step for each rank, in proportion to its speed: then all end at about the same time.
+    """Samples a step for each rank, so that the last one ends as early as it can: about in proportion to its speed.
 
     Parameters
     ----------
@@ -23,10 +23,6 @@ def shares(speeds: Sequence[float], batch: int) -> list[int]:
     list of int
         They add up to the batch; each rank has at least one sample.
 
-    Notes
-    -----
-    The parts that are left after rounding down go to the ranks that lose most by it (largest remainder).
-
     Examples
     --------
     >>> shares([100, 50], 64)
@@ -35,12 +31,10 @@ def shares(speeds: Sequence[float], batch: int) -> list[int]:
     ranks, batch = len(speeds), whole_number("batch", batch, least=len(speeds))
     if not all(0 < speed < float("inf") for speed in speeds):
         raise ValueError(f"speeds (={list(speeds)!r}) must all be above 0, in samples a second.")
-    ideal = [(batch - ranks) * speed / sum(speeds) for speed in speeds]  # beside the one that each has
-    whole = [1 + int(part) for part in ideal]
-    losers = sorted(range(ranks), key=lambda rank: int(ideal[rank]) - ideal[rank])
-    for rank in losers[: batch - sum(whole)]:
-        whole[rank] += 1
-    return whole
+    dealt = [1] * ranks
+    for _ in range(batch - ranks):
+        dealt[min(range(ranks), key=lambda rank: (dealt[rank] + 1) / speeds[rank])] += 1
+    return dealt
 
 
 def weights(samples: Sequence[int]) -> list[float]:

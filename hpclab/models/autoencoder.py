@@ -55,40 +55,33 @@ class Autoencoder(nn.Module):
         return self.decoder(self.encoder(images))
 
     @torch.no_grad()
-    def anomaly(self, known: Tensor, images: Tensor, neighbours: int = 5) -> Tensor:
-        """How unlike the known images each image is: the higher, the more so.
+    def anomaly(self, known: Tensor, images: Tensor, neighbours: int = 10) -> Tensor:
+        """How badly each image is rebuilt from known ones: the higher, the more unlike them it is.
 
-        A plain reconstruction error mostly says which images have many details. So this score multiplies two figures
-        that compare an image with those known ones whose codes are the nearest: the mean distance of the codes
-        (Ramaswamy, Rastogi, Shim 2000), each number of the code divided by its deviation; and the square root of the
-        image's mean squared error over theirs.
+        From an image's own code an autoencoder also rebuilds what it has never seen (Gong et al. 2019,
+        arXiv:1904.02639). So an image is compared with the mean of the known images whose codes are nearest to its own,
+        where each number of the code is divided by its deviation.
 
         Parameters
         ----------
         known : Tensor, shape (N, 1, 28, 28)
             Images that it was trained on, as many as can be held.
         images : Tensor, shape (M, 1, 28, 28)
-        neighbours : int, default 5
+        neighbours : int, default 10
 
         Returns
         -------
         Tensor, shape (M,)
-            At least 0, without a unit.
+            Mean squared error of an image's pixels.
         """
-        (codes, errors), (others, wrong) = (self._codes_and_errors(part) for part in (known, images))
+        codes = torch.cat([self.encoder(part) for part in known.split(PART)])  # (N, code)
         scale = codes.std(0)
-        nearest = [
-            torch.cdist(some, codes / scale).topk(neighbours, largest=False) for some in (others / scale).split(PART)
-        ]
-        distance = torch.cat([found.values.mean(1) for found in nearest])
-        usual = torch.cat([errors[found.indices].mean(1) for found in nearest])
-        return distance * (wrong / usual).sqrt()
-
-    def _codes_and_errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, shape (N, code), and mean squared errors, shape (N,)."""
-        codes = torch.cat([self.encoder(part) for part in images.split(PART)])
-        rebuilt = torch.cat([self.decoder(part) for part in codes.split(PART)])
-        return codes, (rebuilt - images).square().mean((1, 2, 3))
+        errors = []
+        for part in images.split(PART):
+            distances = torch.cdist(self.encoder(part) / scale, codes / scale)  # (PART, N)
+            nearest = distances.topk(neighbours, largest=False).indices
+            errors.append((known[nearest].mean(1) - part).square().mean((1, 2, 3)))
+        return torch.cat(errors)
 
     def counts(self, samples: int = 1) -> Counts:
         """Parameters, operations and kept bytes of a forward pass over so many images, by formula."""

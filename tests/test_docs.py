@@ -224,7 +224,7 @@ def test_messages_under_troubleshooting_are_those_of_the_program():
     assert len(others) == 1 and len(quoted) > 15
     for message in set(quoted) - set(others):
         flat = " ".join(message.replace("`", "").split())
-        parts = re.split(r"\.\.\.|\(=[^)]*\)|\d[\d.]*(?: MiB)?|<\w+>|'[^']*'|`", flat)
+        parts = re.split(r"\.\.\.|\(=[^)]*\)|\d[\d.]*(?: MiB)?|<\w+>|(?<!\w)'[^']*'|`", flat)
         longest = max((part.strip(" ,.;:()") for part in parts), key=len)
         assert len(longest) > 8 and longest in said, message
 

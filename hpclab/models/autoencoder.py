@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
             Mean squared error of an image's pixels.
         """
         codes = torch.cat([self.encoder(part) for part in known.split(PART)])  # (N, code)
-        scale = codes.std(0)
+        scale = codes.std(0).clamp(min=1e-9)  # a number that is the same for all says nothing
         errors = []
         for part in images.split(PART):
             distances = torch.cdist(self.encoder(part) / scale, codes / scale)  # (PART, N)

@@ -53,7 +53,7 @@ hpclab.progress()
 # %% [markdown] id="term"
 # ## A term
 #
-# All notebooks, with the capstone last.
+# All notebooks. Keep the capstone for the end, though its number comes earlier.
 #
 # | notebook | minutes | needs |
 # |---|---|---|

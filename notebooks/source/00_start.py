@@ -145,8 +145,8 @@ stage.run()
 # ## Explain
 #
 # **The same loss.** Two ranks with half a batch each, whose gradients are averaged, take the same step as one rank with
-# the whole batch. The curves differ in time, not in height. (The small ripples differ, because sums are rounded in another
-# order. For nothing else to differ, three conditions must hold: equal halves, a loss that is a mean, and a network without
+# the whole batch. The curves differ in time, not in height. (They differ a little, because sums are rounded in another order.
+# For nothing else to differ, three conditions must hold: equal halves, a loss that is a mean, and a network without
 # batch norm. The notebook *cnn* shows what happens when they don't.)
 #
 # **Sooner, but not twice.** If you have two CPUs, look at *times as fast*. What keeps it below 2?

@@ -111,11 +111,12 @@ parts = {row.key: row.cpu_time_total for row in traced.key_averages() if row.key
 hpclab.came("one-process.part", max(parts, key=parts.get))
 
 # %% id="timeline-do"
-plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
+ax = plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 
 # %% [markdown] id="profile-explain"
 # **Explain.** The forward pass computes one result; the backward pass computes two gradients, of the weights and of the
-# input, so it takes about twice as long, or more. Within both, a few operations take nearly all the time: convolutions,
+# input: about twice the arithmetic. It may take less than twice as long, since here the forward pass also maps fresh
+# memory (see *keep memory* below). Within both, a few operations take nearly all the time: convolutions,
 # pooling and their gradients. Doubling the optimiser's speed gains almost nothing. That is Amdahl's law within one step.
 #
 # The profile says *where* the time goes, not how much faster it could go: for that, we must know what the machine can do.
@@ -144,12 +145,13 @@ ceiling = roofline.ceilings()
 flowing = torch.from_numpy(plain.images[list(range(BATCH))][0])
 rows = []
 with torch.no_grad():
-    for name, layer in plain.model.features.named_children():
-        rows.append(roofline.measure(f"{name} {type(layer).__name__}", layer, flowing))
+    for place, layer in enumerate(plain.model.features):
+        name = f"{('1st', '2nd')[place // 3]} {type(layer).__name__}"
+        rows.append(roofline.measure(name, layer, flowing))
         flowing = layer(flowing)
     rows.append(roofline.measure("Linear", plain.model.classifier, flowing.flatten(1)))
 rows.append(roofline.measure("a whole step", plain, repeats=5))
-plots.roofline(rows, ceiling)
+ax = plots.roofline(rows, ceiling)
 
 # %% id="roof-table"
 hpclab.tables.Table(roofline.against(rows, ceiling))

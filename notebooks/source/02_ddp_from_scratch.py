@@ -153,7 +153,7 @@ def all_gather(parts):
     return torch.cat(parts)
 
 
-all_gather([torch.full((2,), mine if part == rank else 0.0) for part in range(ranks)])
+all_gather([torch.full((2,), mine if part == rank else 0.0) for part in range(ranks)]).tolist()
 
 # %% [markdown] id="scatter"
 # ## Exercise: reduce-scatter
@@ -318,8 +318,9 @@ for number in range(STEPS):
     torch.nn.functional.cross_entropy(ddp(x), y).backward()
     optimizer.step()
 else:
-    apart = (weights - torch.nn.utils.parameters_to_vector(model.parameters())).abs().max()
-    print(f"{STEPS} steps: at most {apart:.1e} from torch's; ours add up to {weights.double().sum().item()}")
+    apart = (weights - torch.nn.utils.parameters_to_vector(model.parameters())).abs().max().item()
+    print(f"{STEPS} steps: at most {apart:.1e} from torch's")
+    print("ours add up to", weights.double().sum().item())
 
 # %% id="ddp-came"
 hpclab.came("ddp-from-scratch.weights", gang.pull("apart", on=0)[0])
@@ -371,7 +372,7 @@ hpclab.check("ddp-from-scratch.quiz_deadlock", deadlock_answer)
 # ### Alpha and beta
 #
 # These all-reduces were timed on another network, and they follow `alpha + beta x bytes`. Read off alpha, in microseconds,
-# and the bandwidth 1 / beta, in megabytes a second (1 MB is 10^6 bytes). Set `line_answer` to the pair. Within 30 % is near
+# and the bandwidth 1 / beta, in megabytes a second (1 MB is $10^6$ bytes). Set `line_answer` to the pair. Within 30 % is near
 # enough: both axes are logarithmic.
 
 # %% id="quiz-line-show"

@@ -20,6 +20,7 @@ import hpclab
 SIZE = hpclab.size()  # "small", "class" or "cluster"
 
 # %% id="imports"
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -59,7 +60,7 @@ for step, chosen in enumerate(order[: 20 * 128].split(128)):
     loss.backward()
     optimizer.step()
     if step % 5 == 4:
-        print(step + 1, round(loss.item(), 3))
+        print(f"step {step + 1}: loss {loss.item():.3f}")
 
 # %% [markdown] id="idea"
 # ## The idea of data parallelism
@@ -101,7 +102,7 @@ apart = {
     "equal halves, a loss that is a sum": distance(hpclab.models.CNN(), 64, "sum"),
     "equal halves, batch norm": distance(normed, 64),
 }
-hpclab.tables.Table({"case": case, "relative difference": f"{found:.0e}"} for case, found in apart.items())
+hpclab.tables.Table({"case": case, "relative difference": f"{found:.1g}"} for case, found in apart.items())
 
 # %% id="conditions-came"
 hpclab.came("cnn.conditions", sum(found > 1e-5 for found in apart.values()))
@@ -157,7 +158,7 @@ difference = (losses(one.rows) - losses(two.rows)).abs()
 hpclab.tables.Table(
     {"step": step + 1, "1 rank": f"{a:.6f}", "2 ranks": f"{b:.6f}", "difference": f"{d:.1e}"}
     for step, (a, b, d) in enumerate(zip(losses(one.rows), losses(two.rows), difference, strict=True))
-    if step % 5 in (0, 4)
+    if step == 0 or step % 5 == 4
 )
 
 # %% id="same-came"
@@ -216,7 +217,8 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # CPU, nothing here can be faster: the rows say *emulated*.
 
 # %% id="data-share"
-{row["label"]: round(row["data_share"], 3) for row in rows}
+shares = {row["label"]: [other["data_share"] for other in rows if other["label"] == row["label"]] for row in rows}
+hpclab.tables.Table({"case": case, "waiting for data": f"{np.median(of_case):.1%}"} for case, of_case in shares.items())
 
 # %% [markdown] id="order"
 # ## Exercise: the order of the data
@@ -307,7 +309,7 @@ done = play.wait()
 # ## For later: what it learned
 #
 # Train two ranks again, load the weights that come back into a model here, and see how it labels pictures that it has
-# never seen.
+# never seen. Each title is the model's guess; a wrong one also says what it is.
 
 # %% id="look-do"
 fit = train(client, ranks=2, epochs=EPOCHS).result()
@@ -317,8 +319,8 @@ batch, labels = test[list(range(8))]
 with torch.no_grad():
     guesses = model(torch.from_numpy(batch)).argmax(1)
 said = zip(guesses, labels, strict=True)
-pictures(batch, [f"{'=' if guess == label else '≠'} {test.classes[guess]}" for guess, label in said])
-fit
+names = [(test.classes[guess], test.classes[label]) for guess, label in said]
+pictures(batch, [guess if guess == label else f"{guess},\nnot {label}" for guess, label in names])
 
 # %% [markdown] id="quiz-interval"
 # ## Quiz

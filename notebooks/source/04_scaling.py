@@ -116,7 +116,7 @@ runs += [train(client, 2, trace=3, network=thin, **buckets).result() for buckets
 plots.timelines([timeline.spans(run.folder) for run in runs], height=3)
 
 # %% [markdown] id="look-explain"
-# The light blue bars are the all-reduces, each drawn below its rank. A bar begins when its rank's bucket of gradients is
+# The narrow bars below each rank are the all-reduces. A bar begins when its rank's bucket of gradients is
 # full, and ends on both ranks at once; the slow network's time comes after the bar, because the emulation adds it there.
 #
 # In the top and middle pictures the bars come *after* the backward pass. DDP can send while it computes, but only full
@@ -410,7 +410,7 @@ hpclab.check("scaling.curves", judge)
 #
 # ### Read a timeline
 #
-# One step of two ranks, with two buckets of gradients. Each light blue bar begins when its rank has the bucket ready. Which
+# One step of two ranks, with two buckets of gradients. Each narrow bar begins when its rank has the bucket ready. Which
 # statements are true? Set `timeline_answer` to the set of their letters.
 #
 # - a: Rank 1 computes longer than rank 0 (forward and backward together).

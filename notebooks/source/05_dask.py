@@ -170,6 +170,7 @@ for ax, each in zip(axes, (1, 10, 200), strict=True):
     with get_task_stream() as stream:
         taken[each] = squeeze_all(each * workers, 4000, hard=800)
     plots.tasks(tasks.spans(stream.data), ax)
+    ax.set_title(f"{each} tasks a worker", loc="left", size="small")
 
 # %% id="stream-came"
 hpclab.came("dask.cut", min(taken, key=taken.get))
@@ -177,7 +178,7 @@ hpclab.came("dask.cut", min(taken, key=taken.get))
 # %% [markdown] id="stream-explain"
 # **Explain.** With one task a worker, the first ones have all the hard images and the rest wait: nobody can take over half
 # a task. With ten, a worker that finishes takes the next task, and all end at nearly the same time. With 200 the load is
-# even, but white gaps appear: between two tasks a worker waits for the scheduler. (Dask's dashboard shows this live, as
+# even, but gaps appear: between two tasks a worker waits for the scheduler. (Dask's dashboard shows this live, as
 # its *task stream*.)
 #
 # So there are two costs. With too few tasks, workers are idle at the end; with too many, you pay for each one.
@@ -311,7 +312,7 @@ try:
     connect_s["slurm"] = time.perf_counter() - begin
 except OSError as error:
     print("Skipped, because there is no Slurm here:", error)
-print("seconds to connect:", {name: round(seconds, 1) for name, seconds in connect_s.items()})
+print(*(f"{name}: {seconds:.1f} s to connect" for name, seconds in connect_s.items()), sep="\n")
 Table(tasks.overhead(clusters, repeats=REPEATS))
 
 # %% id="queue-came"

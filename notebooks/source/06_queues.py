@@ -177,7 +177,8 @@ compare({"first come, first served": fifo, "backfill": filled}, cpus=4)
 # %% [markdown] id="compare-explain"
 # **Explain.** The short jobs fill the hole beside *long*: they asked for one minute, and *long* holds its CPUs for up
 # to three. *greedy* also takes two seconds, but asked for ten minutes. The scheduler must believe it, and ten minutes
-# don't fit before *wide*. **Ask for less and you start sooner.** Ask for too little, though, and your job is killed
+# don't fit before *wide*. (The last of the short ones may come too late as well: once *long* has ended, *wide* has its
+# turn.) **Ask for less and you start sooner.** Ask for too little, though, and your job is killed
 # when its time is up.
 #
 # (Slurm counts whole seconds, and looks at its queue about once a second: read the differences, not the digits.)
@@ -203,7 +204,7 @@ def connect():
     site = slurm.start(nodes=3, cpus=1)
     client = hpclab.connect(site, workers=2, memory="1GB", walltime="00:10:00")
     undisturbed = train().result()
-    print(site.status())
+    print(site.run("sinfo", "--Node"))
 
 
 on_slurm(connect)
@@ -280,7 +281,7 @@ def without():
     site.stop()
     said = Path("ddp.out").read_text().splitlines()[-1]
     print(said, f"by sbatch; {ours:.6f} by hpclab.train")
-    return ours, float(said.split()[-1])
+    return round(ours, 6), float(said.split()[-1])
 
 
 ours, theirs = on_slurm(without)

@@ -53,7 +53,8 @@ hpclab.predict("security.stranger", ..., among=("nothing", "list workers", "run 
 # %% id="loopback-do"
 plain = hpclab.connect(workers=1, security=False)
 found = security.stranger(plain.scheduler.address, "STORE_TOKEN")
-print(f"our worker is process {[*plain.run(os.getpid).values()]}; the stranger {found}")
+[worker] = plain.run(os.getpid).values()
+print(f"our worker is process {worker}; the stranger {found}")
 
 # %% id="loopback-came"
 hpclab.came("security.stranger", "run code" if found.startswith("ran code") else "nothing")
@@ -377,14 +378,18 @@ gradients = np.array(gang.pull("numbers.view(np.int64) / 2**32"), dtype=np.float
 sent = {"whole numbers": (share.view(np.int64), 0.0)}
 sent |= {f"floats, about {size:g}": security.float_masks(gradients, size) for size in (1e-2, 1, 1e2, 1e4)}
 tables.Table(
-    {"masks": masks, "share like gradient": np.corrcoef(one, gradients[1])[0, 1], "sum wrong by": wrong}
+    {
+        "masks": masks,
+        "correlation with gradient": f"{np.corrcoef(one, gradients[1])[0, 1]:.3f}",
+        "sum wrong by": f"{wrong:.0e}",
+    }
     for masks, (one, wrong) in sent.items()
 )
 
 # %% [markdown] id="look-explain"
 # **Explain.** On this scale, in units of $2^{64}$, every gradient lies close to 0, or, if negative, wraps around to
-# just below 1. The share is spread evenly. (In the table, *like* is the correlation; *wrong* is the length of the error
-# over that of the sum.) With truly random masks that would be exact: if you add a number that takes *any* value with
+# just below 1. The share is spread evenly. (In the table, *wrong* is the length of the error over that of the
+# sum.) With truly random masks that would be exact: if you add a number that takes *any* value with
 # equal chance, so does the result. As far as anyone knows, ChaCha20's stream can't be told from true randomness in any
 # practical time.
 #

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from IPython.display import FileLink
 
 from hpclab import predictions, scaling, slurm, study
 
@@ -127,7 +128,8 @@ predicted = {
     "failure": (1.0, 1.5),
 }
 book = Path("predictions.jsonl")
-predictions.write(book, predicted)
+written = predictions.write(book, predicted)
+print(f"written at {written['written']}; its hash begins with {written['sha256'][:12]}")
 
 # %% [markdown] id="measure"
 # ## Measure
@@ -243,7 +245,7 @@ meaning = {
     "narrow": "two ranks, half the channels over all of them",
     "failure": "time of a training that loses a rank halfway, over that of one that loses none",
 }
-predictions.report(folder / "report.html", entry, scores, rows, meaning, entries)
+FileLink(predictions.report(folder / "report.html", entry, scores, rows, meaning, entries))
 
 # %% [markdown] id="quiz-score"
 # ## Quiz

@@ -27,7 +27,7 @@ def test_forecasts_are_as_far_off_as_the_text_says(gigabits, nodes, off):
 
 def test_the_table_has_a_row_for_each_record_and_a_column_for_each_forecast():
     law = laws.fit_usl(daint.NODES[: daint.KNOWN], daint.RATES[: daint.KNOWN])
-    table = daint.table(law, {"10 Gb/s": daint.forecast(10)})
+    table = daint.table({"10 Gb/s": daint.forecast(10)}, law)
     assert [row["nodes"] for row in table] == daint.NODES.tolist()
     assert [*table[0]] == ["nodes", "recorded", "usl", "10 Gb/s"]
     shown = float(table[-1]["usl"].split()[0].replace(",", ""))

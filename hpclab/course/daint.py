@@ -49,13 +49,14 @@ def forecast(gigabits: float, link_error: float = 0.0) -> list[dict]:
     return [known.rows([int(nodes)], network=link)[0] for nodes, link in zip(NODES, links, strict=True)]
 
 
-def table(law: LawFit, forecasts: dict[str, list[dict]]) -> Table:
+def table(forecasts: dict[str, list[dict]], law: LawFit | None = None) -> Table:
     """Images a second: as recorded, by a law, and by forecasts, each with its band, a row a number of nodes."""
     names = ("samples_per_s", "samples_per_s_low", "samples_per_s_high")
     columns = {name: [[row[end] for end in names] for row in rows] for name, rows in forecasts.items()}
-    columns = {law.law: np.transpose([law(NODES), *law.band(NODES, new=True)]).tolist()} | columns
+    if law is not None:
+        columns = {law.law: np.transpose([law(NODES), *law.band(NODES, new=True)]).tolist()} | columns
     return Table(
-        {"nodes": int(nodes), "recorded": round(rate)}
+        {"nodes": int(nodes), "recorded": f"{rate:,.0f}"}
         | {name: "{:,.0f} ({:,.0f} to {:,.0f})".format(*ends[place]) for name, ends in columns.items()}
         for place, (nodes, rate) in enumerate(zip(NODES, RATES, strict=True))
     )

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Model: TypeAlias = "nn.Module | Callable[[], nn.Module] | str"
+DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda")
 MODELS = {"CNN": "images", "ResNet": "images", "RNN": "series", "Autoencoder": "images", "GPT": "text"}
 """Names of the models in `hpclab.models`, each with the kind of data that it takes."""
 
@@ -41,6 +43,8 @@ class Job:
     """Steps between checkpoints, besides those of each epoch."""
     strategy: Strategy
     """How the ranks share the work."""
+    device: str = "cpu"
+    """Where they compute: "cpu" or "cuda"."""
 
     def module(self) -> nn.Module:
         """The model, made if it isn't yet."""

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from hpclab import checkpoint, timeline
 from hpclab import data as datasets
 from hpclab.gangs.rank import report, should_stop
-from hpclab.training import objectives
+from hpclab.training import device, objectives
 from hpclab.training.strategies.engine import output
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def replicate(job: Job) -> tuple[bytes, dict[str, float]]:
             replica.train(traced)
     weights, written = replica.engine.full_weights(), io.BytesIO()
     if replica.rank == 0:
-        torch.save(weights, written)
+        torch.save({name: value.cpu() for name, value in weights.items()}, written)
     return written.getvalue(), replica.scores
 
 
@@ -55,6 +55,7 @@ class _Replica:
         self.job = job
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(job.seed)
+        self.device = device.of_rank(job.device)
         module, self.data = job.module(), datasets.load(job.data, "train")
         self.objective = objectives.of(module, self.data)
         self.loss = job.loss or self.objective.loss
@@ -64,7 +65,7 @@ class _Replica:
         torch.manual_seed(job.seed + replica)
         self.shape = _shape(module)
         self.engine = job.strategy.start(
-            module, job.optimizer or functools.partial(SGD, lr=job.lr, momentum=0.9), self.loss
+            module.to(self.device), job.optimizer or functools.partial(SGD, lr=job.lr, momentum=0.9), self.loss
         )
         if job.network is not None:
             job.network.attach(self.engine.model)
@@ -92,14 +93,16 @@ class _Replica:
         start, cpu = time.perf_counter(), time.process_time()
         for inputs, labels in self.loader:  # images: (B, C, H, W), (B,)
             loaded, busy = time.perf_counter(), time.thread_time()
+            inputs, labels = device.moved((inputs, labels), self.device)
             loss = self.engine.step(inputs, self.objective.target(inputs, labels))
             if self.schedule is not None:
                 self.schedule.step()
+            memory = device.peak(self.device)
             end, cpu_end = time.perf_counter(), time.process_time()
             times = {"step_s": end - start, "data_s": loaded - start, "compute_s": time.thread_time() - busy}
             times |= {"wait_s": max(0.0, end - loaded - times["compute_s"]), "cpu_s": cpu_end - cpu}
             samples = len(labels) * self.replicas // self.ranks  # the ranks of a replica share its own
-            report(step=self.step, epoch=epoch, loss=loss, samples=samples, **times)
+            report(step=self.step, epoch=epoch, loss=loss, samples=samples, **times, **memory)
             if traced is not None:
                 traced.step()
             self.step, start, cpu = self.step + 1, end, cpu_end
@@ -135,7 +138,7 @@ class _Replica:
         measures = {"test_loss": self.loss, **self.objective.figures}
         sums = torch.zeros(len(measures) + 1)  # the last: samples
         for share in torch.arange(len(data)).split(size)[self.rank :: self.ranks]:
-            inputs, labels = default_convert(data[share.numpy()])
+            inputs, labels = device.moved(default_convert(data[share.numpy()]), self.device)
             made, target = output(module, inputs), self.objective.target(inputs, labels)
             means = [measure(made, target) for measure in measures.values()]
             sums += len(labels) * torch.tensor([*means, 1])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distributed import Client
 
@@ -20,7 +20,7 @@ from hpclab.gangs.run import Run
 from hpclab.language import translate as _
 from hpclab.network import Network
 from hpclab.training.entry import replicate
-from hpclab.training.job import MODELS, Job, Model, not_a_module
+from hpclab.training.job import DEVICES, MODELS, Job, Model, not_a_module
 from hpclab.training.strategies.kinds import DDP, Accumulate, Strategy, named
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def train(
     strategy: Strategy | str = "ddp",
     recompute: bool = False,
     autocast: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
     find_unused_parameters: bool = False,
     bucket_cap_mb: float | None = None,
     max_restarts: int = 0,
@@ -151,6 +152,9 @@ def train(
         for up to a third more work.
     autocast : bool, default False
         Multiply matrices in bfloat16.
+    device : {"cpu", "cuda"}, default "cpu"
+        Where ranks compute. "cuda" gives each rank a GPU of its host, and averages by NCCL; step rows then have
+        ``memory_mb``, the peak of its allocator. Written as is usual, and not yet run by anyone: see docs/gpu.md.
     find_unused_parameters : bool, default False
         With "ddp" and the strategies that build on it, allow models whose steps may leave parameters unused
         (DistributedDataParallel's argument of the same name); without it such a model fails in its second step. It
@@ -193,6 +197,8 @@ def train(
     """
     if not _makes_module(model):
         raise TypeError(not_a_module(model))
+    if device not in DEVICES:
+        raise ValueError(f"device (={device!r}) must be one of {', '.join(map(repr, DEVICES))}.")
     if not lr > 0:
         raise ValueError(f"lr (={lr!r}) must be above 0.")
     ranks = gang_size(client, ranks, threads, oversubscribe)
@@ -209,7 +215,7 @@ def train(
     strategy.check(model, ranks, batch)
     job = Job(
         *(model, str(source.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
-        *(checkpoint_every, strategy),
+        *(checkpoint_every, strategy, device),
     )
     replicas, _of_ranks = strategy.replicas(ranks)
     total = steps or epochs * (samples // replicas // (batch // replicas))

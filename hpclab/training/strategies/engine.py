@@ -53,13 +53,14 @@ class Engine:
         loss: Callable[[Tensor, Tensor], Tensor],
     ):
         self.strategy, self.module, self.loss, self.weight = strategy, module, loss, 1.0
+        self.device = next(module.parameters()).device
         for value in module.state_dict().values():
             dist.broadcast(value, 0)
         if strategy.recompute:
             for block in blocks(module):
                 block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         if strategy.autocast:
-            self.loss = torch.autocast("cpu", torch.bfloat16)(loss)
+            self.loss = torch.autocast(self.device.type, torch.bfloat16)(loss)
         self.model = self.wrap(module)
         self.optimizer = self.over(optimizer)
 
@@ -70,7 +71,7 @@ class Engine:
     def cast(self, module: nn.Module) -> nn.Module:
         """The module, which computes in bfloat16 if that is asked for."""
         if self.strategy.autocast:
-            module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
+            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         return module
 
     def over(self, optimizer: Callable[[Iterable], Optimizer]) -> Optimizer:

@@ -25,7 +25,7 @@ class Pipelined(Engine):
         """Keep this rank's stages, which are every so many: with 2 ranks and 4 stages, rank 0 has 0 and 2."""
         settings, ranks = cast(Pipeline, self.strategy), dist.get_world_size()
         size = settings.group(ranks)
-        mesh = init_device_mesh("cpu", (ranks // size, size), mesh_dim_names=("replica", "stage"))
+        mesh = init_device_mesh(self.device.type, (ranks // size, size), mesh_dim_names=("replica", "stage"))
         self.replicas, self.ring = mesh.get_group("replica"), mesh.get_group("stage")
         self.place, count = self.ring.rank(), size * (settings.chunks if settings.schedule == "interleaved" else 1)
         stages = module.stages(count)
@@ -37,7 +37,7 @@ class Pipelined(Engine):
         return mine
 
     def _schedule(self, mine: nn.ModuleList, count: int) -> Any:
-        settings, device = cast(Pipeline, self.strategy), torch.device("cpu")
+        settings, device = cast(Pipeline, self.strategy), self.device
         numbers = range(self.place, count, self.ring.size())
         stages: list[Any] = [
             PipelineStage(*pair, count, device, group=self.ring) for pair in zip(mine, numbers, strict=True)
@@ -57,7 +57,11 @@ class Pipelined(Engine):
             dist.all_reduce(copy.grad, group=group)
         if self.replicas.size() > 1:
             average([cast(Tensor, weight.grad) for weight in self.module.parameters()], self.replicas)
-        loss = torch.stack(losses).mean().detach() if last else torch.zeros((), dtype=_dtype(self.module))
+        loss = (
+            torch.stack(losses).mean().detach()
+            if last
+            else torch.zeros((), dtype=_dtype(self.module), device=self.device)
+        )
         dist.broadcast(loss, group=self.ring, group_src=self.ring.size() - 1)
         return loss
 

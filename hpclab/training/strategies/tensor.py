@@ -36,7 +36,7 @@ class Split(Sharded):
         size, self.by_sequence = self.strategy.group(ranks), cast(kinds.Tensor, self.strategy).sequence
         if module.heads % size:
             raise ValueError(f"ranks (={size}) of a replica can't share heads (={module.heads}) evenly.")
-        mesh = init_device_mesh("cpu", (ranks // size, size), mesh_dim_names=("replica", "part"))
+        mesh = init_device_mesh(self.device.type, (ranks // size, size), mesh_dim_names=("replica", "part"))
         self.replicas, self.parts, self.group = mesh.get_group("replica"), mesh["part"], mesh.get_group("part")
         for block in module.blocks:
             parallelize_module(block, self.parts, _plan(module, self.by_sequence))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -49,13 +50,14 @@ class Engine:
         loss: Callable[[Tensor, Tensor], Tensor],
     ):
         self.strategy, self.module, self.loss, self.weight = strategy, module, loss, 1.0
+        self.device = next(module.parameters()).device
         for value in module.state_dict().values():
             dist.broadcast(value, 0)
         if strategy.recompute:
             for block in blocks(module):
                 block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         if strategy.autocast:
-            self.loss = torch.autocast("cpu", torch.bfloat16)(loss)
+            self.loss = torch.autocast(self.device.type, torch.bfloat16)(loss)
         self.model = self.wrap(module)
         self.optimizer = self.over(optimizer)
 
@@ -66,7 +68,7 @@ class Engine:
     def cast(self, module: nn.Module) -> nn.Module:
         """The module, which computes in bfloat16 if that is asked for."""
         if self.strategy.autocast:
-            module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
+            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         return module
 
     def over(self, optimizer: Callable[[Iterable], Optimizer]) -> Optimizer:
@@ -177,6 +179,12 @@ def average(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> No
     flat /= dist.get_world_size(group)
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def mesh(device: torch.device, ranks: int) -> DeviceMesh:
+    """Replicas of this many ranks each: which ranks share one, and which have the same place in each."""
+    shape = (dist.get_world_size() // ranks, ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "part"))
 
 
 def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

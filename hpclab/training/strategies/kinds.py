@@ -11,7 +11,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hpclab._arguments import whole_number
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor as Values
     from torch import nn
     from torch.optim import Optimizer
-
-    from hpclab.training.strategies.engine import Engine
 
 SPLIT = ("GPT",)
 """Names of the models in `hpclab.models` that say how they are split."""
@@ -104,8 +102,8 @@ class Strategy:
         module: nn.Module,
         optimizer: Callable[[Iterable], Optimizer],
         loss: Callable[[Values, Values], Values],
-    ) -> Engine:
-        """Begin on a rank, with all ranks: see `Engine`."""
+    ) -> Any:
+        """Begin on a rank, with all ranks: returns an `engine.Engine`, which says the rest."""
         file, name = self.engine.split(".")
         engine = getattr(importlib.import_module(f"hpclab.training.strategies.{file}"), name)
         return engine(self, module, optimizer, loss)

@@ -123,7 +123,7 @@ class _Replica:
                 raise ValueError(f"resume has {name} {state[name]}, this run {value}; they must be the same.")
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        self.step, self.scores = state["step"], state["scores"]
+        self.step, self.scores = state["step"], state.get("scores", {})  # 0.1.0 kept none
 
     @torch.no_grad()
     def test(self, epoch: int) -> dict[str, float]:

@@ -217,7 +217,7 @@ def train(
         *(model, str(source.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
         *(checkpoint_every, strategy, device),
     )
-    replicas, _of_ranks = strategy.replicas(ranks)
+    replicas = strategy.replicas(ranks)[0]
     total = steps or epochs * (samples // replicas // (batch // replicas))
     sizes = None if min_ranks is None else _sizes(job, ranks, min_ranks)
     placing: dict[str, Any] = {"ranks": ranks, "threads": threads, "oversubscribe": oversubscribe, "wait": wait}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -196,6 +197,12 @@ def average(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> No
     flat /= dist.get_world_size(group)
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def mesh(device: torch.device, ranks: int) -> DeviceMesh:
+    """Replicas of this many ranks each: which ranks share one, and which have the same place in each."""
+    shape = (dist.get_world_size() // ranks, ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "part"))
 
 
 def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

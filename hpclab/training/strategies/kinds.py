@@ -102,8 +102,8 @@ class Strategy:
         module: nn.Module,
         optimizer: Callable[[Iterable], Optimizer],
         loss: Callable[[Values, Values], Values],
-    ) -> Any:  # an Engine, whose file imports this one
-        """Begin on a rank, with all ranks: see `Engine`."""
+    ) -> Any:
+        """Begin on a rank, with all ranks: returns an `engine.Engine`, which says the rest."""
         file, name = self.engine.split(".")
         engine = getattr(importlib.import_module(f"hpclab.training.strategies.{file}"), name)
         return engine(self, module, optimizer, loss)

@@ -35,8 +35,8 @@ class Local(Engine):
 
     def own(self) -> dict[str, Any]:
         """This rank's weights and optimiser, and the steps done."""
-        model, optimizer = self.module.state_dict(), self.optimizer.state_dict()
-        return {"model": model, "optimizer": optimizer, "step": self.averager.step}
+        model = {name: value.clone() for name, value in self.module.state_dict().items()}  # not all in one storage
+        return {"model": model, "optimizer": self.optimizer.state_dict(), "step": self.averager.step}
 
     def take(self, own: dict[str, Any]) -> None:
         """Go on as this rank."""

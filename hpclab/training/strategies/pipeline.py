@@ -7,10 +7,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from hpclab.training.strategies.engine import Engine, average, gathered
+from hpclab.training.strategies.engine import Engine, average, gathered, mesh
 from hpclab.training.strategies.kinds import Pipeline
 
 
@@ -25,8 +24,8 @@ class Pipelined(Engine):
         """Keep this rank's stages, which are every so many: with 2 ranks and 4 stages, rank 0 has 0 and 2."""
         settings, ranks = cast(Pipeline, self.strategy), dist.get_world_size()
         size = settings.group(ranks)
-        mesh = init_device_mesh(self.device.type, (ranks // size, size), mesh_dim_names=("replica", "stage"))
-        self.replicas, self.ring = mesh.get_group("replica"), mesh.get_group("stage")
+        groups = mesh(self.device, size)
+        self.replicas, self.ring = groups.get_group("replica"), groups.get_group("part")
         self.place, count = self.ring.rank(), size * (settings.chunks if settings.schedule == "interleaved" else 1)
         stages = module.stages(count)
         self.copies = _copies(stages, size, ranks)
@@ -37,10 +36,9 @@ class Pipelined(Engine):
         return mine
 
     def _schedule(self, mine: nn.ModuleList, count: int) -> Any:
-        settings, device = cast(Pipeline, self.strategy), self.device
-        numbers = range(self.place, count, self.ring.size())
+        settings, numbers = cast(Pipeline, self.strategy), range(self.place, count, self.ring.size())
         stages: list[Any] = [
-            PipelineStage(*pair, count, device, group=self.ring) for pair in zip(mine, numbers, strict=True)
+            PipelineStage(*pair, count, self.device, group=self.ring) for pair in zip(mine, numbers, strict=True)
         ]
         if settings.schedule == "interleaved":
             return ScheduleInterleaved1F1B(stages, settings.micro_batches, loss_fn=self.loss)
@@ -57,11 +55,7 @@ class Pipelined(Engine):
             dist.all_reduce(copy.grad, group=group)
         if self.replicas.size() > 1:
             average([cast(Tensor, weight.grad) for weight in self.module.parameters()], self.replicas)
-        loss = (
-            torch.stack(losses).mean().detach()
-            if last
-            else torch.zeros((), dtype=_dtype(self.module), device=self.device)
-        )
+        loss = torch.stack(losses).mean().detach().double() if last else labels.new_zeros((), dtype=torch.float64)
         dist.broadcast(loss, group=self.ring, group_src=self.ring.size() - 1)
         return loss
 
@@ -120,7 +114,3 @@ def _names(module: nn.Module, mine: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of this rank's stages, by their names in the whole model."""
     own = {id(value) for value in mine.state_dict(keep_vars=True).values()}
     return {name: value for name, value in module.state_dict(keep_vars=True).items() if id(value) in own}
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from hpclab.training.strategies import kinds
-from hpclab.training.strategies.engine import average, local
+from hpclab.training.strategies.engine import average, local, mesh
 from hpclab.training.strategies.zero import Sharded
 
 
@@ -32,12 +31,11 @@ class Split(Sharded):
 
     def wrap(self, module: Any) -> nn.Module:
         """Split each block."""
-        ranks = dist.get_world_size()
-        size, self.by_sequence = self.strategy.group(ranks), cast(kinds.Tensor, self.strategy).sequence
+        size, self.by_sequence = self.strategy.group(dist.get_world_size()), cast(kinds.Tensor, self.strategy).sequence
         if module.heads % size:
             raise ValueError(f"ranks (={size}) of a replica can't share heads (={module.heads}) evenly.")
-        mesh = init_device_mesh(self.device.type, (ranks // size, size), mesh_dim_names=("replica", "part"))
-        self.replicas, self.parts, self.group = mesh.get_group("replica"), mesh["part"], mesh.get_group("part")
+        ranks = mesh(self.device, size)
+        self.replicas, self.parts, self.group = ranks.get_group("replica"), ranks["part"], ranks.get_group("part")
         for block in module.blocks:
             parallelize_module(block, self.parts, _plan(module, self.by_sequence))
         if self.by_sequence:

@@ -90,7 +90,7 @@ class Shards(Sharded):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Each block by itself, and the rest with the whole."""
-        mesh, free = init_device_mesh(self.device.type, (dist.get_world_size(),)), cast(Zero, self.strategy).stage == 3
+        ranks = init_device_mesh(self.device.type, (dist.get_world_size(),))
         for part in (*blocks(module), self.cast(module)):
-            fully_shard(part, mesh=mesh, reshard_after_forward=free)
+            fully_shard(part, mesh=ranks, reshard_after_forward=cast(Zero, self.strategy).stage == 3)
         return module

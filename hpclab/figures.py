@@ -94,6 +94,7 @@ def finish(ax: Axes, rows: list[dict], xlabel: str, ylabel: str, series: Sequenc
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.3)
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(provenance(rows), fontsize="x-small", color="0.35", loc="right")
     if ax.get_legend_handles_labels()[1]:
@@ -142,11 +143,17 @@ def provenance(rows: list[dict]) -> str:
     """One line that says where rows come from: their source, the machines, the versions, the day."""
     starts = sorted((row for row in rows if "cpu" in row), key=lambda row: row.get("started", "later"))
     in_part = {row["source"] for row in rows if "source" in row} == {"measured", "emulated"}
-    word = _("in part emulated") if in_part else source_word(source(rows))
+    word = _("in part emulated") if in_part else _sources(rows)
     if not starts:
         return word
     machines = dict.fromkeys(map(_machine, starts))
     return f"{word}: {' | '.join(machines)}, {starts[0]['started'][:10]}"
+
+
+def _sources(rows: list[dict]) -> str:
+    """The word for the source of rows, or for each of several."""
+    kinds = dict.fromkeys(row["source"] for row in rows if "source" in row)
+    return ", ".join(map(source_word, kinds)) if len(kinds) > 1 else source_word(source(rows))
 
 
 def _machine(row: dict) -> str:
@@ -192,9 +199,15 @@ def points(place: int) -> dict:
     return look(place) | {"linestyle": "none"}
 
 
-def legend_above(ax: Axes, columns: int) -> Axes:
-    """Put the legend where it hides nothing."""
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, fontsize="small")
+def legend_above(ax: Axes, columns: int, of: Sequence[Axes] = ()) -> Axes:
+    """Put the legend, if anything has a label, where it hides nothing; that of these axes, by default its own."""
+    named: dict[str, Any] = {}
+    for one in of or (ax,):
+        handles, labels = one.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    if named:
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.02)}
+        ax.legend(named.values(), named.keys(), frameon=False, ncols=columns, fontsize="small", **place)
     return set_font(ax)
 
 

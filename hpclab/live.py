@@ -84,7 +84,7 @@ def progress(
     what: str, done: int, total: int, unit: str, seconds: float, *, note: str = "", failures: int = 0, left_s: float = 0
 ) -> str:
     """How far something is, in a line."""
-    parts = [_("{what}: {done} of {total} ({unit})", what=what, done=done, total=total, unit=unit), note]
+    parts = [_("{what}: {done} of {total} {unit}s", what=what, done=done, total=total, unit=unit), note]
     parts.append(_("failures: {count}", count=failures) if failures else "")
     parts.append(_("{seconds:.0f} s", seconds=seconds))
     parts.append(_("about {seconds:.0f} s left", seconds=left_s) if left_s else "")

@@ -48,6 +48,13 @@ class Prose(Said, str):
         return str(self)
 
 
+class Code(str):
+    """Text that a page shows in letters of one width."""
+
+    def __html__(self) -> str:
+        return html("<code>{{ text }}</code>", text=str(self))
+
+
 @cache
 def _compiled(template: str) -> Any:
     from jinja2 import Environment  # here, since who only prints needs none

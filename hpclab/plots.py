@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from hpclab import MOVED_NAMES, figures, later
 from hpclab.figures import COLOURS, HATCHES, Values, cloud, curve, finish, look
@@ -87,7 +89,7 @@ def _draw_failures(ax: Axes, rows: list[dict], drawn: tuple, gaps: list[tuple[fl
         None if title in known else title for title in (_("failure"), _("until it went on"), _("checkpoint"))
     )
     for number, (begin, end) in enumerate(gaps):
-        ax.axvspan(begin, end, color="0.85", linewidth=0, zorder=0, label=None if number else pause)
+        ax.axvspan(begin, end, color="0.65", linewidth=0, zorder=0, label=None if number else pause)
         height = losses[max((place for place, second in enumerate(seconds) if second <= begin), default=0)]
         mark: dict[str, Any] = {"color": "black", "marker": "X", "linestyle": "none", "markersize": 9, "zorder": 5}
         ax.plot(begin, height, label=None if number else failure, **mark)
@@ -260,7 +262,7 @@ def timeline(rows: list[dict], ax: Axes | None = None) -> Axes:
 
 
 def timelines(stacked: Iterable[list[dict]], height: float = 2.3) -> None:
-    """Draw timelines one below the other, on the same scale.
+    """Draw timelines one below the other, on the same scale, below one legend.
 
     Parameters
     ----------
@@ -270,10 +272,12 @@ def timelines(stacked: Iterable[list[dict]], height: float = 2.3) -> None:
         Inches of each.
     """
     stacked = list(stacked)
-    _shown, axes = figures.subplots(len(stacked), 1, size=(10, height * len(stacked)))
+    _shown, axes = figures.subplots(len(stacked), 1, size=(8, height * len(stacked)))
     for ax, rows in zip(axes, stacked, strict=True):
         timeline(rows, ax)
+        ax.get_legend().remove()
         ax.set_xlim(0, 1e3 * max(row["start_s"] + row["duration_s"] for rows in stacked for row in rows))
+    figures.legend_above(axes[0], columns=3, of=axes)
 
 
 def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) -> Axes:
@@ -291,7 +295,7 @@ def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) ->
     now = time.time() if now is None else now
     first = min((job["submitted_s"] for job in jobs), default=now)
     nodes = sorted({job["nodes"] for job in jobs if job["nodes"]})
-    names = [f"{job['job']} {job['name']}" for job in jobs]
+    names = [f"{job.get('array') or job['job']} {job['name']}" for job in jobs]
     words = []
     for line, (job, name) in enumerate(zip(jobs, names, strict=True)):
         end = now if job["ended_s"] is None else job["ended_s"]
@@ -320,12 +324,12 @@ def _ran(ax: Axes, line: int, start: float, end: float, job: dict, place: int) -
     }
     ax.barh(line, end - start, left=start, height=0.7, edgecolor="0.2", **style)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-    label: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": "x-small", "bbox": box}
+    label: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": "small", "bbox": box}
     ax.annotate(job["nodes"], (start, line), (4, 0), **label)
 
 
 def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = None) -> Axes:
-    """Draw the seconds of all-reduces against their bytes, and the alpha-beta line.
+    """Draw the milliseconds of all-reduces against their bytes, and the alpha-beta line.
 
     Parameters
     ----------
@@ -337,13 +341,15 @@ def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = N
     ax = figures.axes(ax)
     rows = sorted(some(rows, "allreduce"), key=lambda row: (row["nbytes"], row["duration_s"]))
     size = np.array([row["nbytes"] for row in rows], dtype=float)
-    words = [_cloud(ax, rows, size, [row["duration_s"] for row in rows], alpha=0.5)]
-    if fit is not None:
+    words = [_cloud(ax, rows, size, [1e3 * row["duration_s"] for row in rows], alpha=0.5)]
+    if fit is None:
+        ax.get_lines()[0].set_label("")  # points by themselves need no legend: the title says their source
+    else:
         at = np.geomspace(max(1.0, size.min()), max(1.0, size.max()), 100)
-        words.append(_line(ax, _("alpha + beta x bytes"), at, fit(at), color=COLOURS[1], linestyle="--"))
+        words.append(_line(ax, _("alpha + beta x bytes"), at, 1e3 * fit(at), color=COLOURS[1], linestyle="--"))
     ax.set_xscale("log" if size.min() > 0 else "symlog")
-    ax.set_yscale("log")
-    return finish(ax, rows, _("bytes"), _("seconds of an all-reduce"), words)
+    logarithmic(ax, "", "{x:g}")
+    return finish(ax, rows, _("bytes"), _("milliseconds of an all-reduce"), words)
 
 
 def ratios(rows: list[dict], label: str, ax: Axes | None = None) -> Axes:
@@ -490,7 +496,7 @@ def _cloud(ax: Axes, rows: list[dict], x: Values, y: Values, **style: Any) -> st
 
 def draw_band(ax: Axes, x: Values, low: Values, high: Values, place: int) -> str:
     """Draw a band, in the colour of the line at this place, and say where it ends."""
-    ax.fill_between(x, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
+    ax.fill_between(x, low, high, color=COLOURS[place], alpha=0.3, linewidth=0)
     return _ends(low, high)
 
 
@@ -499,12 +505,24 @@ def _ends(low: Values, high: Values) -> str:
 
 
 def logarithmic(ax: Axes, x: str, y: str = "", base: float = 10) -> None:
-    """Give the first axis, or both, a logarithmic scale with numbers of these formats."""
-    ax.set_xscale("log", base=base)
-    ax.xaxis.set_major_formatter(x)
+    """Give axes a logarithmic scale with numbers of these formats; `base` is that of the first.
+
+    Of less than two decades, 2 and 5 times the powers of ten have numbers, too.
+    """
+    if x:
+        ax.set_xscale("log", base=base)
+        _number(ax.xaxis, x, ax.get_xlim(), base)
     if y:
-        ax.set_yscale("log", base=base)
-        ax.yaxis.set_major_formatter(y)
+        ax.set_yscale("log")
+        _number(ax.yaxis, y, ax.get_ylim())
+
+
+def _number(axis: Axis, form: str, limits: tuple[float, float], base: float = 10) -> None:
+    """Put numbers of this format on a logarithmic axis with these limits."""
+    low, high = limits
+    axis.set_major_locator(LogLocator(base, (1, 2, 5) if base == 10 and high < 100 * low else (1,)))
+    axis.set_major_formatter(form)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_tracks(

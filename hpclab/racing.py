@@ -60,7 +60,7 @@ class Race:
                 **({_("lost to failures (s)"): f"{trial['lost_s']:.1f}"} if failed else {}),
                 _("times as fast"): f"{trials[0]['train_s'] / trial['train_s']:.2f}",
                 _("samples a second"): f"{trial['samples_per_s']:,.0f}",
-                _("start-up (s)"): f"{trial['start_s']:.1f}",
+                _("start-up (s)"): f"{trial['start_s']:.2f}",
                 _("last loss"): f"{trial['loss']:.3f}",
                 _("test accuracy"): "" if trial["accuracy"] is None else f"{trial['accuracy']:.3f}",
                 _("source"): source_word(trial["source"]),

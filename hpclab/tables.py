@@ -6,6 +6,7 @@ Text is on the left, and numbers are below each other by their decimal points.
 import math
 import re
 import unicodedata
+from decimal import Decimal
 from typing import Any
 
 from hpclab.pages import html
@@ -19,6 +20,8 @@ TABLE = (
 NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?( ?%)?")
 DIGITS = 4
 """Of the largest number of a column; the others have as many decimals."""
+MOST_DECIMALS = 6
+"""More zeros than that nobody counts: such columns have exponents."""
 WHOLE = 20
 """Longest cell that stays on one line: a number with its interval breaks at its hyphen otherwise."""
 UNITS = ((r"_per_s$", " a second"), (r"_(s|h|ms)$", r" (\1)"), (r"_mb$", " (MB)"), ("_", " "))
@@ -87,9 +90,16 @@ def _decimals(values: list) -> int | None:
     if not sizes:
         return None
     # Numbers that were rounded before get no more decimals than they have.
-    written = max(0 if size.is_integer() else len(repr(size).partition(".")[2]) for size in sizes)
+    written = max(0 if size.is_integer() else _written(size) for size in sizes)
     decimals = min(written, max(0, DIGITS - 1 - math.floor(math.log10(max(sizes)))))
-    return decimals if min(sizes) >= 10 ** (1 - decimals) else None
+    if decimals > MOST_DECIMALS:
+        return None
+    return decimals if decimals == written or min(sizes) >= 10 ** (1 - decimals) else None
+
+
+def _written(size: float) -> int:
+    """Decimals of the shortest text that stands for a number below 1e16."""
+    return -int(Decimal(repr(float(size))).as_tuple().exponent)
 
 
 def _cell(value: Any, decimals: int | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from IPython.display import display
 
-from hpclab import live, plots
+from hpclab import figures, live, plots
 from hpclab.figures import Figure, source_word
 from hpclab.language import translate as _
 from hpclab.live import answer_in_subshell, drawn, preformatted, sendable
@@ -93,7 +93,10 @@ def page(run: Any) -> str:
 
 
 def ranks(rows: list[dict]) -> Table:
-    """One row a rank: how far it is, its loss, and what its time went into, as shares of its steps so far."""
+    """One row a rank: how far it is, its loss, and what its time went into, as shares of its steps so far.
+
+    Steps count from 1 here, as in all that is shown; in rows they count from 0.
+    """
     steps = grouped([row for row in rows if row["kind"] == "step"], "rank")
     return Table(_rank(rank, of_rank) for rank, of_rank in steps.items())
 
@@ -105,7 +108,7 @@ def gang(rows: list[dict]) -> dict:
     samples = sum(row.get("samples") or 0 for row in steps)
     losses = plots.loss_curve(steps)[1]
     return {
-        _("step"): max((row["step"] for row in steps if row.get("step") is not None), default=None),
+        _("step"): max((row["step"] + 1 for row in steps if row.get("step") is not None), default=None),
         _("samples a second"): f"{samples / (last - first):,.0f}" if last > first else None,
         _("loss"): losses[-1] if losses else None,
         **_spent(steps),
@@ -119,7 +122,7 @@ def recovery(rows: list[dict]) -> Table:
         {
             _("attempt"): row["attempt"] + 1,
             _("ranks"): row["ranks"],
-            _("steps"): f"{row['first']}-{row['last']}",
+            _("steps"): f"{row['first'] + 1}-{row['last'] + 1}",
             _("steps lost"): row["last"] - row["first"] + 1 - row["kept"],
             _("seconds lost"): f"{row['lost_s'] + row['restart_s']:.1f}",
             _("ended by"): row["cause"] or "",
@@ -132,7 +135,7 @@ def _rank(rank: int, steps: list[dict]) -> dict:
     last = max(steps, key=lambda row: row["time_s"])
     return {
         _("rank"): rank,
-        _("step"): last.get("step"),
+        _("step"): None if last.get("step") is None else last["step"] + 1,
         _("loss"): last.get("loss"),
         **_spent(steps),
         _("seconds"): round(last["time_s"], 1),
@@ -181,11 +184,11 @@ def _where(run: Any) -> str:
 
 def _figure(rows: list[dict]) -> Figure:
     """Loss and throughput against seconds."""
-    shown = Figure(figsize=(8.5, 2.8))
+    shown = Figure(figsize=(8, 2.8))
     left, right = shown.subplots(1, 2)
     shown.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.9, wspace=0.25)  # a layout engine takes far longer
     if any(row.get("loss") is not None for row in rows):
-        plots.loss({"": rows}, left)
+        figures.legend_above(plots.loss({"": rows}, left), columns=3)
     else:
         left.set_axis_off()
     plots.rate(rows, right)

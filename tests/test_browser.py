@@ -386,7 +386,7 @@ def test_kill_a_rank_while_a_cell_waits(gang):
     shoot(gang, "gang-killed")
     assert no_rank_left()
     error = gang.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)").inner_text()
-    assert re.search("rank 1 of 2 on .* was killed by SIGKILL, on demand", error)
+    assert re.search("rank 1 of 2 on .* was killed by SIGKILL, on request", error)
 
 
 def test_a_kernel_restarted_in_mid_run_leaves_what_was_seen(gang, lab):

@@ -61,7 +61,7 @@ def test_solutions_pass(exercise, seed, monkeypatch):
 
 SYMPTOMS = {
     "division": "With 2 ranks of 3 pieces, the gradient is 6 times",
-    "collective": "waits in `dist.all_reduce(weight.grad)`",
+    "collective": "waits in dist.all_reduce(weight.grad)",
     "last_batch": "all shares count the same",
     "batchnorm": "each computes a different function",
     "seed": "Ranks 0 and 1 see the same noise",
@@ -300,8 +300,8 @@ def unequal():
     ("function", "status", "message"),
     [
         (late, "pass", "3., 3., 3."),  # to sleep is no deadlock
-        (alone, "fail", "rank 0 has returned; rank 1 waits in `dist.all_reduce(numbers)`"),
-        (by_handle, "fail", "rank 1 waits in `dist.all_reduce(torch.ones(3), async_op=True).wait()`"),
+        (alone, "fail", "rank 0 has returned; rank 1 waits in dist.all_reduce(numbers)"),
+        (by_handle, "fail", "rank 1 waits in dist.all_reduce(torch.ones(3), async_op=True).wait()"),
         (unequal, "fail", "tensors of different sizes"),
     ],
 )

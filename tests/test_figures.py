@@ -12,6 +12,7 @@ from IPython.core.formatters import DisplayFormatter
 from matplotlib import font_manager
 
 from hpclab import figures, language, laws, plots, racing, rows, tasks, views
+from hpclab.course import quizzes
 from hpclab.forecast import Workload, calibrate
 from hpclab.network import Network
 
@@ -100,7 +101,7 @@ FIGURES = {
     ),
     "allreduce": (
         lambda: plots.allreduce([ABOUT | {"nbytes": 1000, "duration_s": 0.5}]),
-        "seconds of an all-reduce against bytes (measured: c, 2 CPU, torch 2, 2026-01-01). measured: 0.5 at 1,000",
+        "milliseconds of an all-reduce against bytes (measured: c, 2 CPU, torch 2, 2026-01-01). measured: 500 at 1,000",
     ),
 }
 
@@ -222,6 +223,48 @@ def test_a_loss_curve_has_a_gap_where_its_run_failed_and_marks_it():
     names = ax.get_legend_handles_labels()[1]
     assert {"failure", "until it went on", "checkpoint"} < set(names) and len(names) == len(set(names))
     assert "; failed and went on at 21-29.5 s" in ax.figure.words()
+    plt.close("all")
+
+
+def test_steps_count_from_one_where_they_are_shown():
+    """The run of the quiz: 55 steps, 40 of them kept, then those from the 41st to the 120th."""
+    assert [row["steps"] for row in views.recovery(quizzes.RECOVERY)] == ["1-55", "41-120"]
+    ax = plots.recovery(quizzes.RECOVERY)
+    assert "attempt 1: steps 1 to 55, 15 of them lost" in ax.figure.words()
+    assert views.ranks(MANY)[0]["step"] == views.gang(MANY)["step"] == 50
+    plt.close("all")
+
+
+def test_rows_of_several_sources_name_each():
+    shown = [{"source": "measured"}, {"source": "forecast"}, {"source": "measured"}]
+    assert figures.provenance(shown) == "measured, forecast"
+
+
+def test_timelines_share_one_legend_that_names_all():
+    forward = [row for row in SPANS if row["name"] == "forward"]
+    plots.timelines([forward, SPANS])
+    first, second = plt.gcf().axes
+    assert second.get_legend() is None
+    names = [text.get_text() for text in first.get_legend().get_texts()]
+    assert "forward" in names and "backward" in names and len(names) == len(set(names))
+    plt.close("all")
+
+
+@pytest.mark.parametrize(("last", "numbers"), [(400, ["100", "200"]), (40_000, ["100", "1,000", "10,000"])])
+def test_a_logarithmic_axis_has_plain_numbers(last, numbers):
+    ax = plots.figures.axes(None)
+    ax.plot([1, 2], [80, last])
+    plots.logarithmic(ax, "{x:g}", "{x:,.0f}", base=2)
+    low, high = ax.get_ylim()
+    places = [place for place in ax.yaxis.get_ticklocs() if low <= place <= high]
+    assert [ax.yaxis.get_major_formatter()(place) for place in places] == numbers
+    assert not any(ax.yaxis.get_minor_formatter().format_ticks(ax.yaxis.get_minorticklocs()))
+    plt.close("all")
+
+
+def test_a_task_of_an_array_is_named_as_in_the_table_of_jobs():
+    ax = plots.gantt([JOBS[0] | {"array": None}, JOBS[1] | {"array": "1_2"}], now=15.0)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["1 a", "1_2 b"]
     plt.close("all")
 
 

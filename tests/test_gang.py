@@ -262,7 +262,7 @@ def test_a_killed_rank_is_told_as_one(client):
     run = hpclab.launch(client, train_until_told, 100_000, True, ranks=2)
     reports(run, 20)
     run.kill(1)
-    with pytest.raises(hpclab.RankError, match=r"rank 1 of 2 on .* was killed by SIGKILL, on demand"):
+    with pytest.raises(hpclab.RankError, match=r"rank 1 of 2 on .* was killed by SIGKILL, on request"):
         run.result(60)
     with pytest.raises(ValueError, match=r"rank \(=2\) must be from 0 to 1"):
         run.kill(2)

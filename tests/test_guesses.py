@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import hpclab
 from hpclab.course import MANIFEST, calibration, guesses, logbook
@@ -36,6 +37,10 @@ def test_a_prediction_is_kept_and_shown_beside_the_result(copy):
     assert (predicted["prediction"], predicted["value"], predicted["unit"]) == ("scaling.step", 1.5, "times as long")
     assert (result["result"], result["value"]) == ("scaling.step", 2.0)
     assert predicted["written"] <= result["written"] and predicted["written"][:2] == "20"
+
+
+def test_a_result_may_be_a_tensor_that_needs_a_gradient(copy):
+    assert hpclab.came("a.b", torch.tensor(2.0, requires_grad=True)).startswith("Result: 2.")
 
 
 @pytest.mark.parametrize(

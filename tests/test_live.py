@@ -150,15 +150,15 @@ def test_what_can_never_be_drawn_says_so_to_the_end():
 def test_a_line_says_how_a_loop_gets_on_and_at_the_end_what_it_took(shown, monkeypatch):
     monkeypatch.setattr(live, "get_ipython", lambda: types.SimpleNamespace(kernel=None))
     with live.bar(4, "sweep", "run") as line:
-        until(lambda: shown[0].pages[-1].startswith("<p>sweep: 0 of 4 (run), "))
+        until(lambda: shown[0].pages[-1].startswith("<p>sweep: 0 of 4 runs, "))
         line.update()
         line.failures += 1
         line.set_postfix_str("2 ranks, step 3")
-        until(lambda: "sweep: 1 of 4 (run), 2 ranks, step 3, failures: 1, " in shown[0].pages[-1])
+        until(lambda: "sweep: 1 of 4 runs, 2 ranks, step 3, failures: 1, " in shown[0].pages[-1])
         assert " s left" in shown[0].pages[-1]
         line.update(3)
         line.set_postfix_str("")
-    until(lambda: re.fullmatch(r"<p>sweep: 4 of 4 \(run\), failures: 1, \d+ s</p>", shown[0].pages[-1]))
+    until(lambda: re.fullmatch(r"<p>sweep: 4 of 4 runs, failures: 1, \d+ s</p>", shown[0].pages[-1]))
 
 
 def test_outside_of_a_notebook_it_is_a_bar_in_the_terminal(capsys):

@@ -46,7 +46,7 @@ def test_a_move_trains_anew_and_leaves_a_ghost(play):
     first = play.run
     assert first.status == "finished" and first.ranks == 2
     assert "before" not in play.place.pages[-1]
-    assert "<p>2 ranks, 128 a step, " in play.place.pages[-1] and ": 30 of 30 (step), " in play.place.pages[-1]
+    assert "<p>2 ranks, 128 a step, " in play.place.pages[-1] and ": 30 of 30 steps, " in play.place.pages[-1]
     play.controls["ranks"].value = 1
     assert play.wait(60)
     assert play.run.ranks == 1 and play.run is not first

@@ -152,6 +152,14 @@ def test_a_huge_interval_and_a_bold_one_lose():
     assert fair < total({"strong": (1.99, 2.0), "weak": (0.99, 1.0)})
 
 
+def test_what_held_has_missed_by_nothing():
+    """The sum of rounded logarithms may be below the width."""
+    ends = [(low / 7, low / 3) for low in range(1, 50)]
+    entry = {"predicted": {str(place): pair for place, pair in enumerate(ends)}, "level": 0.9}
+    scores = predictions.score(entry, {str(place): high for place, (_low, high) in enumerate(ends)})
+    assert {row["for the miss"] for row in predictions.table(scores)} == {"0.00"}
+
+
 def test_the_report_is_one_file_with_all_in_it(tmp_path):
     entry = predictions.write("book", {"strong": (1.5, 2.5), "weak <b>": (0.1, 0.2)})
     scores = predictions.score(entry, {"strong": 1.9, "weak <b>": 0.9})

@@ -236,9 +236,9 @@ def test_a_secret_is_found_where_it_is(tmp_path):
     assert re.fullmatch(rf"{told} python\S* \.\.\. --token tok-unseen", line)
     assert not psutil.pid_exists(told) and not psutil.pid_exists(kept)
     assert rows["told: command line"] == {
-        "place": "told: command line", "mode": "-r--r--r--", "others read it": "yes", "secret in it": "yes"
+        "place": "told: command line", "mode": "-r--r--r--", "others can read it": "yes", "secret in it": "yes"
     }  # fmt: skip
-    assert [(row["mode"], row["others read it"], row["secret in it"]) for row in rows.values()][1:] == [
+    assert [(row["mode"], row["others can read it"], row["secret in it"]) for row in rows.values()][1:] == [
         ("-r--------", "no", "no"),
         ("-r--r--r--", "yes", "no"),
         ("-r--------", "no", "no"),

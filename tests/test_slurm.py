@@ -34,6 +34,16 @@ def _installed():
     require(not slurm.missing(), f"{', '.join(slurm.missing())}: {slurm.install_line()}")
 
 
+def test_a_table_of_jobs_leaves_out_what_says_nothing():
+    row = dict.fromkeys(("array", "nodes", "cpus", "submitted_s", "started_s", "ended_s", "reason"))
+    rows = [row | {"job": job, "name": "a", "partition": "main", "state": "RUNNING"} for job in (1, 2)]
+    assert not {"partition", "reason"} & states.job_table(rows)[0].keys()
+    rows[1] |= {"partition": "gpu", "reason": "Priority"}
+    assert [(row["partition"], row["reason"]) for row in states.job_table(rows)] == [
+        ("main", None), ("gpu", "Priority")
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def place():
     """A temporary folder with a short path, as sockets need; that of pytest is longer."""

@@ -2,6 +2,10 @@
 
 import re
 
+import numpy as np
+import pytest
+
+from hpclab.pages import Code
 from hpclab.tables import Table
 
 ROWS = Table(
@@ -36,6 +40,26 @@ def test_as_html():
 
 def test_what_was_rounded_gets_no_more_decimals():
     assert str(Table([{"ms": 10.1}, {"ms": 6.0}])).splitlines()[2:] == ["10.1", " 6.0"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "cells"),
+    [
+        ((0.7, 2.2, 1.0), ["0.7", "2.2", "1.0"]),
+        ((np.float64(0.7), np.float64(2.25)), ["0.70", "2.25"]),
+        ((0.00000005960,), ["5.96e-08"]),
+        ((0.001234, 12.5), ["0.001234", "12.5"]),
+    ],
+)
+def test_no_number_loses_what_it_says(numbers, cells):
+    lines = str(Table({"n": number} for number in numbers)).splitlines()[2:]
+    assert [line.strip() for line in lines] == cells
+
+
+def test_code_is_set_in_letters_of_one_width():
+    table = Table([{"mode": Code("drwx--x--x")}])
+    assert "<code>drwx--x--x</code></td>" in table._repr_html_()
+    assert str(table).splitlines()[2] == "drwx--x--x"
 
 
 def test_empty_ones_show_nothing():

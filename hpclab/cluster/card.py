@@ -6,7 +6,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import dask
-from dask.utils import format_bytes
 from distributed import Client
 
 from hpclab import live, machine
@@ -55,12 +54,16 @@ def workers(client: Client) -> Table:
             _("worker"): str(worker["name"]),
             _("host"): worker["host"],
             _("threads"): worker["nthreads"],
-            _("memory in use"): format_bytes(worker["metrics"].get("memory", 0)),  # one that has just come tells none
-            _("memory limit"): format_bytes(worker["memory_limit"]) if worker["memory_limit"] else None,
+            _("memory in use (GiB)"): _gib(worker["metrics"].get("memory", 0)),  # one that has just come tells none
+            _("memory limit (GiB)"): _gib(worker["memory_limit"]) if worker["memory_limit"] else None,
             _("tasks"): worker["metrics"].get("executing", 0),
         }
         for worker in sorted(by_address.values(), key=lambda worker: (len(str(worker["name"])), str(worker["name"])))
     )
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f}"
 
 
 def dashboard(client: Client) -> str:

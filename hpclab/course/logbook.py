@@ -101,7 +101,7 @@ class Progress:
                 _("notebook"): _Link(row),
                 _("minutes"): row["minutes"],
                 _("exercises"): _("{done} of {all}", done=len(row["done"]), all=len(row["exercises"])),
-                _("on"): row["day"] or "",
+                _("done on"): row["day"] or "",
             }
             for row in self.rows
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hpclab import figures
 from hpclab.figures import COLOURS, cloud, curve, finish, look
@@ -93,10 +93,10 @@ def schedule(rows: list[dict], ax: Axes | None = None) -> Axes:
     lanes = {"compute": (-0.42, 0.36), "wait": (-0.42, 0.36), "send": (-0.04, 0.22), "receive": (0.2, 0.22)}
     last = max(row["start"] + row["steps"] for row in rows)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.9}
-    ax = figures.subplots(size=(9, 1.2 + 0.6 * len(ranks)))[1] if ax is None else ax
+    ax = figures.subplots(size=(8, 1.2 + 0.6 * len(ranks)))[1] if ax is None else ax
     for place, (action, title) in enumerate(titles.items()):
         style: dict[str, Any] = {
-            "facecolor": (*COLOURS[:1], "0.85", *COLOURS[1:3])[place],
+            "facecolor": (*COLOURS[:1], "0.65", *COLOURS[1:3])[place],
             "hatch": ("", "..", "/", "\\")[place],
         }
         own = [row for row in rows if row["action"] == action]
@@ -108,11 +108,10 @@ def schedule(rows: list[dict], ax: Axes | None = None) -> Axes:
             said = text.get(action, f"←{row.get('peer')}")
             if said and row["steps"] * 80 >= last * len(said):  # else it has no room
                 middle = row["start"] + row["steps"] / 2, row["rank"] + low + height / 2
-                ax.text(*middle, said, ha="center", va="center", fontsize="x-small", bbox=box)
+                ax.text(*middle, said, ha="center", va="center", fontsize="small", bbox=box)
     ax.set_yticks(ranks, [_("rank {rank}", rank=rank) for rank in ranks])
     ax.set_ylim(ranks[-1] + 0.5, ranks[0] - 0.5)
     ax.set_xlim(0, last)
-    ax.set_axisbelow(True)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(ax, rows, _("step"), "", [_spent(rank, rows) for rank in ranks])
     return figures.legend_above(ax, columns=4)
@@ -167,8 +166,7 @@ def grain(rows: list[dict], fit: "LawFit", unseen: list[dict] | None = None, ax:
         words.append(_("handing out takes as long as working: tasks of {knee}", knee=figures.number(knee)))
     logarithmic(ax, "{x:,g}", "{x:g}")
     finish(ax, rows, _("items in a task"), _("seconds for all"), words)
-    ax.legend(fontsize="small", edgecolor="none", framealpha=0.9)
-    return figures.set_font(ax)
+    return figures.legend_above(ax, columns=1)
 
 
 def roofline(rows: list[dict], ceiling: dict, ax: Axes | None = None) -> Axes:
@@ -239,15 +237,18 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
         for name, points in parts.items():
             if len(points) > 1:
                 ax.plot(*zip(*points, strict=True), label=titles.pop(name, None), **looks[name])
-        values = {"number": row["attempt"] + 1, "lost": row["last"] + 1 - done}
-        line = _("attempt {number}: steps {first} to {last}, {lost} of them lost", **row | values)
+        values = {"number": row["attempt"] + 1, "first": row["first"] + 1, "last": row["last"] + 1}
+        line = _(
+            "attempt {number}: steps {first} to {last}, {lost} of them lost", lost=row["last"] + 1 - done, **values
+        )
         if row["cause"] is not None:
             ends = row["end_s"], row["end_s"] + row["restart_s"]
-            ax.axvspan(*ends, color="0.85", linewidth=0, label=titles.pop("restart", None))
+            ax.axvspan(*ends, color="0.65", linewidth=0, label=titles.pop("restart", None))
             ax.plot(row["end_s"], row["last"] + 1, label=titles.pop("failure", None), **looks["failure"])
             line += f" ({row['cause']})"
         words.append(line)
-    return finish(ax, rows, _("seconds since the launch"), _("steps done"), words)
+    finish(ax, rows, _("seconds since the launch"), _("steps done"), words)
+    return figures.legend_above(ax, columns=2)
 
 
 def pictures(batch: np.ndarray, titles: Sequence[str]) -> None:
@@ -283,14 +284,15 @@ def spread(numbers: dict[str, np.ndarray], parts: int = 32) -> np.ndarray:
     """
     ax = figures.subplots(size=(6.4, 3))[1]
     shares, edges = [found / 2**64 for found in numbers.values()], np.linspace(0, 1, parts + 1)
-    counts = np.atleast_2d(ax.hist(shares, edges, log=True, label=[*numbers], color=COLOURS[: len(numbers)])[0])
+    looks: dict[str, Any] = {"label": [*numbers], "color": COLOURS[: len(numbers)]}
+    counts = np.atleast_2d(ax.hist(shares, edges, log=True, histtype="step", linewidth=1.5, **looks)[0])
     ax.set_ylim(1)
     words = [
         _("{name}: {least:,.0f} to {most:,.0f} in each part", name=name, least=found.min(), most=found.max())
         for name, found in zip(numbers, counts, strict=True)
     ]
     ylabel = _("numbers in each of {parts} parts", parts=parts)
-    finish(ax, [{"source": "measured"}], _("number / 2**64"), ylabel, words)
+    finish(ax, [{"source": "measured"}], _("number / 2⁶⁴"), ylabel, words)
     return counts
 
 
@@ -314,9 +316,10 @@ def intervals(every: Sequence[float], simulated: np.ndarray, measured: dict[int,
     ax.plot(every, middle, label=_("simulated: median, and the middle 90 % of draws"))
     ax.plot([*measured], [*measured.values()], label=_("measured, once each"), **figures.points(1))
     ax.axvline(young, linestyle=":", color="black", label=_("Young: sqrt(2 x save x MTBF)"))
-    ax.set_xscale("log")
+    logarithmic(ax, "{x:g}")
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     words = [curve(_("simulated"), every, middle), cloud(_("measured"), [*measured], [*measured.values()])]
     words.append(_("Young: {steps:.0f}", steps=young))
     ylabel = _("time lost, as a share of the work")
-    finish(ax, [{"source": "mixed"}], _("steps between checkpoints"), ylabel, words)
+    finish(ax, [{"source": "simulated"}, {"source": "measured"}], _("steps between checkpoints"), ylabel, words)
     return figures.legend_above(ax, columns=1)

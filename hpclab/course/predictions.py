@@ -226,7 +226,7 @@ def score(entry: dict, measured: dict[str, float]) -> list[dict]:
         total, width = log_score(low, high, measured[name], entry["level"]), math.log(high / low)
         rows.append(
             {"kind": "score", "name": name, "low": low, "high": high, "measured": measured[name]}
-            | {"held": low <= measured[name] <= high, "width": width, "miss": total - width, "score": total}
+            | {"held": low <= measured[name] <= high, "width": width, "miss": max(0.0, total - width), "score": total}
         )
     return rows
 
@@ -241,7 +241,7 @@ def table(scores: list[dict]) -> Table:
     return Table(
         {
             _("prediction"): row["name"],
-            _("interval"): f"{row['low']:.3g} - {row['high']:.3g}",
+            _("interval"): _("{low} to {high}", low=f"{row['low']:.3g}", high=f"{row['high']:.3g}"),
             _("measured"): f"{row['measured']:.3g}",
             _("held"): _("yes") if row["held"] else _("no"),
             _("width"): f"{row['width']:.2f}",

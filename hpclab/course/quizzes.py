@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpclab.language import translate as _
+from hpclab.pages import Code
 from hpclab.tables import Table
 
 Rows = list[dict[str, Any]]
@@ -103,7 +104,7 @@ RECOVERY: Rows = [
 ]
 
 FILES: Rows = [
-    {"letter": letter, "mode of the folder": folder, "mode of the file": file, "file": name}
+    {"letter": letter, "mode of the folder": Code(folder), "mode of the file": Code(file), "file": name}
     for letter, folder, file, name in (
         ("a", "drwxr-xr-x", "-rw-r--r--", "job/run.sh"),
         ("b", "drwxr-xr-x", "-rw-r-----", "job/token"),

@@ -202,7 +202,7 @@ def _place(frame: FrameType | None) -> str:
     others = f"{os.sep}torch{os.sep}", str(Path(__file__).parents[1])
     while frame and any(other in frame.f_code.co_filename for other in others):
         frame = frame.f_back
-    return f"`{_line(frame)}`" if frame else "?"
+    return _line(frame) if frame else "?"
 
 
 def _loopback() -> str:

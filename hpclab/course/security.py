@@ -22,6 +22,7 @@ from distributed import Client, Security
 
 from hpclab.cluster import connect
 from hpclab.course.tasks import clock
+from hpclab.pages import Code
 from hpclab.ratios import Measures, paired
 from hpclab.tables import Table
 
@@ -181,7 +182,7 @@ def exposure(secret: str, pids: Mapping[str, int], files: Mapping[str, str | os.
     -------
     Table
         A row a place: ``place``, ``mode`` ("" where the system has none, as for other systems' processes),
-        ``others read it`` and ``secret in it``, each "yes" or "no".
+        ``others can read it`` and ``secret in it``, each "yes" or "no".
     """
     rows = []
     for name, pid in pids.items():
@@ -209,8 +210,8 @@ def _place(name: str, file: str | os.PathLike, there: bool, others: bool) -> dic
     readable = others if mode is None else bool(mode & stat.S_IROTH)
     return {
         "place": name,
-        "mode": stat.filemode(mode) if mode is not None else "",
-        "others read it": "yes" if readable else "no",
+        "mode": Code(stat.filemode(mode)) if mode is not None else "",
+        "others can read it": "yes" if readable else "no",
         "secret in it": "yes" if there else "no",
     }
 

@@ -141,8 +141,10 @@ class RaceStage:
         steps = [row for row in rows if row["kind"] == "step"]
         failures = sum(row["kind"] == "restart" for of_run in runs.values() for row in of_run)
         note = _("{label}, step {step}", label=label, step=max((row["step"] + 1 for row in steps), default=0))
+        note = "" if rows[-1]["kind"] == "end" else note
+        done = sum(of_run[-1]["kind"] == "end" for of_run in runs.values())
         count, seconds = len(racing.racers()), rows[-1].get("time_s", 0.0)
-        text = progress(_("race"), len(runs), count, _("racer"), seconds, note=note, failures=failures)
+        text = progress(_("race"), done, count, _("racer"), seconds, note=note, failures=failures)
         self._put(self.note, html("<p>{{ text }}</p>", text=text))
 
     def _follow(self, racer: Run) -> None:

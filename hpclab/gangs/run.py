@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distributed import Client
+from IPython.display import display
 from tqdm import tqdm
 
-from hpclab import machine
+from hpclab import live, machine
 from hpclab.gangs import errors, wire
 from hpclab.gangs.attempt import Attempt, RankError, RunSettings
 from hpclab.gangs.record import Log, Record, occupy
 from hpclab.gangs.record import open_run as open_run
 from hpclab.gangs.scheduler import Booking, Ledger, consult, topic
 from hpclab.gangs.worker import ON_DEMAND
+from hpclab.pages import Prose
 from hpclab.rows import line
 
 log = logging.getLogger(__name__)
@@ -383,10 +385,17 @@ class Run(Record):
         ranks = len(after.places)
         cause = errors.message(before.blame()).rstrip(".")
         if not self.quiet and ON_DEMAND not in cause:
-            with suppress(OSError, ValueError):
-                tqdm.write(f"[{self.name}] {cause}. Attempt {after.number + 1} continues with {ranks} ranks.")
+            self._announce(f"{cause}. Attempt {after.number + 1} continues with {ranks} ranks.")
         row = {"kind": "restart", "run": self.name, "attempt": after.number, "ranks": ranks, "cause": cause}
         return row | {"failed_s": before.failed_at() - self._launched, "time_s": time.time() - self._launched}
+
+    def _announce(self, text: str) -> None:
+        """Tell the user: in a notebook below the cell, which says which run it is, else in a line with its name."""
+        if live.in_notebook():
+            display(Prose(text))
+            return
+        with suppress(OSError, ValueError):
+            tqdm.write(f"[{self.name}] {text}")
 
     def _write(self, row: dict) -> None:
         """Add a row of the run's own."""

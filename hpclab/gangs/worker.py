@@ -38,7 +38,7 @@ TEXTS = 16
 """Prints of a rank in one batch; one that prints faster waits, as it would for a slow terminal."""
 ROWS = 10_000
 """Rows of a rank in one batch; one that reports faster waits."""
-ON_DEMAND = ", on demand"
+ON_DEMAND = ", on request"
 """What is said of a rank that was killed to see what follows."""
 CLOSE_SECONDS = 5.0
 """How long the streams of a rank that has ended may stay open; but on Linux, what it left behind may hold them."""

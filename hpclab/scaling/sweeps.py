@@ -105,6 +105,7 @@ def sweep(
                     trials.add(place, repeat, trial(run.rows))
                     if bar is not None:
                         bar.failures += sum(row["kind"] == "restart" for row in run.rows)
+                        bar.set_postfix_str("")
                         bar.update()
     return trials.of(repeats)
 

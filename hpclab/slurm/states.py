@@ -99,8 +99,10 @@ def node_table(rows: list[dict]) -> Table:
 
 
 def job_table(rows: list[dict]) -> Table:
-    """Jobs for people to read."""
-    return Table(
+    """Jobs for people to read; without their partition where all have the same, or their reason where none has one."""
+    partition = {_("partition")} if len({row["partition"] for row in rows}) == 1 else set()
+    left_out = partition if any(row["reason"] for row in rows) else partition | {_("reason")}
+    table = [
         {
             _("job"): row["array"] or row["job"],
             _("name"): row["name"],
@@ -114,7 +116,8 @@ def job_table(rows: list[dict]) -> Table:
             _("reason"): row["reason"],
         }
         for row in rows
-    )
+    ]
+    return Table({name: cell for name, cell in row.items() if name not in left_out} for row in table)
 
 
 def _clock(epoch: int | None) -> str | None:

@@ -25,6 +25,7 @@ from hpclab import checkpoint, timeline
 from hpclab import data as datasets
 from hpclab.gangs.rank import report, should_stop
 from hpclab.training import objectives
+from hpclab.training.memory import Peak
 from hpclab.training.strategies.engine import output
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ class _Replica:
     def __init__(self, job: Job):
         self.job = job
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.data = datasets.load(job.data, "train")
+        self.peak = Peak()
         torch.manual_seed(job.seed)
-        module, self.data = job.module(), datasets.load(job.data, "train")
+        module = job.module()
         self.objective = objectives.of(module, self.data)
         self.loss = job.loss or self.objective.loss
         job.strategy.check(module, self.ranks, job.batch)
@@ -99,7 +102,7 @@ class _Replica:
             times = {"step_s": end - start, "data_s": loaded - start, "compute_s": time.thread_time() - busy}
             times |= {"wait_s": max(0.0, end - loaded - times["compute_s"]), "cpu_s": cpu_end - cpu}
             samples = len(labels) * self.replicas // self.ranks  # the ranks of a replica share its own
-            report(step=self.step, epoch=epoch, loss=loss, samples=samples, **times)
+            report(step=self.step, epoch=epoch, loss=loss, samples=samples, peak_mb=self.peak.mb(), **times)
             if traced is not None:
                 traced.step()
             self.step, start, cpu = self.step + 1, end, cpu_end

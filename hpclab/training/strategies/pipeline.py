@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.profiler import record_function
 
 from hpclab.training.strategies.engine import Engine, average, gathered
 from hpclab.training.strategies.kinds import Pipeline
@@ -39,9 +40,7 @@ class Pipelined(Engine):
     def _schedule(self, mine: nn.ModuleList, count: int) -> Any:
         settings, device = cast(Pipeline, self.strategy), torch.device("cpu")
         numbers = range(self.place, count, self.ring.size())
-        stages: list[Any] = [
-            PipelineStage(*pair, count, device, group=self.ring) for pair in zip(mine, numbers, strict=True)
-        ]
+        stages: list[Any] = [_Stage(*pair, count, device, group=self.ring) for pair in zip(mine, numbers, strict=True)]
         if settings.schedule == "interleaved":
             return ScheduleInterleaved1F1B(stages, settings.micro_batches, loss_fn=self.loss)
         kind = ScheduleGPipe if settings.schedule == "gpipe" else Schedule1F1B
@@ -95,6 +94,18 @@ class Pipelined(Engine):
         with torch.no_grad():
             for name, value in self.names.items():
                 value.copy_(state["model"][name])
+
+
+class _Stage(PipelineStage):
+    """Torch's, with names for `timeline.spans`: not all of torch's schedules name their passes."""
+
+    def forward_one_chunk(self, *arguments: Any, **settings: Any) -> Any:
+        with record_function("hpclab:forward"):
+            return super().forward_one_chunk(*arguments, **settings)
+
+    def backward_one_chunk(self, *arguments: Any, **settings: Any) -> Any:
+        with record_function("hpclab:backward"):
+            return super().backward_one_chunk(*arguments, **settings)
 
 
 def _copies(stages: list[nn.Module], size: int, ranks: int) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:

@@ -9,7 +9,8 @@ run         the first of a run: ``run``, ``started``, ``ranks``, ``threads``, an
             (see `machine.together`)
 step        one of a rank: ``step``, ``loss``, ``samples``, ``step_s``, and of it ``data_s`` (waiting for data),
             ``compute_s`` (the CPU time of the rank's main thread), ``wait_s`` (the rest: talking to other ranks,
-            waiting for them or for a CPU); ``cpu_s`` is the CPU time of the whole rank
+            waiting for them or for a CPU); ``cpu_s`` is the CPU time of the whole rank, ``peak_mb`` the most memory
+            that it has held so far, beyond what it held before it made its model (see `training.memory.Peak`)
 epoch       one of a gang: ``epoch``, ``test_loss``, ``test_accuracy`` or ``test_bits`` (a character), ``samples``
 checkpoint  one that rank 0 wrote: ``step``, ``save_s``, ``nbytes``
 resume      where an attempt began, if not at the start: ``step``, ``checkpoint``

@@ -1,7 +1,7 @@
 """What every rank does when, for a few steps, on one clock: from the traces that torch's profiler writes.
 
 Needs no annotations in the training loop: torch names data loading, DDP's forward, each operation of the backward pass,
-each bucket's all-reduce and the optimiser's step by itself.
+each bucket's all-reduce and the optimiser's step by itself. A pipeline's stages name the passes of each micro-batch.
 """
 
 import json
@@ -17,12 +17,14 @@ WAIT_STEPS = 5
 """Steps before a trace begins, the last of which warms the profiler up."""
 _NAMES = {
     "data": re.compile(r"enumerate\(DataLoader\)"),
-    "forward": re.compile(r"DistributedDataParallel\.forward$"),
+    "forward": re.compile(r"(DistributedDataParallel\.|hpclab:)forward$"),
     "backward": re.compile(r"autograd::engine::evaluate_function"),
     "all-reduce": re.compile(r"(gloo|nccl):all_?reduce"),
     "optimizer": re.compile(r"Optimizer\.step#"),
 }
 """How torch names the parts of a step."""
+_PASS = re.compile(r"hpclab:backward$")
+"""How a pipeline names the backward pass of a micro-batch, which holds many operations."""
 
 
 def profiler(steps: int) -> Any:
@@ -70,7 +72,7 @@ def spans(folder: str | os.PathLike) -> list[dict]:
         Rows of kind "span", by rank and start: ``rank``, ``name`` ("data", "forward", "backward", "all-reduce",
         "waiting", "optimizer"), ``start_s`` since the first of all, ``duration_s``, ``source``, and the machine.
         "waiting" is the time between the last operation of a backward pass and the optimiser's step: what no
-        computing hides.
+        computing hides. In a pipeline, each micro-batch has its own "forward" and "backward".
 
     Raises
     ------
@@ -129,24 +131,26 @@ def _traces(folder: str | os.PathLike) -> dict[int, list[dict]]:
 
 def _rank_spans(rank: int, events: list[dict]) -> list[dict]:
     """The parts of one rank's steps, in order."""
-    parts = []
-    for event in sorted((event for event in events if event.get("ph") == "X"), key=lambda event: event["ts"]):
-        name = next((name for name, pattern in _NAMES.items() if pattern.search(event["name"])), None)
-        if name is not None:
-            parts.append((name, event["ts"] / 1e6, event["dur"] / 1e6))
+    events = sorted((event for event in events if event.get("ph") == "X"), key=lambda event: event["ts"])
+    pipelined = any(_PASS.search(event["name"]) for event in events)
+    names = _NAMES | ({"backward": _PASS} if pipelined else {})
     rows: list[dict] = []
     backward: dict | None = None
-    for name, start, duration in parts:
-        if name == "backward":  # one operation of many: it stretches the span of its pass
-            if backward is None:
-                rows.append(backward := _span(rank, name, start, duration))
-            backward["duration_s"] = max(backward["duration_s"], start + duration - backward["start_s"])
+    for event in events:
+        name = next((name for name, pattern in names.items() if pattern.search(event["name"])), None)
+        if name is None:
+            continue
+        start, duration = event["ts"] / 1e6, event["dur"] / 1e6
+        if name == "backward" and backward is not None and not pipelined:  # one operation of many: it stretches the
+            backward["duration_s"] = max(backward["duration_s"], start + duration - backward["start_s"])  # pass's span
             continue
         if name == "optimizer" and backward is not None:
             ended = backward["start_s"] + backward["duration_s"]
             rows.append(_span(rank, "waiting", ended, max(0.0, start - ended)))
             backward = None
         rows.append(_span(rank, name, start, duration))
+        if name == "backward":
+            backward = rows[-1]
     return rows
 
 

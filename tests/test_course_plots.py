@@ -52,3 +52,10 @@ def test_orders_of_a_queue_are_compared():
     ]
     (row,) = waiting.compare({"backfill": jobs}, cpus=4)
     assert [*row.values()] == ["backfill", "5.0", 10, 12, "50%"]
+
+
+def test_bars_of_a_strategys_memory_stand_beside_the_measured_peak():
+    parts = {"weights": 25, "gradients": 0, "optimiser": 51, "activations": 34, "buffers": 25}
+    row = {"kind": "need", "strategy": "ddp", "peak_mb": 140, "source": "measured"}
+    words = plots.needs([row | {f"{name}_mb": size for name, size in parts.items()}]).figure.words()
+    assert "ddp: weights 25, gradients 0, optimiser 51, activations 34, buffers 25, measured peak 140" in words

@@ -32,6 +32,7 @@ FUNCTIONS = [
     *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
     *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step", "dask.chunk", "dask.bytes", "security.masks"),
     "start.gang",
+    "too-big.cheapest",
     "one-process.bottleneck",
     "capstone.score",
     *(f"puzzles.{name}" for name in ("ring", "broadcast", "overlap", "pipeline", "optimizer", "all_to_all")),
@@ -53,6 +54,8 @@ QUIZZES = {
     "dask.quiz_lazy": 9,
     "queues.quiz_gantt": {"a", "c", "d"},
     "queues.quiz_array": (5, 30),
+    "too-big.quiz_bubble": {"a", "b", "c"},
+    "too-big.quiz_memory": (212, 44),
     "faults.quiz_recovery": (15, 3),
     "faults.quiz_mtbf": 13.5,
     "security.quiz_modes": {"a", "d"},
@@ -954,6 +957,57 @@ def test_without_slurm_its_exercises_tell_what_is_missing(monkeypatch):
     assert result.status == "inconclusive" and "slurmctld" in result.message
 
 
+def cheapest(kept=1, shared=1, states=1, own=True, length=True, inputs=True, zero1=False, last=False, none="none"):
+    """The notebook's solution, or one with a misconception."""
+
+    def choose(budget, ranks, parameters, layers, width, batch, sequence):
+        windows = batch / (ranks if own else 1) * (sequence if length else 1)
+        activations = 64 * layers * width * windows * kept
+        shards = activations / (ranks if shared == 0 else 1)
+        weights, others = 4 * parameters, 12 * parameters * states
+        first = 4 * parameters / (ranks if zero1 else 1) + 8 * parameters / ranks
+        needed = {
+            "ddp": weights + others + activations,
+            "zero1": weights + first * states + shards,
+            "zero3": (weights + others) / ranks + shards,
+            "zero3+recompute": (weights + others) / ranks + inputs * shards * (1 / 16 + 1 / layers),
+        }
+        fitting = [name for name, count in needed.items() if count <= budget] or [none]
+        return fitting[-1 if last else 0]
+
+    return choose
+
+
+def test_the_cheapest_passes_with_the_solution():
+    assert check("too-big.cheapest", cheapest())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (cheapest(kept=0), "Activations hardly count"),
+        (cheapest(shared=0), "ZeRO shards no activations"),
+        (cheapest(own=False), "You gave every rank the whole batch"),
+        (cheapest(length=False), "Activations hardly count"),
+        (cheapest(inputs=0), "Computing again isn't free of activations"),
+        (cheapest(kept=0, states=0), "You counted weights alone"),
+        (cheapest(zero1=True), "Stage 1 of ZeRO shards the optimiser's state only"),
+        (cheapest(last=True), "the dearest that do"),
+        (cheapest(none="zero3+recompute"), "the answer is 'none'"),
+        (lambda *arguments: "zero3", "12 of 60 choices are right"),
+        (lambda *arguments: "ddp", "needs"),
+        (lambda *arguments: "none", "In place of none, ddp would fit"),
+        (
+            lambda *arguments: "fsdp",
+            "must return one of 'ddp', 'zero1', 'zero3', 'zero3+recompute', 'none', not 'fsdp'",
+        ),
+    ],
+)
+def test_the_cheapest_names_each_misconception(answer, message):
+    result = check("too-big.cheapest", answer)
+    assert result.status == "fail" and message in result.message, result
+
+
 @pytest.mark.parametrize("seed", ["1", "2", "teacher"])
 def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
     monkeypatch.setenv("HPCLAB_SEED", seed)
@@ -968,6 +1022,7 @@ def test_verdicts_are_the_same_whatever_the_seed_draws(seed, monkeypatch):
         ),
         "faults.interval": (next_interval, (reading(power=0), "your job uses more, or fewer")),
         "faults.state": ((pack, unpack), ((functools.partial(pack, leave_out=["random"]), unpack), "Dropout draws")),
+        "too-big.cheapest": (cheapest(), (cheapest(shared=0), "ZeRO shards no activations")),
         "security.masks": (masking(), (masking(step=0), "Two steps have the same masks")),
     }
     for exercise_id, (right, (wrong, message)) in right_and_wrong.items():
@@ -1123,6 +1178,10 @@ def test_of_all_sets_of_statements_one_passes_and_each_false_one_has_its_message
         ("queues.quiz_array", (21, 110), "a stride"),
         ("queues.quiz_array", (4, 20), "Both ends"),
         ("queues.quiz_array", (5, 25), "only one job"),
+        ("too-big.quiz_memory", (212, 26.5), "ZeRO shards no activations"),
+        ("too-big.quiz_memory", (192, 24), "You counted no activations"),
+        ("too-big.quiz_memory", (44, 23), "2 of the 16 bytes"),
+        ("too-big.quiz_memory", (44, 44), "shards nothing"),
         ("faults.quiz_recovery", (55, 3), "Not all of it was lost"),
         ("faults.quiz_recovery", (40, 3), "Those were kept"),
         ("faults.quiz_recovery", (15, 1.5), "the time of the lost steps"),

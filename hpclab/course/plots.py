@@ -55,6 +55,37 @@ def memory(rows: list[dict], limit_bytes: float, ax: Axes | None = None) -> Axes
         Memory of a GPU.
     """
     ax, rows = figures.axes(ax), some(rows, "plan")
+    names = [f"{place}. dp {row['dp']}, tp {row['tp']}, pp {row['pp']}" for place, row in enumerate(rows, 1)]
+    words = _stacks(ax, names, [{part: row[f"{part}_bytes"] / 1e9 for part in _PARTS} for row in rows])
+    ax.axvline(limit_bytes / 1e9, color="black", linestyle="--", label=_("memory of a GPU"))
+    finish(ax, rows, _("GB of the fullest rank"), "", words)
+    return figures.legend_above(ax, columns=3)
+
+
+def needs(rows: list[dict]) -> Axes:
+    """Draw what fills a rank's memory by formula, a bar a strategy, and the peak that was measured.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of kind "need", with ``strategy``, ``peak_mb``, and the MB of each part (``weights_mb``, ...).
+    """
+    rows = some(rows, "need")
+    ax = figures.subplots(size=(9, 1.4 + 0.32 * len(rows)))[1]
+    names = [row["strategy"] for row in rows]
+    words = _stacks(ax, names, [{part: row[f"{part}_mb"] for part in _PARTS} for row in rows])
+    peaks = [row["peak_mb"] for row in rows]
+    ax.plot(peaks, names, label=_("measured peak"), **figures.points(0) | {"color": "black", "markersize": 8})
+    words = [f"{line}, {_('measured peak')} {figures.number(peak)}" for line, peak in zip(words, peaks, strict=True)]
+    finish(ax, rows, _("MB of the fullest rank"), "", words)
+    return figures.legend_above(ax, columns=3)
+
+
+_PARTS = ("weights", "gradients", "optimiser", "activations", "buffers")
+
+
+def _stacks(ax: Axes, names: list[str], stacks: list[dict[str, float]]) -> list[str]:
+    """Draw horizontal bars, each of the same parts, the first on top; what they show in words, a line a bar."""
     titles = {
         "weights": _("weights"),
         "gradients": _("gradients"),
@@ -62,21 +93,17 @@ def memory(rows: list[dict], limit_bytes: float, ax: Axes | None = None) -> Axes
         "activations": _("activations"),
         "buffers": _("buffers"),
     }
-    names = [f"{place}. dp {row['dp']}, tp {row['tp']}, pp {row['pp']}" for place, row in enumerate(rows, 1)]
-    parts = {title: [row[f"{part}_bytes"] / 1e9 for row in rows] for part, title in titles.items()}
-    starts = np.zeros(len(rows))
-    for place, (title, sizes) in enumerate(parts.items()):
+    starts = np.zeros(len(names))
+    for place, (part, title) in enumerate(titles.items()):
+        sizes = [stack[part] for stack in stacks]
         hatch = figures.HATCHES[place % len(figures.HATCHES)]
         ax.barh(names, sizes, left=starts, label=title, color=COLOURS[place], hatch=hatch, edgecolor="white")
         starts += sizes
-    ax.axvline(limit_bytes / 1e9, color="black", linestyle="--", label=_("memory of a GPU"))
     ax.invert_yaxis()
-    words = [
-        f"{name}: " + ", ".join(f"{title} {figures.number(sizes[place])}" for title, sizes in parts.items())
-        for place, name in enumerate(names)
+    return [
+        f"{name}: " + ", ".join(f"{title} {figures.number(stack[part])}" for part, title in titles.items())
+        for name, stack in zip(names, stacks, strict=True)
     ]
-    finish(ax, rows, _("GB of the fullest rank"), "", words)
-    return figures.legend_above(ax, columns=3)
 
 
 def schedule(rows: list[dict], ax: Axes | None = None) -> Axes:

@@ -65,6 +65,17 @@ TIMELINE: Rows = [
     for name, start, end in bars
 ]
 
+PIPELINE: Rows = [
+    {"kind": "span", "rank": rank, "name": name, "start_s": start / 1e3, "duration_s": duration / 1e3}
+    | {"source": "planted"}
+    for rank in range(3)
+    for part in range(4)
+    for name, start, duration in (
+        ("forward", 10 * (rank + part), 10),
+        ("backward", 60 + 20 * (2 - rank + part), 20),
+    )
+]
+
 SWEEP: Rows = [
     {"ranks": ranks, "samples a rank and step": 64, "step (ms)": step}
     for ranks, step in ((1, 100.0), (2, 110.0), (4, 125.0), (8, 160.0))
@@ -195,6 +206,7 @@ _SHOWN: dict[str, Callable[[], object]] = {
     "scaling.quiz_regime": lambda: Table(SWEEP),
     "dask.quiz_tasks": _plotted("tasks", TASKS),
     "queues.quiz_gantt": _job_table,
+    "too-big.quiz_bubble": _plotted("timeline", PIPELINE),
     "faults.quiz_recovery": _plotted("recovery", RECOVERY),
     "security.quiz_modes": lambda: Table(FILES),
     "capstone.quiz_score": lambda: Table(

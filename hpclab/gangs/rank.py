@@ -28,7 +28,7 @@ RESERVED = ("run", "attempt", "rank", "ranks", "source")
 RESERVED_KINDS = ("run", "restart", "attempt", "end")
 """Kinds of rows that a run itself writes."""
 NUMBERS = (
-    *("step", "epoch", "loss", "samples", "step_s", "data_s", "compute_s", "wait_s", "cpu_s", "save_s"),
+    *("step", "epoch", "loss", "samples", "step_s", "data_s", "compute_s", "wait_s", "cpu_s", "save_s", "peak_mb"),
     *("test_loss", "test_accuracy", "test_bits"),
 )
 """What figures and tables compute with, if a row has it."""

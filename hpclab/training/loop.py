@@ -25,6 +25,7 @@ from hpclab import checkpoint, timeline
 from hpclab import data as datasets
 from hpclab.gangs.rank import report, should_stop
 from hpclab.training import device, objectives
+from hpclab.training.memory import Peak
 from hpclab.training.strategies.engine import output
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ class _Replica:
     def __init__(self, job: Job):
         self.job = job
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.data = datasets.load(job.data, "train")
+        self.peak = Peak()
         torch.manual_seed(job.seed)
-        self.device = device.of_rank(job.device)
-        module, self.data = job.module(), datasets.load(job.data, "train")
+        self.device, module = device.of_rank(job.device), job.module()
         self.objective = objectives.of(module, self.data)
         self.loss = job.loss or self.objective.loss
         job.strategy.check(module, self.ranks, job.batch)
@@ -97,7 +99,7 @@ class _Replica:
             loss = self.engine.step(inputs, self.objective.target(inputs, labels))
             if self.schedule is not None:
                 self.schedule.step()
-            memory = device.peak(self.device)
+            memory = self.peak.row() | device.peak(self.device)
             end, cpu_end = time.perf_counter(), time.process_time()
             times = {"step_s": end - start, "data_s": loaded - start, "compute_s": time.thread_time() - busy}
             times |= {"wait_s": max(0.0, end - loaded - times["compute_s"]), "cpu_s": cpu_end - cpu}

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.profiler import record_function
 
 from hpclab.training.strategies.engine import Engine, average, gathered, mesh
 from hpclab.training.strategies.kinds import Pipeline
@@ -38,7 +39,7 @@ class Pipelined(Engine):
     def _schedule(self, mine: nn.ModuleList, count: int) -> Any:
         settings, numbers = cast(Pipeline, self.strategy), range(self.place, count, self.ring.size())
         stages: list[Any] = [
-            PipelineStage(*pair, count, self.device, group=self.ring) for pair in zip(mine, numbers, strict=True)
+            _Stage(*pair, count, self.device, group=self.ring) for pair in zip(mine, numbers, strict=True)
         ]
         if settings.schedule == "interleaved":
             return ScheduleInterleaved1F1B(stages, settings.micro_batches, loss_fn=self.loss)
@@ -93,6 +94,18 @@ class Pipelined(Engine):
         with torch.no_grad():
             for name, value in self.names.items():
                 value.copy_(state["model"][name])
+
+
+class _Stage(PipelineStage):
+    """Torch's, with names for `timeline.spans`: not all of torch's schedules name their passes."""
+
+    def forward_one_chunk(self, *arguments: Any, **settings: Any) -> Any:
+        with record_function("hpclab:forward"):
+            return super().forward_one_chunk(*arguments, **settings)
+
+    def backward_one_chunk(self, *arguments: Any, **settings: Any) -> Any:
+        with record_function("hpclab:backward"):
+            return super().backward_one_chunk(*arguments, **settings)
 
 
 def _copies(stages: list[nn.Module], size: int, ranks: int) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:

@@ -45,6 +45,18 @@ def test_bars_of_memory_say_what_fills_it():
     plt.close(ax.figure)
 
 
+def test_waits_are_drawn_by_case_and_rank():
+    times = [("random", 0, 0.02, 0.0), ("random", 1, 0.015, 0.005)]
+    rows = [
+        {"kind": "wait", "case": case, "rank": rank, "compute_s": compute, "wait_s": wait, "source": "measured"}
+        for case, rank, compute, wait in times
+    ]
+    ax = plots.waits(rows)
+    assert "random, rank 1: computing 15, waiting for others 5" in ax.figure.words()
+    assert [text.get_text() for text in ax.texts] == ["0%", "25%"]
+    plt.close(ax.figure)
+
+
 def test_orders_of_a_queue_are_compared():
     jobs = [
         {"submitted_s": 10, "started_s": 10, "ended_s": 18, "cpus": 2},

@@ -29,7 +29,7 @@ from hpclab.course.checks import dask as dask_checks
 from hpclab.course.checks import ddp_from_scratch, one_process
 
 FUNCTIONS = [
-    *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval"),
+    *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval", "rnn.plan"),
     *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step", "dask.chunk", "dask.bytes", "security.masks"),
     "start.gang",
     "too-big.cheapest",
@@ -54,6 +54,8 @@ QUIZZES = {
     "dask.quiz_lazy": 9,
     "queues.quiz_gantt": {"a", "c", "d"},
     "queues.quiz_array": (5, 30),
+    "rnn.quiz_waits": {"a", "c", "d"},
+    "rnn.quiz_mean": (2, 1.5, 1.5),
     "too-big.quiz_bubble": {"a", "b", "c"},
     "too-big.quiz_memory": (212, 44),
     "faults.quiz_recovery": (15, 3),
@@ -494,6 +496,91 @@ def test_a_step_passes_with_the_solution_and_by_averaging_what_was_stepped():
 def test_a_step_names_each_misconception(answer, message):
     result = check("ddp-from-scratch.step", answer)
     assert result.status == "fail" and message in result.message
+
+
+def stacked(lengths, order, ranks, batch_size, dice):
+    """Steps of neighbours in an order, each dealt longest first to the rank with the fewest frames; then shuffled."""
+    steps = []
+    for chosen in np.array_split(order, -(-len(order) // (ranks * batch_size))):
+        batches = [[] for _ in range(ranks)]
+        for talk in sorted(chosen, key=lambda talk: -lengths[talk]):
+            least = min((sum(lengths[batch]), rank) for rank, batch in enumerate(batches) if len(batch) < batch_size)
+            batches[least[1]].append(int(talk))
+        steps.append(batches)
+    if dice is not None:
+        dice.shuffle(steps)
+    return [list(batches) for batches in zip(*steps, strict=True)]
+
+
+def about_sorted(lengths, dice):
+    return np.argsort(lengths * np.exp(dice.normal(0, 0.1, len(lengths))))
+
+
+def by_tokens(lengths, ranks, batch_size, seed, epoch, shuffled=True, order=about_sorted):
+    dice = np.random.default_rng([seed, epoch])
+    return stacked(lengths, order(lengths, dice), ranks, batch_size, dice if shuffled else None)
+
+
+def in_pools(lengths, dice):
+    """Sorted within pools of some steps, as many loaders do."""
+    order = dice.permutation(len(lengths))
+    pools = np.array_split(order, max(1, len(order) // 96))
+    return np.concatenate([pool[np.argsort(lengths[pool])] for pool in pools])
+
+
+def at_random(lengths, ranks, batch_size, seed, epoch, by_length=False):
+    """Equal numbers of talks, as the sampler of torch deals them; or then in buckets of each rank's own."""
+    dice = np.random.default_rng([seed, epoch])
+    order = dice.permutation(len(lengths))
+    shares = [order[rank::ranks] for rank in range(ranks)]
+    steps = -(-len(lengths) // (ranks * batch_size))
+    if by_length:
+        shares = [share[np.argsort(lengths[share])] for share in shares]
+    plan = [np.array_split(share, steps) for share in shares]
+    return [[batches[place] for place in dice.permutation(steps)] for batches in plan] if by_length else plan
+
+
+def changed(change):
+    """The solution's plan with something changed in it."""
+    return lambda *given: change(by_tokens(*given))
+
+
+def test_a_plan_passes_with_the_solution_and_with_pools():
+    assert check("rnn.plan", by_tokens)
+    assert check("rnn.plan", functools.partial(by_tokens, order=in_pools))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (at_random, "Equal numbers of talks aren't equal work"),
+        (functools.partial(at_random, by_length=True), "in one step the ranks have different numbers of frames"),
+        (
+            functools.partial(by_tokens, order=lambda lengths, dice: dice.permutation(len(lengths))),
+            "short talks are beside long ones",
+        ),
+        (functools.partial(by_tokens, shuffled=False), "in order of length"),
+        (functools.partial(by_tokens, order=lambda lengths, dice: np.argsort(lengths)), "the same talks"),
+        (
+            lambda lengths, ranks, size, seed, epoch: by_tokens(lengths, ranks, size, seed, 0),
+            "Two epochs have the same",
+        ),
+        (lambda lengths, ranks, size, seed, epoch: by_tokens(lengths, ranks, size, 0, epoch), "Two seeds"),
+        (lambda *given: by_tokens(*given[:3], random.randrange(2**30), given[4]), "gave two plans"),
+        (lambda lengths, ranks, size, *rest: by_tokens(lengths, ranks, 1, *rest), "fill the batches"),
+        (lambda lengths, ranks, size, *rest: by_tokens(lengths, ranks, 2 * size, *rest), "more than `batch_size`"),
+        (lambda lengths, ranks, size, *rest: by_tokens(lengths, 1, ranks * size, *rest), "for 1 ranks"),
+        (lambda lengths, *rest: by_tokens(lengths[:-5], *rest), "don't see every talk"),
+        (changed(lambda plan: [batches[:-1] if rank else batches for rank, batches in enumerate(plan)]), "for ever"),
+        (changed(lambda plan: [plan[0]] * len(plan)), "seen twice"),
+        (changed(lambda plan: [[[], batches[0] + batches[1], *batches[2:]] for batches in plan]), "A batch is empty"),
+        (changed(lambda plan: plan[0]), "a list of batches for each rank"),
+        (lambda *given: len(given), "a list of batches for each rank"),
+    ],
+)
+def test_a_plan_names_each_misconception(answer, message):
+    result = check("rnn.plan", answer)
+    assert result.status == "fail" and message in result.message, result
 
 
 def next_interval(log, machines, failed=("node failure",), since="started_s", only=False, power=1, save=max):

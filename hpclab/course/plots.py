@@ -278,6 +278,36 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
     return figures.legend_above(ax, columns=2)
 
 
+def waits(rows: list[dict], ax: Axes | None = None) -> Axes:
+    """Draw what each rank computes and waits in a step, a bar a rank, for each way to deal the data.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As from `ragged.waits`.
+    """
+    ax, rows = figures.axes(ax), some(rows, "wait")
+    names = [_("{case}, rank {rank}", case=row["case"], rank=row["rank"]) for row in rows]
+    titles = {"compute_s": _("computing"), "wait_s": _("waiting for others")}
+    starts = np.zeros(len(rows))
+    for place, (measure, title) in enumerate(titles.items()):
+        widths = np.array([1e3 * row[measure] for row in rows])
+        hatch = figures.HATCHES[place]
+        ax.barh(names, widths, left=starts, label=title, color=COLOURS[place], hatch=hatch, edgecolor="white")
+        starts += widths
+    for line, row in enumerate(rows):
+        share = row["wait_s"] / (row["compute_s"] + row["wait_s"])
+        ax.annotate(f"{share:.0%}", (starts[line], line), xytext=(4, 0), textcoords="offset points", va="center")
+    ax.set_xlim(0, 1.1 * starts.max())
+    ax.invert_yaxis()
+    words = [
+        f"{name}: " + ", ".join(f"{title} {figures.number(1e3 * row[measure])}" for measure, title in titles.items())
+        for name, row in zip(names, rows, strict=True)
+    ]
+    finish(ax, rows, _("milliseconds of a step, as CPU time"), "", words)
+    return figures.legend_above(ax, columns=2)
+
+
 def pictures(batch: np.ndarray, titles: Sequence[str]) -> None:
     """Show grey pictures side by side, each below its title.
 

@@ -126,6 +126,11 @@ FILES: Rows = [
     )
 ]
 
+FRAMES: Rows = [
+    {"step": step, "rank 0": first, "rank 1": second}
+    for step, (first, second) in enumerate(((100, 60), (40, 80), (80, 60), (60, 80)), start=1)
+]
+
 FORECASTS: Rows = [
     {"run": run, "A": (0.0, 20.0), "B": (8.0, 12.0), "C": (9.8, 10.2), "measured": value}
     for run, value in enumerate((10.5, 9.0, 13.0, 11.0), start=1)
@@ -164,6 +169,9 @@ def _titles() -> dict[str, str]:
         "ranks": _("ranks"),
         "samples a rank and step": _("samples a rank and step"),
         "step (ms)": _("step (ms)"),
+        "step": _("step"),
+        "rank 0": _("rank {rank}", rank=0),
+        "rank 1": _("rank {rank}", rank=1),
         "job": _("job"),
         "time limit (s)": _("time limit (s)"),
         "letter": _("letter"),
@@ -206,6 +214,7 @@ _SHOWN: dict[str, Callable[[], object]] = {
     "scaling.quiz_regime": lambda: Table(SWEEP),
     "dask.quiz_tasks": _plotted("tasks", TASKS),
     "queues.quiz_gantt": _job_table,
+    "rnn.quiz_waits": lambda: Table(FRAMES),
     "too-big.quiz_bubble": _plotted("timeline", PIPELINE),
     "faults.quiz_recovery": _plotted("recovery", RECOVERY),
     "security.quiz_modes": lambda: Table(FILES),

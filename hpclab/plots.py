@@ -277,7 +277,7 @@ def timelines(stacked: Iterable[list[dict]], height: float = 2.3) -> None:
         timeline(rows, ax)
         ax.get_legend().remove()
         ax.set_xlim(0, 1e3 * max(row["start_s"] + row["duration_s"] for rows in stacked for row in rows))
-    figures.legend_above(axes[0], columns=3, of=axes)
+    figures.legend_above(axes[0], columns=3, of=list(axes))
 
 
 def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) -> Axes:

@@ -154,7 +154,7 @@ def test_under_nbgrader_only_a_pass_returns(monkeypatch):
     monkeypatch.setenv("NBGRADER_EXECUTION", "validate")
     assert check("start.gang", largest_gang)
     with pytest.raises(AssertionError, match="isn't the largest"):
-        check("start.gang", lambda cpus, memory: largest_gang(cpus, memory) - 1)
+        check("start.gang", lambda cpus, memory: max(0, largest_gang(cpus, memory) - 1))
     with pytest.raises(AssertionError, match="Not answered yet"):
         check("start.gang", ...)
 
@@ -202,6 +202,7 @@ def test_gang_passes_with_the_solution():
         (lambda cpus, memory: min(cpus, by_memory(memory, 0)), "the notebook and the scheduler"),
         (lambda cpus, memory: min(cpus, by_memory(memory) + 1), "Rounded up"),
         (lambda cpus, memory: max(1, min(cpus, by_memory(memory))), "for even one"),
+        (lambda cpus, memory: min(cpus, by_memory(memory)), "the answer is 0, and not below"),
         (lambda cpus, memory: max(0, largest_gang(cpus, memory) - 1), "isn't the largest"),
         (lambda cpus, memory: largest_gang(cpus, memory) + cpus, "is too large"),
         (lambda cpus, memory: True, "whole number of ranks"),

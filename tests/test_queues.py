@@ -794,7 +794,7 @@ def test_names_of_folders_in_scripts(monkeypatch):
     )
     assert "#$ -o /scratch/größe/\n" in queues.script("sge", folder="/scratch/größe")
     for kind, folder in (("slurm", "/a\nb"), ("slurm", "/a\\b"), ("pbs", "/a b"), ("htcondor", "/a$b")):
-        with pytest.raises(ValueError, match=rf"folder .* holds '{re.escape(repr(folder[2])[1:-1])}', which {kind}"):
+        with pytest.raises(ValueError, match=rf"folder .* contains '{re.escape(repr(folder[2])[1:-1])}', which {kind}"):
             queues.script(kind, folder=folder)
 
 

@@ -24,6 +24,9 @@ from hpclab.pages import html
 from hpclab.tables import Table, markup
 from hpclab.training.start import Model
 
+FEWEST = 3
+"""Races of which the mean is shown, with its interval."""
+
 
 class RaceStage:
     """A prediction to make, and a race to start by `run` or by the button, as often as one likes.
@@ -82,17 +85,19 @@ class RaceStage:
         self._show_here()
 
     def run(self) -> None:
-        """Race, and show it as an output of this cell.
+        """Race, and show it as an output of this cell; a race that is under way goes on here.
 
         Raises
         ------
         RuntimeError
-            If a race is under way already, or the cluster is closed.
+            If the cluster is closed.
         """
-        if not self._racing.acquire(blocking=False):
-            raise RuntimeError("a race is under way; wait until it ends, or stop it.")
         self._show_here()
-        self._race()
+        if self._racing.acquire(blocking=False):
+            self._race()
+        else:
+            with self._racing:  # until it has ended
+                pass
 
     def _show_here(self) -> None:
         """Make places for the figure and the text in the output of this cell."""
@@ -122,6 +127,7 @@ class RaceStage:
                     _("The cluster is closed. Run the cell with hpclab.connect again, then the one with this button.")
                 )
             self._put(self.note, _("The race is on; the picture grows below, or below the next cell."))
+            self._put(self.text, "")  # of the race before
             self.result = racing.race(*self.arguments, show=self._show, begin=self._follow, **self.settings)
             self._tell(self.result)
             self._put(self.note, _("Press the button to race again."))
@@ -178,11 +184,11 @@ class RaceStage:
         self._put(self.text, page)
 
     def table(self) -> Table:
-        """All races of this stage together, a row a racer; empty until there are two."""
+        """All races of this stage together, a row a racer; empty until there are three: two tell next to nothing."""
         return Table(
             {_("all races"): label, _("races"): len(gains), _("times as fast"): ratios.told(ratios.interval(gains))}
             for label, gains in self.raced.items()
-            if len(gains) > 1
+            if len(gains) >= FEWEST
         )
 
     def _put(self, place: DisplayHandle | None, page: str) -> None:

@@ -136,7 +136,8 @@ stage
 #
 # Run this cell and watch. The picture is redrawn every second. To race again, move the slider if you like and press
 # *Race again* above: the new race replaces this output. To see a failure, press *Kill a rank* during a race. The process
-# dies as if its machine had lost power, its gang resumes from the newest checkpoint, and the curve shows a gap.
+# dies as if its machine had lost power, and its gang resumes from the newest checkpoint; the curve shows an X, and a grey
+# band, often a thin one, until the next step.
 
 # %% id="race-do"
 stage.run()
@@ -156,7 +157,7 @@ stage.run()
 # - Your two "CPUs" may be one core. Cloud machines usually sell *hardware threads*: two of them share one core's
 #   arithmetic units, so the pair is far from twice as fast as one. `hpclab.doctor.examine()` says so if the machine
 #   reveals it.
-# - *Start-up* isn't counted in *training*. Compare the two columns. The first launch after `connect` is the slowest; later
+# - *Start-up* isn't counted in *training*. Compare the two columns. (*Samples a second* leaves out the first, slow steps too.) The first launch after `connect` is the slowest; later
 #   ones start from processes that have already loaded torch. Adding ranks never shortens start-up, so its share grows as
 #   training gets faster: that is Amdahl's law at work.
 #
@@ -167,7 +168,7 @@ stage.run()
 # **If you have one CPU**, the ranks took turns. The line marked *a CPU each* counts only the seconds in which a rank
 # was running: what two CPUs would show if communication cost nothing. It is *emulated*, and labelled so.
 #
-# **How sure are you?** Press *Race again* twice. A second table then holds all races, with the interval of their ratios: two
+# **How sure are you?** Press *Race again* twice. A second table then holds all races, with the interval of their ratios: three
 # races say little, five say more. The notebook *scaling* teaches how to claim more.
 
 # %% [markdown] id="quiz-race"
@@ -244,7 +245,7 @@ client.close()
 #
 # ### Next
 #
-# Open the notebook **cnn**: the same loss, sooner. There you see the training loop itself, measure the speed-up with
+# Open the notebook [cnn](03_cnn.ipynb): the same loss, sooner. (In a term, *one-process* comes before it.) There you see the training loop itself, measure the speed-up with
 # repeats, and learn to avoid two classic bugs.
 #
 # ### References

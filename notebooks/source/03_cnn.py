@@ -206,14 +206,13 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 # **Why wasn't it twice as fast?** Go through the suspects in order:
 #
 # - *Waiting for data*: its share of the step's time is in the rows (`data_share`).
-# - *Communication*: 201 kB of gradients a step. They all fit into one of DDP's buckets, which is full only when the
-#   backward pass ends, so none of it is hidden. (*scaling* shows how smaller buckets hide some.)
+# - *Communication*: 201 kB of gradients a step. DDP packs gradients into *buckets*, and sends each when it is full. These
+#   all fit into one, which is full only when the backward pass ends, so none of it is hidden. (*scaling* shows how smaller buckets hide some.)
 # - *Sharing*: two busy CPUs share memory and caches, and also run this notebook's kernel, which draws. Hardware threads of
 #   one core even share its arithmetic units.
 # - *Smaller batches*: half a batch doesn't always take half the time.
 #
-# An interval that contains 1 shows no difference. Few rounds make it wide, and rightly so: min-to-max bars of three runs
-# separate by chance once in ten times, and those of two runs once in three. To claim more, measure more rounds. With one
+# An interval that contains 1 shows no difference. Few rounds make it wide, and rightly so. To claim more, measure more rounds. With one
 # CPU, nothing here can be faster: the rows say *emulated*.
 
 # %% id="data-share"

@@ -71,8 +71,9 @@ hpclab.came("scaling.weak_step", 1 / scaling.summary(rows)[1]["efficiency"])
 # %% [markdown] id="measure-explain"
 # **Explain.** With two ranks a step takes longer, and the columns tell where the time goes. *compute* is CPU time: if it
 # grows, two busy CPUs share caches and memory, or even one core. *straggle* is the wait for the slower rank; for a rank by itself it is the
-# wait for a CPU. *comm* is what even the last rank waits for: the averaging of gradients that no computing hides. If it is
-# many times what the network takes below, both ranks waited for a CPU: others use this machine too. The first steps don't
+# wait for a CPU. *comm* is what even the last rank waits for: the averaging of gradients that no computing hides. This
+# network alone takes a few milliseconds for 201 kB; if *comm* is many times that, both ranks waited for a CPU: others use
+# this machine too. The first steps don't
 # count; the run itself determines how many (`warm_up` in the rows).
 
 # %% [markdown] id="sweep-open"
@@ -379,8 +380,8 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 8, 12)})
 #
 # <details><summary>Hint</summary>
 #
-# `hpclab.laws.choose` takes every point for an independent measurement, of strong scaling, on a machine. Which rows are
-# that? If a run has a bad start, what happens to its four rows?
+# `hpclab.laws.choose(ranks, rates)` gives a verdict: `verdict.law` (None if it can't tell) and `verdict.fit.intervals["sigma"]`.
+# It takes every point for an independent measurement, of strong scaling, on a machine. Which rows are that? If a run has a bad start, what happens to its four rows?
 #
 # </details>
 
@@ -410,8 +411,9 @@ hpclab.check("scaling.curves", judge)
 #
 # ### Read a timeline
 #
-# One step of two ranks, with two buckets of gradients. Each narrow bar begins when its rank has the bucket ready. Which
-# statements are true? Set `timeline_answer` to the set of their letters.
+# One step of two ranks, with two buckets of gradients. DDP packs gradients into buckets, and
+# averages each by an all-reduce: a narrow bar, which begins when its rank has the bucket ready and the one before is done,
+# and ends on both ranks at once. Which statements are true? Set `timeline_answer` to the set of their letters.
 #
 # - a: Rank 1 computes longer than rank 0 (forward and backward together).
 # - b: Communication that nothing hides takes 25 ms of this step.

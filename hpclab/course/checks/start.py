@@ -21,9 +21,11 @@ def _gang(largest_gang: object) -> Result:
         )
     if len(set(answers)) == 1:
         return failed(_("Your function gives the same answer for every machine: use its arguments."))
-    for message, misconceived in _misconceptions(machines).items():
-        if answers == misconceived:
+    for message, misconceived in _misconceptions(machines[:-1]).items():
+        if answers[:-1] == misconceived:
             return failed(message)
+    if min(answers) < 0:
+        return failed(_("Where not even the notebook and the scheduler fit, the answer is 0, and not below."))
     for one, answer in zip(machines, answers, strict=True):
         values = {"answer": answer, "cpus": one[0], "gib": one[1] / 2**30}
         if answer < _largest(*one):
@@ -44,13 +46,14 @@ def _gang(largest_gang: object) -> Result:
 
 
 def _machines() -> Iterator[tuple[int, int]]:
-    """CPUs and bytes: few CPUs, little memory (twice), room for one rank, room for none."""
+    """CPUs and bytes: few CPUs, little memory (twice), room for one rank, room for none, and last for no notebook."""
     hidden = dice("start.gang")
     for cpus, ranks in ((4, 30), (48, 9), (16, 5), (8, 1), (2, 0)):
         beyond = hidden.uniform(
             0.82, 0.95
         )  # the part of a rank that makes it a whole one if rounded, or without the base
         yield cpus + hidden.randint(0, 2), machine.BASE_MEMORY + int((ranks + beyond) * machine.RANK_MEMORY)
+    yield 4, machine.BASE_MEMORY // 2
 
 
 def _largest(cpus: int, memory: int) -> int:

@@ -28,7 +28,7 @@ P = 12 * LAYERS * WIDTH**2
 )
 def test_without_activations_it_is_what_the_papers_count(strategy, ranks, numbers, monkeypatch):
     """Of 4 bytes each: weights, AdamW's state, and DDP's buckets, at the end of a forward pass."""
-    monkeypatch.setattr(needs, "_activations", lambda *_: 1e12)
+    monkeypatch.setattr(needs, "_activations", lambda *_: (1e12, 0.0))
     held = needs.parts(strategy, ranks, GPT(width=WIDTH, layers=LAYERS), WINDOWS)
     assert sum(held.values()) - 1e12 == pytest.approx(4 * numbers, rel=0.02)  # embeddings and norms
 

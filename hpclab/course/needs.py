@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from hpclab.forecast import Layout
 from hpclab.language import translate as _
 from hpclab.training.strategies import DDP, Accumulate, Compress, DiLoCo, LocalSGD, Pipeline, Strategy, Tensor, Zero
+from hpclab.training.strategies.wire import Sizes, wire
 
 if TYPE_CHECKING:
     from hpclab.models import GPT
+    from hpclab.training import Fit
 
 WORD = 4
 PARTS = ("weights", "gradients", "optimiser", "activations", "buffers")
@@ -40,23 +42,21 @@ def parts(strategy: Strategy, ranks: int, model: GPT, batch: int) -> dict[str, f
 
     Notes
     -----
-    A rank holds most at the end of a forward pass, with all its activations (and gradients only where they add up over
-    micro-batches), or at the end of a backward pass, with its gradients alone.
+    A rank holds most either when all its activations are there, and gradients only where they add up over
+    micro-batches; or at the end of a backward pass, with all its gradients and what it takes to send them.
     """
     size = WORD * model.counts().parameters
-    shares = _shares(strategy, ranks, model)
-    held = {name: size * share for name, share in shares.items()}
+    held = {name: size * share for name, share in _shares(strategy, ranks, model).items()}
     static, sent = (size * copies for copies in _copies(strategy, model))
-    forward = held | {"activations": _activations(strategy, ranks, model, batch), "buffers": static}
-    if strategy.parts() == 1 or _all_first(strategy):
-        forward["gradients"] = 0.0
-    backward = held | {"activations": 0.0, "buffers": static + sent}
-    return max(forward, backward, key=lambda moment: sum(moment.values()))
-
-
-def _all_first(strategy: Strategy) -> bool:
-    """Whether all forward passes of a step come before the first backward pass."""
-    return isinstance(strategy, Pipeline) and strategy.schedule == "gpipe"
+    kept, last = _activations(strategy, ranks, model, batch)
+    full = held | {"activations": kept, "buffers": static}
+    moments = [full, held | {"activations": last, "buffers": static + sent}]
+    if isinstance(strategy, Pipeline) and strategy.schedule == "gpipe":  # its backward passes begin with the first one
+        moments.append(full | {"activations": kept * (1 - 1 / strategy.micro_batches)})
+        full["gradients"] = 0.0
+    elif strategy.parts() == 1:
+        full["gradients"] = 0.0
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def _shares(strategy: Strategy, ranks: int, model: GPT) -> dict[str, float]:
@@ -81,7 +81,9 @@ def _copies(strategy: Strategy, model: GPT) -> tuple[float, float]:
         case Compress(method="topk"):
             return 2, 1 + SORTED  # DDP's buckets and what isn't sent; sizes without signs, and what is sorted
         case Compress(method="powersgd"):
-            return 2, 0
+            return 2, 2  # while it works out what isn't sent: what shall be, and the new difference
+        case Compress():
+            return 1, 0.5
         case Zero(stage=1) | DDP():
             return 1, 0  # DDP's buckets
         case DiLoCo():
@@ -89,15 +91,18 @@ def _copies(strategy: Strategy, model: GPT) -> tuple[float, float]:
         case LocalSGD():
             return 0, 1
         case Zero(stage=2):
-            return 1, 0  # all weights are whole until the backward pass
-        case Zero():
-            return 2 / len(model.blocks), 0
+            return 1, 0  # all weights are whole from the first forward pass to the end of the backward pass
+        case Zero():  # two blocks are whole at a time, and one's gradients twice
+            return 2 / len(model.blocks), 2 / len(model.blocks)
         case _:
             return 0, 0
 
 
-def _activations(strategy: Strategy, ranks: int, model: GPT, batch: int) -> float:
-    """Bytes kept for the backward pass: 16 numbers a block, position and unit of width, and a little more."""
+def _activations(strategy: Strategy, ranks: int, model: GPT, batch: int) -> tuple[float, float]:
+    """Bytes kept for the backward pass, and those left at its end.
+
+    They are 16 numbers a block, position and unit of width, and a little more.
+    """
     group, width, layers = strategy.group(ranks), model.head.in_features, len(model.blocks)
     kept = float(model.counts(1).activation_bytes) * batch * group / ranks  # of a replica
     numbers = WORD * width * model.context * batch * group / ranks * layers
@@ -113,8 +118,49 @@ def _activations(strategy: Strategy, ranks: int, model: GPT, batch: int) -> floa
         case Tensor():  # of 16 numbers, norms' inputs and outputs are whole, or by sequence the outputs alone
             kept += numbers * (SUMMED - (14 if strategy.sequence else 12) * (1 - 1 / group))
     if strategy.recompute:  # the blocks' inputs, and one block
-        kept = kept / 16 + kept / layers
-    return kept
+        return kept / 16 + kept / layers, kept / layers
+    return kept, 0.0
+
+
+def row(name: str, strategy: Strategy, run: Fit, tiny: Fit, model: GPT, batch: int) -> dict:
+    """What a run's ranks held, sent and took, beside the formulas.
+
+    Parameters
+    ----------
+    name : str
+        What to call the strategy.
+    strategy : Strategy
+    run, tiny : Fit
+        Of the model, and of one so small that it holds next to nothing: what libraries take by themselves.
+    model : models.GPT
+    batch : int
+        Windows of a step, of all ranks together.
+
+    Returns
+    -------
+    dict
+        Of kind "need": ``strategy``; the mean ``loss`` of the last step; ``step_s``, the fastest; ``sent_gloo_mb`` and
+        ``sent_nccl_mb`` a rank and step, by `strategies.wire`; ``peak_mb``; and the MB of each part by formula.
+    """
+    steps = [row for row in run.rows if row["kind"] == "step"]
+    last = [row["loss"] for row in steps if row["step"] == steps[-1]["step"]]
+    sent = wire(strategy, steps[0]["ranks"], Sizes.of(model, batch, model.context))
+    held = parts(strategy, steps[0]["ranks"], model, batch)
+    megabytes = {f"sent_{library}": count for library, count in sent.items()} | held
+    return {
+        "kind": "need",
+        "strategy": name,
+        "loss": sum(last) / len(last),
+        "step_s": min(row["step_s"] for row in steps),
+        "peak_mb": _peak_mb(run) - _peak_mb(tiny),
+        **{f"{part}_mb": count / 1e6 for part, count in megabytes.items()},
+        "source": steps[0]["source"],
+    }
+
+
+def _peak_mb(run: Fit) -> float:
+    """Of the rank that held most."""
+    return max(row["peak_mb"] for row in run.rows if row["kind"] == "step")
 
 
 def advice(name: str) -> str:

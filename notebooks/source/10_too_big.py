@@ -11,7 +11,7 @@
 # | minutes | 45 to read and do, 15 of them for the exercise; under 3 to run |
 # | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
 #
-# New terms are defined in the [glossary](glossary.md#pipeline-parallelism), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#ZeRO), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab
@@ -74,7 +74,8 @@ hpclab.predict("too-big.ddp", ..., "MB")
 # Linux notes the most memory that a process has held (`VmHWM`). A rank sets that mark back before it makes its model, and each row
 # of a step says how far it has risen since (`peak_mb`). Two things would blur it:
 #
-# - libraries load parts of themselves when they are first used: a tiny GPT shows how much, and we subtract that;
+# - libraries load parts of themselves when they are first used: a tiny GPT, trained in the same way, shows how much, and we
+#   subtract that;
 # - the C library keeps freed memory for later (*one-process* shows why): here each rank gives it back, which makes steps slower.
 
 # %% id="connect"
@@ -96,33 +97,15 @@ def train(strategy, make=gpt, **settings):
         progress=False,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
         strategy=strategy,
-        **{"batch_size": BATCH, "steps": 4} | settings,
+        **{"batch_size": BATCH, "steps": 3} | settings,
     ).result()
-
-
-def peak_mb(run):
-    return max(row["peak_mb"] for row in run.rows if row["kind"] == "step")
-
-
-fixed_mb = peak_mb(train("ddp", functools.partial(gpt, width=16)))
 
 
 # %% id="measure-do"
 def measured(name, strategy):
-    """A row of what a run held, sent and took, beside the formulas."""
-    run = train(strategy)
-    last = [row for row in run.rows if row["kind"] == "step" and row["step"] == 3]
-    sent = wire(strategy, 2, Sizes.of(model, 2 * BATCH, 128))
-    return {
-        "kind": "need",
-        "strategy": name,
-        "loss": sum(row["loss"] for row in last) / 2,
-        "step_s": min(row["step_s"] for row in run.rows if row["kind"] == "step"),
-        **{f"sent_{library}_mb": count / 1e6 for library, count in sent.items()},
-        "peak_mb": peak_mb(run) - fixed_mb,
-        **{f"{part}_mb": count / 1e6 for part, count in needs.parts(strategy, 2, model, 2 * BATCH).items()},
-        "source": last[0]["source"],
-    }
+    tiny = functools.partial(gpt, width=16)
+    runs = train(strategy), train(strategy, tiny, steps=2)
+    return needs.row(name, strategy, *runs, model, batch=2 * BATCH)
 
 
 ways = strategies.named
@@ -132,7 +115,7 @@ rows = {"ddp": measured("ddp", ways("ddp"))}
 hpclab.came("too-big.ddp", rows["ddp"]["peak_mb"])
 
 # %% [markdown] id="ddp-explain"
-# **Explain.** The weights are a sixth of it or less. Two details of the sum:
+# **Explain.** The weights are less than a fifth of it. Two details of the sum:
 #
 # - DDP copies the gradients into *buckets*, which it sends: 4 more bytes a parameter. The figure below calls them buffers.
 # - Gradients come as activations go: the backward pass frees the activations of a block once it has its gradient. So with one
@@ -161,7 +144,7 @@ hpclab.predict("too-big.zero3", ..., "of DDP's peak")
 # | `tensor`, `sequence` | *parts of each matrix*, on all windows | activations, four times a block |
 # | `gpipe`, `1f1b`, `interleaved` | *some blocks*, on all windows | activations, between blocks on different ranks |
 #
-# The next cell trains all of them for four steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
+# The next cell trains all of them for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
 # the rest again in the backward pass.
 
 # %% id="all-do"
@@ -197,7 +180,7 @@ hpclab.tables.Table(
 # %% [markdown] id="when"
 # ## When to use what
 #
-# All columns but the last two belong to the runs above: the loss after four steps (the exact strategies agree up to
+# All columns but the last two belong to the runs above: the loss in the third step (the exact strategies agree up to
 # rounding), the fastest step, the bytes that a rank sends in a step on the library that ran here (gloo) and on NVIDIA's (NCCL), by
 # formula, and the peak. Seconds are of one short run each, on small messages within one machine: they rank nothing
 # on a cluster.
@@ -227,6 +210,8 @@ hpclab.tables.Table(
 #
 # That is the **bubble**. Two stages with two micro-batches would idle for a third of their time.
 #
+# The pictures below are in the order of the table: one step of each.
+#
 # **Predict**: what share is it, measured, with eight micro-batches?
 
 # %% id="bubble-predict"
@@ -237,7 +222,8 @@ cases = [("gpipe", 2), ("gpipe", 8), ("1f1b", 8)]
 traced = []
 for schedule, micro_batches in cases:
     pipeline = strategies.Pipeline(schedule=schedule, micro_batches=micro_batches)
-    traced.append(timeline.spans(train(pipeline, batch_size=4, steps=6, trace=1).folder))
+    run = train(pipeline, functools.partial(hpclab.models.GPT, width=256, layers=8), batch_size=4, steps=6, trace=1)
+    traced.append(timeline.spans(run.folder))
 plots.timelines(traced)
 bubbles = [pipelines.bubble(spans) for spans in traced]
 hpclab.tables.Table(
@@ -251,7 +237,8 @@ hpclab.came("too-big.bubble", bubbles[1])
 # %% [markdown] id="bubble-explain"
 # **Explain.** The gaps between the bars of a rank are the bubble. It **isn't fixed**: more micro-batches fill the pipeline better,
 # and more stages worse. What is measured exceeds the formula, since stages aren't equally long, a message takes
-# time, and small micro-batches compute less efficiently. (On a busy machine, ranks also wait for CPUs.)
+# time, and small micro-batches compute less efficiently. (On a busy machine, ranks also wait for CPUs.) The all-reduce in the end
+# adds up the gradients of the embedding, whose weights the first and the last stage share.
 #
 # `gpipe` runs all forward passes first; `1f1b` runs one forward pass and one backward pass in turn, as soon as it can. The bubble is
 # the same. But with `gpipe` a rank keeps the activations of all $m$ micro-batches, with `1f1b` those of $p$ at most: look at
@@ -289,7 +276,7 @@ hpclab.predict("too-big.gpus", ..., "GPUs")
 large = widgets.Planner.MODELS["80B"]
 plans = {gpus: forecast.plan(large, gpus, batch=256, most=1) for gpus in (8, 16, 32, 64, 128)}
 least = min(gpus for gpus, found in plans.items() if found)
-figures.memory(plans[least], forecast.H100.memory_bytes)
+figures.memory([row for found in plans.values() for row in found], forecast.H100.memory_bytes)
 hpclab.tables.Table(
     {"GPUs": gpus, "source": "forecast"}
     | {"dp x tp x pp": f"{row['dp']} x {row['tp']} x {row['pp']}", "ZeRO": row["zero"]}
@@ -302,8 +289,8 @@ hpclab.tables.Table(
 hpclab.came("too-big.gpus", least)
 
 # %% [markdown] id="plan-explain"
-# **Explain.** 16 GPUs would just hold the 16 bytes, and nothing else: activations, logits and buffers need their own room. Move the
-# sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
+# **Explain.** 16 GPUs would just hold the 16 bytes, and nothing else: activations, logits and buffers need their own room. (Up to a
+# tenth above 80 GB counts as fitting: near that limit, recorded runs needed less than forecast.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
 # again? All rows are forecasts, for a model far larger than those that were recorded: trust their order more than their digits.
 
 # %% id="planner-do"
@@ -350,7 +337,7 @@ def choose(budget, ranks, parameters, layers, width, batch, sequence):
 
 
 # %% id="choose-draw"
-budgets = [144e6, 120e6, 70e6]  # for two ranks with two windows each
+budgets = [144e6, 130e6, 80e6]  # for two ranks with two windows each
 choices = [choose(budget, 2, parameters, layers=8, width=256, batch=4, sequence=128) for budget in budgets]
 peaks = {name.replace(" ", ""): round(row["peak_mb"]) for name, row in rows.items()}
 hpclab.tables.Table(

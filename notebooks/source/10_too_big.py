@@ -11,7 +11,7 @@
 # | minutes | 45 to read and do, 15 of them for the exercise; under 3 to run |
 # | needs | 2 CPUs (with one, rows say *emulated*), 1.5 GB of memory, 2 ranks, no network |
 #
-# New terms are defined in the [glossary](glossary.md#ZeRO), in English and in Chinese.
+# New terms are defined in the [glossary](glossary.md#pipeline-parallelism), in English and in Chinese.
 
 # %% id="parameters" tags=["parameters"]
 import hpclab

@@ -167,8 +167,9 @@ def advice(name: str) -> str:
     """When to use a strategy, in a few words."""
     return {
         "ddp": _("the model fits, and the network keeps up: begin here"),
-        "accumulate": _("activations don't fit, or the batch shall grow without more messages"),
+        "accumulate": _("activations don't fit, or a larger batch is wanted without more messages"),
         "bf16": _("as ddp, on a slow network"),
+        "fp16": _("as bf16, where gradients are small and hardware lacks bf16"),
         "powersgd": _("on a very slow network, with loss compared first"),
         "topk": _("on a very slow network, if memory is plentiful"),
         "local-sgd": _("far fewer messages, at some loss"),

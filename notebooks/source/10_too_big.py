@@ -222,8 +222,7 @@ cases = [("gpipe", 2), ("gpipe", 8), ("1f1b", 8)]
 traced = []
 for schedule, micro_batches in cases:
     pipeline = strategies.Pipeline(schedule=schedule, micro_batches=micro_batches)
-    run = train(pipeline, functools.partial(hpclab.models.GPT, width=256, layers=8), batch_size=4, steps=6, trace=1)
-    traced.append(timeline.spans(run.folder))
+    traced.append(timeline.spans(train(pipeline, batch_size=4, steps=6, trace=1).folder))
 plots.timelines(traced)
 bubbles = [pipelines.bubble(spans) for spans in traced]
 hpclab.tables.Table(

@@ -1,6 +1,7 @@
 """A network that one can dial: what averaging gradients over it costs, and its emulation inside real training."""
 
 import dataclasses
+import math
 import os
 import queue
 import statistics
@@ -18,6 +19,8 @@ from hpclab.gangs.rank import emulate
 from hpclab.pages import Said
 
 Array = NDArray[np.float64]
+Hook = Callable[[Any, Any], Any]
+"""Given DDP's state and a bucket, returns a future."""
 
 FLOOR = 2.0
 """How many times as slow as this machine's own all-reduce an emulated one must be: less would be the machine's time."""
@@ -105,6 +108,24 @@ class Network(Said):
         messages, load = _COSTS[self.topology](ranks, nbytes, self.servers, largest)
         return np.where(ranks > 1, messages * self.latency + load * 8 / self.bandwidth, 0.0)
 
+    def allgather_s(self, nbytes: ArrayLike, ranks: ArrayLike) -> Array:
+        """Seconds until every rank has the parts of all, of so many bytes together: half an all-reduce.
+
+        Parameters
+        ----------
+        nbytes, ranks : array_like
+            Bytes of all parts together, and number of ranks; broadcast against each other.
+
+        Raises
+        ------
+        ValueError
+            If the topology sums while it sends, so that no half of it gathers; see also `allreduce_s`.
+        """
+        if self.topology not in GATHERING:
+            known = ", ".join(map(repr, GATHERING))
+            raise ValueError(f"topology (={self.topology!r}) can't gather parts without a sum; use one of {known}.")
+        return self.allreduce_s(nbytes, ranks) / 2
+
     def slower(self, factor: float) -> "Network":
         """The same with every message this many times as long."""
         return dataclasses.replace(self, latency=self.latency * factor, bandwidth=self.bandwidth / factor)
@@ -127,8 +148,56 @@ class Network(Said):
         """
         import torch.distributed as dist
 
-        if (self.ranks or dist.get_world_size()) > 1:
-            _Link(self, model)
+        if (ranks := self.ranks or dist.get_world_size()) > 1:
+            nbytes = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+            self._refuse_too_fast([nbytes], float(self.allreduce_s(nbytes, ranks)))
+            link = _Link(_sum, lambda bucket: float(self.allreduce_s(bucket.buffer().nbytes, ranks)))
+            model.register_comm_hook(None, link.average)
+
+    def around(self, hook: Hook, messages: list[float], whole_s: float, seconds: Callable[[Any], float]) -> Hook:
+        """A hook of DDP, as by `attach`, for one that sends other messages than one sum a bucket; call on every rank.
+
+        Its own work, such as compressing, takes the time that it takes; what its messages take on this machine is
+        replaced by what they would take on this network.
+
+        Parameters
+        ----------
+        hook : callable
+            Given DDP's state and a bucket, returns the future of the averaged bucket.
+        messages : list of float
+            Bytes of each of the messages, one after the other, of all gradients in one bucket.
+        whole_s : float
+            Seconds that these take on this network.
+        seconds : callable
+            Given a bucket, returns the seconds that its messages take on this network.
+
+        Raises
+        ------
+        ValueError
+            As for `attach`.
+        """
+        import torch.distributed as dist
+
+        if (self.ranks or dist.get_world_size()) == 1:
+            return hook
+        return _Link(hook, seconds, self._refuse_too_fast(messages, whole_s)).average
+
+    def _refuse_too_fast(self, messages: list[float], asked: float) -> float:
+        """Seconds that messages of so many bytes take on this machine, if this network can be emulated here."""
+        import torch
+        import torch.distributed as dist
+
+        rounds = [sum(allreduce_seconds(map(int, messages))) for _ in range(WARM_ROUNDS + 10)]
+        floor = torch.tensor(statistics.median(rounds[WARM_ROUNDS:]))
+        dist.all_reduce(floor, dist.ReduceOp.MAX)
+        least = FLOOR * floor.item()
+        if asked < least:
+            raise ValueError(
+                f"{self} averages {sum(messages):,.0f} bytes on {self.ranks or dist.get_world_size()} ranks in"
+                f" {asked * 1e3:.2f} ms; this machine itself takes {floor.item() * 1e3:.2f} ms, and can emulate nothing"
+                f" below {least * 1e3:.2f} ms: raise latency, lower bandwidth, or take a larger model."
+            )
+        return floor.item()
 
 
 @dataclass(frozen=True)
@@ -167,6 +236,8 @@ def _depth(ranks: Array) -> Array:
     return np.ceil(np.log2(np.maximum(ranks, 1)))
 
 
+GATHERING = ("ring", "halving-doubling")
+"""Topologies whose all-reduce is a reduce-scatter and an all-gather."""
 _COSTS: dict[str, Callable[[Array, Array, int, float], tuple[Any, Array]]] = {
     "ring": lambda p, m, servers, largest: (2 * (p - 1), 2 * (p - 1) / p * m),
     "tree": lambda p, m, servers, largest: (2 * _depth(p), 2 * _depth(p) * m),
@@ -177,66 +248,66 @@ _COSTS: dict[str, Callable[[Array, Array, int, float], tuple[Any, Array]]] = {
 
 
 class _Link:
-    """This rank's end of an emulated network: a link that is busy until a time, served by a thread of its own."""
+    """This rank's end of an emulated network: a link that is busy until a time, served by a thread of its own.
 
-    def __init__(self, network: Network, model: Any):
+    Parameters
+    ----------
+    hook : callable
+        What really averages a bucket.
+    seconds : callable
+        Given a bucket, returns what the network takes for it.
+    own_s : float, default inf
+        Of the time until the hook is done, what its messages take, in seconds; the rest is its own work. The plain sum
+        has none.
+    """
+
+    def __init__(self, hook: Hook, seconds: Callable[[Any], float], own_s: float = math.inf):
         import torch.distributed as dist
 
-        self.network = network
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.ranks = network.ranks or self.size
+        self.hook, self.seconds, self.own_s = hook, seconds, own_s
+        self.rank = dist.get_rank()
         self.count = 0
         self.free = 0.0
         """When the link has done all that it was given."""
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._refuse_too_fast(sum(weight.nbytes for weight in model.parameters() if weight.requires_grad))
-        self.ready = _shared(self.rank, (self.size, SLOTS))
+        self.ready = _shared(self.rank, (dist.get_world_size(), SLOTS))
         """When each rank was ready for each all-reduce, on the host's one monotonic clock."""
         emulate()
         self.handover = min(_handover_s() for _ in range(9))
         """Seconds from the end of a wait until DDP goes on, at least: on a busy machine it takes longer, never less."""
         threading.Thread(target=self._serve, daemon=True).start()
-        model.register_comm_hook(None, self._average)
 
-    def _refuse_too_fast(self, nbytes: int) -> None:
-        import torch
-        import torch.distributed as dist
-
-        seconds = allreduce_seconds([nbytes] * (WARM_ROUNDS + 10))
-        floor = torch.tensor(statistics.median(seconds[WARM_ROUNDS:]))
-        dist.all_reduce(floor, dist.ReduceOp.MAX)
-        asked, least = float(self.network.allreduce_s(nbytes, self.ranks)), FLOOR * floor.item()
-        if asked < least:
-            raise ValueError(
-                f"{self.network} averages {nbytes:,} bytes on {self.ranks} ranks in {asked * 1e3:.2f} ms; this machine"
-                f" itself takes {floor.item() * 1e3:.2f} ms, and can emulate nothing below {least * 1e3:.2f} ms: raise"
-                " latency, lower bandwidth, or take a larger model."
-            )
-
-    def _average(self, _state, bucket):  # DDP refuses annotations that are not its own
+    def average(self, state, bucket):  # DDP refuses annotations that are not its own
         """DDP's communication hook: returns at once, so that the backward pass goes on."""
         import torch
-        import torch.distributed as dist
 
         self.ready[self.rank, self.count % SLOTS] = time.perf_counter()
-        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        seconds = self.seconds(bucket)
         future: torch.futures.Future = torch.futures.Future()
-        self.queue.put((self.count, bucket.buffer(), work, future))
+        self.queue.put((self.count, seconds, self.hook(state, bucket), future))
         self.count += 1
         return future
 
     def _serve(self) -> None:
         while True:
-            number, gradients, work, future = self.queue.get()
+            number, seconds, work, future = self.queue.get()
             try:
-                work.wait()  # from here on all ranks have told when they were ready
-                start = max(self.free, self.ready[:, number % SLOTS].max())
-                self.free = start + float(self.network.allreduce_s(gradients.nbytes, self.ranks))
-                gradients.div_(self.size)
+                gradients = work.wait()  # from here on all ranks have told when they were ready
+                worked = time.perf_counter() - self.own_s
+                self.free = max(self.free, self.ready[:, number % SLOTS].max(), worked) + seconds
                 _wait_until(self.free - self.handover)
                 future.set_result(gradients)
             except Exception as error:
                 future.set_exception(error)
+
+
+def _sum(_state, bucket):
+    """The plain hook: the mean of a bucket over the ranks."""
+    import torch.distributed as dist
+
+    size = dist.get_world_size()
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0].div_(size))
 
 
 def allreduce_seconds(sizes: Iterable[int]) -> list[float]:

@@ -42,6 +42,53 @@ def test_it_adds_what_it_says(client, network):
             assert right
 
 
+def spend_by(strategy, network, floats, steps):
+    """Seconds of each backward pass from when the last rank is ready, under a strategy."""
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    from hpclab.training.strategies.kinds import named
+
+    model = torch.nn.Linear(floats, floats, bias=False)
+    engine = named(strategy).start(model, lambda weights: torch.optim.SGD(weights, 0.1), torch.nn.functional.mse_loss)
+    engine.attach(network)
+    inputs, times = torch.randn(4, floats), []
+    for _ in range(steps):
+        dist.barrier()
+        start = time.perf_counter()
+        engine.step(inputs, inputs)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("strategy", "messages", "nbytes"),  # on two ranks: latencies one after the other, and bytes that each rank sends
+    [
+        ("ddp", 2, 4 * 300**2),
+        ("bf16", 2, 2 * 300**2),
+        ("powersgd", 6, 4 * (300 + 300)),
+        ("topk", 1, 0.01 * 300**2 * (4 + 4)),
+    ],
+)
+def test_what_is_sent_takes_the_time(client, strategy, messages, nbytes):
+    """Of the gradients as they are compressed, not as they are: never less, nor much more."""
+    network = Network(5e-3, 20e6)
+    want = messages * network.latency + 8 * nbytes / network.bandwidth
+    for times in hpclab.launch(client, spend_by, strategy, network, 300, 12, ranks=2).result(60):
+        assert want <= min(times) + 1e-3
+        assert min(times) < 1.5 * want + 5e-3
+
+
+def test_half_of_a_ring_gathers():
+    ring = Network(1e-3, 8e6)
+    assert float(ring.allgather_s(4000, 4)) == pytest.approx(3 * (1e-3 + 1e-3))  # three messages of 1000 bytes
+    with pytest.raises(ValueError, match=r"topology \(='tree'\) can't gather .* use one of 'ring', 'halving-doubling'"):
+        Network(topology="tree").allgather_s(4000, 4)
+
+
 def test_a_network_faster_than_the_machine_is_refused(client):
     with pytest.raises(ValueError, match=r"this machine itself takes .* can emulate nothing below .*: raise latency"):
         hpclab.launch(client, spend, Network(1e-9, 1e15), 100_000, 3, ranks=2).result(60)

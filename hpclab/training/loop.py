@@ -30,6 +30,7 @@ from hpclab.training.strategies.engine import output
 
 if TYPE_CHECKING:
     from hpclab.training.job import Job
+    from hpclab.training.strategies.ddp import Replicated
 
 CLIP = 1.0
 """Largest norm of a step's gradient under `train`'s own optimiser; larger ones throw the loss up as the rate rises."""
@@ -70,7 +71,7 @@ class _Replica:
             module.to(self.device), job.optimizer or functools.partial(SGD, lr=job.lr, momentum=0.9), self.loss
         )
         if job.network is not None:
-            job.network.attach(self.engine.model)
+            cast("Replicated", self.engine).attach(job.network)
         self.sampler: DistributedSampler = DistributedSampler(
             cast(Dataset, self.data), self.replicas, replica, seed=job.seed, drop_last=True
         )

@@ -21,7 +21,7 @@ from hpclab.language import translate as _
 from hpclab.network import Network
 from hpclab.training.entry import replicate
 from hpclab.training.job import DEVICES, MODELS, Job, Model, not_a_module
-from hpclab.training.strategies.kinds import DDP, Accumulate, Strategy, named
+from hpclab.training.strategies.kinds import DDP, Strategy, named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +135,8 @@ def train(
         (B, classes) and labels (B,); of a text, of scores (B, T, characters) and the characters that follow, (B, T).
         A model whose attribute `objective` is "rebuild" has its inputs as the target; default: the mean squared error.
     network : Network, optional
-        Emulate this network between the ranks; see `Network.attach`. Default: the machine's own.
+        Emulate this network between the ranks, for the messages that "ddp" or a strategy that builds on it sends; see
+        `Network.attach`. Default: the machine's own.
     trace : int, default 0
         Trace this many steps, after the first few, into the folder; see `timeline.spans` and `timeline.merge`. Traced
         steps are slower.
@@ -254,7 +255,7 @@ def _samples(model: Model, source: Path, ranks: int, batch_size: int) -> int:
 def _settled(strategy: Strategy | str, network: Network | None, switches: dict, ddp: dict) -> Strategy:
     """The strategy with the switches and DDP's arguments that `train` was given."""
     strategy = named(strategy)
-    if network is not None and type(strategy) not in (DDP, Accumulate):
+    if network is not None and not isinstance(strategy, DDP):
         raise ValueError(f"network emulates averages of DDP, which strategy (={strategy!r}) doesn't make; use 'ddp'.")
     changes = {name: value for name, value in switches.items() if value}
     for name, value in ddp.items():

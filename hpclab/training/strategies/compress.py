@@ -1,7 +1,8 @@
 """Rank's side of compressed gradients: hooks of DDP that send each bucket in fewer bytes."""
 
 import math
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,11 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from hpclab.training.strategies.ddp import Replicated
-from hpclab.training.strategies.kinds import Compress
+from hpclab.training.strategies.kinds import DDP, Compress, Strategy
+from hpclab.training.strategies.wire import Message, Sizes, messages
+
+if TYPE_CHECKING:
+    from hpclab.network import Network
 
 PLAIN_STEPS = 2
 """Steps before PowerSGD begins; torch takes no fewer."""
@@ -23,9 +28,25 @@ class Compressing(Replicated):
     def wrap(self, module: nn.Module) -> nn.Module:
         """Register the hook."""
         model = cast(DistributedDataParallel, super().wrap(module))
-        self.memory, hook = _hook(cast(Compress, self.strategy))
-        model.register_comm_hook(self.memory, hook)
+        self.memory, self.hook = _hook(cast(Compress, self.strategy))
+        model.register_comm_hook(self.memory, lambda memory, bucket: self.hook(memory, bucket))
         return model
+
+    def attach(self, network: "Network") -> None:
+        """Emulate a network for the messages of the hook."""
+        ranks = network.ranks or dist.get_world_size()
+
+        def sent(strategy: Strategy, weights: Iterable[Tensor]) -> list[Message]:
+            return messages(strategy, ranks, Sizes(tuple(tuple(weight.shape) for weight in weights)))
+
+        def seconds(bucket: dist.GradBucket) -> float:
+            plain = getattr(self.memory, "iter", PLAIN_STEPS) < PLAIN_STEPS  # PowerSGD's first steps
+            each = sent(DDP() if plain else self.strategy, bucket.parameters())
+            return sum(message.seconds(network) for message in each)
+
+        whole = sent(self.strategy, [weight for weight in self.module.parameters() if weight.requires_grad])
+        whole_s = sum(message.seconds(network) for message in whole)
+        self.hook = network.around(self.hook, [message.nbytes for message in whole], whole_s, seconds)
 
     def own(self) -> dict[str, Any]:
         """What this rank hasn't sent so far, and PowerSGD's matrices."""

@@ -1,7 +1,7 @@
 """Rank's side of DDP and gradient accumulation: a replica of the model on every rank."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpclab.training.strategies.engine import Engine
 from hpclab.training.strategies.kinds import DDP
+
+if TYPE_CHECKING:
+    from hpclab.network import Network
 
 
 class Replicated(Engine):
@@ -20,6 +23,10 @@ class Replicated(Engine):
         """Let DDP watch the gradients."""
         names = ("find_unused_parameters", "bucket_cap_mb") if isinstance(self.strategy, DDP) else ()
         return DistributedDataParallel(self.cast(module), **{name: getattr(self.strategy, name) for name in names})
+
+    def attach(self, network: "Network") -> None:
+        """Emulate a network between the ranks."""
+        network.attach(self.model)
 
 
 class Accumulating(Replicated):

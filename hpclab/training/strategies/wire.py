@@ -11,6 +11,8 @@ from hpclab.training.strategies.kinds import DDP, Compress, LocalSGD, Pipeline, 
 if TYPE_CHECKING:
     from torch import nn
 
+    from hpclab.network import Network
+
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send"]
 
 
@@ -70,6 +72,11 @@ class Message:
     nbytes: float
     """Of the whole tensor, which an all-gather ends with and a reduce-scatter begins with; a send's own."""
 
+    def seconds(self, network: Network) -> float:
+        """What it takes on a network, if it is an all-reduce or an all-gather."""
+        takes = {"all-reduce": network.allreduce_s, "all-gather": network.allgather_s}[self.operation]
+        return float(takes(self.nbytes, self.ranks))
+
     def sent(self, library: str) -> float:
         """Bytes that each rank sends, on average.
 
@@ -126,8 +133,8 @@ def messages(strategy: Strategy, ranks: int, sizes: Sizes) -> list[Message]:
     replicas, stream = ranks // group, sizes.stream * sizes.word * group / ranks
     match strategy:
         case Compress(method="powersgd"):
-            thin = sum(_low_rank(shape, strategy.rank) for shape in sizes.shapes)
-            return [Message("all-reduce", ranks, thin * sizes.word)]
+            parts = zip(*(_low_rank(shape, strategy.rank) for shape in sizes.shapes), strict=True)
+            return [Message("all-reduce", ranks, sum(part) * sizes.word) for part in parts]
         case Compress(method="topk"):
             return [Message("all-gather", ranks, ranks * strategy.density * sizes.weights * (sizes.word + 4))]
         case Compress():
@@ -158,8 +165,13 @@ def messages(strategy: Strategy, ranks: int, sizes: Sizes) -> list[Message]:
             raise TypeError(f"strategy (={strategy!r}) has no formula for its bytes.")
 
 
-def _low_rank(shape: tuple[int, ...], rank: int) -> int:
-    """Numbers that PowerSGD sends of a tensor: two thin matrices, or the tensor, if they aren't below half of it."""
+def _low_rank(shape: tuple[int, ...], rank: int) -> tuple[int, int, int]:
+    """Numbers that PowerSGD sends of a tensor, one message after the other: itself, or else two thin matrices.
+
+    A tensor goes itself if the matrices aren't below half of it.
+    """
     rows, columns = shape[0], math.prod(shape[1:])
-    thin = (rows + columns) * min(rank, rows, columns)
-    return thin if len(shape) > 1 and 2 * (rows + columns) * rank < rows * columns else rows * columns
+    if len(shape) > 1 and 2 * (rows + columns) * rank < rows * columns:
+        rank = min(rank, rows, columns)
+        return 0, rows * rank, columns * rank
+    return rows * columns, 0, 0

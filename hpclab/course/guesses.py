@@ -73,8 +73,8 @@ def came(prediction_id: str, value: float | str | None) -> Prose:
     value : number or str, or None
         The result; None if there is none, as while an exercise isn't solved.
     """
-    if hasattr(value, "detach"):
-        value = value.detach()  # float() warns of a tensor that needs a gradient
+    detach = getattr(value, "detach", None)  # float() warns of a tensor that needs a gradient
+    value = value if detach is None else detach()
     result = value if value is None or isinstance(value, str) else float(value)
     if result is None or result != result:  # NaN, of a measurement that failed
         return Prose(_("There is no result yet to compare with."))

@@ -5,7 +5,7 @@ Colours are Okabe and Ito's; every series has a marker and a line style, or a ha
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib.figure
@@ -199,10 +199,10 @@ def points(place: int) -> dict:
     return look(place) | {"linestyle": "none"}
 
 
-def legend_above(ax: Axes, columns: int, of: Sequence[Axes] = ()) -> Axes:
+def legend_above(ax: Axes, columns: int, of: Iterable[Axes] | None = None) -> Axes:
     """Put the legend, if anything has a label, where it hides nothing; that of these axes, by default its own."""
     named: dict[str, Any] = {}
-    for one in of or (ax,):
+    for one in (ax,) if of is None else of:
         handles, labels = one.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
     if named:

@@ -56,7 +56,7 @@ def loss(runs: dict[str, list[dict]], ax: Axes | None = None, *, ghosts: dict[st
     words = []
     for name, rows, style in looks:
         seconds, losses = loss_curve(rows)
-        shown = figures.series_name(name, rows)
+        shown = figures.series_name(name, rows) if name else ""
         gaps = _gaps(rows)
         ax.plot(*_parted(seconds, losses, gaps), label=shown or None, markevery=max(1, len(losses) // 8), **style)
         words.append(curve(shown, seconds, losses) + _draw_failures(ax, rows, (seconds, losses), gaps))
@@ -89,7 +89,7 @@ def _draw_failures(ax: Axes, rows: list[dict], drawn: tuple, gaps: list[tuple[fl
         None if title in known else title for title in (_("failure"), _("until it went on"), _("checkpoint"))
     )
     for number, (begin, end) in enumerate(gaps):
-        ax.axvspan(begin, end, color="0.65", linewidth=0, zorder=0, label=None if number else pause)
+        ax.axvspan(begin, end, color="0.75", linewidth=0, zorder=0, label=None if number else pause)
         height = losses[max((place for place, second in enumerate(seconds) if second <= begin), default=0)]
         mark: dict[str, Any] = {"color": "black", "marker": "X", "linestyle": "none", "markersize": 9, "zorder": 5}
         ax.plot(begin, height, label=None if number else failure, **mark)

@@ -184,11 +184,14 @@ def _where(run: Any) -> str:
 
 def _figure(rows: list[dict]) -> Figure:
     """Loss and throughput against seconds."""
-    shown = Figure(figsize=(8, 2.8))
+    shown = Figure(figsize=(8, 3))
     left, right = shown.subplots(1, 2)
-    shown.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.9, wspace=0.25)  # a layout engine takes far longer
+    shown.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.8, wspace=0.25)  # a layout engine takes far longer
     if any(row.get("loss") is not None for row in rows):
         figures.legend_above(plots.loss({"": rows}, left), columns=3)
+        left.set_title("", loc="right")  # the other one says it for both, and needs the room
+        if legend := left.get_legend():
+            legend.set_bbox_to_anchor((0.07, 0.87), shown.transFigure)
     else:
         left.set_axis_off()
     plots.rate(rows, right)

@@ -235,6 +235,15 @@ def test_steps_count_from_one_where_they_are_shown():
     plt.close("all")
 
 
+def test_the_legend_of_a_failed_run_is_above_both_panels():
+    shown = views._figure(quizzes.RECOVERY)
+    png = figures.png(shown)
+    left, right = shown.axes
+    place = left.get_legend().get_window_extent()
+    assert png and left.bbox.y1 < place.y0 and place.y1 <= shown.bbox.y1 and place.x1 <= shown.bbox.x1
+    assert not left.get_title(loc="right") and right.get_title(loc="right") == "planted"
+
+
 def test_rows_of_several_sources_name_each():
     shown = [{"source": "measured"}, {"source": "forecast"}, {"source": "measured"}]
     assert figures.provenance(shown) == "measured, forecast"

@@ -270,7 +270,7 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
         )
         if row["cause"] is not None:
             ends = row["end_s"], row["end_s"] + row["restart_s"]
-            ax.axvspan(*ends, color="0.65", linewidth=0, label=titles.pop("restart", None))
+            ax.axvspan(*ends, color="0.75", linewidth=0, label=titles.pop("restart", None))
             ax.plot(row["end_s"], row["last"] + 1, label=titles.pop("failure", None), **looks["failure"])
             line += f" ({row['cause']})"
         words.append(line)
@@ -374,7 +374,7 @@ def intervals(every: Sequence[float], simulated: np.ndarray, measured: dict[int,
     ax.plot([*measured], [*measured.values()], label=_("measured, once each"), **figures.points(1))
     ax.axvline(young, linestyle=":", color="black", label=_("Young: sqrt(2 x save x MTBF)"))
     logarithmic(ax, "{x:g}")
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     words = [curve(_("simulated"), every, middle), cloud(_("measured"), [*measured], [*measured.values()])]
     words.append(_("Young: {steps:.0f}", steps=young))
     ylabel = _("time lost, as a share of the work")

@@ -299,7 +299,7 @@ def progress(runs: list[list[dict]]) -> None:
             x, losses, name = [row[measure] for row in rows], [row["loss"] for row in rows], rows[0]["way"]
             ax.plot(x, losses, label=name, markevery=max(1, len(x) // 4), **look(place))
             words.append(curve(name, x, losses))
-        ax.set_xscale("log")
+        logarithmic(ax, "{x:.3g}", base=2)
         said = [{"source": "formula"}] if measure == "sent_mb" else [row for rows in own for row in rows]
         finish(ax, said, title, _("loss"), words)
 

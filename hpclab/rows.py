@@ -26,6 +26,7 @@ span        what a rank did for a time; see `timeline.spans`
 grain       one run of work that was cut into tasks; see `tasks.sweep`
 task        what a worker did for a task; see `tasks.spans`
 forecast    a step on some number of ranks; see `forecast.Forecast.rows`
+progress    how far a run had come after a step; see `course.links.progress`
 wait        what a rank computes and waits in a step, by how its data are dealt; see `course.ragged.waits`
 plan        a layout of a large model, with its memory and speed; see `forecast.plan`
 action      what a rank of a simulated cluster does for some steps; see `course.simulated.Schedule`

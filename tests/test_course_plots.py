@@ -57,6 +57,19 @@ def test_waits_are_drawn_by_case_and_rank():
     plt.close(ax.figure)
 
 
+def test_progress_is_drawn_against_bytes_and_the_seconds_of_each_link():
+    row = {"kind": "progress", "way": "ddp", "step": 10, "source": "emulated"}
+    runs = [
+        [row | {"link": link, "sent_mb": at, "seconds": slow * at, "loss": 1 / at} for at in (1.0, 2.0)]
+        for link, slow in (("near", 3), ("far", 5))
+    ]
+    plots.progress(runs)
+    bytes_, near, far = plt.gcf().words().split("\n")
+    assert "MB that a rank has sent (by formula)" in bytes_ and "ddp: 1 at 1, 0.5 at 2" in bytes_
+    assert "near (emulated)" in near and "0.5 at 6" in near
+    assert "far (emulated)" in far and "0.5 at 10" in far
+
+
 def test_orders_of_a_queue_are_compared():
     jobs = [
         {"submitted_s": 10, "started_s": 10, "ended_s": 18, "cpus": 2},

@@ -29,7 +29,7 @@ from hpclab.course.checks import dask as dask_checks
 from hpclab.course.checks import ddp_from_scratch, one_process
 
 FUNCTIONS = [
-    *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval", "rnn.plan"),
+    *("cnn.order", "cnn.learning_rate", "scaling.curves", "faults.interval", "rnn.plan", "autoencoder.top_k"),
     *("ddp-from-scratch.reduce_scatter", "ddp-from-scratch.step", "dask.chunk", "dask.bytes", "security.masks"),
     "start.gang",
     "too-big.cheapest",
@@ -56,6 +56,8 @@ QUIZZES = {
     "queues.quiz_array": (5, 30),
     "rnn.quiz_waits": {"a", "c", "d"},
     "rnn.quiz_mean": (2, 1.5, 1.5),
+    "autoencoder.quiz_links": {"a", "c", "e"},
+    "autoencoder.quiz_bytes": (60, 2.4, 50.4),
     "too-big.quiz_bubble": {"a", "b", "c"},
     "too-big.quiz_memory": (212, 44),
     "faults.quiz_recovery": (15, 3),
@@ -581,6 +583,64 @@ def test_a_plan_passes_with_the_solution_and_with_pools():
 )
 def test_a_plan_names_each_misconception(answer, message):
     result = check("rnn.plan", answer)
+    assert result.status == "fail" and message in result.message, result
+
+
+def compressed(gradient, residual, k, chosen_by=torch.abs, before=True, left=None):
+    """The k numbers with the highest score, of the gradient and the old residual; `left` says what the new one is."""
+    total = gradient + residual
+    places = chosen_by(total if before else gradient).topk(k).indices
+    rest = total.clone().index_fill(0, places, 0)
+    return total[places], places, rest if left is None else left(gradient, residual, total, places)
+
+
+def cleared(values, places):
+    return values.index_fill(0, places, 0)
+
+
+def twice(gradient, residual, k):
+    values, places, rest = compressed(gradient, residual, k)
+    return values, places[:1].expand(k), rest
+
+
+def test_top_k_passes_with_the_solution_and_with_numpy():
+    def by_numpy(gradient, residual, k):
+        total = (gradient + residual).numpy()
+        places = np.argsort(-abs(total))[:k]
+        values = total[places]
+        total[places] = 0
+        return values, places, total
+
+    def by_subtraction(gradient, residual, k):
+        values, places, _ = compressed(gradient, residual, k)
+        return values, places, gradient + residual - torch.zeros_like(gradient).index_add(0, places, values)
+
+    assert check("autoencoder.top_k", compressed)
+    assert check("autoencoder.top_k", by_subtraction)
+    result = check("autoencoder.top_k", lambda *given: [torch.as_tensor(part) for part in by_numpy(*given)])
+    assert result, result
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (functools.partial(compressed, chosen_by=lambda values: values), "without their sign"),
+        (functools.partial(compressed, before=False), "of the gradient alone"),
+        (functools.partial(compressed, chosen_by=lambda values: -values.abs()), "furthest from 0"),
+        (functools.partial(compressed, left=lambda g, r, total, places: torch.zeros_like(g)), "isn't sent is lost"),
+        (functools.partial(compressed, left=lambda g, r, total, places: total), "sent again"),
+        (functools.partial(compressed, left=lambda g, r, total, places: cleared(g, places)), "forgotten the old one"),
+        (functools.partial(compressed, left=lambda g, r, total, places: 2 * cleared(total, places)), "they differ by"),
+        (lambda gradient, residual, k: compressed(gradient, residual, len(gradient)), "places were sent, not k"),
+        (lambda gradient, residual, k: compressed(gradient, residual, k - 1), "places were sent, not k"),
+        (lambda gradient, residual, k: (torch.zeros(0), [], gradient + residual), "0 different places"),
+        (twice, "1 different places"),
+        (lambda *given: compressed(*given)[:2], "the k values, their k places"),
+        (lambda gradient, residual, k: (gradient, residual, k), "the k values, their k places"),
+    ],
+)
+def test_top_k_names_each_misconception(answer, message):
+    result = check("autoencoder.top_k", answer)
     assert result.status == "fail" and message in result.message, result
 
 

@@ -308,6 +308,30 @@ def waits(rows: list[dict], ax: Axes | None = None) -> Axes:
     return figures.legend_above(ax, columns=2)
 
 
+def progress(runs: list[list[dict]]) -> None:
+    """Draw the loss against the bytes that a rank has sent, and beside it against the seconds, a panel a link.
+
+    Parameters
+    ----------
+    runs : list of list of dict
+        Each as from `links.progress`, of as many links for each strategy.
+    """
+    links = list(dict.fromkeys(rows[0]["link"] for rows in runs))
+    _shown, axes = figures.subplots(1, 1 + len(links), size=(3.6 * (1 + len(links)), 3.6))
+    panels = {axes[0]: ("sent_mb", links[0], _("MB that a rank has sent"))}
+    for ax, link in zip(axes[1:], links, strict=True):
+        panels[ax] = "seconds", link, _("seconds on the link: {link}", link=link)
+    for ax, (measure, link, title) in panels.items():
+        own, words = [rows for rows in runs if rows[0]["link"] == link], []
+        for place, rows in enumerate(own):
+            x, losses, name = [row[measure] for row in rows], [row["loss"] for row in rows], rows[0]["way"]
+            ax.plot(x, losses, label=name, markevery=max(1, len(x) // 4), **look(place))
+            words.append(curve(name, x, losses))
+        logarithmic(ax, "{x:.3g}", base=2)
+        said = [{"source": "formula"}] if measure == "sent_mb" else [row for rows in own for row in rows]
+        finish(ax, said, title, _("loss"), words)
+
+
 def pictures(batch: np.ndarray, titles: Sequence[str]) -> None:
     """Show grey pictures side by side, each below its title.
 

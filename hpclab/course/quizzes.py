@@ -131,6 +131,18 @@ FRAMES: Rows = [
     for step, (first, second) in enumerate(((100, 60), (40, 80), (80, 60), (60, 80)), start=1)
 ]
 
+COMPUTING_S = 0.02
+"""Of a step, in the next table."""
+MESSAGES_SENT: Rows = [
+    {"strategy": name, "latencies a step": latencies, "MB a step": megabytes, "steps to the loss": steps}
+    for name, latencies, megabytes, steps in (
+        ("ddp", 2, 10.0, 100),
+        ("bf16", 2, 5.0, 100),
+        ("low rank", 6, 0.5, 110),
+        ("top-k", 1, 0.2, 240),
+    )
+]
+
 FORECASTS: Rows = [
     {"run": run, "A": (0.0, 20.0), "B": (8.0, 12.0), "C": (9.8, 10.2), "measured": value}
     for run, value in enumerate((10.5, 9.0, 13.0, 11.0), start=1)
@@ -170,6 +182,10 @@ def _titles() -> dict[str, str]:
         "samples a rank and step": _("samples a rank and step"),
         "step (ms)": _("step (ms)"),
         "step": _("step"),
+        "strategy": _("strategy"),
+        "latencies a step": _("latencies a step"),
+        "MB a step": _("MB a step"),
+        "steps to the loss": _("steps to the loss"),
         "rank 0": _("rank {rank}", rank=0),
         "rank 1": _("rank {rank}", rank=1),
         "job": _("job"),
@@ -215,6 +231,7 @@ _SHOWN: dict[str, Callable[[], object]] = {
     "dask.quiz_tasks": _plotted("tasks", TASKS),
     "queues.quiz_gantt": _job_table,
     "rnn.quiz_waits": lambda: Table(FRAMES),
+    "autoencoder.quiz_links": lambda: Table(MESSAGES_SENT),
     "too-big.quiz_bubble": _plotted("timeline", PIPELINE),
     "faults.quiz_recovery": _plotted("recovery", RECOVERY),
     "security.quiz_modes": lambda: Table(FILES),

@@ -59,6 +59,7 @@ hpclab.progress()
 # |---|---|---|
 # | [Dask, two ways](05_dask.ipynb) | 40 | 2 CPUs, 2 GB, 2 ranks |
 # | [RNN: stragglers](08_rnn.ipynb) | 35 | 1 CPU, 1.5 GB, 2 ranks |
+# | [Autoencoder: fewer bytes](09_autoencoder.ipynb) | 35 | 2 CPUs, 1.5 GB, 2 ranks |
 # | [Too big: a model that doesn't fit](10_too_big.ipynb) | 45 | 2 CPUs, 1.5 GB, 2 ranks |
 # | [Security: who else can run code here?](14_security.ipynb) | 40 | 1 CPU, 1.5 GB, 4 ranks |
 # | [Puzzles: communicate by the step](19_puzzles.ipynb) | 60 | 1 CPU, 0.5 GB, no ranks |

@@ -79,7 +79,7 @@ def test_what_is_sent_takes_the_time(client, strategy, messages, nbytes):
     want = messages * network.latency + 8 * nbytes / network.bandwidth
     for times in hpclab.launch(client, spend_by, strategy, network, 300, 12, ranks=2).result(60):
         assert want <= min(times) + 1e-3
-        assert min(times) < 1.5 * want + 5e-3
+        assert min(times) < 1.3 * want + 30e-3
 
 
 def test_half_of_a_ring_gathers():

@@ -16,6 +16,9 @@ from hpclab.training.strategies.kinds import Compress
 PLAIN_STEPS = 2
 """Steps before PowerSGD begins; torch takes no fewer."""
 
+ONE_BUCKET = 2.0**20
+"""MB that no model here has."""
+
 
 class Compressing(Replicated):
     """DDP with one of torch's hooks, or with top-k."""
@@ -26,6 +29,11 @@ class Compressing(Replicated):
         self.memory, hook = _hook(cast(Compress, self.strategy))
         model.register_comm_hook(self.memory, hook)
         return model
+
+    def arguments(self) -> dict[str, Any]:
+        """One bucket for PowerSGD: it sends again from gloo's thread, so the order of several differs by rank."""
+        one = {"bucket_cap_mb": ONE_BUCKET} if cast(Compress, self.strategy).method == "powersgd" else {}
+        return super().arguments() | one
 
     def own(self) -> dict[str, Any]:
         """What this rank hasn't sent so far, and PowerSGD's matrices."""

@@ -20,7 +20,7 @@ from hpclab.training.strategies.kinds import Compress, DiLoCo, LocalSGD, Pipelin
 from hpclab.training.strategies.wire import Sizes, wire
 
 NBYTES = 21e6
-"""To send at least, of all ranks together; PowerSGD sends a little less on 2 ranks."""
+"""To send at least, of all ranks together; PowerSGD sends less on 2 ranks."""
 POSITIONS = 8
 
 
@@ -28,7 +28,7 @@ def cases(ranks):
     """Strategies, each with a model's layers and width, samples a step, and steps to count over."""
     for name in ("ddp", "accumulate", "bf16", "fp16"):
         yield named(name), 8, 256, 4 * ranks, 1
-    yield Compress("powersgd", rank=60), 8, 256, 4 * ranks, 1
+    yield Compress("powersgd", rank=24), 8, 256, 4 * ranks, 1
     yield Compress("topk", density=0.25), 8, 256, 4 * ranks, 1
     for strategy in (LocalSGD(every=2), DiLoCo(every=2)):
         yield strategy, 8, 256, 4 * ranks, 2

@@ -193,7 +193,7 @@ folder.cleanup()
 places
 
 # %% id="leaks-came"
-hpclab.came("security.leaks", sum(row["others read it"] == row["secret in it"] == "yes" for row in places))
+hpclab.came("security.leaks", sum(row["others can read it"] == row["secret in it"] == "yes" for row in places))
 
 # %% [markdown] id="leaks-explain"
 # **Explain.** A command line is public: on Linux `/proc/PID/cmdline` has the mode `r--r--r--` while the program runs

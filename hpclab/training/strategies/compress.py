@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PLAIN_STEPS = 2
 """Steps before PowerSGD begins; torch takes no fewer."""
 
+ONE_BUCKET = 2.0**20
+"""MB that no model here has."""
+
 
 class Compressing(Replicated):
     """DDP with one of torch's hooks, or with top-k."""
@@ -47,6 +50,11 @@ class Compressing(Replicated):
         whole = sent(self.strategy, [weight for weight in self.module.parameters() if weight.requires_grad])
         whole_s = sum(message.seconds(network) for message in whole)
         self.hook = network.around(self.hook, [message.nbytes for message in whole], whole_s, seconds)
+
+    def arguments(self) -> dict[str, Any]:
+        """One bucket for PowerSGD: it sends again from gloo's thread, so the order of several differs by rank."""
+        one = {"bucket_cap_mb": ONE_BUCKET} if cast(Compress, self.strategy).method == "powersgd" else {}
+        return super().arguments() | one
 
     def own(self) -> dict[str, Any]:
         """What this rank hasn't sent so far, and PowerSGD's matrices."""

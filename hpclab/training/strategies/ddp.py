@@ -21,8 +21,12 @@ class Replicated(Engine):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Let DDP watch the gradients."""
+        return DistributedDataParallel(self.cast(module), **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Of DDP."""
         names = ("find_unused_parameters", "bucket_cap_mb") if isinstance(self.strategy, DDP) else ()
-        return DistributedDataParallel(self.cast(module), **{name: getattr(self.strategy, name) for name in names})
+        return {name: getattr(self.strategy, name) for name in names}
 
     def attach(self, network: "Network") -> None:
         """Emulate a network between the ranks."""

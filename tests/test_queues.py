@@ -595,7 +595,7 @@ def test_a_scheduler_that_nodes_do_not_reach(slurm4):
     queues.script("slurm")  # loads defaults, which would be set over these
     with (
         dask.config.set({f"jobqueue.slurm.{name}": value for name, value in away.items()}),
-        pytest.raises(RuntimeError, match=r"(?s)ended 3 times.*may not reach the scheduler.*interface="),
+        pytest.raises(RuntimeError, match=r"(?s)ended early 3 times.*may not reach the scheduler.*interface="),
     ):
         hpclab.connect(slurm4, workers=1)
 

@@ -233,7 +233,9 @@ def test_the_index_opens_or_the_notebook_that_was_asked_for(monkeypatch, tmp_pat
 
 def test_a_notebook_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     pytest.importorskip("jupyterlab")
-    with pytest.raises(ValueError, match=r"notebook \(='scailing'\) isn't in .*; use one of autoencoder, capstone, cnn, .*scaling"):
+    with pytest.raises(
+        ValueError, match=r"notebook \(='scailing'\) isn't in .*; use one of autoencoder, capstone, cnn, .*scaling"
+    ):
         open_lab(tmp_path / "mine", AS_ROOT, "scailing")
 
 

@@ -101,7 +101,9 @@ def test_an_exercise_id_imports_nothing_that_is_no_notebooks_file(slug, tmp_path
     (tmp_path / "planted.py").write_text("open('imported', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"isn't an exercise; use one of autoencoder.quiz_bytes, autoencoder.quiz_links, "):
+    with pytest.raises(
+        ValueError, match=r"isn't an exercise; use one of autoencoder.quiz_bytes, autoencoder.quiz_links, "
+    ):
         check(f"{slug}.step", 1)
     assert not (tmp_path / "imported").exists()
     assert not {"hpclab.course.checks.planted", "hpclab.course.checks.os"} & sys.modules.keys()

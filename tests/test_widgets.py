@@ -120,10 +120,10 @@ def test_each_race_is_stopped_and_no_two_run_at_once(client):
     for _turn in range(2):
         stage.button.click()
         until(lambda: stage.racer is not None and stage.racer.left())
-        place = stage.text
+        before = stage.figure
         joined = threading.Thread(target=stage.run)
         joined.start()
-        until(lambda place=place: stage.text is not place)  # else the race might end before it is joined
+        until(lambda before=before: stage.figure is not before)  # else the race might end before it is joined
         stage.stop.click()
         assert stage.stop.description == "Stopping"
         until(lambda: not stage.button.disabled)

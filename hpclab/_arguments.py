@@ -2,6 +2,7 @@
 
 import operator
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +28,13 @@ def whole_number(name: str, value: Any, least: int | None = 1, most: int | None 
             return number
     bounds = "" if least is None else f" >= {least}" if most is None else f" from {least} to {most}"
     raise ValueError(f"{name} (={value!r}) must be a whole number{bounds}.")
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise a ValueError that lists the choices unless the value is one of them."""
+    known = list(choices)
+    if value not in known:
+        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, known))}.")
 
 
 def plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import scipy  # whose parts are loaded when they are first used: fits need more memory than the rest
 from numpy.typing import ArrayLike, NDArray
 
+from hpclab._arguments import one_of
 from hpclab.pages import Said
 
 LEVEL = 0.95
@@ -278,8 +279,7 @@ def fit(law: str, n: ArrayLike, x: ArrayLike, noise: str = "relative", level: fl
     >>> print(fit("amdahl", [1, 2, 4, 8], [10.0, 18.0, 31.0, 47.0]).law)
     amdahl
     """
-    if law not in _LAWS:
-        raise ValueError(f"law (={law!r}) must be one of {', '.join(map(repr, _LAWS))}.")
+    one_of("law", law, _LAWS)
     _known(noise)
     confidence(level)
     form = _LAWS[law]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hpclab._arguments import one_of
 from hpclab.gangs.rank import emulate
 from hpclab.pages import Said
 
@@ -74,8 +75,7 @@ class Network(Said):
             raise ValueError(f"latency (={self.latency!r}) must be seconds, at least 0.")
         if not self.bandwidth > 0:
             raise ValueError(f"bandwidth (={self.bandwidth!r}) must be bits a second, above 0.")
-        if self.topology not in _COSTS:
-            raise ValueError(f"topology (={self.topology!r}) must be one of {', '.join(map(repr, _COSTS))}.")
+        one_of("topology", self.topology, _COSTS)
         if not self.servers >= 1:
             raise ValueError(f"servers (={self.servers!r}) must be at least 1.")
         if self.ranks is not None and not self.ranks >= 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from hpclab.data import shards
 
 
-class Images:
+class Images(shards.Split):
     """One split of a data set; a map-style dataset for `torch.utils.data.DataLoader`.
 
     An int gives one sample: float32 image (C, H, W) in [0, 1] and int64 label. Any other numpy index (list,
@@ -30,14 +29,12 @@ class Images:
     kind = "images"
 
     def __init__(self, folder: str | PathLike[str], split: str):
-        self.folder, self.split = Path(folder).expanduser().resolve(), split
-        facts, pairs = shards.read(self.folder, split, self.kind)
+        facts, pairs = self._open(folder, split)
         for stem, pair in zip(facts["splits"][split], pairs, strict=True):
             _check(*pair, *(f"{file} in {self.folder}" for file in shards.files(self.kind, stem)))
         images, labels = zip(*pairs, strict=True)
         if len(shapes := {shard.shape[1:] for shard in images}) > 1:
             raise ValueError(f"the shards of {self.folder} hold images of different shapes: {shapes}.")
-        self.name, self.classes = facts["name"], facts["classes"]
         self.shape = (1, *images[0].shape[1:])[-3:]
         self.labels = shards.all_labels(labels, facts, split)
         self._shards = [shard.reshape(-1, *self.shape) for shard in images]
@@ -59,9 +56,6 @@ class Images:
     def __repr__(self) -> str:
         size = f"{len(self):,} of {self.shape}, {len(self.classes)} classes"
         return f"Images({self.name!r}, {self.split!r}: {size})"
-
-    def __reduce__(self) -> tuple[type[Images], tuple[Path, str]]:
-        return Images, (self.folder, self.split)
 
 
 def pack(splits: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[shards.Shards, list[str], dict[str, int]]:

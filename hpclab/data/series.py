@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from hpclab.data import shards
 
 
-class Series:
+class Series(shards.Split):
     """One split of a data set of series; a map-style dataset for `torch.utils.data.DataLoader`.
 
     An int gives one sample: float32 frames (T, C) and int64 label. Any other numpy index gives a batch:
@@ -32,14 +31,13 @@ class Series:
     kind = "series"
 
     def __init__(self, folder: str | PathLike[str], split: str):
-        self.folder, self.split = Path(folder).expanduser().resolve(), split
-        facts, parts = shards.read(self.folder, split, self.kind)
+        facts, parts = self._open(folder, split)
         for stem, shard in zip(facts["splits"][split], parts, strict=True):
             _check(*shard, *(f"{file} in {self.folder}" for file in shards.files(self.kind, stem)))
         frames, lengths, labels = zip(*parts, strict=True)
         if len(channels := {shard.shape[1] for shard in frames}) > 1:
             raise ValueError(f"the shards of {self.folder} hold frames of different sizes: {channels}.")
-        self.name, self.classes, self.channels = facts["name"], facts["classes"], frames[0].shape[1]
+        self.channels = frames[0].shape[1]
         self.labels = shards.all_labels(labels, facts, split)
         self.lengths = np.concatenate(lengths).astype(np.int64)
         self._frames = np.concatenate(frames)  # (F, C)
@@ -64,31 +62,28 @@ class Series:
         size = f"{len(self):,} of {self.lengths.min()} to {self.lengths.max()} x {self.channels}"
         return f"Series({self.name!r}, {self.split!r}: {size}, {len(self.classes)} classes)"
 
-    def __reduce__(self) -> tuple[type[Series], tuple[Path, str]]:
-        return Series, (self.folder, self.split)
-
 
 def pack(splits: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[shards.Shards, list[str], dict[str, int]]:
     """Checked shards of (series, labels), the classes' names, and the samples of each split."""
     cut: dict[str, list[tuple[shards.Part, ...]]] = {}
-    labels = {split: np.asarray(given) for split, (_, given) in splits.items()}
-    for split, (given, _) in splits.items():
-        series = [_one(one, f"series {number} of split {split!r}") for number, one in enumerate(given)]
+    labels = {split: np.asarray(numbers) for split, (_, numbers) in splits.items()}
+    for split, (samples, _) in splits.items():
+        series = [_frames(sample, f"series {number} of split {split!r}") for number, sample in enumerate(samples)]
         if not series:
             raise ValueError(f"split {split!r} holds no series.")
         shards.check_labels(labels[split], len(series), f"labels of split {split!r}", "series")
-        if len(channels := {one.shape[1] for one in series}) > 1:
+        if len(channels := {frames.shape[1] for frames in series}) > 1:
             raise ValueError(f"frames of split {split!r} have different sizes: {channels}.")
         cut[split] = []
         for at in range(0, len(series), shards.SHARD):
             some = series[at : at + shards.SHARD]
-            lengths = np.array([len(one) for one in some])
+            lengths = np.array([len(frames) for frames in some])
             cut[split].append((np.concatenate(some), lengths, labels[split][at : at + shards.SHARD]))
     names = shards.class_names([*labels.values()], classes)
-    return cut, names, {split: len(given) for split, given in labels.items()}
+    return cut, names, {split: len(numbers) for split, numbers in labels.items()}
 
 
-def _one(values: Any, place: str) -> np.ndarray:
+def _frames(values: Any, place: str) -> np.ndarray:
     """One series, float32, shape (T, C)."""
     frames = np.asarray(values)
     if frames.ndim != 2 or frames.dtype.kind not in "iuf":

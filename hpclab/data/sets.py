@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpclab._arguments import one_of
 from hpclab.data import images, series, shards, text
 from hpclab.data.images import Images
 from hpclab.data.series import Series
@@ -147,8 +148,7 @@ def write(
         labels as samples, a label is outside the classes, or a text has other characters or is shorter than a window.
         Nothing has been written then.
     """
-    if kind not in shards.FILES:
-        raise ValueError(f"kind (={kind!r}) must be one of {', '.join(map(repr, shards.FILES))}.")
+    one_of("kind", kind, shards.FILES)
     if not splits:
         raise ValueError("splits is empty; give images and labels, such as {'train': (images, labels)}.")
     folder = Path(folder).expanduser().resolve()

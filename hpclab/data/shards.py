@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,30 @@ FILES = {
 """Kinds of data sets, each with the ends of its shards' files."""
 _KEYS = {"name": str, "kind": str, "classes": list, "splits": dict, "sha256": dict}
 _AGAIN = "copy or fetch the data set again."
+
+
+class Split:
+    """What the splits of all kinds of data sets have; a map-style dataset. A pickle holds only the folder's name.
+
+    Attributes
+    ----------
+    folder : Path
+    split, name : str
+        Of the split, and of the data set.
+    classes : list of str
+    """
+
+    kind: str
+
+    def _open(self, folder: str | PathLike[str], split: str) -> tuple[dict[str, Any], list[list[Any]]]:
+        """Note what all have; returns what `dataset.json` says, and the shards, as `read` does."""
+        self.folder, self.split = Path(folder).expanduser().resolve(), split
+        facts, parts = read(self.folder, split, self.kind)
+        self.name, self.classes = facts["name"], facts["classes"]
+        return facts, parts
+
+    def __reduce__(self) -> tuple[type[Split], tuple[Path, str]]:
+        return type(self), (self.folder, self.split)
 
 
 def save(folder: Path, shards: Shards, facts: Mapping[str, Any]) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ WINDOW = 128
 """Characters in a window, where a data set says nothing else."""
 
 
-class Text:
+class Text(shards.Split):
     """One split of a text; a map-style dataset for `torch.utils.data.DataLoader`.
 
     An int gives one window: the numbers of its characters, and of those that come next, both int64 (S,). Any other
@@ -35,9 +34,8 @@ class Text:
     kind = "text"
 
     def __init__(self, folder: str | PathLike[str], split: str):
-        self.folder, self.split = Path(folder).expanduser().resolve(), split
-        facts, parts = shards.read(self.folder, split, self.kind)
-        self.name, self.classes, self.window = facts["name"], facts["classes"], facts.get("window", WINDOW)
+        facts, parts = self._open(folder, split)
+        self.window = facts.get("window", WINDOW)
         self.tokens = self.encode("".join(part for (part,) in parts))
         _windows(len(self.tokens), self.window, split)
         self._starts = np.arange(0, len(self.tokens) - self.window, self.window)
@@ -61,9 +59,6 @@ class Text:
     def __repr__(self) -> str:
         size = f"{len(self):,} windows of {self.window}, {len(self.classes)} characters"
         return f"Text({self.name!r}, {self.split!r}: {size})"
-
-    def __reduce__(self) -> tuple[type[Text], tuple[Path, str]]:
-        return Text, (self.folder, self.split)
 
 
 def encode(text: str, characters: Sequence[str], name: str) -> np.ndarray:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpclab.forecast.transformer import RECOMPUTE, Transformer, one_of
+from hpclab._arguments import one_of
+from hpclab.forecast.transformer import RECOMPUTE, Transformer
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,10 @@
 
 from dataclasses import dataclass
 
+from hpclab._arguments import one_of
+
 RECOMPUTE = (None, "selective", "full")
 """What the backward pass computes again: nothing, the attention's scores, or whole blocks."""
-
-
-def one_of(name: str, value: object, choices: tuple) -> None:
-    """Raise a ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, choices))}.")
 
 
 @dataclass(frozen=True)

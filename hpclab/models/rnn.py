@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from hpclab._arguments import one_of
 from hpclab.models.counts import Counts, word
 
 CELLS = {"GRU": nn.GRU, "LSTM": nn.LSTM}
@@ -32,8 +33,7 @@ class RNN(nn.Module):
 
     def __init__(self, channels: int = 12, classes: int = 9, width: int = 64, cell: str = "GRU"):
         super().__init__()
-        if cell not in CELLS:
-            raise ValueError(f"cell (={cell!r}) must be one of {', '.join(map(repr, CELLS))}.")
+        one_of("cell", cell, CELLS)
         self.cell = CELLS[cell](channels, width, batch_first=True)
         self.classifier = nn.Linear(width, classes)
 

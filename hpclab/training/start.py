@@ -14,7 +14,7 @@ from distributed import Client
 
 from hpclab import data as datasets
 from hpclab import live
-from hpclab._arguments import whole_number
+from hpclab._arguments import one_of, whole_number
 from hpclab.gangs.launch import check_pickles, gang_size, launch
 from hpclab.gangs.run import Run
 from hpclab.language import translate as _
@@ -198,8 +198,7 @@ def train(
     """
     if not _makes_module(model):
         raise TypeError(not_a_module(model))
-    if device not in DEVICES:
-        raise ValueError(f"device (={device!r}) must be one of {', '.join(map(repr, DEVICES))}.")
+    one_of("device", device, DEVICES)
     if not lr > 0:
         raise ValueError(f"lr (={lr!r}) must be above 0.")
     ranks = gang_size(client, ranks, threads, oversubscribe)
@@ -207,9 +206,7 @@ def train(
     source = datasets.find(data)
     samples = _samples(model, source, ranks, batch_size)
     trace, seed = whole_number("trace", trace, least=0), whole_number("seed", seed, least=None)
-    steps = None if steps is None else whole_number("steps", steps)
-    if checkpoint_every is not None:
-        checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
+    steps, checkpoint_every = _optional("steps", steps), _optional("checkpoint_every", checkpoint_every)
     batch, switches = batch_size * ranks, {"recompute": bool(recompute), "autocast": bool(autocast)}
     ddp = {"find_unused_parameters": bool(find_unused_parameters), "bucket_cap_mb": bucket_cap_mb}
     strategy = _settled(strategy, network, switches, ddp)
@@ -218,19 +215,32 @@ def train(
         *(model, str(source.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
         *(checkpoint_every, strategy, device),
     )
-    replicas = strategy.replicas(ranks)[0]
-    total = steps or epochs * (samples // replicas // (batch // replicas))
     sizes = None if min_ranks is None else _sizes(job, ranks, min_ranks)
     placing: dict[str, Any] = {"ranks": ranks, "threads": threads, "oversubscribe": oversubscribe, "wait": wait}
     keeping: dict[str, Any] = {"max_restarts": max_restarts, "min_ranks": sizes, "resume": resume, "folder": folder}
-    try:
-        run = launch(client, replicate, job, name=name, **placing, **keeping)
-    except TypeError:
-        check_pickles({"model": model, "optimizer": optimizer, "loss": loss})
-        raise
+    run = _launch(client, job, name=name, **placing, **keeping)
     if progress:
-        run.watch(_Bar(total, f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
+        run.watch(_Bar(_total(job, ranks, samples), f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
     return run.then(lambda returned: Fit(returned[0][0], run.rows, returned[0][1], run.folder))
+
+
+def _optional(name: str, value: Any) -> int | None:
+    return None if value is None else whole_number(name, value)
+
+
+def _launch(client: Client, job: Job, **settings: Any) -> Run:
+    """Launch it; if it can't be sent, name the part of it that can't."""
+    try:
+        return launch(client, replicate, job, **settings)
+    except TypeError:
+        check_pickles({"model": job.model, "optimizer": job.optimizer, "loss": job.loss})
+        raise
+
+
+def _total(job: Job, ranks: int, samples: int) -> int:
+    """Steps until a job on this many ranks and samples ends."""
+    replicas, _of_ranks = job.strategy.replicas(ranks)
+    return job.steps or job.epochs * (samples // replicas // (job.batch // replicas))
 
 
 def _samples(model: Model, source: Path, ranks: int, batch_size: int) -> int:

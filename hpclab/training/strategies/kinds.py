@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hpclab._arguments import whole_number
+from hpclab._arguments import one_of, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor as Values
@@ -24,11 +24,6 @@ SPLIT = ("GPT",)
 """Names of the models in `hpclab.models` that say how they are split."""
 COMPRESSIONS = ("bf16", "fp16", "powersgd", "topk")
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
-
-
-def _one_of(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, choices))}.")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -158,7 +153,7 @@ class Compress(DDP):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("method", self.method, COMPRESSIONS)
+        one_of("method", self.method, COMPRESSIONS)
         if not 0 < self.density <= 1:
             raise ValueError(f"density (={self.density!r}) must be above 0 and at most 1, such as 0.01.")
 
@@ -206,7 +201,7 @@ class Zero(Strategy):
     stage: Literal[1, 2, 3] = 3
 
     def __post_init__(self) -> None:
-        _one_of("stage", self.stage, (1, 2, 3))
+        one_of("stage", self.stage, (1, 2, 3))
 
     @property
     def engine(self) -> str:  # type: ignore[override]
@@ -260,7 +255,7 @@ class Pipeline(Strategy):
     keeps: ClassVar[str] = "pipeline"
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, SCHEDULES)
+        one_of("schedule", self.schedule, SCHEDULES)
         whole_number("micro_batches", self.micro_batches)
         whole_number("chunks", self.chunks)
 
@@ -308,7 +303,7 @@ def named(strategy: Strategy | str) -> Strategy:
     """
     if isinstance(strategy, Strategy):
         return strategy
-    _one_of("strategy", strategy, tuple(NAMES))
+    one_of("strategy", strategy, NAMES)
     return NAMES[strategy]
 
 

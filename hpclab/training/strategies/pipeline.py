@@ -50,8 +50,8 @@ class Pipelined(Engine):
         """Run the schedule; add up the gradients of copies, and average over the replicas."""
         last = self.place == self.ring.size() - 1
         losses: list[Tensor] = []
-        given = {"target": labels, "losses": losses} if last else {}
-        self.schedule.step(*[inputs][: self.place == 0], **given)
+        of_last = {"target": labels, "losses": losses} if last else {}
+        self.schedule.step(*[inputs][: self.place == 0], **of_last)
         for copy, group in self.copies:
             dist.all_reduce(copy.grad, group=group)
         if self.replicas.size() > 1:

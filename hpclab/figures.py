@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Text
+from matplotlib.transforms import offset_copy
 
 from hpclab.language import cjk_font, language
 from hpclab.language import translate_drawn as _
@@ -23,6 +24,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx")
+TITLE_POINTS = 14
+"""Height of the title, which says where the data are from."""
 
 DARK = (
     '<style>[data-jp-theme-light="false"] .hpclab-figure img'
@@ -206,7 +209,9 @@ def legend_above(ax: Axes, columns: int, of: Iterable[Axes] | None = None) -> Ax
         handles, labels = one.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
     if named:
-        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.02)}
+        figure: Any = ax.figure
+        above = offset_copy(ax.transAxes, figure, y=TITLE_POINTS, units="points")  # of where the data are from
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "bbox_transform": above}
         ax.legend(named.values(), named.keys(), frameon=False, ncols=columns, fontsize="small", **place)
     return set_font(ax)
 

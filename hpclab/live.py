@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from IPython import get_ipython
@@ -20,6 +20,7 @@ from hpclab.language import translate as _
 from hpclab.pages import html
 
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 SHARE = 0.1
 """Share of the time that drawing may take: the CPU is the ranks'."""
@@ -78,6 +79,15 @@ def bar(total: int, what: str, unit: str, *, initial: int = 0) -> Any:
     if in_notebook():
         return Line(total, what, unit, initial)
     return _Bar(total=total, initial=initial, desc=what, unit=unit, mininterval=0.2)
+
+
+def tracked(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
+    """Go through items, and say in a `bar` how many are done."""
+    every = list(items)
+    with bar(len(every), what, unit) as line:
+        for item in every:
+            yield item
+            line.update()
 
 
 def progress(

@@ -168,3 +168,8 @@ def test_outside_of_a_notebook_it_is_a_bar_in_the_terminal(capsys):
         bar.set_postfix_str("2 ranks, step 3")
     shown = capsys.readouterr().err
     assert "sweep: 100%" in shown and "2 ranks, step 3, failures: 1" in shown
+
+
+def test_what_is_tracked_goes_through_all_and_says_so(capsys):
+    assert [number**2 for number in live.tracked(range(3), "squares", "number")] == [0, 1, 4]
+    assert "squares: 100%" in capsys.readouterr().err

@@ -55,7 +55,7 @@ TIMELINE: Rows = [
     for rank, bars in {
         0: (
             *(("data", 0, 5), ("forward", 5, 30), ("backward", 30, 70), ("waiting", 70, 95), ("optimizer", 95, 100)),
-            *(("all-reduce", 50, 72), ("all-reduce", 72, 95)),
+            *(("all-reduce", 50, 72), ("all-reduce", 73, 95)),
         ),
         1: (
             *(("data", 0, 5), ("forward", 5, 40), ("backward", 40, 90), ("waiting", 90, 95), ("optimizer", 95, 100)),

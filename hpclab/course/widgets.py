@@ -201,8 +201,8 @@ class Drawn:
 
     def __init__(self, sliders: dict[str, Any]) -> None:
         for slider in sliders.values():
-            slider.style.description_width = "9em"
-            slider.layout.width = "28em"
+            slider.style.description_width = "12em"
+            slider.layout.width = "31em"
             slider.observe(lambda change: self.draw(), "value")
         self.sliders = sliders
         self.figure: DisplayHandle | None = None

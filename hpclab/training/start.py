@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from distributed import Client
 
 from hpclab import data as datasets
-from hpclab import live
 from hpclab._arguments import one_of, whole_number
 from hpclab.gangs.launch import check_pickles, gang_size, launch
 from hpclab.gangs.run import Run
-from hpclab.language import translate as _
 from hpclab.network import Network
 from hpclab.training.entry import replicate
 from hpclab.training.job import DEVICES, MODELS, Job, Model, not_a_module
 from hpclab.training.strategies.kinds import DDP, Strategy, named
+from hpclab.views import StepBar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +57,7 @@ class Fit:
         score = "untested"
         if self.scores:
             name, value = [*self.scores.items()][-1]  # the loss comes first
-            score = f"{_short(name)} {value:.3f}"
+            score = f"{name.removeprefix('test_')} {value:.3f}"
         here = Path.cwd()
         folder = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
         return f"<Fit {size:,} weights, {score}, {folder}>"
@@ -220,7 +219,7 @@ def train(
     keeping: dict[str, Any] = {"max_restarts": max_restarts, "min_ranks": sizes, "resume": resume, "folder": folder}
     run = _launch(client, job, name=name, **placing, **keeping)
     if progress:
-        run.watch(_Bar(_total(job, ranks, samples), f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
+        run.watch(StepBar(_total(job, ranks, samples), f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
     return run.then(lambda returned: Fit(returned[0][0], run.rows, returned[0][1], run.folder))
 
 
@@ -287,28 +286,6 @@ def _sizes(job: Job, ranks: int, least: int) -> list[int]:
         for size in range(least, ranks + 1)
         if job.batch % size == 0 and not job.strategy.obstacle(job.model, size, job.batch)
     ]
-
-
-class _Bar:
-    """A progress bar over a run's steps; it falls back to the step from which a later attempt goes on."""
-
-    def __init__(self, total: int, title: str):
-        self.bar = live.bar(total, title, _("step"))
-
-    def __call__(self, run: Run, rows: list[dict]) -> None:
-        for row in rows:
-            if scores := [f"{_short(name)}={row[name]:.3f}" for name in ("test_accuracy", "test_bits") if name in row]:
-                self.bar.set_postfix_str(", ".join(scores), refresh=False)
-            self.bar.failures += row["kind"] == "restart"
-            if row["kind"] in ("resume", "restart"):
-                self.bar.update(row.get("step", 0) - self.bar.n)
-        self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
-        if not run.going:
-            self.bar.close()
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("test_")
 
 
 def _makes_module(model: object) -> bool:

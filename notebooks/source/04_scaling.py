@@ -412,7 +412,7 @@ hpclab.check("scaling.curves", judge)
 # ### Read a timeline
 #
 # One step of two ranks, with two buckets of gradients. DDP packs gradients into buckets, and
-# averages each by an all-reduce: a narrow bar, which begins when its rank has the bucket ready and the one before is done,
+# averages each by an all-reduce: a narrow bar, which begins once its rank has the bucket ready and the one before is done,
 # and ends on both ranks at once. Which statements are true? Set `timeline_answer` to the set of their letters.
 #
 # - a: Rank 1 computes longer than rank 0 (forward and backward together).

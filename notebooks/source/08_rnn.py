@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from hpclab import views
 from hpclab.course import ragged
 from hpclab.course.plots import waits
 from hpclab.training.strategies.shares import weights
@@ -71,7 +72,7 @@ hpclab.predict("rnn.frames", ..., "times as many frames")
 # %% id="frames-do"
 plan = random_plan(lengths, RANKS, BATCH, seed=0, epoch=0)
 frames = np.array([[lengths[batch].sum() for batch in batches] for batches in plan])  # (ranks, steps)
-hpclab.tables.Table({"step": step, "rank 0": a, "rank 1": b} for step, (a, b) in enumerate(frames.T[:6]))
+hpclab.tables.Table({"step": step, "rank 0": a, "rank 1": b} for step, (a, b) in enumerate(frames.T[:6], 1))
 
 # %% id="frames-came"
 hpclab.came("rnn.frames", np.median(frames.max(0) / frames.min(0)))
@@ -112,7 +113,9 @@ client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
 
 def measure(**ways):
     plans = {name: [way(lengths, RANKS, BATCH, 0, epoch) for epoch in range(EPOCHS)] for name, way in ways.items()}
+    steps = sum(len(plan[0]) for epochs in plans.values() for plan in epochs)
     run = hpclab.launch(client, ragged.follow, plans, ranks=RANKS, oversubscribe=True)
+    run.watch(views.StepBar(steps, ", ".join(plans)))
     run.result()
     return run.rows
 

@@ -26,6 +26,7 @@ import statistics
 import numpy as np
 import torch
 
+from hpclab import live
 from hpclab.course import links
 from hpclab.course.plots import pictures, progress
 from hpclab.training.strategies.kinds import named
@@ -105,7 +106,8 @@ def train(way, **settings):
 
 
 # %% id="links-do"
-fits = {(way, link): train(way, steps=STEPS, network=LINKS[link]) for link in LINKS for way in WAYS}
+cases = live.tracked([(way, link) for link in LINKS for way in WAYS], "links", "run")
+fits = {(way, link): train(way, steps=STEPS, network=LINKS[link]) for way, link in cases}
 runs = {(way, link): links.progress(fit.rows, way, link, step_bytes[way]) for (way, link), fit in fits.items()}
 progress([*runs.values()])
 
@@ -223,7 +225,6 @@ batch, _labels = hpclab.data.load("fashion_mnist", "test")[list(range(8))]
 with torch.no_grad():
     rebuilt = model.eval()(torch.from_numpy(batch)).numpy()
 pictures(np.concatenate([batch, rebuilt.clip(0, 1)], axis=2), [""] * 8)
-fit
 
 # %% [markdown] id="quiz-links"
 # ## Quiz

@@ -23,7 +23,7 @@ import functools
 
 import torch
 
-from hpclab import forecast, plots, timeline
+from hpclab import forecast, live, plots, timeline
 from hpclab.course import malloc, needs, pipelines, widgets
 from hpclab.course import plots as figures
 from hpclab.training import strategies
@@ -153,8 +153,8 @@ every = {name: ways(name) for name in [*names, "gpipe", "1f1b", "interleaved"]}
 every["accumulate"] = strategies.Accumulate(2)
 every |= {"local-sgd": strategies.LocalSGD(every=2), "diloco": strategies.DiLoCo(every=2)}
 every["zero3 + recompute"] = strategies.Zero(3, recompute=True)
-rows |= {name: measured(name, strategy) for name, strategy in every.items()}
-figures.needs([*rows.values()])
+rows |= {name: measured(name, every[name]) for name in live.tracked(every, "every way", "run")}
+ax = figures.needs([*rows.values()])
 
 # %% id="zero-came"
 hpclab.came("too-big.zero3", rows["zero3"]["peak_mb"] / rows["ddp"]["peak_mb"])
@@ -220,7 +220,7 @@ hpclab.predict("too-big.bubble", ..., "of the time")
 # %% id="bubble-do"
 cases = [("gpipe", 2), ("gpipe", 8), ("1f1b", 8)]
 traced = []
-for schedule, micro_batches in cases:
+for schedule, micro_batches in live.tracked(cases, "pipelines", "run"):
     pipeline = strategies.Pipeline(schedule=schedule, micro_batches=micro_batches)
     traced.append(timeline.spans(train(pipeline, batch_size=4, steps=6, trace=1).folder))
 plots.timelines(traced)
@@ -246,7 +246,7 @@ hpclab.came("too-big.bubble", bubbles[1])
 #
 # ## Up to 80 billion parameters
 #
-# The forecasts below are calibrated on 895 runs that others *recorded*, with models of 1 and 3 billion parameters on up to 64 H100s.
+# The forecasts below are calibrated on what others *recorded* of 895 configurations, with models of 1 and 3 billion parameters on up to 64 H100s.
 # First, a recorded best run beside the forecast of the same layout:
 
 # %% id="recorded-do"

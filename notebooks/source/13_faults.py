@@ -24,7 +24,7 @@ import functools
 import numpy as np
 import torch
 
-from hpclab import chaos, plots, rows, views
+from hpclab import chaos, live, plots, rows, views
 from hpclab.course.plots import intervals
 
 STEPS = {"small": 200, "class": 400, "cluster": 4000}[SIZE]
@@ -166,7 +166,7 @@ hpclab.predict("faults.every", ..., "steps between checkpoints")
 
 # %% id="measure-do"
 measured = {}
-for count in (1, 5, 20, STEPS // 4):
+for count in live.tracked((1, 5, 20, STEPS // 4), "under failures", "run"):
     run = train(max_restarts=100, checkpoint_every=count)
     with chaos.Chaos(run, mtbf=MTBF, seed=4):
         run.result()

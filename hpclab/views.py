@@ -76,35 +76,6 @@ class LiveView:
         threading.Thread(target=self.run.stop, name="hpclab-stop", daemon=True).start()
 
 
-class StepBar:
-    """A progress bar over a run's steps, for `Run.watch`; it falls back to where a later attempt goes on.
-
-    Parameters
-    ----------
-    total : int
-        Steps of a rank.
-    title : str
-    """
-
-    def __init__(self, total: int, title: str) -> None:
-        self.bar = live.bar(total, title, _("step"))
-
-    def __call__(self, run: Any, rows: list[dict]) -> None:
-        for row in rows:
-            if scores := [
-                f"{name.removeprefix('test_')}={row[name]:.3f}"
-                for name in ("test_accuracy", "test_bits")
-                if name in row
-            ]:
-                self.bar.set_postfix_str(", ".join(scores), refresh=False)
-            self.bar.failures += row["kind"] == "restart"
-            if row["kind"] in ("resume", "restart"):
-                self.bar.update(row.get("step", 0) - self.bar.n)
-        self.bar.update(sum(row["kind"] == "step" and row["rank"] == 0 for row in rows))
-        if not run.going:
-            self.bar.close()
-
-
 def page(run: Any) -> str:
     """A run as HTML: its state, its figure, a row a rank, the newest lines of its logs, and its error if it failed."""
     every = plots.drawable(run.rows.copy())

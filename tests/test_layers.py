@@ -195,6 +195,13 @@ def test_import_loads_neither_torch_nor_dask():
     assert not {"torch", "dask", "distributed", "matplotlib", "IPython"} & set(loaded)
 
 
+def test_training_loads_nothing_that_draws():
+    """matplotlib takes half a second, and writes a list of fonts into the user's home."""
+    code = "import sys, hpclab.training.start; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "hpclab.gangs.launch" in loaded and "matplotlib" not in loaded
+
+
 @pytest.mark.parametrize(
     "folder", [name for name in ("gangs", "training", "models") if MODULES[name].stem == "__init__"]
 )

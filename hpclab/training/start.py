@@ -16,11 +16,11 @@ from hpclab import data as datasets
 from hpclab._arguments import one_of, whole_number
 from hpclab.gangs.launch import check_pickles, gang_size, launch
 from hpclab.gangs.run import Run
+from hpclab.live import StepBar
 from hpclab.network import Network
 from hpclab.training.entry import replicate
 from hpclab.training.job import DEVICES, MODELS, Job, Model, not_a_module
 from hpclab.training.strategies.kinds import DDP, Strategy, named
-from hpclab.views import StepBar
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from hpclab import views
+from hpclab import live
 from hpclab.course import ragged
 from hpclab.course.plots import waits
 from hpclab.training.strategies.shares import weights
@@ -115,7 +115,7 @@ def measure(**ways):
     plans = {name: [way(lengths, RANKS, BATCH, 0, epoch) for epoch in range(EPOCHS)] for name, way in ways.items()}
     steps = sum(len(plan[0]) for epochs in plans.values() for plan in epochs)
     run = hpclab.launch(client, ragged.follow, plans, ranks=RANKS, oversubscribe=True)
-    run.watch(views.StepBar(steps, ", ".join(plans)))
+    run.watch(live.StepBar(steps, ", ".join(plans)))
     run.result()
     return run.rows
 

@@ -39,15 +39,15 @@ class RaceStage:
 
     Parameters
     ----------
-    client, model, data, **settings
+    client, model, data, epochs, **settings
         As for `racing.race`.
     """
 
     PREDICTION = "start.race"
 
-    def __init__(self, client: Client, model: Model, data: str, **settings: Any) -> None:
+    def __init__(self, client: Client, model: Model, data: str, *, epochs: int = 3, **settings: Any) -> None:
         self.arguments = (client, model, data)
-        self.settings = settings
+        self.settings = settings | {"epochs": epochs}
         self.result: racing.Race | None = None
         self.raced: dict[str, list[float]] = {}
         """How many times as fast as the first each other racer was, a race at a time."""
@@ -146,8 +146,10 @@ class RaceStage:
         label, rows = next(reversed(runs.items()))
         steps = [row for row in rows if row["kind"] == "step"]
         failures = sum(row["kind"] == "restart" for of_run in runs.values() for row in of_run)
-        note = _("{label}, step {step}", label=label, step=max((row["step"] + 1 for row in steps), default=0))
-        note = "" if rows[-1]["kind"] == "end" else note
+        note = ""
+        if steps and rows[-1]["kind"] != "end":
+            epoch, epochs = steps[-1]["epoch"] + 1, self.settings["epochs"]
+            note = _("{label}, epoch {epoch} of {epochs}", label=label, epoch=epoch, epochs=epochs)
         done = sum(of_run[-1]["kind"] == "end" for of_run in runs.values())
         count, seconds = len(racing.racers()), rows[-1].get("time_s", 0.0)
         text = progress(_("race"), done, count, _("racer"), seconds, note=note, failures=failures)

@@ -3,7 +3,7 @@
 #
 # **You will** measure how training scales on this machine, see where a step's time goes, and find out how little two CPUs
 # prove. Then you emulate a slower network, and forecast machines that you don't have, next to what others measured on them.
-# Parts headed *For later* can wait.
+# The parts headed *For later* come after the exercise, and can wait.
 #
 # | | |
 # |---|---|
@@ -17,7 +17,7 @@
 # %% id="parameters" tags=["parameters"]
 import hpclab
 
-SIZE = hpclab.size()  # "small", "class" or "cluster"
+SIZE = hpclab.size()  # how much to do: "small", "class" or "cluster", as the variable HPCLAB_SIZE says
 
 # %% id="imports"
 import numpy as np
@@ -76,95 +76,12 @@ hpclab.came("scaling.weak_step", 1 / scaling.summary(rows)[1]["efficiency"])
 # this machine too. The first steps don't
 # count; the run itself determines how many (`warm_up` in the rows).
 
-# %% [markdown] id="sweep-open"
-# **What `sweep` does**: in each round it trains every case once, in shuffled order. It keeps one row per run: the samples
-# of the steps after the first, slow ones, divided by their seconds. A speed-up then divides two rows of the *same* round.
-# By hand, for one more run, and for the rounds above:
-
-# %% id="sweep-open-do"
-run = train(client, 2).result()
-kept = scaling.trial(run.rows)
-steps = [row for row in run.rows if row["kind"] == "step" and row["step"] >= kept["warm_up"]]
-seconds = max(sum(row["step_s"] for row in steps if row["rank"] == rank) for rank in (0, 1))
-print(
-    f"by hand {sum(row['samples'] for row in steps) / seconds:.3f} samples a second, kept {kept['samples_per_s']:.3f}"
-)
-
-speed = {(row["repeat"], row["ranks"]): row["samples_per_s"] for row in rows}
-gains = [speed[turn, 2] / speed[turn, 1] for turn in range(REPEATS)]
-print(f"by hand {np.exp(np.mean(np.log(gains))):.3f} times the samples, paired {scaling.paired(rows)[0]['ratio']:.3f}")
-
 # %% [markdown] id="remarks"
 # Two more functions check the rows for you: is this sweep strong or weak, and is anything odd about it?
 
 # %% id="remarks-do"
 print(scaling.regime(rows), "scaling")
 Prose(" ".join(scaling.remarks(rows)) or "nothing to remark")
-
-# %% [markdown] id="look"
-# ## For later: look inside a step
-#
-# torch's profiler records what each rank does when. Both ranks use one clock, so you can *see* which waits for which. (A
-# traced step is slower.) Three runs: on this machine; on a slow network, 1 ms and 50 Mb/s; and on the same network with
-# gradients in *buckets* of 0.1 MB. In one of them a rank sends while it is still computing: which one?
-
-# %% id="thin"
-thin = hpclab.Network(latency=1e-3, bandwidth=50e6)
-
-# %% id="look-do"
-runs = [train(client, 2, trace=3).result()]
-runs += [train(client, 2, trace=3, network=thin, **buckets).result() for buckets in ({}, {"bucket_cap_mb": 0.1})]
-plots.timelines([timeline.spans(run.folder) for run in runs], height=3)
-
-# %% [markdown] id="look-explain"
-# The narrow bars below each rank are the all-reduces. A bar begins when its rank's bucket of gradients is
-# full, and ends on both ranks at once; the slow network's time comes after the bar, because the emulation adds it there.
-#
-# In the top and middle pictures the bars come *after* the backward pass. DDP can send while it computes, but only full
-# buckets, and all of this network's gradients (201 kB) fit into one bucket of its default size (1 MB for the first, then
-# 25). The bottom picture has two. The classifier's gradients, which come first, fill one of them; it travels during the
-# backward pass through the convolutions. **Predict**: with two buckets, how many times as fast as with one is a step?
-
-# %% id="overlap-predict"
-hpclab.predict("scaling.overlap", ..., "times as fast")
-
-# %% id="overlap-do"
-cases = [{"ranks": 2, "network": thin}, {"ranks": 2, "network": thin, "bucket_cap_mb": 0.1}]
-overlapped = scaling.paired(scaling.sweep(client, train, cases=cases, repeats=REPEATS))
-hpclab.tables.Table(
-    {"case": row["measure"], "times as fast as one bucket": hpclab.ratios.told(row)} for row in overlapped
-)
-
-# %% id="overlap-came"
-hpclab.came("scaling.overlap", overlapped[0]["ratio"])
-
-# %% [markdown] id="overlap-explain"
-# A second bucket costs one more latency, 2 ms here (two messages of 1 ms), and hides what the first one takes, up to the
-# length of the backward pass. On a network whose extra latencies take longer than the backward pass can hide, small
-# buckets would lose. (If no
-# difference is shown, others were using this machine: look at *straggle* above.)
-#
-# `timeline.merge(run.folder)` writes the same picture, with every operation in it, as a file for Perfetto.
-
-# %% [markdown] id="network"
-# ## For later: the network
-#
-# How long does averaging take by itself? A message of $m$ bytes takes a latency $\alpha$, however short it is, plus a time
-# $\beta$ for each byte:
-#
-# $$T(m) = \alpha + \beta m$$
-#
-# $1/\beta$ is the *bandwidth*. We time the averaging of arrays of many sizes, and fit both.
-
-# %% id="network-do"
-messages = scaling.allreduce(client, ranks=2, oversubscribe=True)
-line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["duration_s"] for row in messages])
-line
-
-# %% id="network-show-do"
-own = scaling.network(messages)
-ax = plots.allreduce(messages, line)
-own
 
 # %% [markdown] id="laws"
 # ## Three laws
@@ -230,10 +147,195 @@ print("truth: usl, sigma 0.05, kappa 0.005")
 fits = [laws.fit_amdahl(n, x), laws.fit_usl(n, x)]
 display(*fits, laws.choose(n, x))
 
+# %% [markdown] id="curves"
+# ## Exercise: 64 planted sweeps
+#
+# Write `judge(rows)`. It gets a sweep's rows and returns the name of the law ("amdahl" or "usl") and a 95 % interval
+# (low, high) of its sigma, as a pair, if the rows can tell; `None, None` if they can't. A row looks like this:
+#
+# ```python
+# {"kind": "trial", "run": 7, "epoch": 2, "ranks": 4, "threads": 1, "batch": 512, "samples_per_s": 731.2,
+#  "source": "measured"}
+# ```
+#
+# A `run` is one launch; it reports a row after each epoch. `batch` is the batch of all ranks together. The check runs your
+# function on 64 sweeps whose truth is known, and counts its claims: laws where there is one to see, silence where there is
+# none, and how many of the intervals contain the planted sigma. A few may miss. How many should?
+#
+# <details><summary>Hint</summary>
+#
+# `hpclab.laws.choose(ranks, rates)` gives a verdict: `verdict.law` (None if it can't tell) and `verdict.fit.intervals["sigma"]`.
+# It takes every point for an independent measurement, of strong scaling, on a machine. Which rows are that? If a run has a bad start, what happens to its four rows?
+#
+# </details>
+
+
+# %% id="curves-answer" exercise=true
+def judge(rows):
+    ...
+    ### BEGIN SOLUTION
+    runs = {}
+    for row in rows:
+        if row["source"] == "measured":
+            runs.setdefault((row["run"], row["ranks"]), []).append(row["samples_per_s"])
+    if scaling.regime(rows) != "strong":
+        return None, None
+    verdict = laws.choose([ranks for run, ranks in runs], [np.mean(rates) for rates in runs.values()])
+    if not verdict.identifiable:
+        return None, None
+    return verdict.law, verdict.fit.intervals["sigma"]
+    ### END SOLUTION
+
+
+# %% id="curves-check" points=2
+hpclab.check("scaling.curves", judge)
+
+# %% [markdown] id="quiz-regime"
+# ## Quiz
+#
+# ### Strong or weak?
+#
+# The table shows the time of a step in a sweep. Which statements are true? Set `regime_answer` to the set of their letters.
+#
+# - a: This is weak scaling.
+# - b: With 8 ranks the efficiency is 62.5 %.
+# - c: 8 ranks do 5 times as many samples a second as one.
+# - d: With 8 ranks an epoch of the same data takes longer than with one.
+# - e: Amdahl's law, fitted to these samples a second, gives the program's serial share.
+# - f: The table shows how long a batch of 512 samples takes with 1, 2, 4 and 8 ranks.
+
+# %% id="quiz-regime-show"
+from hpclab.course import quizzes
+
+quizzes.show("scaling.quiz_regime")
+
+# %% id="quiz-regime-answer" exercise=true
+regime_answer = ...
+### BEGIN SOLUTION
+regime_answer = {"a", "b", "c"}
+### END SOLUTION
+
+# %% id="quiz-regime-check" points=1
+hpclab.check("scaling.quiz_regime", regime_answer)
+
+# %% [markdown] id="sweep-open"
+# ## For later: what `sweep` does
+#
+# In each round it trains every case once, in shuffled order. It keeps one row per run: the samples
+# of the steps after the first, slow ones, divided by their seconds. A speed-up then divides two rows of the *same* round.
+# By hand, for one more run, and for the rounds of the first part:
+
+# %% id="sweep-open-do"
+run = train(client, 2).result()
+kept = scaling.trial(run.rows)
+steps = [row for row in run.rows if row["kind"] == "step" and row["step"] >= kept["warm_up"]]
+seconds = max(sum(row["step_s"] for row in steps if row["rank"] == rank) for rank in (0, 1))
+print(
+    f"by hand {sum(row['samples'] for row in steps) / seconds:.3f} samples a second, kept {kept['samples_per_s']:.3f}"
+)
+
+speed = {(row["repeat"], row["ranks"]): row["samples_per_s"] for row in rows}
+gains = [speed[turn, 2] / speed[turn, 1] for turn in range(REPEATS)]
+print(f"by hand {np.exp(np.mean(np.log(gains))):.3f} times the samples, paired {scaling.paired(rows)[0]['ratio']:.3f}")
+
+# %% [markdown] id="look"
+# ## For later: look inside a step
+#
+# torch's profiler records what each rank does when. Both ranks use one clock, so you can *see* which waits for which. (A
+# traced step is slower.) Three runs: on this machine; on a slow network, 1 ms and 50 Mb/s; and on the same network with
+# gradients in *buckets* of 0.1 MB. In one of them a rank sends while it is still computing: which one?
+
+# %% id="thin"
+thin = hpclab.Network(latency=1e-3, bandwidth=50e6)
+
+# %% id="look-do"
+runs = [train(client, 2, trace=3).result()]
+runs += [train(client, 2, trace=3, network=thin, **buckets).result() for buckets in ({}, {"bucket_cap_mb": 0.1})]
+plots.timelines([timeline.spans(run.folder) for run in runs], height=3)
+
+# %% [markdown] id="look-explain"
+# The narrow bars below each rank are the all-reduces. A bar begins when its rank's bucket of gradients is
+# full, and ends on both ranks at once; the slow network's time comes after the bar, because the emulation adds it there.
+#
+# In the top and middle pictures the bars come *after* the backward pass. DDP can send while it computes, but only full
+# buckets, and all of this network's gradients (201 kB) fit into one bucket of its default size (1 MB for the first, then
+# 25). The bottom picture has two. The classifier's gradients, which come first, fill one of them; it travels during the
+# backward pass through the convolutions. **Predict**: with two buckets, how many times as fast as with one is a step?
+
+# %% id="overlap-predict"
+hpclab.predict("scaling.overlap", ..., "times as fast")
+
+# %% id="overlap-do"
+cases = [{"ranks": 2, "network": thin}, {"ranks": 2, "network": thin, "bucket_cap_mb": 0.1}]
+overlapped = scaling.paired(scaling.sweep(client, train, cases=cases, repeats=REPEATS))
+hpclab.tables.Table(
+    {"case": row["measure"], "times as fast as one bucket": hpclab.ratios.told(row)} for row in overlapped
+)
+
+# %% id="overlap-came"
+hpclab.came("scaling.overlap", overlapped[0]["ratio"])
+
+# %% [markdown] id="overlap-explain"
+# A second bucket costs one more latency, 2 ms here (two messages of 1 ms), and hides what the first one takes, up to the
+# length of the backward pass. On a network whose extra latencies take longer than the backward pass can hide, small
+# buckets would lose. (If no
+# difference is shown, others were using this machine: look at *straggle* in the first table.)
+#
+# `timeline.merge(run.folder)` writes the same picture, with every operation in it, as a file for Perfetto.
+
+# %% [markdown] id="quiz-timeline"
+# ### Quiz: read a timeline
+#
+# One step of two ranks, with two buckets of gradients. DDP packs gradients into buckets, and
+# averages each by an all-reduce: a narrow bar, which begins once its rank has the bucket ready and the one before is done,
+# and ends on both ranks at once. Which statements are true? Set `timeline_answer` to the set of their letters.
+#
+# - a: Rank 1 computes longer than rank 0 (forward and backward together).
+# - b: Communication that nothing hides takes 25 ms of this step.
+# - c: Rank 1's all-reduce of the first bucket is hidden by its backward pass.
+# - d: With a network that takes no time this step would be about 5 ms shorter.
+# - e: If rank 0 alone computed faster, the step would be shorter.
+# - f: Rank 0 sends more bytes than rank 1, as its bars are longer.
+
+# %% id="quiz-timeline-show"
+quizzes.show("scaling.quiz_timeline")
+
+# %% id="quiz-timeline-answer" exercise=true
+timeline_answer = ...
+### BEGIN SOLUTION
+timeline_answer = {"a", "c", "d"}
+### END SOLUTION
+
+# %% id="quiz-timeline-check" points=1
+hpclab.check("scaling.quiz_timeline", timeline_answer)
+
+# %% [markdown] id="network"
+# ## For later: the network
+#
+# How long does averaging take by itself? A message of $m$ bytes takes a latency $\alpha$, however short it is, plus a time
+# $\beta$ for each byte:
+#
+# $$T(m) = \alpha + \beta m$$
+#
+# $1/\beta$ is the *bandwidth*. We time the averaging of arrays of many sizes, and fit both.
+
+# %% id="network-do"
+messages = scaling.allreduce(client, ranks=2, oversubscribe=True)
+line = laws.fit_alpha_beta([row["nbytes"] for row in messages], [row["duration_s"] for row in messages])
+line
+
+# %% id="network-show-do"
+own = scaling.network(messages)
+ax = plots.allreduce(messages, line)
+own
+
 # %% [markdown] id="choose-open"
-# **What `choose` does**: a law with an extra parameter always fits at least as well, so the parameter must earn its place.
+# ## For later: what `choose` does
+#
+# A law with an extra parameter always fits at least as well, so the parameter must earn its place.
 # The AICc adds the misfit that a law leaves and the price of its $p$ parameters (the last is the size of the noise).
-# `choose` names the smaller law unless the larger one's AICc is lower by more than 2. By hand, beside the package's:
+# `choose` names the smaller law unless the larger one's AICc is lower by more than 2. By hand, for the two laws fitted to 16 workers,
+# beside the package's:
 
 # %% id="choose-open-do"
 k = len(n)
@@ -243,7 +345,7 @@ for fit, p in zip(fits, (3, 4), strict=True):  # the speed of one worker, sigma,
     print(f"{fit.law}: AICc by hand {aicc:.3f}, by the package {fit.aicc:.3f}")
 
 # %% [markdown] id="choose-open-explain"
-# It names a law only if the data can tell: they need five different counts and eight measurements, no bend that the law
+# Also, it names a law only if the data can tell: they need five different counts and eight measurements, no bend that the law
 # can't explain, and a band of no more than 25 % either way at twice the largest count.
 
 # %% [markdown] id="dial"
@@ -299,7 +401,7 @@ hpclab.tables.Table(
 # The forecast's wait for the slowest grows with the ranks; the emulation has only two ranks, so it lacks that part. They
 # share everything else. Try another network: double the latency, or take `topology="tree"`. (hpclab refuses a network less
 # than twice as slow as this machine itself: an emulation can only add time.) The band is for a single measurement, from
-# how the repeats above differ: a handful of repeats on a busy machine makes it wide.
+# how the repeats of the first part differ: a handful of repeats on a busy machine makes it wide.
 #
 # ## For later: a ring or a tree?
 #
@@ -362,103 +464,6 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 8, 12)})
 #
 # A cause beats a curve because it says *what to measure next*: here the link, on two nodes, in a minute. That is why we
 # never draw a law beyond its points without a forecast beside it.
-
-# %% [markdown] id="curves"
-# ## Exercise: 64 planted sweeps
-#
-# Write `judge(rows)`. It gets a sweep's rows and returns the name of the law ("amdahl" or "usl") and a 95 % interval
-# (low, high) of its sigma, as a pair, if the rows can tell; `None, None` if they can't. A row looks like this:
-#
-# ```python
-# {"kind": "trial", "run": 7, "epoch": 2, "ranks": 4, "threads": 1, "batch": 512, "samples_per_s": 731.2,
-#  "source": "measured"}
-# ```
-#
-# A `run` is one launch; it reports a row after each epoch. `batch` is the batch of all ranks together. The check runs your
-# function on 64 sweeps whose truth is known, and counts its claims: laws where there is one to see, silence where there is
-# none, and how many of the intervals contain the planted sigma. A few may miss. How many should?
-#
-# <details><summary>Hint</summary>
-#
-# `hpclab.laws.choose(ranks, rates)` gives a verdict: `verdict.law` (None if it can't tell) and `verdict.fit.intervals["sigma"]`.
-# It takes every point for an independent measurement, of strong scaling, on a machine. Which rows are that? If a run has a bad start, what happens to its four rows?
-#
-# </details>
-
-
-# %% id="curves-answer" exercise=true
-def judge(rows):
-    ...
-    ### BEGIN SOLUTION
-    runs = {}
-    for row in rows:
-        if row["source"] == "measured":
-            runs.setdefault((row["run"], row["ranks"]), []).append(row["samples_per_s"])
-    if scaling.regime(rows) != "strong":
-        return None, None
-    verdict = laws.choose([ranks for run, ranks in runs], [np.mean(rates) for rates in runs.values()])
-    if not verdict.identifiable:
-        return None, None
-    return verdict.law, verdict.fit.intervals["sigma"]
-    ### END SOLUTION
-
-
-# %% id="curves-check" points=2
-hpclab.check("scaling.curves", judge)
-
-# %% [markdown] id="quiz-timeline"
-# ## Quiz
-#
-# ### Read a timeline
-#
-# One step of two ranks, with two buckets of gradients. DDP packs gradients into buckets, and
-# averages each by an all-reduce: a narrow bar, which begins once its rank has the bucket ready and the one before is done,
-# and ends on both ranks at once. Which statements are true? Set `timeline_answer` to the set of their letters.
-#
-# - a: Rank 1 computes longer than rank 0 (forward and backward together).
-# - b: Communication that nothing hides takes 25 ms of this step.
-# - c: Rank 1's all-reduce of the first bucket is hidden by its backward pass.
-# - d: With a network that takes no time this step would be about 5 ms shorter.
-# - e: If rank 0 alone computed faster, the step would be shorter.
-# - f: Rank 0 sends more bytes than rank 1, as its bars are longer.
-
-# %% id="quiz-timeline-show"
-from hpclab.course import quizzes
-
-quizzes.show("scaling.quiz_timeline")
-
-# %% id="quiz-timeline-answer" exercise=true
-timeline_answer = ...
-### BEGIN SOLUTION
-timeline_answer = {"a", "c", "d"}
-### END SOLUTION
-
-# %% id="quiz-timeline-check" points=1
-hpclab.check("scaling.quiz_timeline", timeline_answer)
-
-# %% [markdown] id="quiz-regime"
-# ### Strong or weak?
-#
-# The table shows the time of a step in a sweep. Which statements are true? Set `regime_answer` to the set of their letters.
-#
-# - a: This is weak scaling.
-# - b: With 8 ranks the efficiency is 62.5 %.
-# - c: 8 ranks do 5 times as many samples a second as one.
-# - d: With 8 ranks an epoch of the same data takes longer than with one.
-# - e: Amdahl's law, fitted to these samples a second, gives the program's serial share.
-# - f: The table shows how long a batch of 512 samples takes with 1, 2, 4 and 8 ranks.
-
-# %% id="quiz-regime-show"
-quizzes.show("scaling.quiz_regime")
-
-# %% id="quiz-regime-answer" exercise=true
-regime_answer = ...
-### BEGIN SOLUTION
-regime_answer = {"a", "b", "c"}
-### END SOLUTION
-
-# %% id="quiz-regime-check" points=1
-hpclab.check("scaling.quiz_regime", regime_answer)
 
 # %% [markdown] id="close"
 # ## Close

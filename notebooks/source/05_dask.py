@@ -18,7 +18,7 @@
 # %% id="parameters" tags=["parameters"]
 import hpclab
 
-SIZE = hpclab.size()  # "small", "class" or "cluster"
+SIZE = hpclab.size()  # how much to do: "small", "class" or "cluster", as the variable HPCLAB_SIZE says
 
 # %% id="imports"
 import operator

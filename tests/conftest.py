@@ -25,8 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the
 
 SHARED, ROOM = pytest.StashKey[tempfile.TemporaryDirectory](), pytest.StashKey["Room"]()
 LONGEST = (
-    *("browser", "notebooks", "queues", "slurm", "recovery", "exercises", "debugging", "puzzles", "grading", "gang"),
-    *("gangs", "launcher"),
+    *("notebooks", "strategies", "browser", "training", "gang", "recovery", "queues", "exercises", "slurm", "grading"),
+    *("gangs", "hosts", "readme", "debugging", "wheel"),
 )
 """Files of tests that take longest, in this order: they begin first, so that two workers end at about the same time."""
 SHOWN_SECONDS = 1.0

@@ -22,6 +22,8 @@ def test_progress_counts_the_slower_rank_and_smooths_the_loss(monkeypatch):
         (3, 6, 3, 2),
     ]
     assert {row["source"] for row in rows} == {"emulated"}
+    rows = links.progress(steps([4.0, 2.0, 1.0], 0.5), "powersgd", "near", 2e6, first_bytes=[5e6, 4e6])
+    assert [row["sent_mb"] for row in rows] == [9, 11]
 
 
 def test_the_common_loss_is_the_lowest_that_all_reach():

@@ -371,10 +371,11 @@ def test_no_daemon_survives_when_all_that_watches_is_killed_at_once(owner):
     process, folder = owner
     family = [p for p in psutil.Process(process.pid).children(recursive=True) if "slurm/keeper.py" in str(p.cmdline())]
     below = [p for keeper in family for p in keeper.children() if p not in family]
+    ends_with_them = [p for p in below if p.name() in ("slurmctld", "slurmd", "munged")]
     for watcher in [process, *family]:
         watcher.kill()
     process.wait()
-    psutil.wait_procs([p for p in below if p.name() in ("slurmctld", "slurmd", "munged")])
+    psutil.wait_procs(ends_with_them)
     assert len(sleepers("1006")) == 2  # jobs go on, as nobody is left who knows them, but for the next start
     slurm.start(nodes=1).stop()
     assert not folder.exists()

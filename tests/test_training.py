@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -31,6 +32,23 @@ class DoubleCNN(hpclab.models.CNN):
         return super().forward(images.double())
 
 
+HALF = """
+import os, signal, sys, time
+for turn in range(10**9):
+    os.kill(int(sys.argv[1]), (signal.SIGSTOP, signal.SIGCONT)[turn % 2])
+    time.sleep(0.01)
+"""
+
+
+class SlowedCNN(DoubleCNN):
+    """Rank 1 runs for half of the time, as under cpulimit; what stops it ends with it."""
+
+    def __init__(self):
+        super().__init__()
+        if os.environ["RANK"] == "1":
+            subprocess.Popen([sys.executable, "-c", HALF, str(os.getpid())], stderr=subprocess.DEVNULL)
+
+
 def fit(client, model=hpclab.models.CNN, **settings):
     settings = {"ranks": 1, "batch_size": 128, "epochs": 1, "seed": 3, "progress": False} | settings
     return hpclab.train(client, model, "fashion_mnist", **settings).result(600)
@@ -54,7 +72,8 @@ def plain_loop(seed, steps, batch):
     torch.manual_seed(seed)
     model = DoubleCNN()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps + 1, cycle_momentum=False)
+    rise = min(0.3, 6 / (steps + 1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps + 1, pct_start=rise, cycle_momentum=False)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).numpy()
     found = []
     for step in range(steps):
@@ -95,6 +114,38 @@ def test_one_rank_is_a_plain_loop(one):
 def test_two_ranks_are_one_rank_with_twice_the_batch(one, two):
     """The mean of two half batches' gradients is the whole batch's gradient; only the order of the sums differs."""
     assert_same(two, losses(one.rows), one.weights, tolerance=1e-9)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGSTOP")
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_shares_by_speed_are_one_process_too(client, one, strategy):
+    balanced = fit(
+        *(client, SlowedCNN), ranks=2, batch_size=64, steps=STEPS, lr=0.1, strategy=strategy, balance="measured"
+    )
+    steps = [row for row in balanced.rows if row["kind"] == "step"]
+    fast, slow = ({row["samples"] for row in steps if row["rank"] == rank} for rank in (0, 1))
+    ((fast,), (slow,)) = fast, slow
+    assert fast + slow == 128 and fast > 1.3 * slow
+    parts = np.array([[row["loss"] * row["samples"] / 128, row["step"]] for row in steps])
+    sums = [parts[parts[:, 1] == step, 0].sum() for step in range(STEPS)]
+    np.testing.assert_allclose(sums, losses(one.rows), rtol=0, atol=1e-9)
+    for name, value in one.weights.items():
+        torch.testing.assert_close(balanced.weights[name], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"balance": True}, r"balance \(=True\) must be one of 'measured'"),
+        (
+            {"balance": "measured", "strategy": "local-sgd"},
+            r"strategy \(=LocalSGD\(\)\) needs equal shares, without balance; these don't: ddp, bf16, .*, zero3\.",
+        ),
+    ],
+)
+def test_balance_that_cannot_be(client, settings, says):
+    with pytest.raises(ValueError, match=says):
+        fit(client, ranks=2, **settings)
 
 
 def test_two_ranks_are_one_in_single_precision_too(client):

@@ -1,6 +1,7 @@
 """Training by several strategies over several links: how far the loss has come, after which bytes and seconds."""
 
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +11,7 @@ SMOOTH = 10
 """Steps over which the loss is averaged."""
 
 
-def progress(rows: list[dict], way: str, link: str, step_bytes: float) -> list[dict]:
+def progress(rows: list[dict], way: str, link: str, step_bytes: float, first_bytes: Sequence[float] = ()) -> list[dict]:
     """How far a run had come after each step.
 
     Parameters
@@ -21,6 +22,8 @@ def progress(rows: list[dict], way: str, link: str, step_bytes: float) -> list[d
         What the strategy and the link are called.
     step_bytes : float
         Bytes that a rank sends in a step, as from `strategies.wire.wire`.
+    first_bytes : sequence of float, optional
+        The same of the first steps, where they differ.
 
     Returns
     -------
@@ -31,8 +34,9 @@ def progress(rows: list[dict], way: str, link: str, step_bytes: float) -> list[d
     steps = grouped(some(rows, "step"), "step")
     losses = [statistics.fmean(row["loss"] for row in group) for group in steps.values()]
     seconds = np.cumsum([max(row["step_s"] for row in group) for group in steps.values()])
+    sent = np.cumsum([*first_bytes, *[step_bytes] * len(losses)])
     return [
-        {"kind": "progress", "way": way, "link": link, "step": step, "sent_mb": step * step_bytes / 1e6}
+        {"kind": "progress", "way": way, "link": link, "step": step, "sent_mb": float(sent[step - 1] / 1e6)}
         | {"seconds": float(seconds[step - 1]), "loss": statistics.fmean(losses[step - SMOOTH : step])}
         | {"source": source(rows)}
         for step in range(SMOOTH, len(losses) + 1)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Model: TypeAlias = "nn.Module | Callable[[], nn.Module] | str"
 DEVICES = ("cpu", "cuda")
-DEVICES = ("cpu", "cuda")
 MODELS = {"CNN": "images", "ResNet": "images", "RNN": "series", "Autoencoder": "images", "GPT": "text"}
 """Names of the models in `hpclab.models`, each with the kind of data that it takes."""
 
@@ -45,6 +44,8 @@ class Job:
     """How the ranks share the work."""
     device: str = "cpu"
     """Where they compute: "cpu" or "cuda"."""
+    balance: bool = False
+    """Whether each rank's share of a step's samples is in proportion to its measured speed."""
 
     def module(self) -> nn.Module:
         """The model, made if it isn't yet."""

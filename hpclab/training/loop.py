@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,7 +27,8 @@ from hpclab import data as datasets
 from hpclab.gangs.rank import report, should_stop
 from hpclab.training import device, objectives
 from hpclab.training.memory import Peak
-from hpclab.training.strategies.engine import output
+from hpclab.training.strategies import shares
+from hpclab.training.strategies.engine import gathered, output
 
 if TYPE_CHECKING:
     from hpclab.training.job import Job
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 CLIP = 1.0
 """Largest norm of a step's gradient under `train`'s own optimiser; larger ones throw the loss up as the rate rises."""
+WARM_UP = 5
+"""Steps over which its learning rate rises, at most 3 in 10. With clipping it needs no more: where it reached
+its peak after 15 to 50 steps, as by default of torch, the loss rose twice as far, and the score was no better."""
+SPEED_SECONDS = 1.0
+"""For which a rank's speed is measured."""
 TEST_BATCH = 64
 """Least samples that a rank tests at once; else as many as in training, whose memory is there to be used again."""
 
@@ -67,15 +74,16 @@ class _Replica:
         replica = replica_of[self.rank]
         torch.manual_seed(job.seed + replica)
         self.shape = _shape(module)
+        module = module.to(self.device)
+        share, weight = self._share(module) if job.balance else (slice(replica, None, self.replicas), 1.0)
         self.engine = job.strategy.start(
-            module.to(self.device), job.optimizer or functools.partial(SGD, lr=job.lr, momentum=0.9), self.loss
+            module, job.optimizer or functools.partial(SGD, lr=job.lr, momentum=0.9), self.loss
         )
         if job.network is not None:
             cast("Replicated", self.engine).attach(job.network)
-        self.sampler: DistributedSampler = DistributedSampler(
-            cast(Dataset, self.data), self.replicas, replica, seed=job.seed, drop_last=True
-        )
-        self.batches = _Rest(self.sampler, job.batch // self.replicas, drop_last=True)
+        self.engine.weight = weight
+        self.sampler: DistributedSampler = DistributedSampler(cast(Dataset, self.data), 1, 0, seed=job.seed)
+        self.batches = _Batches(self.sampler, job.batch, share)
         draws = torch.Generator()  # its own, since one that goes on in mid-epoch begins it twice
         self.loader = DataLoader(cast(Dataset, self.data), sampler=self.batches, batch_size=None, generator=draws)
         self.stopped = False
@@ -84,9 +92,33 @@ class _Replica:
         self.schedule: OneCycleLR | None = None
         if job.optimizer is None:
             self.engine.clip = CLIP
-            self.schedule = OneCycleLR(self.engine.optimizer, job.lr, self.steps + 1, cycle_momentum=False)
+            rise = min(0.3, (WARM_UP + 1) / (self.steps + 1))
+            self.schedule = OneCycleLR(
+                self.engine.optimizer, job.lr, self.steps + 1, pct_start=rise, cycle_momentum=False
+            )
         if (state := self.engine.restore()) is not None:
             self._restore(state)
+
+    def _share(self, module: nn.Module) -> tuple[slice, float]:
+        """Which samples of each step are this rank's, in proportion to its speed, and what their mean weighs."""
+        speeds = gathered(self._speed(module))
+        samples = shares.shares(speeds, self.job.batch)
+        first = sum(samples[: self.rank])
+        return slice(first, first + samples[self.rank]), shares.weights(samples)[self.rank]
+
+    def _speed(self, module: nn.Module) -> float:
+        """Samples a second of this rank, with nothing sent, while the others compute too; on a copy of the model."""
+        module, size = copy.deepcopy(module), self.job.batch // self.ranks
+        inputs, labels = device.moved(default_convert(self.data[np.arange(size)]), self.device)
+        target, passes, start = self.objective.target(inputs, labels), 0, time.perf_counter()
+        with torch.random.fork_rng():
+            dist.barrier()
+            while passes < 3 or time.perf_counter() < start + SPEED_SECONDS:
+                if passes == 1:  # what is loaded and allocated once is done
+                    start = time.perf_counter()
+                self.loss(output(module, inputs), target).backward()
+                passes += 1
+        return size * (passes - 1) / (time.perf_counter() - start)
 
     def train(self, traced: Any = None) -> None:
         """Train an epoch, or what is left of it or of the steps, and test; a profiler is told of each step."""
@@ -182,10 +214,16 @@ def _shape(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, cast(dict, empty))
 
 
-class _Rest(BatchSampler):
-    """Batches of an epoch, without those that were done before this attempt."""
+class _Batches(BatchSampler):
+    """This rank's share of each step's samples, over an epoch, without the steps done before this attempt.
 
-    done = 0
+    A replica takes every so many-th sample, as DistributedSampler deals them: that keeps to the sampler's order, in
+    steps whose samples of all ranks together are the same whatever the shares.
+    """
+
+    def __init__(self, sampler: DistributedSampler, batch: int, share: slice):
+        super().__init__(sampler, batch, drop_last=True)
+        self.share, self.done = share, 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return islice(super().__iter__(), self.done, None)
+        return (batch[self.share] for batch in islice(super().__iter__(), self.done, None))

@@ -86,6 +86,7 @@ def train(
     recompute: bool = False,
     autocast: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
+    balance: Literal["measured"] | None = None,
     find_unused_parameters: bool = False,
     bucket_cap_mb: float | None = None,
     max_restarts: int = 0,
@@ -115,8 +116,9 @@ def train(
     batch_size : int, default 64
         Samples per *rank* and step. 2 ranks with 64 take the same steps as 1 rank with 128, up to rounding.
     lr : float, default 0.05
-        Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), for SGD with momentum
-        0.9 on gradients whose norm is clipped to 1 (Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063).
+        Highest learning rate of the one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120), which rises for 5
+        steps, at most 3 in 10, and then falls; for SGD with momentum 0.9 on gradients whose norm is clipped to 1
+        (Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063).
     threads : int, default 1
         Threads that torch may use in each rank.
     oversubscribe, wait : bool, default False
@@ -155,6 +157,11 @@ def train(
     device : {"cpu", "cuda"}, default "cpu"
         Where ranks compute. "cuda" gives each rank a GPU of its host, and averages by NCCL; step rows then have
         ``memory_mb``, the peak of its allocator. Written as is usual, and not yet run by anyone: see docs/gpu.md.
+    balance : {"measured"}, optional
+        Give each rank a share of a step's samples in proportion to its speed, measured for a second as each attempt
+        begins, and weigh its gradient by that share: for ranks on unequal machines. Step rows tell the shares, in
+        ``samples``. The result is that of equal shares up to rounding, if the model neither draws random numbers nor
+        looks at its share of a batch as a whole. Default: all shares are equal.
     find_unused_parameters : bool, default False
         With "ddp" and the strategies that build on it, allow models whose steps may leave parameters unused
         (DistributedDataParallel's argument of the same name); without it such a model fails in its second step. It
@@ -198,6 +205,8 @@ def train(
     if not _makes_module(model):
         raise TypeError(not_a_module(model))
     one_of("device", device, DEVICES)
+    if balance is not None:
+        one_of("balance", balance, ("measured",))
     if not lr > 0:
         raise ValueError(f"lr (={lr!r}) must be above 0.")
     ranks = gang_size(client, ranks, threads, oversubscribe)
@@ -209,10 +218,10 @@ def train(
     batch, switches = batch_size * ranks, {"recompute": bool(recompute), "autocast": bool(autocast)}
     ddp = {"find_unused_parameters": bool(find_unused_parameters), "bucket_cap_mb": bucket_cap_mb}
     strategy = _settled(strategy, network, switches, ddp)
-    strategy.check(model, ranks, batch)
+    strategy.check(model, ranks, batch, balance is not None)
     job = Job(
         *(model, str(source.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
-        *(checkpoint_every, strategy, device),
+        *(checkpoint_every, strategy, device, balance is not None),
     )
     sizes = None if min_ranks is None else _sizes(job, ranks, min_ranks)
     placing: dict[str, Any] = {"ranks": ranks, "threads": threads, "oversubscribe": oversubscribe, "wait": wait}

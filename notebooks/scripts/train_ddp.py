@@ -42,7 +42,8 @@ def main():
     sampler = DistributedSampler(dataset, ranks, rank, seed=SEED, drop_last=True)  # each rank has its share
     loader = DataLoader(dataset, BATCH, sampler=sampler, drop_last=True)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, STEPS + 1, cycle_momentum=False)
+    rise = min(0.3, 6 / (STEPS + 1))  # share of the steps over which the learning rate rises: 5 of them
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, STEPS + 1, pct_start=rise, cycle_momentum=False)
     step = 0
     while step < STEPS:
         sampler.set_epoch(step // len(loader))  # another order in each epoch

@@ -150,8 +150,8 @@ stage.run()
 # For nothing else to differ, three conditions must hold: equal halves, a loss that is a mean, and a network without
 # batch norm. The notebook *cnn* shows what happens when they don't.)
 #
-# **The same bump.** The loss may rise for some steps before it falls for good. The learning rate (how far a step goes) rises for the first 30 % of the
-# steps, then falls; near its peak the steps are large. All curves have the bump at the same height: another sign that all take the same steps.
+# **The same bump.** The loss may rise for some steps before it falls for good. The learning rate (how far a step goes) rises for five steps,
+# then falls slowly; near its peak the steps are large. All curves have the bump at the same height: another sign that all take the same steps.
 #
 # **Sooner, but not twice.** If you have two CPUs, look at *times as fast*. What keeps it below 2?
 #

@@ -326,8 +326,8 @@ else:
 hpclab.came("ddp-from-scratch.weights", gang.pull("apart", on=0)[0])
 
 # %% [markdown] id="ddp-explain"
-# **Explain.** The difference is rounding: sums taken in another order. But between the ranks there is *none*: one rank
-# summed each part, once, and the others have a copy. If every rank summed for itself, in its own order, the weights would
+# **Explain.** The difference is rounding: sums taken in another order. But between the ranks there is *none*: each part
+# was summed once, on its way around the ring, and all have that sum. If every rank summed for itself, in its own order, the weights would
 # drift apart, a little more with every step, and nobody would notice.
 #
 # Unlike us, DDP needn't wait for all gradients: it can send the last layers' gradients while it still computes those of
@@ -397,7 +397,7 @@ client.close()
 # ## Summary
 #
 # - A gradient by hand is a few matrix products, and autograd checks it.
-# - Sends and receives must match on all ranks; otherwise they wait for ever.
+# - Sends and receives must match on all ranks; otherwise they wait, until a timeout of half an hour ends them.
 # - Ring all-reduce = reduce-scatter + all-gather: $2 (p - 1) / p \cdot N$ bytes a rank, below $2 N$ for any $p$;
 #   $2 (p - 1)$ latencies, which grow with $p$.
 # - The mean of the parts' gradients is the whole batch's. If you sum without dividing, the step is $p$ times too long.

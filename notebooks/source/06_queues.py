@@ -58,7 +58,7 @@ on_slurm(start)
 # %% [markdown] id="script"
 # ## A script
 #
-# A job is a shell script. Its `#SBATCH` lines say what it needs: a name, nodes, CPUs, memory, and a time limit. You
+# A job is a shell script. Its `#SBATCH` lines say what it needs: a name, nodes, CPUs, often memory, and a time limit. You
 # submit it and leave; its output goes to a file.
 #
 # On a site a script would also load software (`module load python/3.11`), name the account that pays (`--account`), and
@@ -103,7 +103,7 @@ ax = plots.gantt(on_slurm(array))
 
 # %% [markdown] id="array-explain"
 # **Explain.** A thin line shows a job waiting, a bar shows it running, with its node. Never more than three run at
-# once, and the next starts a moment after one ends: the scheduler looks about once a second.
+# once, and the next starts a moment after one ends: our scheduler looks about once a second.
 #
 # ## Who goes first?
 #
@@ -149,8 +149,8 @@ hpclab.came("queues.fifo", min(job["started_s"] - job["submitted_s"] for job in 
 # %% [markdown] id="backfill"
 # **Explain.** *wide* is next and can't start. So no job behind it may start, though two CPUs are idle.
 #
-# Now the same dozen with *backfill*: a job may overtake if it delays no job ahead of it. The scheduler can know that
-# only if every job has stated its time limit.
+# Now the same dozen with *backfill*: a job may overtake if, by all jobs' stated time limits, it delays none ahead of
+# it. (Where a job ends before its limit, it may delay one after all.)
 #
 # Which jobs overtake *wide* now? **Predict** the one that doesn't, though it takes just as little time.
 
@@ -181,7 +181,7 @@ compare({"first come, first served": fifo, "backfill": filled}, cpus=4)
 # turn.) **Ask for less and you start sooner.** Ask for too little, though, and your job is killed
 # when its time is up.
 #
-# (Slurm counts whole seconds, and looks at its queue about once a second: read the differences, not the digits.)
+# (Slurm counts whole seconds, and ours looks at its queue about once a second: read the differences, not the digits.)
 #
 # ## The same cell on a queue
 #
@@ -245,13 +245,13 @@ hpclab.came("queues.steps_lost", sum(lost))
 # %% [markdown] id="kill-explain"
 # **Explain.** You do nothing. Slurm was told that its node is down (by itself it would notice after a timeout, of minutes
 # on most sites), and the job on it failed. hpclab asked for another worker,
-# Slurm placed it on the spare node, and the gang resumed there from its last checkpoint: its weights are equal to the
+# Slurm placed it on the spare node, and both ranks resumed, one of them there, from the last checkpoint: its weights are equal to the
 # last bit, as if nothing had happened. When a job's *walltime* is about to end, the same happens, after one more
 # checkpoint.
 #
 # ## Without hpclab
 #
-# Most sites have Slurm and torch, but not hpclab. `train_ddp.py` does what `hpclab.train` does, as a standalone script:
+# Most sites have Slurm and torch, but not hpclab. `train_ddp.py` trains as `hpclab.train` does, as a standalone script:
 # open it in the file browser, folder *scripts*. From its environment it must read what `launch` tells each rank: its
 # number, how many ranks there are, and where they meet. This job script takes them from Slurm:
 

@@ -34,7 +34,7 @@ RANKS, BATCH = 2, 8
 # %% [markdown] id="data"
 # ## The talks
 #
-# Nine men said a Japanese vowel, again and again; the data set *JapaneseVowels* holds each recording as 7 to 29 frames of
+# Nine men said two Japanese vowels, /ae/, again and again; the data set *JapaneseVowels* holds each recording as 7 to 29 frames of
 # twelve numbers. The network's task is to say who speaks. To have lengths as real speech and text have them, with a long
 # tail, we join recordings of one speaker to *talks*: the shortest has one recording, the longest twelve.
 
@@ -63,7 +63,7 @@ def random_plan(lengths, ranks, batch_size, seed, epoch):
 
 
 # %% [markdown] id="frames"
-# Each rank has 8 talks a step (one fewer in some steps, as 270 isn't a multiple of 16). **Predict**: how many times as many
+# Each rank has 8 talks a step (7 in the last, as 270 isn't a multiple of 16). **Predict**: how many times as many
 # frames has the rank with more as the rank with fewer, in a typical step?
 
 # %% id="frames-predict"

@@ -124,7 +124,7 @@ hpclab.came("too-big.ddp", rows["ddp"]["peak_mb"])
 # ## Three things to share
 #
 # **ZeRO** shards over data-parallel ranks what DDP has on each: stage 1 the optimiser's state, stage 2 the gradients too, stage 3
-# the weights too. PyTorch calls stage 3 *FSDP*: a rank gathers the weights of a block just before it needs them,
+# the weights too. (Stages 2 and 3 are PyTorch's *FSDP*, whose stage 2 also puts the weights into shards between steps.) In stage 3 a rank gathers the weights of a block just before it needs them,
 # computes the *whole* block on its *own* windows, and drops them.
 #
 # **Predict**: what share of DDP's peak do two ranks need with stage 3: 0.5?
@@ -160,14 +160,14 @@ ax = figures.needs([*rows.values()])
 hpclab.came("too-big.zero3", rows["zero3"]["peak_mb"] / rows["ddp"]["peak_mb"])
 
 # %% [markdown] id="all-explain"
-# **Explain.** The bars are the formula, the markers what the ranks held. Stage 3 halves what belongs to parameters, but
-# **ZeRO shards no activations**: each rank keeps those of its own windows, whole, and with larger batches they are
+# **Explain.** The bars are the formula, the markers what the ranks held. Stage 3 halves what belongs to parameters (but for two blocks, which are whole at a time), and
+# **shards no activations**: each rank keeps those of its own windows, whole, and with larger batches they are
 # most of its memory. To cut them, take smaller micro-batches, compute again, or split the *computation*:
 #
 # **FSDP isn't tensor parallelism.** FSDP shards how weights are *stored*; every rank computes with whole
-# matrices. Tensor parallelism splits the *multiplication*: no rank ever has the whole matrix, all ranks work on the same
-# windows, and partial sums of activations travel. So FSDP's bytes grow with the model, and tensor parallelism's with
-# the batch:
+# matrices. Tensor parallelism splits the *multiplication*: no rank computes with a block's whole matrix, all ranks work on the same
+# windows, and partial sums of activations travel. So FSDP's bytes don't depend on the batch, and tensor parallelism's
+# grow with it:
 
 # %% id="bytes-do"
 hpclab.tables.Table(
@@ -180,9 +180,9 @@ hpclab.tables.Table(
 # %% [markdown] id="when"
 # ## When to use what
 #
-# All columns but the last two belong to the runs above: the loss in the third step (the exact strategies agree up to
+# For the runs above: the loss in the third step (the exact strategies agree up to
 # rounding), the fastest step, the bytes that a rank sends in a step on the library that ran here (gloo) and on NVIDIA's (NCCL), by
-# formula, and the peak. Seconds are of one short run each, on small messages within one machine: they rank nothing
+# formula, and the measured peak. Seconds are of one short run each, on small messages within one machine: they rank nothing
 # on a cluster.
 
 # %% id="when-do"
@@ -235,8 +235,8 @@ hpclab.came("too-big.bubble", bubbles[1])
 
 # %% [markdown] id="bubble-explain"
 # **Explain.** The gaps between the bars of a rank are the bubble. It **isn't fixed**: more micro-batches fill the pipeline better,
-# and more stages worse. What is measured exceeds the formula, since stages aren't equally long, a message takes
-# time, and small micro-batches compute less efficiently. (On a busy machine, ranks also wait for CPUs.) The all-reduce in the end
+# and more stages worse. What is measured exceeds the formula, since stages aren't equally long, and a message takes
+# time. (On a busy machine, ranks also wait for CPUs.) The all-reduce in the end
 # adds up the gradients of the embedding, whose weights the first and the last stage share.
 #
 # `gpipe` runs all forward passes first; `1f1b` runs one forward pass and one backward pass in turn, as soon as it can. The bubble is
@@ -246,8 +246,8 @@ hpclab.came("too-big.bubble", bubbles[1])
 #
 # ## Up to 80 billion parameters
 #
-# The forecasts below are calibrated on what others *recorded* of 895 configurations, with models of 1 and 3 billion parameters on up to 64 H100s.
-# First, a recorded best run beside the forecast of the same layout:
+# The forecasts below are calibrated on 505 configurations that others *ran*, with models of 1 and 3 billion parameters on up to 64 H100s.
+# First, the best of these runs beside what the calibrated formula says of the same layout:
 
 # %% id="recorded-do"
 table = [row for row in hpclab.data.tables.table("ultrascale") if row["ok"] and row["nodes"] == 8]
@@ -264,7 +264,8 @@ hpclab.tables.Table(
 )
 
 # %% [markdown] id="plan"
-# A model of 80 billion parameters needs 16 bytes for each of them: 1,280 GB. An H100 has 80 GB.
+# These runs added up gradients in 4 bytes, so a parameter took 18 bytes: 1,440 GB for a model of 80 billion parameters. An H100
+# "of 80 GB" has 85.5.
 #
 # **Predict**: what is the least number of H100s, a power of two, on which some layout of it fits, with sequences of 4,096 tokens?
 
@@ -288,8 +289,8 @@ hpclab.tables.Table(
 hpclab.came("too-big.gpus", least)
 
 # %% [markdown] id="plan-explain"
-# **Explain.** 16 GPUs would just hold the 16 bytes, and nothing else: activations, logits and buffers need their own room. (Up to a
-# tenth above 80 GB counts as fitting: near that limit, recorded runs needed less than forecast.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
+# **Explain.** On 16 GPUs the 18 bytes alone take 90 GB each; activations, logits and buffers need more. (Up to 94 GB counts as
+# fitting: near the limit, recorded runs needed less than forecast.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
 # again? All rows are forecasts, for a model far larger than those that were recorded: trust their order more than their digits.
 
 # %% id="planner-do"
@@ -299,7 +300,7 @@ widgets.Planner()
 # ## Exercise: the cheapest that fits
 #
 # Write `choose(budget, ranks, parameters, layers, width, batch, sequence)`. It returns the name of the first of these options
-# with which a rank stays within `budget` bytes, or `"none"` if there is no such option. They are in order of cost: each sends or computes more
+# with which a rank stays within `budget` bytes, or `"none"` if there is no such option. They are in order of cost: as torch implements them, each sends or computes more
 # than the one before. $P$ is the number of parameters, all numbers have 4 bytes, and `batch` counts the sequences of *all* ranks
 # together.
 #

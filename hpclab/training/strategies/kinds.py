@@ -41,6 +41,8 @@ class Strategy:
     """Attribute by which a model says how it is split; empty if any model will do."""
     keeps: ClassVar[str] = "whole"
     """Kind of checkpoint: strategies of the same kind read each other's."""
+    weighs: ClassVar[bool] = False
+    """Whether ranks may have unequal shares of a step's samples: each gradient is weighed by its rank's share."""
 
     def __repr__(self) -> str:
         """As Python would make it, without what it has by default."""
@@ -61,7 +63,7 @@ class Strategy:
         size = self.group(ranks)
         return ranks // size, [rank // size for rank in range(ranks)]
 
-    def check(self, model: object, ranks: int, batch: int) -> None:
+    def check(self, model: object, ranks: int, batch: int, balance: bool = False) -> None:
         """Raise unless this strategy can train a model.
 
         Parameters
@@ -71,6 +73,8 @@ class Strategy:
         ranks : int
         batch : int
             Samples a step, of all ranks together.
+        balance : bool, default False
+            Whether the ranks' shares of them are unequal.
 
         Raises
         ------
@@ -80,6 +84,11 @@ class Strategy:
         if why := self.obstacle(model, ranks, batch):
             able = [name for name, other in NAMES.items() if not other.obstacle(model, ranks, batch)]
             raise ValueError(f"strategy (={self!r}) {why}; these can: {', '.join(able)}.")
+        if balance and not self.weighs:
+            able = [name for name, other in NAMES.items() if other.weighs]
+            raise ValueError(
+                f"strategy (={self!r}) needs equal shares, without balance; these don't: {', '.join(able)}."
+            )
 
     def obstacle(self, model: object, ranks: int, batch: int) -> str:
         """Why this strategy can't train a model; empty if it can."""
@@ -114,6 +123,7 @@ class DDP(Strategy):
     """MB (2**20 bytes) of gradients that are averaged at once; None as torch does by default."""
 
     engine: ClassVar[str] = "ddp.Replicated"
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
@@ -127,6 +137,7 @@ class Accumulate(DDP):
     micro_batches: int = 4
 
     engine: ClassVar[str] = "ddp.Accumulating"
+    weighs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,6 +210,8 @@ class Zero(Strategy):
     """
 
     stage: Literal[1, 2, 3] = 3
+
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("stage", self.stage, (1, 2, 3))

@@ -341,10 +341,10 @@ def test_two_ranks_are_one_for_each_model(client, name, source, settings):
 
 @pytest.fixture(scope="module")
 def verses(tmp_path_factory):
-    """A twentieth of the Bible."""
+    """A fortieth of the Bible."""
     bible = data.load("kjv")
-    text = bible.decode(bible.tokens[:200_000])
-    return data.write(tmp_path_factory.mktemp("verses"), {"train": text[20_000:], "test": text[:20_000]}, kind="text")
+    text = bible.decode(bible.tokens[:100_000])
+    return data.write(tmp_path_factory.mktemp("verses"), {"train": text[10_000:], "test": text[:10_000]}, kind="text")
 
 
 def adam(parameters):

@@ -1,7 +1,7 @@
 """What a network is trained for: its loss, and what a test says besides. Ranks import it.
 
-Each loss is a mean over a rank's samples. All ranks have equally many, so the mean of their losses is that of the whole
-batch: a series counts once, however many frames it has, and all windows of a text have equally many characters.
+Each loss is a mean over a rank's samples. All ranks have equally many, or the mean is weighed by their shares, so the mean
+of their losses is that of the whole batch: a series counts once, however many frames it has, and all windows of a text have equally many characters.
 """
 
 from __future__ import annotations
@@ -44,10 +44,15 @@ def bits(scores: Tensor, following: Tensor) -> Tensor:
     return of_characters(scores, following) / math.log(2)
 
 
+def error(made: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of what a network made, of any shape, in its precision: torch 2.6 takes no other for both."""
+    return mse_loss(made, target.to(made.dtype))
+
+
 OBJECTIVES = {
     "classify": Objective(cross_entropy, {"test_accuracy": accuracy}),
     "predict": Objective(of_characters, {"test_bits": bits}),
-    "rebuild": Objective(mse_loss, target=lambda inputs, labels: inputs),
+    "rebuild": Objective(error, target=lambda inputs, labels: inputs),
 }
 _OF_DATA = {"images": "classify", "series": "classify", "text": "predict"}
 

@@ -1,7 +1,8 @@
 """What a network is trained for: its loss, and what a test says besides. Ranks import it.
 
-Each loss is a mean over a rank's samples. All ranks have equally many, or the mean is weighed by their shares, so the mean
-of their losses is that of the whole batch: a series counts once, however many frames it has, and all windows of a text have equally many characters.
+Each loss is a mean over a rank's samples. All ranks have equally many, or their shares weigh the means, so the mean of
+the losses is that of the whole batch: a series counts once, however many frames it has, and all windows of a text have
+equally many characters.
 """
 
 from __future__ import annotations

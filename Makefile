@@ -57,6 +57,7 @@ bench: $(READY) .venv-peers/.ready ## throughput and launches, as ratios measure
 	@$(BIN)/python benchmarks/cells.py
 	@$(BIN)/python benchmarks/playground.py
 	@$(BIN)/python benchmarks/balance.py
+	@$(BIN)/python benchmarks/strategies.py
 	@$(BIN)/python benchmarks/recovery.py
 	@.venv-peers/bin/python benchmarks/frameworks.py
 

@@ -9,7 +9,7 @@
 # |---|---|
 # | objectives | write a serial training loop; explain why data parallelism changes nothing but the time; measure a speed-up with its spread; share out the data anew in each epoch, and scale the learning rate |
 # | prerequisites | the notebook *start*; what a gradient is |
-# | minutes | 30 to read and do, 15 of them for the exercises; 40 with the parts *for later*; under 3 to run |
+# | minutes | 30 to read and do, 15 of them for the exercises; 50 with the parts *for later*; under 3 to run |
 # | needs | 1 CPU (2 to see a speed-up), 1.5 GB of memory, 2 ranks, no network |
 #
 # New terms are defined in the [glossary](glossary.md#data-parallelism), in English and in Chinese.
@@ -321,6 +321,54 @@ said = zip(guesses, labels, strict=True)
 names = [(test.classes[guess], test.classes[label]) for guess, label in said]
 pictures(batch, [guess if guess == label else f"{guess},\nnot {label}" for guess, label in names])
 
+# %% [markdown] id="deeper"
+# ## For later: a deeper network
+#
+# Two convolutions see small patterns. More layers see more, but a gradient that goes back through many of them fades. A
+# **ResNet** adds each block's input to its output, so the gradient also has a way around the block.
+#
+# **Predict**: by its operations the ResNet should take 2.4 times as long for a step. How many times as long does it take,
+# on one rank?
+
+# %% id="deeper-predict"
+hpclab.predict("cnn.deeper", ..., "times as long")
+
+# %% id="deeper-do"
+networks = {"CNN": hpclab.models.CNN(), "ResNet": hpclab.models.ResNet()}
+deeper = hpclab.scaling.sweep(
+    client,
+    lambda client, network, ranks: hpclab.train(
+        *(client, network, "fashion_mnist"), ranks=ranks, oversubscribe=True, steps=STEPS, progress=False
+    ),
+    cases=[{"network": network, "ranks": ranks} for network in networks for ranks in (1, 2)],
+    repeats=REPEATS,
+)
+one, two, deep_one, deep_two = (
+    1e3 * np.median([row["step_s"] for row in deeper if row["case"] == case]) for case in range(4)
+)
+hpclab.tables.Table(
+    {
+        "network": name,
+        "weights": f"{networks[name].counts().parameters:,}",
+        "million operations a picture": round(networks[name].counts().flops / 1e6, 1),
+        "step of 1 rank (ms)": round(first, 1),
+        "of 2 ranks (ms)": round(second, 1),
+    }
+    for name, first, second in (("CNN", one, two), ("ResNet", deep_one, deep_two))
+)
+
+# %% id="deeper-came"
+hpclab.came("cnn.deeper", deep_one / one)
+
+# %% [markdown] id="deeper-explain"
+# **Explain.** Operations aren't time. Batch norm and the additions compute little, but read and write all that the
+# convolutions made. (*one-process* tells what computes from what only moves data.) As each rank has 64 pictures in both
+# columns, the second should be as long as the first: what it has more is waiting, sharing and communication. The ResNet sends
+# half as many bytes again, but computes for much longer, so communication is a smaller share of its step: deep networks scale better.
+#
+# And batch norm? Each rank takes the means of its *own* pictures, so two ranks no longer train exactly as one does (see
+# above). `models.resnet.SyncBatchNorm` takes them over all ranks, for two more messages a layer and pass.
+
 # %% [markdown] id="quiz-interval"
 # ## Quiz
 #
@@ -386,6 +434,7 @@ client.close()
 # ### References
 #
 # - P. Goyal and others, *Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour*, 2017, arXiv:1706.02677.
+# - K. He and others, *Deep Residual Learning for Image Recognition*, 2015, arXiv:1512.03385.
 # - S. Li and others, *PyTorch Distributed: Experiences on Accelerating Data Parallel Training*, 2020, arXiv:2006.15704.
 # - L. Smith, N. Topin, *Super-Convergence*, 2018, arXiv:1708.07120 (the one-cycle schedule).
 # - H. Xiao, K. Rasul, R. Vollgraf, *Fashion-MNIST*, 2017, arXiv:1708.07747.

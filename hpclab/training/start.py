@@ -148,7 +148,7 @@ def train(
         How the ranks share the work: a class of `hpclab.training.strategies` with its settings, such as
         ``Tensor(ranks=2)``, or the name of one: "ddp", "accumulate", "bf16", "fp16", "powersgd", "topk", "local-sgd",
         "diloco", "zero1", "zero2", "zero3", and for models that say how they are split, such as "GPT", "tensor",
-        "sequence", "gpipe", "1f1b" and "interleaved".
+        "sequence", "gpipe", "1f1b" and "interleaved". On CPUs, "zero2" and "zero3" need a torch newer than 2.6.
     recompute : bool, default False
         Keep only the inputs of each block of the model, and compute the rest again in the backward pass: less memory,
         for up to a third more work.

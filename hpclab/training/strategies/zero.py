@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,6 +23,9 @@ from torch.optim import Optimizer
 from hpclab.training.strategies.ddp import Replicated
 from hpclab.training.strategies.engine import Engine, blocks, local
 from hpclab.training.strategies.kinds import Zero
+
+SHARDS_ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
+"""Whether `fully_shard` works there; in torch 2.6 it doesn't."""
 
 
 class Optimizers(Replicated):
@@ -90,6 +94,11 @@ class Shards(Sharded):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Each block by itself, and the rest with the whole."""
+        if self.device.type == "cpu" and not SHARDS_ON_CPUS:
+            raise RuntimeError(
+                f"strategy (={self.strategy!r}) needs a newer torch than {torch.__version__}, which shards weights on"
+                " GPUs alone; Zero(1) has no such need."
+            )
         ranks = init_device_mesh(self.device.type, (dist.get_world_size(),))
         for part in (*blocks(module), self.cast(module)):
             fully_shard(part, mesh=ranks, reshard_after_forward=cast(Zero, self.strategy).stage == 3)

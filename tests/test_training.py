@@ -46,8 +46,23 @@ class SlowedCNN(DoubleCNN):
 
     def __init__(self):
         super().__init__()
+        self.slow()
+
+    def slow(self):
         if os.environ["RANK"] == "1":
             subprocess.Popen([sys.executable, "-c", HALF, str(os.getpid())], stderr=subprocess.DEVNULL)
+
+
+class SlowedResNet(hpclab.models.ResNet):
+    """The same, with a batch norm over all ranks."""
+
+    def __init__(self):
+        super().__init__(widths=(4, 8), norm=SyncBatchNorm)
+        self.double()
+        SlowedCNN.slow(self)
+
+    def forward(self, images):
+        return super().forward(images.double())
 
 
 def fit(client, model=hpclab.models.CNN, **settings):
@@ -134,6 +149,16 @@ def test_shares_by_speed_are_one_process_too(client, one, strategy):
     np.testing.assert_allclose(sums, losses(one.rows), rtol=0, atol=1e-9)
     for name, value in one.weights.items():
         torch.testing.assert_close(balanced.weights[name], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGSTOP")
+def test_shares_by_speed_with_a_batch_norm_over_all_ranks(client):
+    settings = {"steps": 12, "lr": 0.1}
+    balanced = fit(client, SlowedResNet, ranks=2, batch_size=64, balance="measured", **settings)
+    alone = fit(client, SlowedResNet, **settings)
+    assert len({row["samples"] for row in balanced.rows if row["kind"] == "step"}) == 2
+    for name, value in alone.weights.items():
+        torch.testing.assert_close(balanced.weights[name], value, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

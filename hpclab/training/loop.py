@@ -109,6 +109,9 @@ class _Replica:
     def _speed(self, module: nn.Module) -> float:
         """Samples a second of this rank, with nothing sent, while the others compute too; on a copy of the model."""
         module, size = copy.deepcopy(module), self.job.batch // self.ranks
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()  # one over all ranks would wait for their passes, of which there are not equally many
         inputs, labels = device.moved(default_convert(self.data[np.arange(size)]), self.device)
         target, passes, start = self.objective.target(inputs, labels), 0, time.perf_counter()
         with torch.random.fork_rng():
@@ -116,7 +119,9 @@ class _Replica:
             while passes < 3 or time.perf_counter() < start + SPEED_SECONDS:
                 if passes == 1:  # what is loaded and allocated once is done
                     start = time.perf_counter()
-                self.loss(output(module, inputs), target).backward()
+                loss = self.loss(output(module, inputs), target)
+                loss.backward()
+                loss.item()  # a GPU has done it all by then
                 passes += 1
         return size * (passes - 1) / (time.perf_counter() - start)
 

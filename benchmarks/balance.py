@@ -1,34 +1,17 @@
 """Shares of a batch by measured speed against equal ones, on two ranks of which one runs for half of the time.
 
-Run it with ``make bench``. What slows that rank stops it for 10 of every 20 milliseconds, as cpulimit does.
+Run it with ``make bench``.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import functools
 
 import hpclab
 from hpclab import scaling
+from hpclab.course.chaos import slowed
 from hpclab.models import CNN
 from hpclab.ratios import told
 from hpclab.tables import Table
-
-HALF = """
-import os, signal, sys, time
-for turn in range(10**9):
-    os.kill(int(sys.argv[1]), (signal.SIGSTOP, signal.SIGCONT)[turn % 2])
-    time.sleep(0.01)
-"""
-
-
-class Slowed(CNN):
-    """A CNN whose rank 1 is slowed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        if os.environ["RANK"] == "1":
-            subprocess.Popen([sys.executable, "-c", HALF, str(os.getpid())], stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -39,7 +22,8 @@ def main() -> None:
     with hpclab.connect(workers=2) as client:
 
         def job(client, **settings):
-            return hpclab.train(client, Slowed, "fashion_mnist", batch_size=96, steps=100, progress=False, **settings)
+            settings |= {"batch_size": 96, "steps": 100, "progress": False}
+            return hpclab.train(client, functools.partial(slowed, CNN), "fashion_mnist", **settings)
 
         cases = [{"ranks": 2}, {"ranks": 2, "balance": "measured"}]
         rows = scaling.sweep(client, job, cases=cases, repeats=options.repeats)

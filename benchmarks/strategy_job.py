@@ -56,15 +56,15 @@ def replicated(name, model):
     return step
 
 
-def local(model):
-    """Local SGD: the weights are averaged every 8 steps."""
-    optimizer, averager = torch.optim.AdamW(model.parameters(), LR), PeriodicModelAverager(8)
+def ordinary(model, after=lambda parameters: None):
+    """As one process trains; with something to do after each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), LR)
 
     def step(inputs, following):
         optimizer.zero_grad()
         loss(model(inputs), following).backward()
         optimizer.step()
-        averager.average_parameters(model.parameters())
+        after(model.parameters())
 
     return step
 
@@ -77,14 +77,7 @@ def sharded(name, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=name == "zero3")
     else:
         split(model, mesh, Shard(1) if name == "sequence" else Replicate())
-    optimizer = torch.optim.AdamW(model.parameters(), LR)
-
-    def step(inputs, following):
-        optimizer.zero_grad()
-        loss(model(inputs), following).backward()
-        optimizer.step()
-
-    return step
+    return ordinary(model)
 
 
 def split(model, mesh, between):
@@ -132,7 +125,7 @@ def main():
     model = GPT(width=width, layers=layers)
     group = name in ("tensor", "sequence", "gpipe", "1f1b", "interleaved")  # of ranks that share their samples
     if name == "local-sgd":
-        step = local(model)
+        step = ordinary(model, PeriodicModelAverager(8).average_parameters)
     elif name in ("gpipe", "1f1b", "interleaved"):
         step = pipelined(name, model)
     elif group or name in ("zero2", "zero3"):

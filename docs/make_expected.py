@@ -49,7 +49,7 @@ def pictures(cell):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("slugs", nargs="*", choices=[[], *SHOWN], help="notebooks, all by default")
+    parser.add_argument("slugs", nargs="*", help="notebooks, all by default")
     (HERE / "expected").mkdir(exist_ok=True)
     for slug in parser.parse_args().slugs or SHOWN:
         notebook = build.solution(HERE.parent / "notebooks" / "source" / f"{slug}.py", "en")

@@ -24,6 +24,7 @@ from hpclab.training.start import Model, train
 Rows = list[dict]
 Show = Callable[[dict[str, Rows]], None]
 
+EPOCHS = 3
 BATCH = 192
 """Samples a step, over all ranks. Smaller ones spend a larger part of each step on talking, larger ones learn less
 from an epoch."""
@@ -109,7 +110,7 @@ def race(
     model: Model,
     data: str,
     *,
-    epochs: int = 3,
+    epochs: int = EPOCHS,
     batch_size: int = BATCH,
     lr: float = 0.1,
     folder: str | os.PathLike | None = None,

@@ -1,12 +1,50 @@
-"""Failures on purpose: ranks or workers of a run are killed at random, as machines fail."""
+"""Failures on purpose: ranks or workers of a run are killed at random, as machines fail, or a rank is slowed."""
+
+from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from hpclab._arguments import whole_number
-from hpclab.gangs.run import Run
+
+if TYPE_CHECKING:
+    from hpclab.gangs.run import Run  # not on a rank, which takes `slowed` from here
+
+HALVE = """
+import sys, time, psutil
+rank = psutil.Process(int(sys.argv[1]))
+while True:  # until the rank has ended: psutil then raises, also if another process has got its number
+    rank.suspend()
+    time.sleep(0.01)
+    rank.resume()
+    time.sleep(0.01)
+"""
+
+
+def slowed(model: Callable[[], Any], rank: int = 1) -> Any:
+    """Make a model; from then on a rank gets half of its time only, as from cpulimit: a machine half as fast.
+
+    Parameters
+    ----------
+    model : callable
+        Without arguments, returns the model.
+    rank : int, default 1
+        The one that is slowed.
+
+    Notes
+    -----
+    Use it as ``train(client, functools.partial(slowed, models.CNN), ...)``.
+    """
+    if os.environ["RANK"] == str(rank):
+        subprocess.Popen([sys.executable, "-c", HALVE, str(os.getpid())], stderr=subprocess.DEVNULL)
+    return model()
 
 
 class Chaos:
@@ -58,7 +96,7 @@ class Chaos:
         """Kill no more."""
         self._stopped.set()
 
-    def __enter__(self) -> "Chaos":
+    def __enter__(self) -> Chaos:
         return self
 
     def __exit__(self, *_: object) -> None:

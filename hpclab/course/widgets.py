@@ -45,7 +45,9 @@ class RaceStage:
 
     PREDICTION = "start.race"
 
-    def __init__(self, client: Client, model: Model, data: str, *, epochs: int = 3, **settings: Any) -> None:
+    def __init__(
+        self, client: Client, model: Model, data: str, *, epochs: int = racing.EPOCHS, **settings: Any
+    ) -> None:
         self.arguments = (client, model, data)
         self.settings = settings | {"epochs": epochs}
         self.result: racing.Race | None = None

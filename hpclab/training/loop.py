@@ -69,7 +69,7 @@ class _Replica:
         self.device, module = device.of_rank(job.device), job.module()
         self.objective = objectives.of(module, self.data)
         self.loss = job.loss or self.objective.loss
-        job.strategy.check(module, self.ranks, job.batch)
+        job.strategy.check(module, self.ranks, job.batch, job.balance)
         self.replicas, replica_of = job.strategy.replicas(self.ranks)
         replica = replica_of[self.rank]
         torch.manual_seed(job.seed + replica)

@@ -205,8 +205,7 @@ def train(
     if not _makes_module(model):
         raise TypeError(not_a_module(model))
     one_of("device", device, DEVICES)
-    if balance is not None:
-        one_of("balance", balance, ("measured",))
+    one_of("balance", balance, (None, "measured"))
     if not lr > 0:
         raise ValueError(f"lr (={lr!r}) must be above 0.")
     ranks = gang_size(client, ranks, threads, oversubscribe)
@@ -223,10 +222,9 @@ def train(
         *(model, str(source.absolute()), epochs, batch, float(lr), seed, steps, optimizer, loss, network, trace),
         *(checkpoint_every, strategy, device, balance is not None),
     )
-    sizes = None if min_ranks is None else _sizes(job, ranks, min_ranks)
     placing: dict[str, Any] = {"ranks": ranks, "threads": threads, "oversubscribe": oversubscribe, "wait": wait}
-    keeping: dict[str, Any] = {"max_restarts": max_restarts, "min_ranks": sizes, "resume": resume, "folder": folder}
-    run = _launch(client, job, name=name, **placing, **keeping)
+    keeping: dict[str, Any] = {"max_restarts": max_restarts, "resume": resume, "folder": folder}
+    run = _launch(client, job, name=name, min_ranks=_sizes(job, ranks, min_ranks), **placing, **keeping)
     if progress:
         run.watch(StepBar(_total(job, ranks, samples), f"{name}, {ranks} rank{'s' * (ranks > 1)}"))
     return run.then(lambda returned: Fit(returned[0][0], run.rows, returned[0][1], run.folder))
@@ -285,15 +283,17 @@ def _settled(strategy: Strategy | str, network: Network | None, switches: dict, 
     return replace(strategy, **changes)
 
 
-def _sizes(job: Job, ranks: int, least: int) -> list[int]:
-    """Numbers of ranks that can go on with a job."""
+def _sizes(job: Job, ranks: int, least: int | None) -> list[int] | None:
+    """Numbers of ranks that can go on with a job, if fewer may."""
+    if least is None:
+        return None
     least = whole_number("min_ranks", least)
     if least > ranks:
         raise ValueError(f"min_ranks (={least}) exceeds ranks (={ranks}).")
     return [
         size
         for size in range(least, ranks + 1)
-        if job.batch % size == 0 and not job.strategy.obstacle(job.model, size, job.batch)
+        if job.batch % size == 0 and not job.strategy.obstacle(job.model, size, job.batch, job.balance)
     ]
 
 

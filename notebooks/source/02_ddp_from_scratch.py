@@ -397,7 +397,7 @@ client.close()
 # ## Summary
 #
 # - A gradient by hand is a few matrix products, and autograd checks it.
-# - Sends and receives must match on all ranks; otherwise they wait, until a timeout of half an hour ends them.
+# - Sends and receives must match on all ranks; otherwise they wait, by torch's default for half an hour.
 # - Ring all-reduce = reduce-scatter + all-gather: $2 (p - 1) / p \cdot N$ bytes a rank, below $2 N$ for any $p$;
 #   $2 (p - 1)$ latencies, which grow with $p$.
 # - The mean of the parts' gradients is the whole batch's. If you sum without dividing, the step is $p$ times too long.

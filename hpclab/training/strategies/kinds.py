@@ -81,16 +81,11 @@ class Strategy:
         ValueError
             If it can't; the message says why, and names the strategies that can.
         """
-        if why := self.obstacle(model, ranks, batch):
-            able = [name for name, other in NAMES.items() if not other.obstacle(model, ranks, batch)]
+        if why := self.obstacle(model, ranks, batch, balance):
+            able = [name for name, other in NAMES.items() if not other.obstacle(model, ranks, batch, balance)]
             raise ValueError(f"strategy (={self!r}) {why}; these can: {', '.join(able)}.")
-        if balance and not self.weighs:
-            able = [name for name, other in NAMES.items() if other.weighs]
-            raise ValueError(
-                f"strategy (={self!r}) needs equal shares, without balance; these don't: {', '.join(able)}."
-            )
 
-    def obstacle(self, model: object, ranks: int, batch: int) -> str:
+    def obstacle(self, model: object, ranks: int, batch: int, balance: bool = False) -> str:
         """Why this strategy can't train a model; empty if it can."""
         size = self.group(ranks)
         if size > ranks or ranks % size:
@@ -99,7 +94,7 @@ class Strategy:
             return f"deals {batch} samples a step to {ranks // size} replicas in {self.parts()} parts each, unevenly"
         if self.needs and not _has(model, self.needs):
             return f"needs a model that says how it is split (its `{self.needs}`), as models.GPT does"
-        return ""
+        return "needs equal shares, without balance" if balance and not self.weighs else ""
 
     def start(
         self,
@@ -280,7 +275,7 @@ class Pipeline(Strategy):
         """Micro-batches of a replica."""
         return self.micro_batches
 
-    def obstacle(self, model: object, ranks: int, batch: int) -> str:
+    def obstacle(self, model: object, ranks: int, batch: int, balance: bool = False) -> str:
         """Also if there are too few stages, or micro-batches to fill them."""
         stages, parts = self.group(ranks), self.micro_batches
         if stages < 2:
@@ -289,7 +284,7 @@ class Pipeline(Strategy):
             return f"needs at least as many micro_batches (={parts}) as stages (={stages})"
         if self.schedule == "interleaved" and parts % stages:
             return f"needs micro_batches (={parts}) to be a multiple of stages (={stages})"
-        return super().obstacle(model, ranks, batch)
+        return super().obstacle(model, ranks, batch, balance)
 
 
 NAMES: dict[str, Strategy] = {

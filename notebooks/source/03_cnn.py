@@ -361,10 +361,13 @@ hpclab.tables.Table(
 hpclab.came("cnn.deeper", deep_one / one)
 
 # %% [markdown] id="deeper-explain"
-# **Explain.** Operations aren't time. Batch norm and the additions compute little, but read and write all that the
-# convolutions made. (*one-process* tells what computes from what only moves data.) As each rank has 64 pictures in both
-# columns, the second should be as long as the first: what it has more is waiting, sharing and communication. The ResNet sends
-# half as many bytes again, but computes for much longer, so communication is a smaller share of its step: deep networks scale better.
+# **Explain.** Operations were a fair guess: on two quiet CPUs we saw 2.15. Some of the ResNet's work is cheaper than its operations
+# say, as more channels keep the arithmetic units busier; batch norm and the additions are dearer, as they move much and
+# compute little (*one-process* tells why).
+#
+# As each rank has 64 pictures in both columns, the second would be as long as the first, but for sharing, waiting and communication. The
+# ResNet sends half as many bytes again, for twice the computing. So where communication costs most, on a slow network, it loses a smaller
+# share than the CNN. On one machine most of the loss is sharing: compare theirs.
 #
 # And batch norm? Each rank takes the means of its *own* pictures, so two ranks no longer train exactly as one does (see
 # above). `models.resnet.SyncBatchNorm` takes them over all ranks, for two more messages a layer and pass.

@@ -170,7 +170,7 @@ for ax, each in zip(axes, (1, 10, 200), strict=True):
     with get_task_stream() as stream:
         taken[each] = squeeze_all(each * workers, 4000, hard=800)
     plots.tasks(tasks.spans(stream.data), ax)
-    ax.set_title(f"{each} tasks a worker", loc="left", size="small")
+    ax.set_title(f"tasks a worker: {each}", loc="left", size="small")
 
 # %% id="stream-came"
 hpclab.came("dask.cut", min(taken, key=taken.get))

@@ -361,7 +361,7 @@ hpclab.tables.Table(
 hpclab.came("cnn.deeper", deep_one / one)
 
 # %% [markdown] id="deeper-explain"
-# **Explain.** Operations were a fair guess: on two quiet CPUs we saw 2.15. Some of the ResNet's work is cheaper than its operations
+# **Explain.** Operations were a fair guess: on two quiet CPUs we saw 2.1. Some of the ResNet's work is cheaper than its operations
 # say, as more channels keep the arithmetic units busier; batch norm and the additions are dearer, as they move much and
 # compute little (*one-process* tells why).
 #

@@ -136,7 +136,7 @@ with get_task_stream() as stream:
 #
 # ## Who works when
 #
-# Another job: how well does each image compress? We compress the first fifth four times over. `scatter` sends the
+# Another job: how well does each image compress? We compress the first fifth eight times over. `scatter` sends the
 # data set to the workers *once* (only the name of its folder: each worker maps the files itself); each task then gets
 # only the start and the end of its piece.
 #
@@ -148,8 +148,8 @@ hpclab.predict("dask.cut", ..., "tasks a worker")
 
 # %% id="stream-do"
 def squeeze(images, start, stop, hard=0):
-    """Bytes of each compressed image; the first `hard` images take four times as long."""
-    tries = [4 if number < hard else 1 for number in range(start, stop)]
+    """Bytes of each compressed image; the first `hard` images take eight times as long."""
+    tries = [8 if number < hard else 1 for number in range(start, stop)]
     pictures = zip(raw(images, start, stop), tries, strict=True)
     return [min(len(zlib.compress(picture, 9)) for _ in range(often)) for picture, often in pictures]
 

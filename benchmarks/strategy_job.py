@@ -1,6 +1,7 @@
 """Training of a GPT by one strategy, in plain torch, for torchrun: what `strategies.py` compares hpclab with."""
 
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -142,8 +143,9 @@ def main():
     peaks = [None] * ranks
     dist.all_gather_object(peaks, peak.row()["peak_mb"])
     if rank == 0:
-        print(json.dumps({"step_s": seconds, "peak_mb": max(peaks)}))
+        print(json.dumps({"step_s": seconds, "peak_mb": max(peaks)}), flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # once in some runs torch's threads kept the interpreter from ending
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ MOST_DECIMALS = 6
 """More zeros than that nobody counts: such columns have exponents."""
 WHOLE = 20
 """Longest cell that stays on one line: a number with its interval breaks at its hyphen otherwise."""
+GROUPED = 10_000
+"""Whole numbers from here on have commas; years and seeds have none."""
 UNITS = ((r"_per_s$", " a second"), (r"_(s|h|ms)$", r" (\1)"), (r"_mb$", " (MB)"), ("_", " "))
 """What names of rows have, and what a reader finds in their place."""
 
@@ -106,7 +108,7 @@ def _cell(value: Any, decimals: int | None) -> str:
     if value is None:
         return ""
     if not isinstance(value, float):
-        return str(value)
+        return f"{value:,}" if isinstance(value, int) and abs(value) >= GROUPED else str(value)
     if decimals is None:
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
     return f"{value:,.{decimals}f}"

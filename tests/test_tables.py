@@ -49,6 +49,7 @@ def test_what_was_rounded_gets_no_more_decimals():
         ((np.float64(0.7), np.float64(2.25)), ["0.70", "2.25"]),
         ((0.00000005960,), ["5.96e-08"]),
         ((0.001234, 12.5), ["0.001234", "12.5"]),
+        ((206_922, 2026), ["206,922", "2026"]),
     ],
 )
 def test_no_number_loses_what_it_says(numbers, cells):

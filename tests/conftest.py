@@ -175,6 +175,7 @@ def require(present: bool, what: str) -> None:
 
 def ours(part: str) -> list[int]:
     """Process ids on this machine that descend from these tests, orphans too, with a name or command of this part."""
+    psutil.process_iter.cache_clear()  # it has the names that it saw first: a rank without fork gets its own later
     return [
         process.pid
         for process in psutil.process_iter(["name", "cmdline", "environ"])

@@ -3,13 +3,13 @@
 import ctypes
 import platform
 
-from hpclab.gangs.host import MALLOC
+from hpclab.gangs.host import KEPT
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3): free memory at the top beyond which it is given back; size from which on an
 allocation is mapped by itself, and unmapped when it is freed."""
-KEPT, FIRST = int(MALLOC["MALLOC_TRIM_THRESHOLD_"]), 2**17
-"""Bytes: as hpclab sets both in every rank, and the 128 kB with which glibc begins, before it adapts them."""
+FIRST = 2**17
+"""Bytes: the 128 kB with which glibc begins, before it adapts both."""
 
 
 def missing() -> bool:

@@ -70,9 +70,9 @@ hpclab.check("start.gang", largest_gang)
 # %% [markdown] id="connect"
 # ## A cluster of your own
 #
-# `connect` starts a Dask cluster on this machine: a scheduler, and **workers**, processes that wait for work. All traffic
-# between them is encrypted, because on a shared host the loopback network isn't private. Later, the same line with another
-# argument starts workers in a supercomputer's queue.
+# `connect` starts a Dask cluster on this machine: a scheduler, and **workers**, processes that wait for work. They let
+# in only who has this cluster's certificate, and encrypt what they say: on a shared host every user can connect to a port
+# of the loopback network. Later, the same line with another argument starts workers in a supercomputer's queue.
 #
 # The race needs two ranks. With only one CPU they have to take turns: you must allow that with `oversubscribe=True`, and
 # hpclab then marks what it measures as *emulated*.
@@ -136,7 +136,7 @@ stage
 #
 # Run this cell and watch. The picture is redrawn every second. To race again, move the slider if you like and press
 # *Race again* above: the new race replaces this output. To see a failure, press *Kill a rank* during a race. The process
-# dies as if its machine had lost power, and its gang resumes from the newest checkpoint; the curve shows an X, and a grey
+# dies at once, without a last word, as if memory had run out, and its gang resumes from the newest checkpoint; the curve shows an X, and a grey
 # band, often a thin one, until the next step.
 
 # %% id="race-do"
@@ -147,8 +147,8 @@ stage.run()
 #
 # **The same loss.** Two ranks with half a batch each, whose gradients are averaged, take the same step as one rank with
 # the whole batch. The curves differ in time, not in height. (They differ a little, because sums are rounded in another order.
-# For nothing else to differ, three conditions must hold: equal halves, a loss that is a mean, and a network without
-# batch norm. The notebook *cnn* shows what happens when they don't.)
+# For nothing else to differ, four conditions must hold: equal halves, a loss that is a mean, and a network without batch
+# norm or random numbers. The notebook *cnn* shows what happens when they don't.)
 #
 # **The same bump.** The loss may rise for some steps before it falls for good. The learning rate (how far a step goes) rises for five steps,
 # then falls slowly; near its peak the steps are large. All curves have the bump at the same height: another sign that all take the same steps.
@@ -160,8 +160,8 @@ stage.run()
 # - Your two "CPUs" may be one core. Cloud machines usually sell *hardware threads*: two of them share one core's
 #   arithmetic units, so the pair is far from twice as fast as one. `hpclab.doctor.examine()` says so if the machine
 #   reveals it.
-# - *Start-up* isn't counted in *training*. Compare the two columns. (*Samples a second* leaves out the first, slow steps too.) The first launch after `connect` is the slowest; later
-#   ones start from processes that have already loaded torch. Adding ranks never shortens start-up, so its share grows as
+# - *Start-up* isn't counted in *training*. Compare the two columns. (*Samples a second* leaves out the first, slow steps too.) The first launch after `connect` (here
+#   that of `hello`) may have to wait until torch is loaded; later ones start from a process that has loaded it. Adding ranks never shortens start-up, so its share grows as
 #   training gets faster: that is Amdahl's law at work.
 #
 # **One process with all threads** is the racer that many tutorials leave out. On a single machine, threads can be just
@@ -169,7 +169,7 @@ stage.run()
 # step is too small to split among threads. Be honest with your readers: show both.
 #
 # **If you have one CPU**, the ranks took turns. The line marked *a CPU each* counts only the seconds in which a rank
-# was running: what two CPUs would show if communication cost nothing. It is *emulated*, and labelled so.
+# was running: what two CPUs would show if nobody ever waited, and they shared nothing. It is *emulated*, and labelled so.
 #
 # **How sure are you?** Press *Race again* twice. A second table then holds all races, with the interval of their ratios: three
 # races say little, five say more. The notebook *scaling* teaches how to claim more.
@@ -182,10 +182,10 @@ stage.run()
 # Three racers trained the same network to a loss of 0.4, on a machine with 8 CPUs. They raced once. Which of these
 # statements are true? Set `race_answer` to the set of their letters, such as `{"a", "f"}`.
 #
-# - a: The 4 ranks are 3 times as fast as 1 rank.
-# - b: The efficiency of the 4 ranks is 75 %.
-# - c: The 4 ranks are 3 times as fast as one process that may use the same CPUs.
-# - d: One process with 4 threads is more efficient than 4 ranks.
+# - a: In this race the 4 ranks were 3 times as fast as 1 rank.
+# - b: The efficiency of the 4 ranks was 75 %.
+# - c: The 4 ranks were 3 times as fast as one process that may use the same CPUs.
+# - d: One process with 4 threads was more efficient than 4 ranks.
 # - e: The table shows that 8 ranks would need 10 seconds.
 # - f: The table shows by how much the next race will differ from this one.
 
@@ -238,12 +238,12 @@ client.close()
 #
 # - Affinity, cgroup and ulimits limit what you may use, whatever the size of the host.
 # - A rank is a process; a gang is the ranks that train together; a worker starts a rank and watches it.
-# - Two ranks reach the same loss in fewer seconds, *if* they have two CPUs.
+# - Two ranks can reach the same loss in fewer seconds, but *only* if they have two CPUs.
 # - A speed-up is a ratio of two measurements: say what you measured, on what, and how often.
 #
 # ### What breaks at scale
 #
-# With a thousand ranks, one is always late, some process dies every day, and exchanging gradients takes longer than
+# With a thousand ranks, one is nearly always late, one dies every few days, and exchanging gradients can take longer than
 # computing them. The notebooks *scaling* and *faults* take these up.
 #
 # ### Next

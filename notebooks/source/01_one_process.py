@@ -38,7 +38,7 @@ ROUNDS, BATCH = {"small": (4, 32), "class": (5, 64), "cluster": (20, 128)}[SIZE]
 # %% [markdown] id="step"
 # ## One step
 #
-# This is the step of the notebook *cnn*, with its four parts named for the profiler and five switches for later.
+# This is a step like those of the notebook *cnn*, with its four parts named for the profiler and five switches for later.
 # All are off: one thread, torch's defaults, and a `malloc` that gives back every freed block above 128 kB.
 
 
@@ -115,9 +115,10 @@ ax = plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 
 # %% [markdown] id="profile-explain"
 # **Explain.** The forward pass computes one result; the backward pass computes two gradients, of the weights and of the
-# input: about twice the arithmetic. It may take less than twice as long, since here the forward pass also maps fresh
-# memory (see *keep memory* below). Within both, a few operations take nearly all the time: convolutions,
-# pooling and their gradients. Doubling the optimiser's speed gains almost nothing. That is Amdahl's law within one step.
+# input: about twice the arithmetic. It may still take less than twice as long, or even less than the forward pass: on the
+# way forward pooling compares all its inputs, on the way back it writes one number for each window; and the first
+# layer's input needs no gradient. Within both, a few operations take nearly all the time: convolutions, pooling and
+# their gradients. Doubling the optimiser's speed gains almost nothing. That is Amdahl's law within one step.
 #
 # The profile says *where* the time goes, not how much faster it could go: for that, we must know what the machine can do.
 
@@ -161,13 +162,15 @@ hpclab.came("one-process.intensity", rows[3]["intensity"])
 
 # %% [markdown] id="roof-explain"
 # **Explain.** The second convolution does about a hundred operations per byte: far right of the ridge, so arithmetic
-# limits it. ReLU touches each number once: far left. A faster core wouldn't help it; *fusing* it with its neighbour would,
-# because its bytes then never go to memory. The first convolution has one input channel, so it has little to reuse.
+# limits it. ReLU touches each number once: far left. At its roof a faster core wouldn't help it; *fusing* it with its
+# neighbour would, because its bytes then never go to memory. The first convolution has one input channel, so it has
+# little to reuse.
 #
 # Four things to keep in mind:
 #
-# - Something else limits a point far below *both* roofs: the overhead of calling an operation, a kernel that uses no
-#   vector instructions (pooling, often), or other programs on this machine.
+# - Something else limits a point far below *both* roofs: fresh memory that the system must clear and map for each result
+#   (ReLU and the first convolution here; see *keep memory* below), the overhead of calling an operation, a kernel that
+#   uses no vector instructions (pooling, often), or other programs on this machine.
 # - A point can lie *above* the slope: its arrays fit into a cache, which is faster than the memory that we measured.
 # - It can lie above the flat roof too: we count operations by the definition, and a library may need fewer.
 # - The ceilings are what *we* reached, not what the data sheet says; the machine may have been busy while we measured.
@@ -178,8 +181,8 @@ hpclab.came("one-process.intensity", rows[3]["intensity"])
 # | switch | what changes |
 # |---|---|
 # | threads | each operation is cut into pieces, one for each CPU |
-# | channels last | a pixel's channels lie side by side in memory, the layout that the fastest convolutions use |
-# | bf16 | products take 16-bit numbers: half the bytes, and faster arithmetic if the CPU has instructions for it |
+# | channels last | a pixel's channels lie side by side in memory, a layout that fast kernels use |
+# | bf16 | layers take and pass on 16-bit numbers: half the bytes, and faster arithmetic if the CPU has instructions for it |
 # | keep memory | `malloc` keeps what one step has freed for the next, instead of returning it to the system |
 # | compile | torch writes C++ for the network, fuses what it can, and compiles it |
 #
@@ -233,10 +236,11 @@ hpclab.came("one-process.threads", gains[0]["ratio"])
 # - *Threads*: ideally, as many times as fast as you have CPUs. What gets in the way: operations too small to split, and
 #   memory, which all CPUs share. On one CPU no difference can be shown. And if others use this machine, then after each
 #   operation all threads wait for the one that got no CPU: two threads can be *several times slower* than one.
-# - *Channels last*: saves the convolutions from rearranging their arrays on the way in and out.
+# - *Channels last*: pooling can work on many channels with one vector instruction, and the convolutions need not
+#   rearrange their arrays on the way in and out.
 # - *bf16*: without instructions for it (look for `bf16` among the flags that `lscpu` shows) a CPU must convert each number
-#   to 32 bits and back, and may be many times *slower*. On a GPU or a recent server, the same line is a gain. A switch
-#   that helps elsewhere can hurt here: measure.
+#   to 32 bits and back, and may be many times *slower*. On a recent server the same line is often a gain, and on a
+#   GPU the same line with `"cuda"`. A switch that helps elsewhere can hurt here: measure.
 # - *keep memory* (shows no difference unless the C library is glibc): a step allocates some megabytes for its results and
 #   frees them. Here *off* means that `malloc` returns blocks above 128 kB to the system (glibc begins so, and then adapts
 #   its limits); in the next step the system must clear and map each page again. That can take as long as the arithmetic.
@@ -276,7 +280,7 @@ hpclab.tables.Table({"step": name, "loss after 15 steps": f"{loss:.4f}"} for nam
 
 # %% [markdown] id="same-explain"
 # A float32 has 24 significant bits, a bf16 only 8: about two decimal digits. So the losses agree only in their first
-# digits. The weights themselves stay in 32 bits; only the products use 16.
+# digits. The weights themselves stay in 32 bits; the products, and all that the layers pass on, use 16.
 
 # %% [markdown] id="bottleneck"
 # ## Exercise: name the bottleneck
@@ -346,10 +350,10 @@ hpclab.check("one-process.bottleneck", diagnose)
 # The figure shows four programs on one machine, below its two ceilings. Which statements are true? Set `roofline_answer`
 # to the set of their letters.
 #
-# - a: Memory limits A, and A has reached more than 80 % of what memory allows.
+# - a: The bandwidth of memory limits A, and A has reached more than 80 % of what it allows.
 # - b: Memory that is twice as fast would raise A's ceiling to twice its height.
 # - c: Memory that is twice as fast would raise B's ceiling.
-# - d: Memory limits C.
+# - d: The bandwidth of memory limits C.
 # - e: A does fewer operations a second than C, so A is further below its own ceiling.
 # - f: Of all four, C has reached the smallest share of its ceiling.
 
@@ -390,7 +394,8 @@ hpclab.check("one-process.quiz_split", split_answer)
 # ## Summary
 #
 # - A profile says where the time goes; a roofline says how much faster it could go.
-# - Left of the ridge extra arithmetic is free, and only fewer bytes help; right of it, the other way round.
+# - For a program at its roof: left of the ridge extra arithmetic is free, and only fewer bytes help; right of it, the
+#   other way round. Below its roof, first ask what else limits it.
 # - One process has switches that cost a line each. Which ones help depends on the machine: alternate them with the plain
 #   step, give the interval, and say "no difference shown" if it contains 1.
 # - The other notebooks compare with a process that keeps memory, and with one that also uses all threads; their other

@@ -23,7 +23,7 @@ SIZE = hpclab.size()  # how much to do: "small", "class" or "cluster", as the va
 import torch
 
 RANKS = 4
-STEPS, REPEATS = {"small": (5, 5), "class": (20, 10), "cluster": (100, 50)}[SIZE]
+STEPS, REPEATS = {"small": (5, 5), "class": (20, 10), "cluster": (70, 50)}[SIZE]
 
 # %% [markdown] id="by-hand"
 # ## Layers, loss and gradient by hand
@@ -231,6 +231,8 @@ hpclab.came("ddp-from-scratch.bytes", gang.pull("sent", on=0)[0] / start.nbytes 
 #
 # Bytes aren't everything. Every message also has a latency, $\alpha$, however short it is; each byte then costs $\beta$.
 # A ring sends $2 (p - 1)$ messages in turn: $T = 2 (p - 1) \alpha + 2 \frac{p - 1}{p} \beta N$. Measure it, and fit both.
+# (Yours is in Python: its $\alpha$ also holds Python's time for a message, and its $\beta$ the copying and adding of each
+# byte.)
 
 # %% id="time-push"
 sizes = [4_000, 40_000, 400_000, 4_000_000] * REPEATS  # bytes
@@ -371,7 +373,7 @@ hpclab.check("ddp-from-scratch.quiz_deadlock", deadlock_answer)
 # %% [markdown] id="quiz-line"
 # ### Alpha and beta
 #
-# These all-reduces were timed on another network, and they follow `alpha + beta x bytes`. Read off alpha, in microseconds,
+# Suppose that all-reduces on another network took these times, which follow `alpha + beta x bytes`. Read off alpha, in microseconds,
 # and the bandwidth 1 / beta, in megabytes a second (1 MB is $10^6$ bytes). Set `line_answer` to the pair. Within 30 % is near
 # enough: both axes are logarithmic.
 
@@ -397,7 +399,8 @@ client.close()
 # ## Summary
 #
 # - A gradient by hand is a few matrix products, and autograd checks it.
-# - Sends and receives must match on all ranks; otherwise they wait, by torch's default for half an hour.
+# - Sends and receives must match on all ranks; otherwise they wait, by torch's default half an hour
+#   with gloo, ten minutes with NCCL.
 # - Ring all-reduce = reduce-scatter + all-gather: $2 (p - 1) / p \cdot N$ bytes a rank, below $2 N$ for any $p$;
 #   $2 (p - 1)$ latencies, which grow with $p$.
 # - The mean of the parts' gradients is the whole batch's. If you sum without dividing, the step is $p$ times too long.

@@ -72,8 +72,8 @@ for step, chosen in enumerate(order[: 20 * 128].split(128)):
 # torch's `DistributedDataParallel` does the averaging. `hpclab.train` wraps it around your model, deals out the pictures,
 # and sends the measurements back as rows.
 #
-# "The same gradient" holds on three conditions: the halves are equally large, the loss is a *mean* over the pictures, and
-# no layer looks at the batch as a whole. Below are four cases: equal halves; 96 pictures and 32; a loss that is a *sum*;
+# "The same gradient" holds on four conditions: the halves are equally large, the loss is a *mean* over the pictures, no
+# layer looks at the batch as a whole, and none draws random numbers (dropout). Below are four cases: equal halves; 96 pictures and 32; a loss that is a *sum*;
 # batch norm. **Predict**: how many of the four differ from the whole batch's gradient by more than rounding?
 
 # %% id="conditions-predict"
@@ -166,7 +166,7 @@ hpclab.came("cnn.same_loss", difference[-1])
 
 # %% [markdown] id="same-explain"
 # **Explain.** Single precision keeps about seven digits, and a sum taken in another order rounds differently. Under the
-# three conditions above nothing else differs. Data parallelism isn't to blame: one process with another number of threads
+# four conditions above nothing else differs. Data parallelism isn't to blame: one process with another number of threads
 # can show the same. (A large learning rate *amplifies* such differences in the early steps, as weather does: two correct runs
 # diverge visibly, and end equally good.)
 
@@ -188,7 +188,7 @@ race.verdict()
 #
 # A race is one measurement, on a machine that others use too. A **sweep** runs each case several times, interleaved and in
 # shuffled order, so that a slow minute affects all cases alike. Each speed-up divides two runs of the *same* round: what
-# slowed both cancels. The interval is Student's, at 95 %, over the rounds. The first steps don't count: they allocate
+# slowed both alike cancels. The interval is Student's, at 95 %, over the rounds. The first steps don't count: they allocate
 # memory and build the gradient buckets.
 
 # %% id="measure-do"
@@ -324,8 +324,9 @@ pictures(batch, [guess if guess == label else f"{guess},\nnot {label}" for guess
 # %% [markdown] id="deeper"
 # ## For later: a deeper network
 #
-# Two convolutions see small patterns. More layers see more, but a gradient that goes back through many of them fades. A
-# **ResNet** adds each block's input to its output, so the gradient also has a way around the block.
+# Two convolutions see small patterns. More layers see more, but a plain stack of many layers is harder to train: beyond
+# some depth even its *training* loss gets worse. A **ResNet** adds each block's input to its output: a block need only
+# learn what to change, and the gradient also has a way around it.
 #
 # **Predict**: by its operations the ResNet should take 2.4 times as long for a step. How many times as long does it take,
 # on one rank?
@@ -361,13 +362,14 @@ hpclab.tables.Table(
 hpclab.came("cnn.deeper", deep_one / one)
 
 # %% [markdown] id="deeper-explain"
-# **Explain.** Operations were a fair guess: on two quiet CPUs we saw 2.1. Some of the ResNet's work is cheaper than its operations
-# say, as more channels keep the arithmetic units busier; batch norm and the additions are dearer, as they move much and
-# compute little (*one-process* tells why).
+# **Explain.** Operations were a fair guess: on two quiet CPUs we saw 2.1. What takes time but counts as no operation
+# differs: the CNN's pooling takes about as long as its large convolution, and the ResNet has none; but it has batch norm
+# and additions, which move much and compute little (*one-process* tells why).
 #
 # As each rank has 64 pictures in both columns, the second would be as long as the first, but for sharing, waiting and communication. The
-# ResNet sends half as many bytes again, for twice the computing. So where communication costs most, on a slow network, it loses a smaller
-# share than the CNN. On one machine most of the loss is sharing: compare theirs.
+# ResNet sends half as many bytes again, for twice the computing. So on a network of low bandwidth it loses a smaller
+# share than the CNN. (One of high latency is another matter: DDP also sends batch norm's running averages before each
+# forward pass, in small messages.) On one machine most of the loss is sharing: compare theirs.
 #
 # And batch norm? Each rank takes the means of its *own* pictures, so two ranks no longer train exactly as one does (see
 # above). `models.resnet.SyncBatchNorm` takes them over all ranks, for two more messages a layer and pass.

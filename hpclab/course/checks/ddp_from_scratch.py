@@ -125,6 +125,8 @@ def _step(step: object) -> Result:
     mean = gradients.mean(0)
     if torch.allclose(moved, mean.expand_as(moved), atol=1e-5):
         return passed(_("All ranks take the step of the whole batch."))
+    if not moved.any():
+        return failed(_("The weights haven't moved."))
     if not asked:
         return failed(_("Each rank goes its own way: from the first step on their weights differ."))
     for message, wrong in {

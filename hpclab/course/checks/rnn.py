@@ -82,7 +82,7 @@ def _undealt(epoch: Batches, case: _Case) -> str | None:
     most, least = (function(map(len, epoch)) for function in (max, min))
     if most > least:
         return _(
-            "One rank has {most} batches, another {least}: the first will wait for the second for ever.",
+            "One rank has {most} batches, another {least}: the first may take a step more, and wait in vain for the second.",
             most=most,
             least=least,
         )

@@ -17,7 +17,7 @@ def _gang(largest_gang: object) -> Result:
     answers = [_ranks(call(largest_gang, *one)) for one in machines]
     if answers == [_largest(*one) for one in machines]:
         return passed(
-            _("One rank more wouldn't fit on any of these machines, and one fewer would leave part of each idle.")
+            _("On each of these machines your gang fits, and one rank more wouldn't.")
         )
     if len(set(answers)) == 1:
         return failed(_("Your function gives the same answer for every machine: use its arguments."))

@@ -23,14 +23,14 @@ def examine(quick: bool = False) -> Table:
     quick : bool, default False
         Leave out what takes seconds and memory: GPUs, which only torch knows of, and fonts.
     """
-    facts = machine.describe()
+    facts, lab = machine.describe(), machine.installed("jupyterlab")
     findings = [
         (_("CPUs"), f"{facts['cpus']}", _limit(facts["cpus"], facts["cpus_host"]) + _threads()),
         (_("memory"), f"{facts['memory_gb']} GB", _limit(facts["memory_gb"], facts["memory_host_gb"])),
         (_("system"), facts["system"], f"{facts['cpu']}, Python {facts['python']}"),
         ("torch", facts["torch"] or _("missing"), _gpus(quick) if facts["torch"] else "pip install torch"),
         ("Dask", facts["distributed"] or _("missing"), "" if facts["distributed"] else "pip install distributed"),
-        ("JupyterLab", machine.installed("jupyterlab") or _("missing"), "hpclab lab"),
+        ("JupyterLab", lab or _("missing"), "hpclab lab" if lab else "pip install jupyterlab"),
         (_("dashboard"), machine.installed("bokeh") or _("missing"), _("optional: pip install 'hpclab[dashboard]'")),
         ("Slurm", *_slurm()),
         (_("sandbox"), *_sandboxed()),

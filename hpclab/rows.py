@@ -183,10 +183,10 @@ def attempts(rows: list[dict]) -> list[dict]:
     -------
     list of dict
         One row of kind "attempt" for each that took a step: ``attempt``, ``ranks``, ``first`` and ``last`` (its steps),
-        ``kept`` (those that no later attempt did again); ``start_s`` and ``end_s`` (since the launch: of its first
-        step, and of its failure or last step), ``kept_s`` (the end of the last kept step), ``lost_s`` (from then to the
-        failure), ``save_s`` (writing checkpoints), ``restart_s`` (from the failure to the next attempt's first step),
-        and ``cause`` (of the failure, or None).
+        ``kept`` (those that no later attempt did again); ``start_s``, ``last_s`` and ``end_s`` (since the launch: the
+        start of its first step, the end of its last, and its failure or ``last_s``), ``kept_s`` (the end of the last
+        kept step), ``lost_s`` (from then to the failure), ``save_s`` (writing checkpoints), ``restart_s`` (from the
+        failure to the next attempt's first step), and ``cause`` (of the failure, or None).
     """
     ends = _ends(rows)
     # In older files, a function's own rows may have these kinds: ours have the keys that we need.
@@ -211,6 +211,7 @@ def attempts(rows: list[dict]) -> list[dict]:
                 "last": max(row["step"] for row in steps),
                 "kept": len({row["step"] for row in kept_steps}),
                 "start_s": start_s,
+                "last_s": last_s,
                 "end_s": end_s,
                 "kept_s": kept_s,
                 "lost_s": 0.0 if failure is None else end_s - kept_s,

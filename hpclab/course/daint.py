@@ -33,7 +33,7 @@ def calibrated(gigabits: float, link_error: float = 0.0) -> tuple[Forecast, list
     ----------
     gigabits : float
         Gb/s that a link carries. Nobody recorded it; in tensorflow/tensorflow#6116, August 2017, one user saw gRPC at
-        500 MB a second, which is 4 Gb/s, another filling a link of 10 Gb/s.
+        500 MB a second, which is 4 Gb/s, another at 800 MB, 6.4 Gb/s, which he called a full link of 10 Gb/s.
     link_error : float, default 0
         As for `forecast.calibrate`.
     """

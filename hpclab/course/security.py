@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from distributed import Client, Security
+from distributed import Client, Security, wait
 
 from hpclab.cluster import connect
 from hpclab.course.tasks import clock
@@ -117,8 +117,13 @@ def cost(plain: Client, encrypted: Client, rounds: int, tasks: int) -> list[dict
         Number of tiny tasks in a round.
     """
 
+    drawn = {client: client.submit(os.urandom, 2**25, pure=False) for client in (plain, encrypted)}
+    """Random, so that nothing can be compressed."""
+    for future in drawn.values():
+        wait(future)
+
     def large(client: Client) -> None:
-        client.submit(os.urandom, 2**25, pure=False).result()  # random, so that nothing can be compressed
+        drawn[client].result()
 
     def start(client: Client) -> None:
         connect(workers=1, security=client is encrypted).close()
@@ -219,7 +224,7 @@ def _place(name: str, file: str | os.PathLike, there: bool, others: bool) -> dic
 def prg(seed: bytes, step: int, count: int) -> np.ndarray:
     """Draw random numbers from the stream of ChaCha20: the same for everyone with the seed, new ones in each step.
 
-    numpy's generators are no substitute: from some of their numbers the next can be computed.
+    numpy's generators are no substitute: they aren't made for secrets.
 
     Parameters
     ----------

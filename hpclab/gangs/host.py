@@ -23,8 +23,8 @@ FORK = sys.platform == "linux" and os.environ.get("HPCLAB_FORK") != "0"
 """Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS); ``HPCLAB_FORK=0`` does without
 it here, too: to try what runs there."""
 KEPT = 2**25 if re.fullmatch(r"2\.([12]?\d|3[0-5])", platform.libc_ver()[1]) else 2**30
-"""Bytes of the largest block that malloc keeps. Older ones of glibc take no more than 32 MiB (mallopt(3)): told more, they
-keep their first 128 kB for ever, since their own adapting ends with the other threshold."""
+"""Bytes of the largest block that malloc keeps. An older glibc takes no more than 32 MiB (mallopt(3)): told more, it
+keeps its first 128 kB for ever, as it no longer adapts that once the other threshold is set."""
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(KEPT), "MALLOC_MMAP_THRESHOLD_": str(KEPT)}
 """glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")

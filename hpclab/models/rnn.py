@@ -12,8 +12,8 @@ CELLS = {"GRU": nn.GRU, "LSTM": nn.LSTM}
 class RNN(nn.Module):
     """Classifies sequences of different lengths: a GRU or an LSTM reads each, its last state is scored.
 
-    Sequences are packed: no step is spent on padding, so the work is that of the frames that are there. A rank with
-    longer sequences has more of it, and the others wait.
+    Sequences are packed: no step is spent on padding, so the work grows with the frames that are there, and with the
+    longest sequence. A rank with longer ones has more of it, and the others wait.
 
     Parameters
     ----------

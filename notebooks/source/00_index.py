@@ -70,7 +70,7 @@ hpclab.progress()
 # ## What this machine has
 #
 # A cloud machine or a container is only part of a host. The limits below are yours; next to anything *missing* is the
-# line that installs it. Every notebook also works with fewer CPUs than ranks: the ranks then take turns, and their rows
+# line that installs it, where there is one. Every notebook also works with fewer CPUs than ranks: the ranks then take turns, and their rows
 # say *emulated*.
 
 # %% id="machine-do"

@@ -71,9 +71,9 @@ hpclab.came("scaling.weak_step", 1 / scaling.summary(rows)[1]["efficiency"])
 # %% [markdown] id="measure-explain"
 # **Explain.** With two ranks a step takes longer, and the columns tell where the time goes. *compute* is CPU time: if it
 # grows, two busy CPUs share caches and memory, or even one core. *straggle* is the wait for the slower rank; for a rank by itself it is the
-# wait for a CPU. *comm* is what even the last rank waits for: the averaging of gradients that no computing hides. This
-# network alone takes a few milliseconds for 201 kB; if *comm* is many times that, both ranks waited for a CPU: others use
-# this machine too. The first steps don't
+# wait for a CPU. *comm* is what even the last rank waits for: the averaging of gradients that no computing hides. For
+# 201 kB this network alone takes about a millisecond (the part *the network* measures it). The rest of *comm* is the wait
+# for threads to wake and for a CPU, and grows if others use this machine too. The first steps don't
 # count; the run itself determines how many (`warm_up` in the rows).
 
 # %% [markdown] id="remarks"
@@ -137,7 +137,7 @@ laws.choose(n, x)
 
 # %% [markdown] id="prove-explain"
 # **Not identifiable** is an answer, and often the only honest one. With only one and two workers, Amdahl's law
-# fits whatever the truth is, and so would any other that has a parameter to adjust. Up to 16, with little noise, the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a
+# fits whatever the truth is, if two are once to twice as fast as one; and so would any other with a parameter to adjust. Up to 16, with little noise, the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a
 # *tight and wrong* interval. A tight interval is no evidence for its law.
 
 # %% id="prove-more"
@@ -279,7 +279,7 @@ hpclab.came("scaling.overlap", overlapped[0]["ratio"])
 # A second bucket costs one more latency, 2 ms here (two messages of 1 ms), and hides what the first one takes, up to the
 # length of the backward pass. On a network whose extra latencies take longer than the backward pass can hide, small
 # buckets would lose. (If no
-# difference is shown, others were using this machine: look at *straggle* in the first table.)
+# difference is shown, there were too few rounds for this machine's noise; other programs make it larger.)
 #
 # `timeline.merge(run.folder)` writes the same picture, with every operation in it, as a file for Perfetto.
 
@@ -317,7 +317,8 @@ hpclab.check("scaling.quiz_timeline", timeline_answer)
 #
 # $$T(m) = \alpha + \beta m$$
 #
-# $1/\beta$ is the *bandwidth*. We time the averaging of arrays of many sizes, and fit both.
+# $1/\beta$ is the *bandwidth*. We time the averaging of arrays of many sizes, and fit both. (On two ranks an average is two
+# messages in turn, so the line's $\alpha$ is two latencies; `scaling.network` halves it.)
 
 # %% id="network-do"
 messages = scaling.allreduce(client, ranks=2, oversubscribe=True)
@@ -407,7 +408,8 @@ hpclab.tables.Table(
 #
 # Gradients can be summed in several ways. In a **ring** each rank sends a $p$-th of the bytes to its neighbour, $2 (p - 1)$
 # times; all links are always busy. In a **tree** ranks add up in pairs, then the pairs in pairs, and the sum goes back down:
-# only $2 \log_2 p$ messages in turn, but each is the whole vector. Time runs downwards:
+# only $2 \log_2 p$ messages in turn, but each is the whole vector. (Libraries such as NCCL cut the vector into pieces that
+# follow each other through the tree; then it costs hardly more bytes in turn than a ring.) Time runs downwards:
 
 # %% id="tree-do"
 diagrams.collectives()
@@ -417,7 +419,7 @@ diagrams.collectives()
 # |---|---|
 # | ring | $2 (p - 1)\, \alpha + 2 \frac{p - 1}{p}\, \beta N$ |
 # | tree | $2 \log_2 p\; (\alpha + \beta N)$ |
-# | halving-doubling: a tree whose messages halve on the way up | $2 \log_2 p\; \alpha + 2 \frac{p - 1}{p}\, \beta N$ |
+# | halving-doubling: in each step all ranks swap with a partner; messages halve, then double again | $2 \log_2 p\; \alpha + 2 \frac{p - 1}{p}\, \beta N$ |
 # | parameter server: all send to one, and get the sum back, both at the same time | $2 \alpha + p\, \beta N$ |
 #
 # To explore faster than you can measure, move these sliders: the same forecast for up to 1,024 ranks, for each way of
@@ -433,7 +435,8 @@ hpclab.widgets.Explorer(known, scaling.summary(rows))
 # with gradients summed by parameter servers (1, 1, 3, 2, 4, 12, 40 and 116 of them). We give the first six points
 # to a law, and to a forecast that knows the number of servers, and that they can't split the last layer's 8 MB of weights.
 # Nobody recorded what each link carried. That year one user saw TensorFlow's gRPC at 500 MB a second, which is 4 Gb/s, and
-# another saw it fill a link of 10 Gb/s. We guess 10, and also try 4, 8, 12, and 10 with an uncertainty of 30 %.
+# another at 800 MB, 6.4 Gb/s, which he called a full link of 10 Gb/s. We guess 10, and also try 4, 6.4, 8, 12, and 10 with
+# an uncertainty of 30 %.
 
 # %% id="beyond-do"
 law = laws.fit_usl(daint.NODES[: daint.KNOWN], daint.RATES[: daint.KNOWN])
@@ -443,7 +446,7 @@ ax = plots.law(daint.RECORDED, law, unsure)
 
 # %% id="beyond-table-do"
 display(daint.table({"10 Gb/s": daint.forecast(10), "10 Gb/s, unsure": unsure}, law))
-daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 8, 12)})
+daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 6.4, 8, 12)})
 
 # %% [markdown] id="beyond-explain"
 # All were given the points up to 32 nodes, but neither of the last two.
@@ -457,10 +460,11 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 8, 12)})
 # 12 it would be 14 % too high. Told that the link speed is uncertain by 30 %, it gives bands that contain both records; at
 # 128 nodes the band reaches from 5,200 to 15,400. No more was known.
 #
-# And with 4, the other speed that users saw? 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16 nodes, which
-# the forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other numbers makes
-# a link of 4 Gb/s agree with six measured points. So the points refute 4, but can't tell 8 from 12: compare a forecast with
-# what you have measured before you believe the rest of it.
+# And with the speeds that users saw? With 4 Gb/s it is 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16
+# nodes, which the forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other
+# numbers makes a link of 4 Gb/s agree with six measured points. With 6.4 it is as near to all six as with 10, but 19 % too
+# low at 64, and 35 % at 128. So the points refute 4, but can't tell 6.4 from 12: compare a forecast with what you have
+# measured before you believe the rest of it, and don't believe it beyond what that can tell.
 #
 # A cause beats a curve because it says *what to measure next*: here the link, on two nodes, in a minute. That is why we
 # never draw a law beyond its points without a forecast beside it.
@@ -484,7 +488,7 @@ client.close()
 #
 # The slowest of a thousand ranks is about three standard deviations late in every step, if they vary like a bell curve; a
 # ring of a thousand ranks pays two
-# thousand latencies; and one full link stops them all. The notebook *faults* shows what happens when one of them dies.
+# thousand latencies; and one full link slows them all down. The notebook *faults* shows what happens when one of them dies.
 #
 # ### References
 #

@@ -130,7 +130,7 @@ with get_task_stream() as stream:
 # | the pieces | are independent | communicate in every step |
 # | they start | when a worker is free | all together, or not at all |
 # | more of them than workers | normal: it evens out the load | wait for seats, or take turns and are *emulated* |
-# | if one is lost | only that one is redone, elsewhere | all stop, and resume from a checkpoint |
+# | if a worker is lost | its tasks are redone elsewhere, and results that only it held | all stop, and resume from a checkpoint |
 # | the slowest | delays only the end | delays all, in every step |
 # | with Dask | `delayed`, `map`, `dask.array`, `dask.bag` | `hpclab.launch`, `hpclab.train`, `%%ranks` |
 #
@@ -223,20 +223,23 @@ hpclab.came("dask.task", 1e3 * cost)
 # travel there and back, and a worker unpacks, packs and reports. (On two CPUs all this takes time from the workers; a scheduler on its
 # own machine takes less.)
 #
-# There is *one* scheduler. If it hands out a task every $o$ seconds, as here, then tasks of $s$ seconds keep at most
-# $s/o$ workers busy, however many there are:
+# There is *one* scheduler. If it hands out a task every $o$ seconds, as here, then tasks of $s$ seconds keep $s/o$ workers
+# busy, however many there are. (With a scheduler on its own machine there may be more.)
 
 # %% id="reach-do"
 Table(
-    {"a task takes": f"{task_s:g} s", "workers kept busy, at most (forecast)": f"{task_s / cost:,.0f}"}
+    {
+        "a task takes": f"{task_s:g} s",
+        "workers kept busy, if a task costs as much there (forecast)": f"{task_s / cost:,.0f}",
+    }
     for task_s in (0.01, 0.1, 1, 10, 60)
 )
 
 # %% [markdown] id="share"
 # ## Threads or processes?
 #
-# Workers can also be threads of one process. Then nothing needs to be sent: all see the same memory. But only one
-# thread at a time can run Python code, the one that holds the *global interpreter lock*, the GIL. C code, such as
+# Workers can also be threads of one process. Then nothing needs to be sent: all see the same memory. But in the
+# usual Python only one thread at a time can run Python code, the one that holds the *global interpreter lock*, the GIL. C code, such as
 # numpy's, can release it while it computes.
 #
 # **Predict**: a loop in Python runs in as many threads as there are workers. How many times as fast is that as one
@@ -282,7 +285,7 @@ address, kept = operator.attrgetter("ctypes.data"), client.scatter(block, broadc
 for name, where, given in ("thread", threads, block), ("process", client, block), ("process, scattered", client, kept):
     spent = [tasks.clock(where, np.sum, [given]) for _ in range(5 * REPEATS)]
     same = where.submit(address, given).result() == address(block)
-    print(f"{name}: {1e3 * np.median(spent):.0f} ms to sum up", "this very array" if same else "a copy")
+    print(f"{name}: {1e3 * np.median(spent):.0f} ms to sum up", "the same memory" if same else "a copy")
 print(f"pickled, the array has {len(pickle.dumps(block)):,} bytes, its sum {len(pickle.dumps(block.sum())):,}")
 threads.close()
 
@@ -450,8 +453,8 @@ for where in reversed(clusters.values()):
 #
 # ### What breaks at scale
 #
-# By the table above, thousands of workers need tasks of ten seconds or more; and at 2 ms a task, a million tasks take
-# half an hour to hand out, with any number of workers. Then make the tasks larger, or run the workers as a gang.
+# If a task costs as much there as here, thousands of workers need tasks of ten seconds or more; and at 2 ms a task, a
+# million tasks take half an hour to hand out, with any number of workers. Then make the tasks larger, or run the workers as a gang.
 #
 # ### References
 #

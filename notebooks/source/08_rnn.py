@@ -136,9 +136,9 @@ ax = waits(ragged.waits(rows))
 hpclab.came("rnn.bucketed", shares(rows)["bucketed"] / shares(rows)["random"])
 
 # %% [markdown] id="wait-explain"
-# **Explain.** Both ranks always had equally many talks. But a rank's work is its *frames*, and every step takes as long as
-# the rank with more of them. In a random batch long and short talks partly make up for each other. A bucket has talks of
-# one length: in one step a rank has eight long ones, and the other eight short ones. Bucketing removed the padding, and
+# **Explain.** Both ranks always had equally many talks. But a rank's work grows with its *frames*, and with its longest
+# talk, not with its number of talks; and every step takes as long as the rank with more work. In a random batch long and short talks partly make up for each other. A bucket has talks of
+# one length: in one step a rank has eight long ones, and the other eight short ones. Bucketing removed most of the padding, and
 # computing became cheaper: the network no longer goes on for a hundred frames with one or two talks left. But of that
 # cheaper time, the ranks wait a larger share.
 #
@@ -247,8 +247,8 @@ hpclab.check("rnn.plan", plan)
 # %% [markdown] id="yours"
 # ## Your plan at work
 #
-# **Predict**: two ranks train by your plan. Which share of the time do they wait, in percent? (By its frames alone they
-# would wait for about 2 %.)
+# **Predict**: two ranks train by your plan. Which share of the time do they wait, in percent? (With a good plan they would
+# wait for about 2 % by its frames alone.)
 
 # %% id="yours-predict"
 hpclab.predict("rnn.balanced", ..., "percent")
@@ -332,8 +332,9 @@ client.close()
 # %% [markdown] id="end"
 # ## Summary
 #
-# - A step takes as long as its slowest rank. Work is counted in tokens (or frames), not in samples.
-# - Padding and waiting are two different losses. Bucketing on each rank by itself removes the first and adds to the second.
+# - A step takes as long as its slowest rank. Work grows with tokens (or frames), not with samples.
+# - Padding and waiting are two different losses. Bucketing on each rank by itself removes most of the first and adds
+#   to the second.
 # - Choose the samples of a step for all ranks together, then deal them out by length.
 # - The mean of the ranks' means is right only if all ranks count equally many of what the loss is a mean of; otherwise
 #   weigh them.
@@ -342,8 +343,8 @@ client.close()
 #
 # The slowest of a thousand ranks is much slower than the slower of two: the wait grows with every rank, at the same spread of
 # lengths. Large language models avoid the question by *packing*: documents are joined and cut into windows of
-# one length, with masks between documents. Attention brings it back, since its work grows with the square of a
-# document's length.
+# one length, often with masks between documents. Attention that skips what is masked brings it back: its work grows with
+# the square of a document's length.
 #
 # ### References
 #

@@ -108,7 +108,7 @@ def train(way, **settings):
 # %% id="links-do"
 cases = live.tracked([(way, link) for link in LINKS for way in WAYS], "links", "run")
 fits = {(way, link): train(way, steps=STEPS, network=LINKS[link]) for way, link in cases}
-first = {"powersgd": [step_bytes["ddp"]] * 2}  # torch begins it with two steps of ddp
+first = {"powersgd": [step_bytes["ddp"]] * 2}  # it begins with two steps of ddp, the fewest that torch allows
 runs = {
     (way, link): links.progress(fit.rows, way, link, step_bytes[way], first.get(way, []))
     for (way, link), fit in fits.items()
@@ -137,7 +137,7 @@ hpclab.came("autoencoder.narrow", min(WAYS, key=lambda way: first[way, "narrow"]
 #
 # $$\text{computing} + \text{compressing} + \text{messages} \times \alpha + \text{bytes} \times \beta.$$
 #
-# - On the narrow link ddp's bytes are nearly everything: its 260 kB take 83 ms, topk's 5 kB less than 2.
+# - On the narrow link ddp's bytes are most of a step: its 260 kB take 83 ms, topk's 5 kB less than 2.
 # - On the far link ddp's bytes take 2 ms, and its two latencies 40. Fewer bytes can save only the 2. powersgd pays three
 #   exchanges of two latencies each, 120 ms: *fewer bytes, later*. bf16 gains a millisecond, topk one latency, as it only
 #   gathers.

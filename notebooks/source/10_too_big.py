@@ -133,7 +133,7 @@ hpclab.came("too-big.ddp", rows["ddp"]["peak_mb"])
 hpclab.predict("too-big.zero3", ..., "of DDP's peak")
 
 # %% [markdown] id="all"
-# ## Every way there is
+# ## Every way but one
 #
 # | | each rank computes | ranks send |
 # |---|---|---|
@@ -144,7 +144,7 @@ hpclab.predict("too-big.zero3", ..., "of DDP's peak")
 # | `tensor`, `sequence` | *parts of each matrix*, on all windows | activations, four times a block |
 # | `gpipe`, `1f1b`, `interleaved` | *some blocks*, on all windows | activations, between blocks on different ranks |
 #
-# The next cell trains all of them for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
+# (fp16 is left out: it is bf16 with another 16-bit number.) The next cell trains the others for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
 # the rest again in the backward pass.
 
 # %% id="all-do"
@@ -234,7 +234,8 @@ hpclab.tables.Table(
 hpclab.came("too-big.bubble", bubbles[1])
 
 # %% [markdown] id="bubble-explain"
-# **Explain.** The gaps between the bars of a rank are the bubble. It **isn't fixed**: more micro-batches fill the pipeline better,
+# **Explain.** Where a rank has no pass, between the step's first pass and its last, is the bubble: the gaps between bars, and
+# the wait of the last stage at both ends. It **isn't fixed**: more micro-batches fill the pipeline better,
 # and more stages worse. What is measured exceeds the formula, since stages aren't equally long, and a message takes
 # time. (On a busy machine, ranks also wait for CPUs.) The all-reduce in the end
 # adds up the gradients of the embedding, whose weights the first and the last stage share.
@@ -267,7 +268,8 @@ hpclab.tables.Table(
 # These runs added up gradients in 4 bytes, so a parameter took 18 bytes: 1,440 GB for a model of 80 billion parameters. An H100
 # "of 80 GB" has 85.5.
 #
-# **Predict**: what is the least number of H100s, a power of two, on which some layout of it fits, with sequences of 4,096 tokens?
+# **Predict**: what is the least number of H100s, a power of two, on which some layout of it fits, with sequences of 4,096 tokens, ZeRO 0 or 1, and
+# nothing computed again?
 
 # %% id="plan-predict"
 hpclab.predict("too-big.gpus", ..., "GPUs")
@@ -290,7 +292,7 @@ hpclab.came("too-big.gpus", least)
 
 # %% [markdown] id="plan-explain"
 # **Explain.** On 16 GPUs the 18 bytes alone take 90 GB each; activations, logits and buffers need more. (Up to 94 GB counts as
-# fitting: near the limit, recorded runs needed less than forecast.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
+# fitting: near the limit, recorded runs needed less than forecast. If blocks may be computed again, 16 are forecast to do.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What else becomes possible if blocks may be computed
 # again? All rows are forecasts, for a model far larger than those that were recorded: trust their order more than their digits.
 
 # %% id="planner-do"
@@ -300,8 +302,8 @@ widgets.Planner()
 # ## Exercise: the cheapest that fits
 #
 # Write `choose(budget, ranks, parameters, layers, width, batch, sequence)`. It returns the name of the first of these options
-# with which a rank stays within `budget` bytes, or `"none"` if there is no such option. They are in order of cost: as torch implements them, each sends or computes more
-# than the one before. $P$ is the number of parameters, all numbers have 4 bytes, and `batch` counts the sequences of *all* ranks
+# with which a rank stays within `budget` bytes, or `"none"` if there is no such option. They are in order of cost: with gloo each sends or computes more
+# than the one before. (With NCCL zero3 sends as much as zero1, but in more messages, a block at a time.) $P$ is the number of parameters, all numbers have 4 bytes, and `batch` counts the sequences of *all* ranks
 # together.
 #
 # | option | weights | gradients | AdamW's state | activations |

@@ -20,6 +20,7 @@ SIZE = hpclab.size()  # how much to do: "small", "class" or "cluster", as the va
 
 # %% id="imports"
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def train(**settings):
 undisturbed = train().result()
 [whole] = rows.attempts(undisturbed.rows)
 work = whole["end_s"] - whole["start_s"]
-step_s = work / STEPS
+step_s = work / STEPS  # from one to the next
 MTBF = max(0.5, work / 4)  # seconds: a few failures per training, on slow machines and fast ones
 
 # %% [markdown] id="die"
@@ -94,13 +95,13 @@ ax = plots.recovery(killed)
 
 # %% [markdown] id="go-on-explain"
 # **Explain.** Steps on a thick orange line came after the last checkpoint: they were lost, and done again. Grey is the
-# time from a failure to the next step. Everything that counts is blue, and each step appears there once.
+# time from when a failure was noticed to the next step; the white gap before it is the time until then. Everything that counts is blue, and each step appears there once.
 # (An attempt that was killed before its first step has no line.)
 #
 # **Not a bit differs** from the training without failures. Saving the weights isn't enough for that. It also takes:
 #
 # - the optimiser's momentum, and the position in the learning-rate schedule;
-# - the position in the epoch, so that each image is seen exactly once;
+# - the position in the epoch, so that no image is seen twice in an epoch;
 # - the random state of each rank;
 # - and the *order* in which gradients are added up. Floating-point sums depend on it, and DDP by itself rearranges its
 #   buckets after the first step: with three ranks or more, the last bits of a resumed run would differ. hpclab's ranks
@@ -130,7 +131,8 @@ views.recovery(run.rows)
 # %% id="simulate-do"
 saves = [row["save_s"] for row in run.rows if row["kind"] == "checkpoint"]
 save_s = float(np.median(saves))
-restart_s = min(row["restart_s"] for found in (killed, run.rows) for row in rows.attempts(found)[:-1])
+breaks = [pair for found in (killed, run.rows) for pair in itertools.pairwise(rows.attempts(found))]
+restart_s = float(np.median([after["start_s"] - before["last_s"] for before, after in breaks]))
 print(f"here a checkpoint takes {1e3 * save_s:.1f} ms, a restart {restart_s:.2f} s, a step {1e3 * step_s:.1f} ms")
 
 # %% id="simulate-define"
@@ -164,14 +166,19 @@ simulated = np.array([simulate(count * step_s, work) / work - 1 for count in eve
 # %% id="measure-predict"
 hpclab.predict("faults.every", ..., "steps between checkpoints")
 
+
 # %% id="measure-do"
+def typical(rows):
+    return np.median([row["step_s"] for row in rows if row["kind"] == "step"])
+
+
 measured = {}
 for count in live.tracked((1, 5, 20, STEPS // 4), "under failures", "run"):
     run = train(max_restarts=100, checkpoint_every=count)
     with chaos.Chaos(run, mtbf=MTBF, seed=4):
         run.result()
     attempts = rows.attempts(run.rows)
-    calm = STEPS * np.median([row["step_s"] for row in run.rows if row["kind"] == "step"])  # in this minute
+    calm = work * typical(run.rows) / typical(undisturbed.rows)  # in this minute
     measured[count] = (attempts[-1]["end_s"] - attempts[0]["start_s"]) / calm - 1
 
 # %% id="measure-show-do"
@@ -193,7 +200,7 @@ hpclab.came("faults.every", every[middle.argmin()])
 # **Explain.** The left end pays for saving, the right end for failures, and the valley between is wide: half or twice
 # the best interval costs little more. One measurement is one roll of the dice, so don't expect it on the line. If it
 # lies above the band, that is bad luck, one draw in twenty, or something took time that the simulation leaves out, such
-# as a busy disk, a slower restart, or the slower first steps after one. Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds terms that
+# as a busy disk, or the slower first steps after a restart. Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds terms that
 # matter when saving takes a good part of the MTBF.
 #
 # The MTBF of a gang is that of one machine, *divided by the number of machines*: a thousand machines that each fail

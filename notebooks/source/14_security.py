@@ -39,10 +39,11 @@ os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # for a data store, say; all t
 # ## Loopback is not private
 #
 # The cluster below listens on 127.0.0.1 only, so no other machine can reach it. But a login node has hundreds of users,
-# and the kernel accepts a connection from any of them: a file has an owner and a mode, a port has neither.
+# and the kernel accepts a connection from any of them: a file's owner and mode are checked, but nobody checks who connects
+# to a port.
 #
 # The *stranger* is a second program. It gets the address and nothing else: no password, no file, nothing of our
-# environment.
+# environment but `PATH`.
 #
 # **Predict**: the cluster is started with `security=False`. What will the stranger do: nothing, list our workers, or
 # run code on them?
@@ -94,7 +95,7 @@ security.handshake(client)
 # %% [markdown] id="cost"
 # ## What it costs
 #
-# **Predict**: with TLS, how many times as long do 32 MiB take? (And hundreds of tiny tasks? How many more bytes are
+# **Predict**: with TLS, how many times as long do 32 MiB take from a worker to us, by way of the scheduler? (And hundreds of tiny tasks? How many more bytes are
 # sent? How much longer does the cluster take to start?)
 #
 # A machine's speed drifts, so plain and TLS take turns; each round gives one ratio, and all rounds give an interval.
@@ -113,11 +114,11 @@ hpclab.came("security.cost", cost[1]["ratio"])
 # %% [markdown] id="cost-explain"
 # **Explain.** A tiny task is a few messages of some hundred bytes, and nearly all of its time goes into Python, on both
 # sides; beside that the cipher is quick. A large array is little Python and many bytes, each of which passes through
-# the cipher. TLS adds almost nothing on the wire, some 20 bytes a record of up to 16 kB. Starting takes one more step:
-# making a key and its certificate. If an interval contains 1, these rounds show no difference. (When this was written,
+# the cipher. TLS adds almost nothing on the wire, some 20 bytes a record of up to 16 kB. Starting takes more steps:
+# a key, its certificate, and a handshake for each connection. If an interval contains 1, these rounds show no difference. (When this was written,
 # on two shared cores, intervals lay between 0.93 and 1.06 for tiny tasks, and between 1.1 and 1.6 for 32 MiB.)
 #
-# Gradients don't go this way at all: ranks exchange them over gloo, which doesn't encrypt (see the table at the end).
+# Gradients don't go this way at all: ranks exchange them over gloo, which doesn't encrypt as torch ships it (see the table at the end).
 #
 # ## What a file can do
 #
@@ -143,7 +144,7 @@ for name, read in {
     "pickle.loads": lambda: pickle.loads(pickle.dumps(Gift())),
     "torch.load(weights_only=False)": lambda: torch.load(checkpoint, weights_only=False),
     "torch.load(weights_only=True)": lambda: torch.load(checkpoint, weights_only=True),
-    "a row of hpclab's": lambda: hpclab.rows.line({"loss": 0.1, "extra": Gift()}),
+    "writing a row of hpclab's": lambda: hpclab.rows.line({"loss": 0.1, "extra": Gift()}),
 }.items():
     checkpoint.seek(0)
     print(name)
@@ -157,12 +158,13 @@ for name, read in {
 hpclab.came("security.pickle", 4 - refused)
 
 # %% [markdown] id="pickle-explain"
-# **Explain.** `weights_only=True` builds tensors, numbers, strings, and dicts and lists of them; it refuses any other
-# class or function that the file names. JSON can't name any. So in hpclab:
+# **Explain.** `weights_only=True` builds tensors and a short list of plain types; it refuses any class or function that
+# isn't on its list. JSON can't name any. So in hpclab:
 #
 # - a checkpoint is read with `weights_only=True`, and what couldn't be read that way is refused when it is *written*;
 # - a rank reports to its worker in JSON; your function and its result pass through the worker's code as bytes. Only the
 #   rank unpickles the function, which is yours, and only your notebook unpickles the result, which is your rank's.
+#   (Ranks also unpickle objects that other ranks send over gloo: who can change that can run code, too.)
 #
 # Dask's own messages are msgpack, a format like JSON, but they *carry* pickles: your functions, their arguments and
 # their results. Anyone who can send a scheduler a task can run code. So its door must be shut before the first message.
@@ -197,13 +199,13 @@ hpclab.came("security.leaks", sum(row["others can read it"] == row["secret in it
 
 # %% [markdown] id="leaks-explain"
 # **Explain.** A command line is public: on Linux `/proc/PID/cmdline` has the mode `r--r--r--` while the program runs
-# (unless the administrator mounts /proc with `hidepid`). Only the same user can read the environment; but every process
+# (unless the administrator mounts /proc with `hidepid`). Only the same user, and root, can read the environment; but every process
 # that we start inherits it, and there the stranger found our token. A file is as private as its mode and those of its
 # folders, from the first byte on: between `write_text` and a later `chmod` others may open it, and an open file stays open.
 #
 # Look through these too before you share them: **a notebook's outputs**, which are saved with it, **logs**, **job
 # scripts**, which queues keep, and **git's history**. Less well known: a Jupyter kernel talks to its notebook over
-# loopback ports, unencrypted, and anyone who connects to one of them can read all cells and outputs. (Sending cells
+# loopback ports, by default unencrypted, and anyone who connects to one of them can read all cells and outputs. (Sending cells
 # takes a key.) `hpclab lab --KernelManager.transport=ipc` uses sockets in a private folder instead.
 #
 # ## Exercise: harden
@@ -269,7 +271,7 @@ hpclab.check("security.harden", (certificates, job))
 # ## A sum of secrets
 #
 # Encryption keeps strangers out. But suppose several hospitals train one model, and none trusts the *server* that adds
-# up their gradients: from a gradient one can often reconstruct the images behind it (Zhu and others, 2019).
+# up their gradients: from the gradient of a few images one can often reconstruct them (Zhu and others, 2019).
 #
 # **Secure aggregation** (Bonawitz and others, 2017): each pair of ranks agrees on random numbers, a *mask*. One of the
 # two adds it to its gradient, the other subtracts it. What each sends looks random; in the sum all masks cancel.
@@ -300,8 +302,8 @@ seeds = {other: HKDF(SHA256(), 32, None, b"masks").derive(secret) for other, sec
 # Each rank shows a fingerprint of what it shares with each other rank (never the seed itself: outputs are saved). Rank
 # 0's for rank 1 equals rank 1's for rank 0.
 #
-# A seed has 32 bytes, but a mask needs millions. numpy's generators won't do: from some of their numbers one can
-# compute the next. `security.prg(seed, step, count)` uses the stream of a cipher, ChaCha20: the same on both sides, a
+# A seed has 32 bytes, but a mask needs 400,000 here. numpy's generators won't do: they aren't made for secrets, and from
+# some numbers of most of them one can compute the next. `security.prg(seed, step, count)` uses the stream of a cipher, ChaCha20: the same on both sides, a
 # new one in each step. (Never use a mask twice: the difference of the two shares would be that of the gradients.)
 #
 # ## Exercise: the masks
@@ -375,7 +377,9 @@ hpclab.came("security.share", "flat" if counts[1].max() < 2 * counts[1].min() el
 
 # %% id="floats-do"
 gradients = np.array(gang.pull("numbers.view(np.int64) / 2**32"), dtype=np.float32)  # (ranks, weights)
-sent = {"whole numbers": (share.view(np.int64), 0.0)}
+shares, plains = (np.array(gang.pull(name)) for name in ("share", "numbers"))  # (ranks, weights)
+error, total = (numbers.view(np.int64) for numbers in (shares.sum(0) - plains.sum(0), plains.sum(0)))  # modulo 2**64
+sent = {"whole numbers": (share.view(np.int64), np.linalg.norm(error) / np.linalg.norm(total))}
 sent |= {f"floats, about {size:g}": security.float_masks(gradients, size) for size in (1e-2, 1, 1e2, 1e4)}
 tables.Table(
     {
@@ -416,10 +420,10 @@ tables.Table(
 # | other machines, to a cluster on several | TLS, certificates | over Dask's TLS | **gloo: no encryption, no authentication** | loopback only |
 # | your own user id, and root | **not at all** | **not at all** | **not at all** | **not at all** |
 #
-# Gloo trusts its network, as do NCCL and most MPI. Sites protect traffic *below* it: a private interconnect that only
+# Gloo, as torch ships it, trusts its network, as do NCCL and most MPI. Sites protect traffic *below* it: a private interconnect that only
 # compute nodes are on, nodes that run one job at a time, or an encrypted network over the open one (WireGuard, IPsec),
-# which costs some of its speed. `docs/security.md` in hpclab's repository has all of this, with the test behind each
-# claim, and says which claims have none.
+# which costs some of its speed. `docs/security.md` in hpclab's repository has all of this, with the test behind most
+# claims.
 
 # %% [markdown] id="quiz-modes"
 # ## Quiz
@@ -470,9 +474,9 @@ for each in (gang, client, plain):
 # %% [markdown] id="end"
 # ## Summary
 #
-# - A port has no owner and no mode: on a shared host loopback is public. A program that runs its clients' code must
+# - Nobody checks who connects to a port: on a shared host loopback is public. A program that runs its clients' code must
 #   check who they are.
-# - Encryption costs time for large data, and hardly any otherwise; measure how much, in turns, with an interval.
+# - Encryption costs time for large data and at the start, and hardly any otherwise; measure how much, in turns, with an interval.
 # - Loading a pickle runs it. Load tensors with `weights_only=True`, and rows from JSON.
 # - A secret belongs in a file of mode 0600, from its first byte; scripts and command lines hold the file's *name*.
 # - Masks that cancel hide each gradient from those who add them up; modulo $2^{64}$ the sum is exact.
@@ -489,4 +493,5 @@ for each in (gang, client, plain):
 # - L. Zhu, Z. Liu, S. Han, *Deep Leakage from Gradients*, NeurIPS 2019, arXiv:1906.08935.
 # - A. Langley, M. Hamburg, S. Turner, *Elliptic Curves for Security*, RFC 7748, 2016 (X25519).
 # - Y. Nir, A. Langley, *ChaCha20 and Poly1305 for IETF Protocols*, RFC 8439, 2018.
-# - CVE-2025-32434: before torch 2.6 a file could run code in spite of `weights_only=True`.
+# - CVE-2025-32434: before torch 2.6 a file could run code in spite of `weights_only=True`. CVE-2026-24747: before 2.10 one
+#   could still corrupt memory, and perhaps run code.

@@ -134,8 +134,9 @@ print(f"written at {written['written']}; its hash begins with {written['sha256']
 # %% [markdown] id="measure"
 # ## Measure
 #
-# The workers are jobs of a private Slurm, if its programs are installed. On a site leave out `private=True`; nothing
-# else changes. The cases run in turns, round after round, so that a drift of the machine affects all of them alike.
+# The workers are jobs of a private Slurm, if its programs are installed. On a site call
+# `hpclab.connect("slurm", workers=2, memory="1GB")` without the `if`, and add what the site asks for, such as `account` and
+# `queue`; nothing else changes. The cases run in turns, round after round, so that a drift of the machine affects all of them alike.
 
 # %% id="connect"
 if slurm.missing():
@@ -228,7 +229,7 @@ hpclab.tables.Table(
 # ## The report
 #
 # One page with everything: what you wrote and when, what was measured, on what machine, the figures, the scores, and
-# the rows themselves. It needs no other file and no network: open it from the file browser, or hand it in.
+# a row for each run of the sweeps (of *failure* only the ratio). It needs no other file and no network: open it from the file browser, or hand it in.
 #
 # **Can you cheat?** Measure, look, write better intervals, measure again: your score improves, but the page says how
 # many measurements had begun before you wrote those intervals, and lists them all. If you change an entry, or remove

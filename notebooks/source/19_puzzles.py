@@ -244,7 +244,7 @@ hpclab.check("puzzles.overlap", overlap)
 # - `stage.backward(part, derivative)` takes two steps a row and returns a pair: the derivative to hand to the rank
 #   below, and the gradient of this layer for those rows. The gradient of the batch is the *sum* over its rows.
 #
-# Here messages are short beside the computing: each takes one step, whatever its size.
+# Here each message takes one step, whatever its size.
 #
 # | limit | | with 4 ranks, 4 parts of 1 row |
 # |---|---|---|
@@ -405,8 +405,9 @@ hpclab.check("puzzles.all_to_all", all_to_all)
 # ### What breaks at scale
 #
 # Here every message has the same price. On a real cluster a neighbour on the same host is nearer than one behind three switches,
-# and messages of different pairs share cables: an all-to-all between thousands of ranks is limited by the network's middle (its
-# *bisection*), not by its ends. Ranks are also never equally fast, and every receive waits for the slowest.
+# and messages of different pairs share cables: an all-to-all between thousands of ranks is often limited by the network's middle (its
+# *bisection*), where that is thinner than all ends together. Ranks are also never equally fast; each receive waits for its sender, so
+# in the end all wait for the slowest.
 #
 # ### References
 #

@@ -380,18 +380,18 @@ client.close()
 #
 # | bug | symptom | what shows it at once |
 # |---|---|---|
-# | mismatched collectives | it hangs | where each rank stands |
+# | mismatched collectives | it hangs; or, if the sizes agree, adds up the wrong numbers | where each rank stands |
 # | a missing division | training diverges on more ranks, or "needs another learning rate" | the first gradient, against one process's |
 # | an uneven last batch | slightly different weights, or NaN if a rank gets no samples | the same, with a number of samples that doesn't divide |
 # | batch norm by ranks | worse with more ranks, as shares get smaller | the same, with shares that differ |
-# | one seed for all ranks | none, but the model is worse | the first noise of each rank |
+# | one seed for all ranks | none; the noise varies less than you think, so it helps less | the first noise of each rank |
 # | a forgotten random state | a resumed run differs | a comparison with a run that never stopped, bit by bit |
 #
 # ### What breaks at scale
 #
 # Nobody reads a thousand stacks. Tools group the ranks by where they stand, and suspect the smallest group. torch helps too:
-# `TORCH_DISTRIBUTED_DEBUG=DETAIL` checks that all ranks make the same call, and NCCL's flight recorder keeps the last calls of
-# each rank. And a model that fits no single process can't be compared with one: a smaller model of the same kind has to do.
+# `TORCH_DISTRIBUTED_DEBUG=DETAIL` checks that all ranks make the same call, and its flight recorder keeps each rank's
+# last calls of NCCL. And a model that fits no single process can't be compared with one: a smaller model of the same kind has to do.
 #
 # ### References
 #

@@ -130,7 +130,7 @@ def _links() -> Truths:
         "e": bytes_s < quizzes.COMPUTING_S,
     }
     return truths, {
-        "b": _("On this link the bytes take next to no time: count the latencies of a step."),
+        "b": _("On this link the latencies take most of the time: count those of a step."),
         "d": _("Fewest bytes to the loss isn't soonest: add up what each step computes and waits."),
     }
 

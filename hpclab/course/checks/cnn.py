@@ -56,7 +56,7 @@ def _unshared(epoch: list[list[int]], length: int, ranks: int) -> str | None:
     if len(set(counts)) > 1:
         most, least = max(counts), min(counts)
         return _(
-            "One rank has {most} images, another {least}: the first may take a step more, and wait in vain for the second.",
+            "One rank has {most} images, another {least}: the first may go a step further, and wait in vain.",
             most=most,
             least=least,
         )

@@ -252,7 +252,9 @@ def _last_batch(program: object) -> Result:
     hidden = dice("debugging.last_batch")
     for size, batch_size, left in ((2, 8, 5), (3, 6, 1), (3, 9, 5), (2, 6, 0)):
         _leave_over(program, hidden, size, batch_size, left)
-    return passed(_("Each sample counts once, and as much as any other, however many are left for the last batch."))
+    return passed(
+        _("Each sample counts once, and as much as any other of its batch, however many are left for the last one.")
+    )
 
 
 def _leave_over(program: object, hidden: Random, size: int, batch_size: int, left: int) -> None:
@@ -390,7 +392,9 @@ def _seed(program: object) -> Result:
         return failed(
             _("With seed {seed}, rank {rank} sees the noise that rank {other} sees with seed {later}.", **runs)
         )
-    return passed(_("Equal weights on all ranks, different noise on each and for each seed, and all of it repeatable."))
+    return passed(
+        _("Equal weights on all ranks, different noise on each and for the next seed, and all of it repeatable.")
+    )
 
 
 def _noise(program: object, x: Any, y: Any, seed: int, steps: int, size: int) -> Any:
@@ -419,7 +423,7 @@ def _twice(rank: int, step: int, other: int, at: int) -> str:
         return _("A rank sees the same noise in one step as in another.")
     if step == at:
         return _(
-            "Ranks {rank} and {other} see the same noise: two ranks learn no more than one would.",
+            "Ranks {rank} and {other} see the same noise: two ranks try no more noises than one would.",
             rank=rank,
             other=other,
         )

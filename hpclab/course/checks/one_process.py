@@ -171,9 +171,7 @@ def _roofline() -> Truths:
     }
     return truths, {
         "c": _("To the right of the ridge the roof is flat: more bytes a second don't raise it."),
-        "d": _(
-            "Bandwidth limits what lies to the left of the ridge; a point far below both ceilings is limited by neither."
-        ),
+        "d": _("Bandwidth limits what lies left of the ridge; a point far below both ceilings is limited by neither."),
         "e": _("Compare each with its own roof: a low rate can be all that memory allows."),
     }
 

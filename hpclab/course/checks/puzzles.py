@@ -262,7 +262,7 @@ def _optimizer_wrong(case: Case, weights: np.ndarray) -> str:
 def _optimizer_over(case: Case, schedule: Schedule) -> str:
     if max(schedule.sent) > case.limits["sent"]:
         return _("A rank receives gradients of weights that it doesn't need to update itself.")
-    return _("A rank keeps state for weights that other ranks update as well.")
+    return _("A rank keeps more state than one number for each weight of its own part.")
 
 
 @exercise("puzzles.all_to_all")
@@ -288,5 +288,5 @@ def _blocks_over(case: Case, schedule: Schedule) -> str | None:
     first = sum(row["action"] == "send" and row["start"] == 0 for row in schedule.rows)
     if first < case.ranks:
         values = {"first": first, "ranks": case.ranks}
-        return _("At step 0, {first} of {ranks} ranks send; the others queue for a receiver that is busy.", **values)
+        return _("At step 0 only {first} of {ranks} ranks send: the others wait.", **values)
     return None

@@ -13,7 +13,7 @@ from hpclab.course.verdicts import Result, call, exercise, failed, numpy_dice, p
 from hpclab.language import translate as _
 
 IDLE, PADDED = 0.06, 0.37
-"""Shares of the time and of the frames that a plan may waste; random batches waste 0.12 and 0.53 or more."""
+"""Shares of the time and of the frames that a plan may waste; random batches waste 0.09 and 0.51 or more."""
 SAME_BATCHES = 0.5
 """Share of an epoch's batches that may come again in the next."""
 TREND = 0.8
@@ -82,7 +82,7 @@ def _undealt(epoch: Batches, case: _Case) -> str | None:
     most, least = (function(map(len, epoch)) for function in (max, min))
     if most > least:
         return _(
-            "One rank has {most} batches, another {least}: the first may take a step more, and wait in vain for the second.",
+            "One rank has {most} batches, another {least}: the first goes on alone, and waits in vain.",
             most=most,
             least=least,
         )
@@ -170,7 +170,7 @@ def _mean() -> Numbers:
     return (float(np.mean(losses)), token, float(counts[0] / np.mean(counts))), [
         (
             (token, token, 1.5),
-            _("DDP knows nothing of tokens: it adds up the ranks' losses and divides by their number."),
+            _("DDP knows nothing of tokens: it averages the ranks' gradients, so each rank's mean counts as much."),
         ),
         ((2.0, 2.0, 1.0), _("The mean over the tokens counts each token once: rank 0 has three times as many.")),
         ((2.0, token, 0.75), _("The mean over the ranks divides by their number: the weights must add up to it.")),

@@ -15,7 +15,7 @@ from hpclab.language import translate as _
 CLEAR, UNCLEAR = 20, 6
 """Planted sweeps of each law, and of each reason to name none."""
 MISSES = 7
-"""Of the 40 intervals, so many may miss: at 95 %, more do in one of 1,500 draws."""
+"""Of the 40 intervals, so many may miss: at 95 %, more do in one of 1,400 draws."""
 MISTAKES = 3
 """Laws that may be wrong or missing among the 40, and claims that may be made where none holds among the 24."""
 

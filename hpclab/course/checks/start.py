@@ -16,9 +16,7 @@ def _gang(largest_gang: object) -> Result:
     machines = list(_machines())
     answers = [_ranks(call(largest_gang, *one)) for one in machines]
     if answers == [_largest(*one) for one in machines]:
-        return passed(
-            _("On each of these machines your gang fits, and one rank more wouldn't.")
-        )
+        return passed(_("On each of these machines your gang fits, and one rank more wouldn't."))
     if len(set(answers)) == 1:
         return failed(_("Your function gives the same answer for every machine: use its arguments."))
     for message, misconceived in _misconceptions(machines[:-1]).items():

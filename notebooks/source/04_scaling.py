@@ -434,9 +434,10 @@ hpclab.widgets.Explorer(known, scaling.summary(rows))
 # Nobody here has a hundred GPUs. Others measured on them, and published it: InceptionV3 on 1 to 128 nodes of Piz Daint,
 # with gradients summed by parameter servers (1, 1, 3, 2, 4, 12, 40 and 116 of them). We give the first six points
 # to a law, and to a forecast that knows the number of servers, and that they can't split the last layer's 8 MB of weights.
-# Nobody recorded what each link carried. That year one user saw TensorFlow's gRPC at 500 MB a second, which is 4 Gb/s, and
-# another at 800 MB, 6.4 Gb/s, which he called a full link of 10 Gb/s. We guess 10, and also try 4, 6.4, 8, 12, and 10 with
-# an uncertainty of 30 %.
+# Nobody recorded what each server's *link* carried: what its process, its operating system and its network together bring
+# to it. (Daint's cables carry far more.) Users of later versions, on other networks, saw one connection of TensorFlow's gRPC
+# carry 500 MB a second, which is 4 Gb/s, and 800, 6.4 Gb/s: that gives an order of magnitude. We guess 10, and also try 4,
+# 6.4, 8, 12, and 10 with an uncertainty of 30 %.
 
 # %% id="beyond-do"
 law = laws.fit_usl(daint.NODES[: daint.KNOWN], daint.RATES[: daint.KNOWN])
@@ -458,15 +459,16 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 6.4, 8, 12)
 # The *forecast* is sharp, 4 % either way, but only as good as the link speed it is given. With 10 Gb/s it is 3 % off at 128
 # nodes; at 64, where the link is four fifths full, it is 8 % off, outside its band. With 8 it would be 21 % too low at 128, with
 # 12 it would be 14 % too high. Told that the link speed is uncertain by 30 %, it gives bands that contain both records; at
-# 128 nodes the band reaches from 5,200 to 15,400. No more was known.
+# 128 nodes the band reaches from 5,200 to 15,400.
 #
-# And with the speeds that users saw? With 4 Gb/s it is 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16
+# And with the speeds that users saw elsewhere? With 4 Gb/s it is 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16
 # nodes, which the forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other
-# numbers makes a link of 4 Gb/s agree with six measured points. With 6.4 it is as near to all six as with 10, but 19 % too
-# low at 64, and 35 % at 128. So the points refute 4, but can't tell 6.4 from 12: compare a forecast with what you have
-# measured before you believe the rest of it, and don't believe it beyond what that can tell.
+# numbers makes a link of 4 Gb/s agree with six measured points. With 6.4 all six lie within its
+# bands, but nearly twice as far from its line as with 10 (1.6 % against 0.9), and it is 19 % too low at 64, and 35 % at
+# 128. So the points refute 4, speak against 6.4, and can't tell 8 from 12: compare a forecast with what you have measured
+# before you believe the rest of it, and don't believe it beyond what that can tell.
 #
-# A cause beats a curve because it says *what to measure next*: here the link, on two nodes, in a minute. That is why we
+# A cause beats a curve because it says *what to measure next*: here what a server carries, on a few nodes, in a minute. That is why we
 # never draw a law beyond its points without a forecast beside it.
 
 # %% [markdown] id="close"

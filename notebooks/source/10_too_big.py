@@ -141,7 +141,7 @@ hpclab.predict("too-big.zero3", ..., "of DDP's peak")
 # | `accumulate` | the same, one micro-batch after another | gradients, once for all micro-batches |
 # | `bf16`, `powersgd`, `topk` | the same | gradients in fewer bytes |
 # | `local-sgd`, `diloco` | the same | weights, every few steps |
-# | `tensor`, `sequence` | *parts of each matrix*, on all windows | activations, four times a block |
+# | `tensor`, `sequence` | *parts of each matrix*, on all windows | activations, summed four times a block (with `sequence` each sum is a reduce-scatter and an all-gather) |
 # | `gpipe`, `1f1b`, `interleaved` | *some blocks*, on all windows | activations, between blocks on different ranks |
 #
 # (fp16 is left out: it is bf16 with another 16-bit number.) The next cell trains the others for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
@@ -181,7 +181,7 @@ hpclab.tables.Table(
 # ## When to use what
 #
 # For the runs above: the loss in the third step (the exact strategies agree up to
-# rounding), the fastest step, the bytes that a rank sends in a step on the library that ran here (gloo) and on NVIDIA's (NCCL), by
+# rounding; powersgd's first two steps are ddp's, so here its loss is ddp's, too), the fastest step, the bytes that a rank sends in a step on the library that ran here (gloo) and on NVIDIA's (NCCL), by
 # formula, and the measured peak. Seconds are of one short run each, on small messages within one machine: they rank nothing
 # on a cluster.
 

@@ -233,7 +233,7 @@ hpclab.came("security.leaks", sum(row["others can read it"] == row["secret in it
 # <details><summary>Hint</summary>
 #
 # A stranger at the door had made its own certificate. `help(Security)` tells how to make one; that holds texts, but the
-# constructor also takes file names. What else must you tell it, so that it insists? The two programs above show how to
+# constructor also takes file names, and insists on encryption as soon as it is given any. The two programs above show how to
 # keep a file private from its first byte.
 #
 # </details>
@@ -403,7 +403,8 @@ tables.Table(
 # ### What it doesn't do
 #
 # - **Drop-outs**: a rank that drops out leaves masks that nobody cancels. Bonawitz and others hand out parts of each
-#   seed beforehand, so that enough survivors can reconstruct it.
+#   rank's private key beforehand, from which enough survivors can work out its seeds (and give each rank a second mask of
+#   its own, so that a share that only arrives late stays hidden).
 # - **Collusion**: if all the others combine what they know, they are left with your gradient. (No masking helps: they
 #   could also subtract their own gradients from the sum.)
 # - **A rank that lies**: the server can't see that a gradient is absurd, because it sees none.

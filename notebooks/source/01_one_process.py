@@ -116,8 +116,8 @@ ax = plots.timeline(timeline.named(traced), figures.subplots(size=(10, 2.2))[1])
 # %% [markdown] id="profile-explain"
 # **Explain.** The forward pass computes one result; the backward pass computes two gradients, of the weights and of the
 # input: about twice the arithmetic. It may still take less than twice as long, or even less than the forward pass: on the
-# way forward pooling compares all its inputs, on the way back it writes one number for each window; and the first
-# layer's input needs no gradient. Within both, a few operations take nearly all the time: convolutions, pooling and
+# way forward pooling compares all its inputs, on the way back it only clears its gradient and writes one number for
+# each window; and the first layer's input needs no gradient. Within both, a few operations take nearly all the time: convolutions, pooling and
 # their gradients. Doubling the optimiser's speed gains almost nothing. That is Amdahl's law within one step.
 #
 # The profile says *where* the time goes, not how much faster it could go: for that, we must know what the machine can do.
@@ -163,8 +163,8 @@ hpclab.came("one-process.intensity", rows[3]["intensity"])
 # %% [markdown] id="roof-explain"
 # **Explain.** The second convolution does about a hundred operations per byte: far right of the ridge, so arithmetic
 # limits it. ReLU touches each number once: far left. At its roof a faster core wouldn't help it; *fusing* it with its
-# neighbour would, because its bytes then never go to memory. The first convolution has one input channel, so it has
-# little to reuse.
+# neighbour would, because its bytes then never go to memory. The first convolution has one input channel, so it
+# does only 9 multiplications for each number that it writes, the second 288.
 #
 # Four things to keep in mind:
 #
@@ -244,6 +244,7 @@ hpclab.came("one-process.threads", gains[0]["ratio"])
 # - *keep memory* (shows no difference unless the C library is glibc): a step allocates some megabytes for its results and
 #   frees them. Here *off* means that `malloc` returns blocks above 128 kB to the system (glibc begins so, and then adapts
 #   its limits); in the next step the system must clear and map each page again. That can take as long as the arithmetic.
+#   (Each turn begins with memory given back, so a long run gains a little more than the table says.)
 #   A process that sets nothing lies somewhere between off and on. hpclab sets `MALLOC_TRIM_THRESHOLD_` and
 #   `MALLOC_MMAP_THRESHOLD_` in every rank, so all racers in the other notebooks, including those with one rank, have this
 #   switch on: none of their speed-up comes from it. A script of your own doesn't have it unless you set them.

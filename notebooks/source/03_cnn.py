@@ -189,7 +189,7 @@ race.verdict()
 # A race is one measurement, on a machine that others use too. A **sweep** runs each case several times, interleaved and in
 # shuffled order, so that a slow minute affects all cases alike. Each speed-up divides two runs of the *same* round: what
 # slowed both alike cancels. The interval is Student's, at 95 %, over the rounds. The first steps don't count: they allocate
-# memory and build the gradient buckets.
+# memory, and prepare what later steps use again.
 
 # %% id="measure-do"
 rows = hpclab.scaling.sweep(
@@ -363,8 +363,8 @@ hpclab.came("cnn.deeper", deep_one / one)
 
 # %% [markdown] id="deeper-explain"
 # **Explain.** Operations were a fair guess: on two quiet CPUs we saw 2.1. What takes time but counts as no operation
-# differs: the CNN's pooling takes about as long as its large convolution, and the ResNet has none; but it has batch norm
-# and additions, which move much and compute little (*one-process* tells why).
+# differs: the CNN's pooling takes about as long as its large convolution, and the ResNet has no such pooling; but it has
+# batch norm and additions, which move much and compute little (*one-process* tells why).
 #
 # As each rank has 64 pictures in both columns, the second would be as long as the first, but for sharing, waiting and communication. The
 # ResNet sends half as many bytes again, for twice the computing. So on a network of low bandwidth it loses a smaller

@@ -11,7 +11,7 @@
 # | objectives | say when tasks and when a gang; predict a run's time from the size of its tasks; know what threads share and what processes must be sent; count the bytes and the work of a graph |
 # | prerequisites | the notebook *start* |
 # | minutes | 40 to read and do, 15 of them for the exercises; under 3 to run |
-# | needs | 2 CPUs (with one, rows say *emulated*), 2 GB of memory, 2 ranks, no network; Slurm's programs for one part, which is skipped without them |
+# | needs | 2 CPUs (with one, workers take turns, and nothing gets faster), 2 GB of memory, 2 ranks, no network; Slurm's programs for one part, which is skipped without them |
 #
 # New terms are defined in the [glossary](glossary.md#granularity), in English and in Chinese.
 
@@ -41,7 +41,7 @@ MOST, REPEATS = {"small": (1000, 3), "class": (3000, 3), "cluster": (10_000, 10)
 begin = time.perf_counter()
 client = hpclab.connect(workers=max(2, hpclab.machine.fits()))
 connect_s = {"local": time.perf_counter() - begin}
-workers = len(client.scheduler_info()["workers"])
+workers = len(client.scheduler_info(n_workers=-1)["workers"])
 images = hpclab.data.load("fashion_mnist", "train")
 print(
     f"{workers} workers; the dashboard: {client.dashboard_link if hpclab.machine.installed('bokeh') else 'needs bokeh'}"
@@ -118,19 +118,19 @@ class Perceptron(torch.nn.Sequential):
 
 
 with get_task_stream() as stream:
-    run = hpclab.train(client, Perceptron, "fashion_mnist", ranks=2, oversubscribe=True)
-    print(f"accuracy {run.result().accuracy:.3f} after one epoch, which was {len(stream.data)} tasks for Dask")
+    fit = hpclab.train(client, Perceptron, "fashion_mnist", ranks=2, oversubscribe=True).result()
+print(f"accuracy {fit.accuracy:.3f} after one epoch, which was {len(stream.data)} tasks for Dask")
 
 # %% [markdown] id="when"
-# **Explain.** To Dask the gang was no task at all: its ranks are separate processes, started by the workers, and talk
-# to each other without the scheduler.
+# **Explain.** To Dask the gang was one task a rank, which only starts the rank as a process of its own and watches it,
+# and takes no worker's thread. The ranks' steps are no tasks: they talk to each other without the scheduler.
 #
 # | | tasks | a gang |
 # |---|---|---|
 # | the pieces | are independent | communicate in every step |
 # | they start | when a worker is free | all together, or not at all |
-# | more of them than workers | normal: it evens out the load | wait for seats, or take turns and are *emulated* |
-# | if a worker is lost | its tasks are redone elsewhere, and results that only it held | all stop, and resume from a checkpoint |
+# | more of them than workers | normal: it evens out the load | an error, unless you let them take turns (`oversubscribe=True`: *emulated*) |
+# | if a worker is lost | its tasks are redone elsewhere, and results that only it held | all stop; with `max_restarts` they resume from a checkpoint |
 # | the slowest | delays only the end | delays all, in every step |
 # | with Dask | `delayed`, `map`, `dask.array`, `dask.bag` | `hpclab.launch`, `hpclab.train`, `%%ranks` |
 #
@@ -294,7 +294,8 @@ hpclab.came("dask.bytes_sent", len(pickle.dumps(block)))
 
 # %% [markdown] id="queue"
 # **Explain.** So send data once (`scatter`), or better not at all (let the task read it, as `read` above did), and
-# return small results. A task's arguments are sent with *every* task that has them.
+# return small results. What you give to `submit`, or to `map` by position, is
+# sent with *every* task that has it.
 #
 # ## The same on a job queue
 #

@@ -55,10 +55,10 @@ def loss(scores, labels):
 
 
 def counted(strategy, engine, batch, steps):
-    """Bytes a step of all ranks, after steps in which they get to know each other."""
+    """Bytes a step of all ranks, after steps in which they get to know each other: PowerSGD's first two are DDP's."""
     marks = []
-    for _ in range(2):
-        for _ in range(2 * steps):
+    for count in (2, 2 * steps):
+        for _ in range(count):
             engine.step(*batch)
         dist.barrier()
         marks.append(on_lo())

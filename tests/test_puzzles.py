@@ -604,7 +604,7 @@ def test_another_way_within_the_limits_passes(name, answer):
         (
             "optimizer",
             whole_state,
-            "Right, but rank 0 keeps 128 bytes after its last step, 48 more than the 80 allowed. A rank keeps state",
+            "Right, but rank 0 keeps 128 bytes after its last step, 48 more than the 80 allowed. A rank keeps more",
         ),
         (
             "optimizer",
@@ -615,7 +615,7 @@ def test_another_way_within_the_limits_passes(name, answer):
         (
             "all_to_all",
             exchange(by_number),
-            "Right, but it takes 15 steps, 6 more than the 9 allowed. At step 0, 2 of 4 ranks send",
+            "Right, but it takes 15 steps, 6 more than the 9 allowed. At step 0 only 2 of 4 ranks send",
         ),
         ("all_to_all", by_way_of_all, "Right, but it takes 27 steps, 18 more than the 9 allowed. Blocks travel"),
     ],

@@ -213,6 +213,7 @@ def test_a_handshake_in_words(client, tmp_path):
     assert told["who vouches for the certificate"] == "CN=authority authority"
 
 
+@pytest.mark.alone  # others' bytes count too
 def test_costs_are_ratios_of_what_was_done(client):
     with hpclab.connect(workers=1, security=False) as plain:
         rows = security.cost(plain, client, rounds=2, tasks=5)

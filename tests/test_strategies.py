@@ -36,6 +36,23 @@ def gpt(dtype=torch.float64, layers=8):
     return models.GPT(SYMBOLS, LENGTH, width=16, heads=4, layers=layers).to(dtype)
 
 
+def shallow(dtype=torch.float64):
+    return gpt(dtype, layers=2)
+
+
+def single(dtype=torch.float32):
+    return gpt(dtype)
+
+
+def shallow_single(dtype=torch.float32):
+    return shallow(dtype)
+
+
+def fitting(strategy, deep=gpt, others=shallow):
+    """A pipeline needs as many layers as stages; for all others two do, in a quarter of the time."""
+    return deep if isinstance(strategy, Pipeline) else others
+
+
 def cnn(dtype=torch.float64):
     torch.manual_seed(0)
     return models.CNN(channels=(2, 4)).to(dtype)
@@ -124,7 +141,7 @@ def strategies_of(ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_exact_strategies_are_one_process(client, ranks):
     """A GPT by all of them; a CNN, which can't be split, by the others."""
-    cases = [(one, gpt, texts, name) for one in strategies_of(ranks) for name in OPTIMIZERS]
+    cases = [(one, fitting(one), texts, name) for one in strategies_of(ranks) for name in OPTIMIZERS]
     cases += [(NAMES[name], cnn, pictures, "SGD") for name in EXACT[:5]]
     expected = {(make, name): alone(make, data, name) for _, make, data, name in cases}
     for (strategy, make, _, name), (weights, losses) in zip(cases, trained(client, ranks, cases), strict=True):
@@ -134,25 +151,20 @@ def test_exact_strategies_are_one_process(client, ranks):
 
 def test_a_clipped_gradient_is_one_process_too(client):
     """The norm is that of the whole gradient, wherever its parts are."""
-    cases = [(one, gpt, texts, "SGD") for one in strategies_of(4)]
-    expected, _ = alone(gpt, texts, "SGD", clip=0.05)
-    for (strategy, *_), (weights, _) in zip(cases, trained(client, 4, cases, STEPS, 0.05), strict=True):
-        assert furthest(weights, expected) < 1e-10, strategy
-
-
-def single():
-    return gpt(torch.float32)
-
-
-def small():
-    return gpt(torch.float32, layers=4)
+    cases = [(one, fitting(one), texts, "SGD") for one in strategies_of(4)]
+    expected = {make: alone(make, texts, "SGD", clip=0.05)[0] for make in (gpt, shallow)}
+    for (strategy, make, *_), (weights, _) in zip(cases, trained(client, 4, cases, STEPS, 0.05), strict=True):
+        assert furthest(weights, expected[make]) < 1e-10, strategy
 
 
 def test_in_single_precision_only_rounding_differs(client, record_property):
-    strategies = strategies_of(4)
-    expected, _ = alone(single, texts, "SGD")
-    results = trained(client, 4, [(one, single, texts, "SGD") for one in strategies])
-    apart = {str(one): furthest(weights, expected) for one, (weights, _) in zip(strategies, results, strict=True)}
+    cases = [(one, fitting(one, single, shallow_single), texts, "SGD") for one in strategies_of(4)]
+    expected = {make: alone(make, texts, "SGD")[0] for make in (single, shallow_single)}
+    results = trained(client, 4, cases)
+    apart = {
+        str(one): furthest(weights, expected[make])
+        for (one, make, *_), (weights, _) in zip(cases, results, strict=True)
+    }
     record_property("measured", f"float32, 5 steps on 4 ranks: at most {max(apart.values()):.1e} from one process")
     assert max(apart.values()) < 1e-4, apart
 
@@ -161,8 +173,8 @@ def test_inexact_strategies_learn_nearly_as_well(client, record_property):
     """The text has 1 bit a symbol, so no loss stays below log 2 = 0.693; in 96 steps AdamW comes near."""
     rounded = [dataclasses.replace(NAMES[name], autocast=True) for name in ("ddp", "zero3", "tensor", "1f1b")]
     strategies = [NAMES["ddp"], *(NAMES[name] for name in INEXACT), *rounded]
-    cases = [(one, small, texts, "AdamW") for one in strategies]
-    run = hpclab.launch(client, follow, cases, 96, ranks=4, oversubscribe=True)
+    cases = [(one, shallow_single, texts, "AdamW") for one in strategies]
+    run = hpclab.launch(client, follow, cases, 96, ranks=2, oversubscribe=True)
     ends = [sum(losses[-16:]) / 16 for _, losses in run.result(600)[0]]
     names = [*map(str, strategies)]
     record_property("measured", ", ".join(f"{name} {end:.3f}" for name, end in zip(names, ends, strict=True)))
@@ -177,12 +189,12 @@ def go_on(strategies):
     pairs = []
     for strategy in strategies:
         ways = []
-        engine = strategy.start(gpt(), OPTIMIZERS["AdamW"], loss)
+        engine = strategy.start(fitting(strategy)(), OPTIMIZERS["AdamW"], loss)
         advance(engine, texts, range(3))
         state = [copy.deepcopy(engine.state())]
         if not engine.shards():  # a checkpoint has rank 0's
             dist.broadcast_object_list(state)
-        again = strategy.start(gpt(), OPTIMIZERS["AdamW"], loss)
+        again = strategy.start(fitting(strategy)(), OPTIMIZERS["AdamW"], loss)
         again.load(state[0])
         for one in (engine, again):
             advance(one, texts, range(3, 7))
@@ -201,7 +213,7 @@ def test_each_strategy_goes_on_bit_for_bit(client):
 
 def save_and_go_on(strategy, stop):
     """On every rank: begin, and save after 3 steps, or go on from there; then train on to 6, unless it shall stop."""
-    engine = strategy.start(gpt(), OPTIMIZERS["AdamW"], loss)
+    engine = strategy.start(shallow(), OPTIMIZERS["AdamW"], loss)
     saved = engine.restore()
     done = saved["step"] if saved else 0
     if not saved:
@@ -240,7 +252,7 @@ def weigh(samples):
     mine = slice(ends[dist.get_rank()], ends[dist.get_rank() + 1])
     weights = []
     for strategy in (NAMES["ddp"], NAMES["zero3"]):
-        engine = strategy.start(gpt(), OPTIMIZERS["SGD"], loss)
+        engine = strategy.start(shallow(), OPTIMIZERS["SGD"], loss)
         engine.weight = shares.weights(samples)[dist.get_rank()]
         for step in range(STEPS):
             engine.step(*(part[mine] for part in texts(step)))
@@ -251,7 +263,7 @@ def weigh(samples):
 def test_unequal_shares_are_one_process(client):
     samples = shares.shares([80, 50, 20, 10], SAMPLES)
     assert samples == [8, 5, 2, 1]
-    expected, _ = alone(gpt, texts, "SGD")
+    expected, _ = alone(shallow, texts, "SGD")
     for weights in hpclab.launch(client, weigh, samples, ranks=4, oversubscribe=True).result(120)[0]:
         assert furthest(weights, expected) < 1e-10
 

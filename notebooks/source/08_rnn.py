@@ -139,7 +139,8 @@ hpclab.came("rnn.bucketed", shares(rows)["bucketed"] / shares(rows)["random"])
 # **Explain.** Both ranks always had equally many talks. But a rank's work grows with its *frames*, and with its longest
 # talk, not with its number of talks; and every step takes as long as the rank with more work. In a random batch long and short talks partly make up for each other. A bucket has talks of
 # one length: in one step a rank has eight long ones, and the other eight short ones. Bucketing removed most of the padding, and
-# computing became cheaper: the network no longer goes on for a hundred frames with one or two talks left. But of that
+# computing became cheaper: the network no longer goes on for some fifty frames, at times more than a hundred, with one or
+# two talks left. But of that
 # cheaper time, the ranks wait a larger share.
 #
 # The bars are CPU time, and a wait is what the other rank computes longer. A clock shows more: below is what the ranks

@@ -144,7 +144,7 @@ hpclab.predict("too-big.zero3", ..., "of DDP's peak")
 # | `tensor`, `sequence` | *parts of each matrix*, on all windows | activations, summed four times a block (with `sequence` each sum is a reduce-scatter and an all-gather) |
 # | `gpipe`, `1f1b`, `interleaved` | *some blocks*, on all windows | activations, between blocks on different ranks |
 #
-# (fp16 is left out: it is bf16 with another 16-bit number.) The next cell trains the others for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
+# (fp16 is left out: it is bf16 with another kind of 16-bit number.) The next cell trains the others for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
 # the rest again in the backward pass.
 
 # %% id="all-do"

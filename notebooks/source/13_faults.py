@@ -134,6 +134,7 @@ save_s = float(np.median(saves))
 breaks = [pair for found in (killed, run.rows) for pair in itertools.pairwise(rows.attempts(found))]
 restart_s = float(np.median([after["start_s"] - before["last_s"] for before, after in breaks]))
 print(f"here a checkpoint takes {1e3 * save_s:.1f} ms, a restart {restart_s:.2f} s, a step {1e3 * step_s:.1f} ms")
+print(f"a failure comes every {MTBF:.1f} s, on average")
 
 # %% id="simulate-define"
 dice = np.random.default_rng(0)
@@ -160,8 +161,8 @@ simulated = np.array([simulate(count * step_s, work) / work - 1 for count in eve
 # Now measure it: the same training under failures, with a checkpoint after every step, at two longer intervals, and
 # only after each quarter.
 #
-# **Predict**, from what a checkpoint, a restart and a step take here: how many steps between checkpoints lose the least
-# time?
+# **Predict**, from what a checkpoint and a step take here, and from the MTBF: how many steps between checkpoints lose the
+# least time? (Does the restart matter?)
 
 # %% id="measure-predict"
 hpclab.predict("faults.every", ..., "steps between checkpoints")
@@ -197,7 +198,8 @@ hpclab.tables.Table(
 hpclab.came("faults.every", every[middle.argmin()])
 
 # %% [markdown] id="measure-explain"
-# **Explain.** The left end pays for saving, the right end for failures, and the valley between is wide: half or twice
+# **Explain.** The left end pays for saving, the right end for failures (each costs a restart, too, but as much at any
+# interval, so it moves no minimum), and the valley between is wide: half or twice
 # the best interval costs little more. One measurement is one roll of the dice, so don't expect it on the line. If it
 # lies above the band, that is bad luck, one draw in twenty, or something took time that the simulation leaves out, such
 # as a busy disk, or the slower first steps after a restart. Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds terms that

@@ -206,7 +206,7 @@ predictions.table(scores)
 # %% [markdown] id="judge-explain"
 # **Explain** each miss, and each needlessly wide interval: what did you not know, or not use? Then compare yourself
 # with three others: one is never wrong; one trusts the textbook (twice as fast, nothing lost, a quarter of the
-# operations in a quarter of the time, and network arithmetic that leaves out the computing); one knew the answer to
+# operations in a quarter of the time, and for the network a flat tenth); one knew the answer to
 # within 10 %.
 
 # %% id="others-do"

@@ -294,8 +294,9 @@ hpclab.check("puzzles.pipeline", pipeline)
 
 # %% [markdown] id="optimizer"
 # Does your rank 0 do all its forward passes first? Then it has to remember all parts at once. Real pipelines go backward as
-# soon as they can (*1F1B*), and a rank never remembers more than $p$ parts. Where messages are free, the bubble is the
-# same; here, where each takes a step, 1F1B takes 31 steps and is over the limit.
+# soon as they can (*1F1B*): rank $r$ makes $p - 1 - r$ forward passes ahead, and never remembers more than $p - r$ parts,
+# however many there are. (Here there are as many as ranks, so rank 0 gains nothing; the later ones do.) Where messages are
+# free, the bubble is the same; here, where each takes a step, 1F1B takes 31 steps and is over the limit.
 #
 # ## Puzzle 5: sharded optimiser
 #

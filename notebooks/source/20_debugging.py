@@ -380,7 +380,7 @@ client.close()
 #
 # | bug | symptom | what shows it at once |
 # |---|---|---|
-# | mismatched collectives | it hangs; or, if the sizes agree, adds up the wrong numbers | where each rank stands |
+# | mismatched collectives | it hangs, or adds up the wrong numbers; or, where sizes differ, gloo aborts a rank | where each rank stands |
 # | a missing division | training diverges on more ranks, or "needs another learning rate" | the first gradient, against one process's |
 # | an uneven last batch | slightly different weights, or NaN if a rank gets no samples | the same, with a number of samples that doesn't divide |
 # | batch norm by ranks | worse with more ranks, as shares get smaller | the same, with shares that differ |

@@ -462,9 +462,9 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 6.4, 8, 12)
 # 128 nodes the band reaches from 5,200 to 15,400.
 #
 # And with the speeds that users saw elsewhere? With 4 Gb/s it is 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16
-# nodes, which the forecast *was* given: there it is a third too low as well, and its bands are wide. No choice of the other
-# numbers makes a link of 4 Gb/s agree with six measured points. With 6.4 all six lie within its
-# bands, but nearly twice as far from its line as with 10 (1.6 % against 0.9), and it is 19 % too low at 64, and 35 % at
+# nodes, which the forecast *was* given: there it is a third too low as well. No choice of the other numbers brings its line
+# near the six measured points: it misses them by 24 % (root mean square), and its bands are so wide that they contain them
+# all the same. With 6.4 it misses by 1.6 %, nearly twice as much as with 10 (0.9), and is 19 % too low at 64, and 35 % at
 # 128. So the points refute 4, speak against 6.4, and can't tell 8 from 12: compare a forecast with what you have measured
 # before you believe the rest of it, and don't believe it beyond what that can tell.
 #

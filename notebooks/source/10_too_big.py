@@ -141,7 +141,7 @@ hpclab.predict("too-big.zero3", ..., "of DDP's peak")
 # | `accumulate` | the same, one micro-batch after another | gradients, once for all micro-batches |
 # | `bf16`, `powersgd`, `topk` | the same | gradients in fewer bytes |
 # | `local-sgd`, `diloco` | the same | weights, every few steps |
-# | `tensor`, `sequence` | *parts of each matrix*, on all windows | activations, summed four times a block (with `sequence` each sum is a reduce-scatter and an all-gather) |
+# | `tensor`, `sequence` | *parts of each block's matrices*, on all windows | activations, summed four times a block (with `sequence` each sum is a reduce-scatter and an all-gather) |
 # | `gpipe`, `1f1b`, `interleaved` | *some blocks*, on all windows | activations, between blocks on different ranks |
 #
 # (fp16 is left out: it is bf16 with another kind of 16-bit number.) The next cell trains the others for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
@@ -302,8 +302,8 @@ widgets.Planner()
 # ## Exercise: the cheapest that fits
 #
 # Write `choose(budget, ranks, parameters, layers, width, batch, sequence)`. It returns the name of the first of these options
-# with which a rank stays within `budget` bytes, or `"none"` if there is no such option. They are in order of cost: with gloo each sends or computes more
-# than the one before. (With NCCL zero3 sends as much as zero1, but in more messages, a block at a time.) $P$ is the number of parameters, all numbers have 4 bytes, and `batch` counts the sequences of *all* ranks
+# with which a rank stays within `budget` bytes, or `"none"` if there is no such option. They are in order of cost: with gloo, as here, each sends or
+# computes more than the one before. $P$ is the number of parameters, all numbers have 4 bytes, and `batch` counts the sequences of *all* ranks
 # together.
 #
 # | option | weights | gradients | AdamW's state | activations |

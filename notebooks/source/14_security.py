@@ -161,7 +161,8 @@ hpclab.came("security.pickle", 4 - refused)
 # **Explain.** `weights_only=True` builds tensors and a short list of plain types; it refuses any class or function that
 # isn't on its list. JSON can't name any. So in hpclab:
 #
-# - a checkpoint is read with `weights_only=True`, and what couldn't be read that way is refused when it is *written*;
+# - a checkpoint is read with `weights_only=True`, and what couldn't be read that way is refused when it is *written*
+#   (of a sharded one, the list of what is where is a pickle, which hpclab reads with a short list of classes of its own);
 # - a rank reports to its worker in JSON; your function and its result pass through the worker's code as bytes. Only the
 #   rank unpickles the function, which is yours, and only your notebook unpickles the result, which is your rank's.
 #   (Ranks also unpickle objects that other ranks send over gloo: who can change that can run code, too.)
@@ -303,7 +304,7 @@ seeds = {other: HKDF(SHA256(), 32, None, b"masks").derive(secret) for other, sec
 # 0's for rank 1 equals rank 1's for rank 0.
 #
 # A seed has 32 bytes, but a mask needs 400,000 here. numpy's generators won't do: they aren't made for secrets, and from
-# some numbers of most of them one can compute the next. `security.prg(seed, step, count)` uses the stream of a cipher, ChaCha20: the same on both sides, a
+# some numbers of its default one, with much work, the next can be computed. `security.prg(seed, step, count)` uses the stream of a cipher, ChaCha20: the same on both sides, a
 # new one in each step. (Never use a mask twice: the difference of the two shares would be that of the gradients.)
 #
 # ## Exercise: the masks
@@ -398,7 +399,8 @@ tables.Table(
 # practical time.
 #
 # Floats can't do that. Small masks hide little, and large ones destroy the gradient's last digits, which don't come
-# back when the masks cancel: $(g + m) - m \ne g$. Whole numbers cost only the rounding at the start.
+# back when the masks cancel: $(g + m) - m \ne g$. Whole numbers lose only the rounding at the start, and cost twice the bytes of
+# 32-bit floats.
 #
 # ### What it doesn't do
 #

@@ -37,7 +37,10 @@ def test_a_plan_is_sorted_and_fits():
 def test_80_g_parameters_need_more_than_a_node_or_what_zero_and_recomputing_save():
     assert plan(LARGE, 8, 256) == []
     assert plan(LARGE, 8, 256, zero=range(4), recompute=[None, "full"]) == []  # 16 bytes a parameter are 1.3 TB
-    assert plan(LARGE, 16, 256) == [] != plan(LARGE, 32, 256, zero=range(4), recompute=[None, "full"])
+    saving = {"zero": range(4), "recompute": [None, "full"]}
+    assert plan(LARGE, 16, 256, **saving) == []  # 18 bytes, as gradients have 4: 90 GB each, and all of them stay
+    assert plan(LARGE, 16, 256, dataclasses.replace(H100, memory_bytes=91e9), **saving) != []
+    assert plan(LARGE, 16, 256) == [] != plan(LARGE, 32, 256, **saving)
 
 
 def test_more_memory_is_never_slower_and_wider_bands_hold_narrower_ones():

@@ -392,7 +392,8 @@ class Planner(Drawn):
             return html("<p>{{ text }}</p>", text=_("Nothing fits: take more GPUs or memory, or allow more."))
         above = any(row["memory_bytes"] > self.limit_bytes() for row in rows)
         remark = _(
-            "Up to a tenth above a GPU's memory counts as fitting: near the limit, runs needed less than forecast."
+            "Up to a tenth above a GPU's memory counts as fitting, if weights, gradients and the optimiser's state fit:"
+            " near the limit, runs needed less than forecast."
         )
         return html(
             "{{ table }}{% if above %}<p>{{ remark }}</p>{% endif %}",

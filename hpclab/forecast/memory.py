@@ -86,8 +86,13 @@ class Memory:
         return float(self.stage_bytes(model, layout).max())
 
     def fits(self, model: Transformer, layout: Layout, memory_bytes: float) -> bool:
-        """Whether GPUs with so many bytes can probably run it; see `SLACK`."""
-        return self.rank_bytes(model, layout) <= SLACK * memory_bytes
+        """Whether GPUs with so many bytes can probably run it.
+
+        What stays from step to step must fit as it is: the runs that `SLACK` comes from were full of what doesn't.
+        """
+        parts = self.parts(model, layout)
+        lasting = sum(parts[name] for name in ("weights", "gradients", "optimiser"))
+        return lasting.max() <= memory_bytes and self.rank_bytes(model, layout) <= SLACK * memory_bytes
 
     @classmethod
     def fit(cls, cases: Sequence[Case], measured_bytes: ArrayLike) -> "Memory":

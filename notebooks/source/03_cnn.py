@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from hpclab.course.plots import pictures
 
-EPOCHS, REPEATS, STEPS = {"small": (1, 3, 15), "class": (2, 5, 20), "cluster": (10, 5, 200)}[SIZE]
+EPOCHS, REPEATS, STEPS = {"small": (1, 3, 10), "class": (2, 5, 20), "cluster": (10, 5, 200)}[SIZE]
 
 # %% [markdown] id="data"
 # ## The pictures

@@ -27,7 +27,7 @@ from hpclab import forecast, laws, plots, scaling, timeline
 from hpclab.course import daint, diagrams
 from hpclab.pages import Prose
 
-REPEATS, STEPS = {"small": (4, 12), "class": (6, 15), "cluster": (10, 100)}[SIZE]
+REPEATS, STEPS = {"small": (3, 10), "class": (6, 15), "cluster": (10, 100)}[SIZE]
 BATCH = 96
 
 # %% id="connect"
@@ -468,8 +468,8 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 6.4, 8, 12)
 # 128. So the points refute 4, speak against 6.4, and can't tell 8 from 12: compare a forecast with what you have measured
 # before you believe the rest of it, and don't believe it beyond what that can tell.
 #
-# A cause beats a curve because it says *what to measure next*: here what a server carries, on a few nodes, in a minute. That is why we
-# never draw a law beyond its points without a forecast beside it.
+# A cause beats a curve because it says *what to measure next*: here what a server carries, on a few nodes, in a minute. That is why
+# `plots.law` never draws a scaling law beyond its points without a forecast beside it.
 
 # %% [markdown] id="close"
 # ## Close

@@ -28,7 +28,7 @@ from hpclab.course import ragged
 from hpclab.course.plots import waits
 from hpclab.training.strategies.shares import weights
 
-EPOCHS = {"small": 4, "class": 8, "cluster": 40}[SIZE]
+EPOCHS = {"small": 2, "class": 8, "cluster": 40}[SIZE]
 RANKS, BATCH = 2, 8
 
 # %% [markdown] id="data"

@@ -32,7 +32,7 @@ from hpclab.course.plots import pictures, progress
 from hpclab.training.strategies.kinds import named
 from hpclab.training.strategies.wire import Sizes, wire
 
-STEPS = {"small": 50, "class": 200, "cluster": 2000}[SIZE]
+STEPS = {"small": 25, "class": 200, "cluster": 2000}[SIZE]
 WAYS = ("ddp", "bf16", "powersgd", "topk")
 
 # %% [markdown] id="model"

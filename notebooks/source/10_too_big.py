@@ -162,7 +162,9 @@ hpclab.came("too-big.zero3", rows["zero3"]["peak_mb"] / rows["ddp"]["peak_mb"])
 # %% [markdown] id="all-explain"
 # **Explain.** The bars are the formula, the markers what the ranks held. Stage 3 halves what belongs to parameters (but for two blocks, which are whole at a time), and
 # **shards no activations**: each rank keeps those of its own windows, whole, and with larger batches they are
-# most of its memory. To cut them, take smaller micro-batches, compute again, or split the *computation*:
+# most of its memory. To cut them, take smaller micro-batches, or compute again. Splitting the *computation* cuts what *one* window costs a rank,
+# which helps where not even one fits. At the same batch of all ranks together it need not help: above, `tensor` and
+# `sequence` keep more activations than `ddp`, since each rank works on all windows.
 #
 # **FSDP isn't tensor parallelism.** FSDP shards how weights are *stored*; every rank computes with whole
 # matrices. Tensor parallelism splits the *multiplication*: no rank computes with a block's whole matrix, all ranks work on the same
@@ -236,7 +238,7 @@ hpclab.came("too-big.bubble", bubbles[1])
 # %% [markdown] id="bubble-explain"
 # **Explain.** Where a rank has no pass, between the step's first pass and its last, is the bubble: the gaps between bars, and
 # the wait of the last stage at both ends. It **isn't fixed**: more micro-batches fill the pipeline better,
-# and more stages worse. What is measured exceeds the formula, since stages aren't equally long, and a message takes
+# and more stages worse. What is measured mostly exceeds the formula, since stages aren't equally long, and a message takes
 # time. (On a busy machine, ranks also wait for CPUs.) The all-reduce in the end
 # adds up the gradients of the embedding, whose weights the first and the last stage share.
 #
@@ -291,8 +293,8 @@ hpclab.tables.Table(
 hpclab.came("too-big.gpus", least)
 
 # %% [markdown] id="plan-explain"
-# **Explain.** On 16 GPUs the 18 bytes alone take 90 GB each; activations, logits and buffers need more. (Up to 94 GB counts as
-# fitting: near the limit, recorded runs needed less than forecast. If blocks may be computed again, 16 are forecast to do.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What else becomes possible if blocks may be computed
+# **Explain.** On 16 GPUs the 18 bytes alone take 90 GB each, more than a GPU has. (In all, up to 94 GB counts as fitting:
+# near the limit, recorded runs, which were full of activations, needed less than forecast.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
 # again? All rows are forecasts, for a model far larger than those that were recorded: trust their order more than their digits.
 
 # %% id="planner-do"

@@ -281,7 +281,7 @@ hpclab.came("scaling.overlap", overlapped[0]["ratio"])
 # buckets would lose. (If no
 # difference is shown, there were too few rounds for this machine's noise; other programs make it larger.)
 #
-# `timeline.merge(run.folder)` writes the same picture, with every operation in it, as a file for Perfetto.
+# `timeline.merge(runs[0].folder)` writes the first picture, with every operation in it, as a file for Perfetto.
 
 # %% [markdown] id="quiz-timeline"
 # ### Quiz: read a timeline
@@ -469,7 +469,7 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 6.4, 8, 12)
 # before you believe the rest of it, and don't believe it beyond what that can tell.
 #
 # A cause beats a curve because it says *what to measure next*: here what a server carries, on a few nodes, in a minute. That is why
-# `plots.law` never draws a scaling law beyond its points without a forecast beside it.
+# `plots.law` ends a law where the figure's measurements end, unless a forecast stands beside it.
 
 # %% [markdown] id="close"
 # ## Close

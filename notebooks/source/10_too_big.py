@@ -163,8 +163,9 @@ hpclab.came("too-big.zero3", rows["zero3"]["peak_mb"] / rows["ddp"]["peak_mb"])
 # **Explain.** The bars are the formula, the markers what the ranks held. Stage 3 halves what belongs to parameters (but for two blocks, which are whole at a time), and
 # **shards no activations**: each rank keeps those of its own windows, whole, and with larger batches they are
 # most of its memory. To cut them, take smaller micro-batches, or compute again. Splitting the *computation* cuts what *one* window costs a rank,
-# which helps where not even one fits. At the same batch of all ranks together it need not help: above, `tensor` and
-# `sequence` keep more activations than `ddp`, since each rank works on all windows.
+# which helps where not even one fits. At the same batch of all ranks together it need not help: half of every
+# window is as much as the whole of half the windows, which `ddp` keeps. Above, `tensor` and `sequence` keep even more, since
+# not all is split: each rank has the outputs of the norms whole, with `tensor` their inputs, too.
 #
 # **FSDP isn't tensor parallelism.** FSDP shards how weights are *stored*; every rank computes with whole
 # matrices. Tensor parallelism splits the *multiplication*: no rank computes with a block's whole matrix, all ranks work on the same
@@ -294,7 +295,8 @@ hpclab.came("too-big.gpus", least)
 
 # %% [markdown] id="plan-explain"
 # **Explain.** On 16 GPUs the 18 bytes alone take 90 GB each, more than a GPU has. (In all, up to 94 GB counts as fitting:
-# near the limit, recorded runs, which were full of activations, needed less than forecast.) Move the sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
+# near the limit, recorded runs, which were full of activations, needed less than forecast.) Set the model to 80B, and move the
+# other sliders: what does twice the sequence cost? Which layouts vanish with 40 GB? What becomes possible if blocks may be computed
 # again? All rows are forecasts, for a model far larger than those that were recorded: trust their order more than their digits.
 
 # %% id="planner-do"

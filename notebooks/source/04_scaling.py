@@ -463,7 +463,7 @@ daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in (4, 6.4, 8, 12)
 #
 # And with the speeds that users saw elsewhere? With 4 Gb/s it is 45 % too low at 64 nodes, and 58 % at 128. But look at 8 and 16
 # nodes, which the forecast *was* given: there it is a third too low as well. No choice of the other numbers brings its line
-# near the six measured points: it misses them by 24 % (root mean square), and its bands are so wide that they contain them
+# near the six measured points: it misses them by 19 % (root mean square), and its bands are so wide that they contain them
 # all the same. With 6.4 it misses by 1.6 %, nearly twice as much as with 10 (0.9), and is 19 % too low at 64, and 35 % at
 # 128. So the points refute 4, speak against 6.4, and can't tell 8 from 12: compare a forecast with what you have measured
 # before you believe the rest of it, and don't believe it beyond what that can tell.

@@ -444,7 +444,8 @@ def test_the_rules_of_launch_hold(client, tmp_path):
 def test_close_leaves_nothing_whatever_goes_on(client):
     with hpclab.gang(client, ranks=2, oversubscribe=True) as gang:
         gang.run("import hpclab, subprocess\nsubprocess.Popen(['sleep', '1000'])\nhpclab.should_stop()")
-        assert len(pids := ranks_alive()) == 2
+        pids = ranks_alive()
+        assert len(pids) == 2
         started = [child for pid in pids for child in psutil.Process(pid).children()]
         assert len(started) == 2
         gang.close()

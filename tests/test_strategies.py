@@ -36,16 +36,8 @@ def gpt(dtype=torch.float64, layers=8):
     return models.GPT(SYMBOLS, LENGTH, width=16, heads=4, layers=layers).to(dtype)
 
 
-def shallow(dtype=torch.float64):
-    return gpt(dtype, layers=2)
-
-
-def single(dtype=torch.float32):
-    return gpt(dtype)
-
-
-def shallow_single(dtype=torch.float32):
-    return shallow(dtype)
+shallow = functools.partial(gpt, layers=2)
+single, shallow_single = (functools.partial(make, torch.float32) for make in (gpt, shallow))
 
 
 def fitting(strategy, deep=gpt, others=shallow):

@@ -117,8 +117,8 @@ def cost(plain: Client, encrypted: Client, rounds: int, tasks: int) -> list[dict
         Number of tiny tasks in a round.
     """
 
+    # Random, so that nothing can be compressed; and drawn before, as to draw is no part of the transfer.
     drawn = {client: client.submit(os.urandom, 2**25, pure=False) for client in (plain, encrypted)}
-    """Random, so that nothing can be compressed."""
     for future in drawn.values():
         wait(future)
 

@@ -22,9 +22,9 @@ from hpclab import _private, machine
 FORK = sys.platform == "linux" and os.environ.get("HPCLAB_FORK") != "0"
 """Elsewhere fork is missing (Windows), or not safe with the system's libraries (macOS); ``HPCLAB_FORK=0`` does without
 it here, too: to try what runs there."""
-KEPT = 2**25 if re.fullmatch(r"2\.([12]?\d|3[0-5])", platform.libc_ver()[1]) else 2**30
+KEPT = 2**30 if [*map(int, re.findall(r"\d+", platform.libc_ver()[1]))] >= [2, 36] else 2**25
 """Bytes of the largest block that malloc keeps. An older glibc takes no more than 32 MiB (mallopt(3)): told more, it
-keeps its first 128 kB for ever, as it no longer adapts that once the other threshold is set."""
+keeps its first 128 kB for ever, as it no longer adapts that once the other threshold is set (so does 2.31)."""
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(KEPT), "MALLOC_MMAP_THRESHOLD_": str(KEPT)}
 """glibc keeps the memory of freed tensors for the next step: giving its pages back each time halves a rank's speed."""
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")

@@ -80,7 +80,7 @@ def throughput(rows: list[dict]) -> float:
 
 
 def warm_up(seconds: list[float]) -> int:
-    """How many first steps of a run are slower than later ones, because they allocate memory and the like.
+    """How many first steps of a run are slower than later ones, because they allocate memory that later ones use again.
 
     Parameters
     ----------

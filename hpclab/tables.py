@@ -109,7 +109,7 @@ def _cell(value: Any, decimals: int | None) -> str:
     if value is None:
         return ""
     if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, Integral) and abs(value) >= GROUPED else str(value)
+        return f"{value:,}" if isinstance(value, Integral) and abs(int(value)) >= GROUPED else str(value)
     if decimals is None:
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
     return f"{value:,.{decimals}f}"

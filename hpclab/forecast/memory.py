@@ -91,8 +91,8 @@ class Memory:
         What stays from step to step must fit as it is: the runs that `SLACK` comes from were full of what doesn't.
         """
         parts = self.parts(model, layout)
-        lasting = sum(parts[name] for name in ("weights", "gradients", "optimiser"))
-        return lasting.max() <= memory_bytes and self.rank_bytes(model, layout) <= SLACK * memory_bytes
+        lasting = np.sum([parts[name] for name in ("weights", "gradients", "optimiser")], axis=0).max()
+        return bool(lasting <= memory_bytes) and self.rank_bytes(model, layout) <= SLACK * memory_bytes
 
     @classmethod
     def fit(cls, cases: Sequence[Case], measured_bytes: ArrayLike) -> "Memory":

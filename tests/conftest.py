@@ -234,7 +234,7 @@ class Footprint:
         self.thread.join()
 
     def _watch(self):
-        while not self.done.wait(2):  # each look takes a tenth of a second of a CPU
+        while not self.done.wait(1):
             self.peak = max(self.peak, self._sample())
 
     def _sample(self) -> int:

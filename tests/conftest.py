@@ -20,9 +20,6 @@ try:
 except ImportError:  # Windows: one test at a time
     fcntl = None
 
-os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it: it is this worker's own
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
-
 SHARED, ROOM = pytest.StashKey[tempfile.TemporaryDirectory](), pytest.StashKey["Room"]()
 LONGEST = (
     *("notebooks", "strategies", "browser", "training", "gang", "recovery", "queues", "exercises", "slurm", "grading"),
@@ -38,6 +35,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Not where this module is imported: ranks and Dask's workers import it too, with a test's function.
+    os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it: this worker's own
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
     if worker := getattr(config, "workerinput", None):
         config.stash[ROOM] = Room(worker["room"])
     elif config.option.record:
@@ -175,7 +175,6 @@ def require(present: bool, what: str) -> None:
 
 def ours(part: str) -> list[int]:
     """Process ids on this machine that descend from these tests, orphans too, with a name or command of this part."""
-    psutil.process_iter.cache_clear()  # it has the names that it saw first: a rank without fork gets its own later
     return [
         process.pid
         for process in psutil.process_iter(["name", "cmdline", "environ"])

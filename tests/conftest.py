@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Not where this module is imported: ranks and Dask's workers import it too, with a test's function.
     os.environ["HPCLAB_TESTS"] = uuid.uuid4().hex  # every process that a test starts inherits it: this worker's own
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it; tests send it
     if worker := getattr(config, "workerinput", None):
         config.stash[ROOM] = Room(worker["room"])
     elif config.option.record:

@@ -116,7 +116,7 @@ hpclab.came("security.cost", cost[1]["ratio"])
 # sides; beside that the cipher is quick. A large array is little Python and many bytes, each of which passes through
 # the cipher. TLS adds almost nothing on the wire, some 20 bytes a record of up to 16 kB. Starting takes more steps:
 # a key, its certificate, and a handshake for each connection. If an interval contains 1, these rounds show no difference. (When this was written,
-# on two shared cores, three intervals lay between 0.95 and 1.06 for tiny tasks, and between 1.26 and 2.09 for 32 MiB.)
+# on two shared cores, four intervals lay between 0.92 and 1.06 for tiny tasks, and between 1.25 and 2.33 for 32 MiB.)
 #
 # Gradients don't go this way at all: ranks exchange them over gloo, which doesn't encrypt as torch ships it (see the table at the end).
 #

@@ -234,7 +234,7 @@ hpclab.came("one-process.threads", gains[0]["ratio"])
 # **Explain** *your* table; another machine gives another.
 #
 # - *Threads*: ideally, as many times as fast as you have CPUs. What gets in the way: operations too small to split, and
-#   memory, which all CPUs share. On one CPU no difference can be shown. And if others use this machine, then after each
+#   memory, which all CPUs share. On one CPU there is no difference. And if others use this machine, then after each
 #   operation all threads wait for the one that got no CPU: two threads can be *several times slower* than one.
 # - *Channels last*: pooling can work on many channels with one vector instruction, and the convolutions need not
 #   rearrange their arrays on the way in and out.
@@ -244,10 +244,9 @@ hpclab.came("one-process.threads", gains[0]["ratio"])
 # - *keep memory* (shows no difference unless the C library is glibc): a step allocates some megabytes for its results and
 #   frees them. Here *off* means that `malloc` returns blocks above 128 kB to the system (glibc begins so, and then adapts
 #   its limits); in the next step the system must clear and map each page again. That can take as long as the arithmetic.
-#   (Each turn begins with memory given back, so a long run gains a little more than the table says.)
 #   A process that sets nothing lies somewhere between off and on. hpclab sets `MALLOC_TRIM_THRESHOLD_` and
-#   `MALLOC_MMAP_THRESHOLD_` in every rank, so all racers in the other notebooks, including those with one rank, have this
-#   switch on: none of their speed-up comes from it. A script of your own doesn't have it unless you set them.
+#   `MALLOC_MMAP_THRESHOLD_` in every rank, also in a single one, so in the other notebooks ranks have this switch on: none of
+#   their speed-up comes from it. A script of your own doesn't have it unless you set them.
 # - *compile*: fusing saves the bytes of small operations. If large library operations take all the time, there is little
 #   to save.
 
@@ -399,8 +398,7 @@ hpclab.check("one-process.quiz_split", split_answer)
 #   other way round. Below its roof, first ask what else limits it.
 # - One process has switches that cost a line each. Which ones help depends on the machine: alternate them with the plain
 #   step, give the interval, and say "no difference shown" if it contains 1.
-# - The other notebooks compare with a process that keeps memory, and with one that also uses all threads; their other
-#   switches are off. If one of those helped above, say so beside any speed-up that you claim.
+# - In the other notebooks each rank keeps memory, and one racer also uses all threads; their other switches are off. If one of those helped above, say so beside any speed-up that you claim.
 #
 # ### What breaks at scale
 #

@@ -136,12 +136,12 @@ ax = waits(ragged.waits(rows))
 hpclab.came("rnn.bucketed", shares(rows)["bucketed"] / shares(rows)["random"])
 
 # %% [markdown] id="wait-explain"
-# **Explain.** Both ranks always had equally many talks. But a rank's work grows with its *frames*, and with its longest
-# talk, not with its number of talks; and every step takes as long as the rank with more work. In a random batch long and short talks partly make up for each other. A bucket has talks of
-# one length: in one step a rank has eight long ones, and the other eight short ones. Bucketing removed most of the padding, and
-# computing became cheaper: the network no longer goes on for some fifty frames, at times more than a hundred, with one or
-# two talks left. But of that
-# cheaper time, the ranks wait a larger share.
+# **Explain.** Both ranks had about equally many talks. But a rank's work grows with its *frames*, and with its longest
+# talk, not with its number of talks; and every step takes as long as the rank with more work. In a random batch long and
+# short talks partly make up for each other. A bucket has talks of about one length: in one step a rank has eight long ones,
+# and the other eight short ones. Bucketing removed most of the padding, and computing became cheaper: the network no longer
+# goes on for some fifty frames, at times more than a hundred, with one or two talks left. But of that cheaper time, the
+# ranks wait a larger share.
 #
 # The bars are CPU time, and a wait is what the other rank computes longer. A clock shows more: below is what the ranks
 # spent at the barrier. It includes the message itself and, on a busy machine, the wait for a CPU, which is nobody's
@@ -272,8 +272,8 @@ hpclab.tables.Table(
 )
 
 # %% [markdown] id="yours-explain"
-# **Explain.** Each step now has talks of about one length, shared out so that both ranks get equally many frames. Little
-# is padded, and little is waited for. What is left is what frames don't tell: a step also costs something for each
+# **Explain.** Each step now has talks of about one length, shared out so that both ranks get about equally many
+# frames. Little is padded, and little is waited for. Frames don't tell everything: a step also costs something for each
 # frame of its *longest* talk, and CPUs aren't equally fast all the time.
 #
 # Does it learn as well? After so few epochs the accuracies differ by chance as much as by plan. But a batch of similar

@@ -133,7 +133,7 @@ hpclab.came("autoencoder.far", step_s["powersgd"] / step_s["ddp"])
 hpclab.came("autoencoder.narrow", min(WAYS, key=lambda way: first[way, "narrow"]["seconds"]))
 
 # %% [markdown] id="links-explain"
-# **Explain.** The left panel has bytes: there, whatever compresses most is far ahead. But nobody pays in bytes. A step takes
+# **Explain.** The left panel has bytes: there, whatever compresses most is far ahead. But you wait in seconds. A step takes
 #
 # $$\text{computing} + \text{compressing} + \text{messages} \times \alpha + \text{bytes} \times \beta.$$
 #

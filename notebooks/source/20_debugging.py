@@ -35,7 +35,7 @@ STEPS = {"small": 20, "class": 20, "cluster": 200}[SIZE]
 # ## How to work here
 #
 # Each program is a function that runs on every rank, in plain `torch.distributed`. It trains a small network on samples `x`
-# with targets `y`, and returns the weights. Every rank is given the same model and all samples, and takes its share of them.
+# with targets `y`, and returns the weights. Every rank is given all samples.
 # For each program:
 #
 # 1. Read it, and **predict** what will go wrong.
@@ -380,9 +380,9 @@ client.close()
 #
 # | bug | symptom | what shows it at once |
 # |---|---|---|
-# | mismatched collectives | it hangs, or adds up the wrong numbers; or, where sizes differ, gloo aborts a rank | where each rank stands |
+# | mismatched collectives | it hangs, or adds up the wrong numbers; or, where sizes differ, gloo aborts a rank | where each rank stands; `DETAIL`, below |
 # | a missing division | training diverges on more ranks, or "needs another learning rate" | the first gradient, against one process's |
-# | an uneven last batch | slightly different weights, or NaN if a rank gets no samples | the same, with a number of samples that doesn't divide |
+# | an uneven last batch | slightly different weights | the same, with a number of samples that doesn't divide |
 # | batch norm by ranks | worse with more ranks, as shares get smaller | the same, with shares that differ |
 # | one seed for all ranks | none; the noise varies less than you think, so it helps less | the first noise of each rank |
 # | a forgotten random state | a resumed run differs | a comparison with a run that never stopped, bit by bit |

@@ -33,8 +33,8 @@ def calibrated(gigabits: float, link_error: float = 0.0) -> tuple[Forecast, list
     ----------
     gigabits : float
         Gb/s that a server's process, system and network together carry. Nobody recorded it. For an order of magnitude:
-        in tensorflow/tensorflow#6116, August 2017, one connection of a later version carried 500 MB a second, which is
-        4 Gb/s, on one user's network, and 800 MB, 6.4 Gb/s, on another's.
+        in tensorflow/tensorflow#6116, August 2017, users of later versions saw gRPC carry 500 MB a second, which is
+        4 Gb/s, and 800 MB, 6.4 Gb/s.
     link_error : float, default 0
         As for `forecast.calibrate`.
     """

@@ -276,9 +276,8 @@ hpclab.tables.Table(
 hpclab.came("scaling.overlap", overlapped[0]["ratio"])
 
 # %% [markdown] id="overlap-explain"
-# A second bucket costs one more latency, 2 ms here (two messages of 1 ms), and hides what the first one takes, up to the
-# length of the backward pass. On a network whose extra latencies take longer than the backward pass can hide, small
-# buckets would lose. (If no
+# A second bucket costs two more messages, 2 ms here, and hides what the first one takes, up to the length of the backward
+# pass. On a network whose extra messages take longer than the backward pass can hide, small buckets would lose. (If no
 # difference is shown, there were too few rounds for this machine's noise; other programs make it larger.)
 #
 # `timeline.merge(runs[0].folder)` writes the first picture, with every operation in it, as a file for Perfetto.
@@ -435,9 +434,9 @@ hpclab.widgets.Explorer(known, scaling.summary(rows))
 # with gradients summed by parameter servers (1, 1, 3, 2, 4, 12, 40 and 116 of them). We give the first six points
 # to a law, and to a forecast that knows the number of servers, and that they can't split the last layer's 8 MB of weights.
 # Nobody recorded what each server's *link* carried: what its process, its operating system and its network together bring
-# to it. (Daint's cables carry far more.) Users of later versions, on other networks, saw one connection of TensorFlow's gRPC
-# carry 500 MB a second, which is 4 Gb/s, and 800, 6.4 Gb/s: that gives an order of magnitude. We guess 10, and also try 4,
-# 6.4, 8, 12, and 10 with an uncertainty of 30 %.
+# to it. (Daint's cables carry far more.) Users of later versions saw TensorFlow's gRPC carry 500 MB a second, which is
+# 4 Gb/s, and 800, 6.4 Gb/s: that gives an order of magnitude. We guess 10, and also try 4, 6.4, 8, 12, and 10 with an
+# uncertainty of 30 %.
 
 # %% id="beyond-do"
 law = laws.fit_usl(daint.NODES[: daint.KNOWN], daint.RATES[: daint.KNOWN])

@@ -144,7 +144,7 @@ hpclab.came("rnn.bucketed", shares(rows)["bucketed"] / shares(rows)["random"])
 # ranks wait a larger share.
 #
 # The bars are CPU time, and a wait is what the other rank computes longer. A clock shows more: below is what the ranks
-# spent at the barrier. It includes the message itself and, on a busy machine, the wait for a CPU, which is nobody's
+# spent at the barrier. It includes the barrier's own messages and, on a busy machine, the wait for a CPU, which is nobody's
 # plan's fault.
 
 # %% id="clock-do"

@@ -1,7 +1,7 @@
 # %% [markdown] id="title"
 # # Too big: a model that doesn't fit
 #
-# **You will** count the bytes that training needs, then train a GPT in every way that spreads it over ranks, and compare
+# **You will** count the bytes that training needs, then train a GPT in many ways that spread it over ranks, and compare
 # what each rank held with what you counted. You see the bubbles of a pipeline, and plan a model of 80 billion parameters.
 #
 # | | |
@@ -104,7 +104,7 @@ def train(strategy, make=gpt, **settings):
 # %% id="measure-do"
 def measured(name, strategy):
     tiny = functools.partial(gpt, width=16)
-    runs = train(strategy), train(strategy, tiny, steps=2)
+    runs = train(strategy), train(strategy, tiny)
     return needs.row(name, strategy, *runs, model, batch=2 * BATCH)
 
 

@@ -33,7 +33,7 @@ from hpclab import plots, security, tables
 from hpclab.course.plots import spread
 
 ROUNDS, TASKS, RANKS = {"small": (4, 100, 4), "class": (15, 200, 4), "cluster": (20, 1000, 8)}[SIZE]
-os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # for a data store, say; all that we start inherits it
+os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # for a data store, say; what we start inherits it by default
 
 # %% [markdown] id="loopback"
 # ## Loopback is not private
@@ -42,8 +42,8 @@ os.environ["STORE_TOKEN"] = "tok-not-a-real-one"  # for a data store, say; all t
 # and the kernel accepts a connection from any of them: a file's owner and mode are checked, but nobody checks who connects
 # to a port.
 #
-# The *stranger* is a second program. It gets the address and nothing else: no password, no file, nothing of our
-# environment but `PATH`.
+# The *stranger* is a second program. It gets the address and a variable's name: no password, no file, nothing of
+# our environment but `PATH`.
 #
 # **Predict**: the cluster is started with `security=False`. What will the stranger do: nothing, list our workers, or
 # run code on them?
@@ -200,8 +200,8 @@ hpclab.came("security.leaks", sum(row["others can read it"] == row["secret in it
 
 # %% [markdown] id="leaks-explain"
 # **Explain.** A command line is public: on Linux `/proc/PID/cmdline` has the mode `r--r--r--` while the program runs
-# (unless the administrator mounts /proc with `hidepid`). Only the same user, and root, can read the environment; but every process
-# that we start inherits it, and there the stranger found our token. A file is as private as its mode and those of its
+# (unless the administrator mounts /proc with `hidepid`). Only the same user, and root, can read the environment; but processes
+# that we start inherit it by default, and there the stranger found our token. A file is as private as its mode and those of its
 # folders, from the first byte on: between `write_text` and a later `chmod` others may open it, and an open file stays open.
 #
 # Look through these too before you share them: **a notebook's outputs**, which are saved with it, **logs**, **job
@@ -234,7 +234,7 @@ hpclab.came("security.leaks", sum(row["others can read it"] == row["secret in it
 # <details><summary>Hint</summary>
 #
 # A stranger at the door had made its own certificate. `help(Security)` tells how to make one; that holds texts, but the
-# constructor also takes file names, and insists on encryption as soon as it is given any. The two programs above show how to
+# constructor also takes file names, and insists on encryption as soon as it is given any. The cell above shows how to
 # keep a file private from its first byte.
 #
 # </details>

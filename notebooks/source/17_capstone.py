@@ -136,7 +136,8 @@ print(f"written at {written['written']}; its hash begins with {written['sha256']
 #
 # The workers are jobs of a private Slurm, if its programs are installed. On a site call
 # `hpclab.connect("slurm", workers=2, memory="1GB")` without the `if`, and add what the site asks for, such as `account` and
-# `queue`; nothing else changes. The cases run in turns, round after round, so that a drift of the machine affects all of them alike.
+# `queue`; nothing else changes. The cases of a sweep run in turns, round after round, so that a drift of the
+# machine affects all of them alike.
 
 # %% id="connect"
 if slurm.missing():

@@ -122,14 +122,14 @@ with get_task_stream() as stream:
 print(f"accuracy {fit.accuracy:.3f} after one epoch, which was {len(stream.data)} tasks for Dask")
 
 # %% [markdown] id="when"
-# **Explain.** To Dask the gang was one task a rank, which only starts the rank as a process of its own and watches it,
+# **Explain.** To Dask the gang was one task a rank, which starts the rank as a process of its own and watches it,
 # and takes no worker's thread. The ranks' steps are no tasks: they talk to each other without the scheduler.
 #
 # | | tasks | a gang |
 # |---|---|---|
 # | the pieces | are independent | communicate in every step |
 # | they start | when a worker is free | all together, or not at all |
-# | more of them than workers | normal: it evens out the load | an error, unless you let them take turns (`oversubscribe=True`: *emulated*) |
+# | more than can run at once | normal: it evens out the load | an error, unless you let them take turns (`oversubscribe=True`: *emulated*) |
 # | if a worker is lost | its tasks are redone elsewhere, and results that only it held | all stop; with `max_restarts` they resume from a checkpoint |
 # | the slowest | delays only the end | delays all, in every step |
 # | with Dask | `delayed`, `map`, `dask.array`, `dask.bag` | `hpclab.launch`, `hpclab.train`, `%%ranks` |
@@ -191,7 +191,7 @@ hpclab.came("dask.cut", min(taken, key=taken.get))
 # $$t = W/p + n\,o$$
 #
 # This is the law for a message, alpha + beta times its size, with tasks in place of bytes. We measure up to 200 tasks a
-# worker, in turns, fit the model, and let it predict an unseen number of tasks.
+# worker, in turns, fit the model, and let it predict one more run.
 #
 # **Predict**: what does a task cost: a microsecond, a millisecond, a second? Answer in milliseconds.
 
@@ -325,15 +325,15 @@ hpclab.came("dask.connect", connect_s["slurm"] / connect_s["local"] if "slurm" i
 # %% [markdown] id="queue-explain"
 # **Explain.** Once the jobs run, a worker is a worker: scheduler, messages and encryption are the same. Do the two
 # intervals of a task's cost overlap? (These tasks do nothing, and have fewer arguments than those above.) A queue's
-# cost comes first: submitting, waiting, starting. Your queue here is empty; on a site the wait may take hours. So
-# connect once, and hand out many tasks.
+# cost comes first: submitting, waiting, starting. Here that includes starting Slurm itself; on a site the wait may take
+# hours. So connect once, and hand out many tasks.
 #
 # ## Exercise: choose the chunk
 #
 # Write `chunks(items, workers, item_s, task_s)`. It cuts the list `items` into a list of lists, each of which becomes a
-# task. An item takes `item_s` seconds on average; some take several times that, and you don't know which. Handing out a
+# task. An item takes `item_s` seconds on average; some take more than twice that, and you don't know which. Handing out a
 # task takes `task_s`. The result must equal the serial code's, so each item appears once, in order. The check plans
-# four jobs with it, from a laptop to a thousand workers, then races it on a real one against a task for each item and a
+# four jobs with it, from a laptop to a thousand workers, then races it against a task for each item and a
 # task for each worker.
 #
 # <details><summary>Hint</summary>

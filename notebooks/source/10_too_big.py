@@ -141,8 +141,8 @@ hpclab.predict("too-big.zero3", ..., "of DDP's peak")
 # | `accumulate` | the same, one micro-batch after another | gradients, once for all micro-batches |
 # | `bf16`, `powersgd`, `topk` | the same | gradients in fewer bytes |
 # | `local-sgd`, `diloco` | the same | weights, every few steps |
-# | `tensor`, `sequence` | *parts of each block's matrices*, on all windows | activations, summed four times a block (with `sequence` each sum is a reduce-scatter and an all-gather) |
-# | `gpipe`, `1f1b`, `interleaved` | *some blocks*, on all windows | activations, between blocks on different ranks |
+# | `tensor`, `sequence` | *parts of each block's matrices*, on all windows | activations and their gradients, summed four times a block (with `sequence` each sum is a reduce-scatter and an all-gather) |
+# | `gpipe`, `1f1b`, `interleaved` | *some blocks*, on all windows | activations and their gradients, between blocks on different ranks |
 #
 # (fp16 is left out: it is bf16 with another kind of 16-bit number.) The next cell trains the others for three steps each, and one with `recompute`: it keeps the blocks' inputs only, and computes
 # the rest again in the backward pass.
@@ -164,8 +164,8 @@ hpclab.came("too-big.zero3", rows["zero3"]["peak_mb"] / rows["ddp"]["peak_mb"])
 # **shards no activations**: each rank keeps those of its own windows, whole, and with larger batches they are
 # most of its memory. To cut them, take smaller micro-batches, or compute again. Splitting the *computation* cuts what *one* window costs a rank,
 # which helps where not even one fits. At the same batch of all ranks together it need not help: half of every
-# window is as much as the whole of half the windows, which `ddp` keeps. Above, `tensor` and `sequence` keep even more, since
-# not all is split: each rank has the outputs of the norms whole, with `tensor` their inputs, too.
+# window is as much as the whole of half the windows, which `ddp` keeps. Above, `tensor` and `sequence` keep even more: the
+# outputs of the norms whole (`tensor` also their inputs), and something more, which we measured and can't name.
 #
 # **FSDP isn't tensor parallelism.** FSDP shards how weights are *stored*; every rank computes with whole
 # matrices. Tensor parallelism splits the *multiplication*: no rank computes with a block's whole matrix, all ranks work on the same
@@ -185,8 +185,7 @@ hpclab.tables.Table(
 #
 # For the runs above: the loss in the third step (the exact strategies agree up to
 # rounding; powersgd's first two steps are ddp's, so here its loss is ddp's, too), the fastest step, the bytes that a rank sends in a step on the library that ran here (gloo) and on NVIDIA's (NCCL), by
-# formula, and the measured peak. Seconds are of one short run each, on small messages within one machine: they rank nothing
-# on a cluster.
+# formula, and the measured peak. Seconds are of one short run each, within one machine: they rank nothing on a cluster.
 
 # %% id="when-do"
 hpclab.tables.Table(
@@ -251,7 +250,8 @@ hpclab.came("too-big.bubble", bubbles[1])
 # ## Up to 80 billion parameters
 #
 # The forecasts below are calibrated on 505 configurations that others *ran*, with models of 1 and 3 billion parameters on up to 64 H100s.
-# First, the best of these runs beside what the calibrated formula says of the same layout:
+# First, the best of these runs beside what the formula says of the same layout, these runs being among those that it is
+# calibrated on:
 
 # %% id="recorded-do"
 table = [row for row in hpclab.data.tables.table("ultrascale") if row["ok"] and row["nodes"] == 8]

@@ -161,8 +161,8 @@ simulated = np.array([simulate(count * step_s, work) / work - 1 for count in eve
 # Now measure it: the same training under failures, with a checkpoint after every step, at two longer intervals, and
 # only after each quarter.
 #
-# **Predict**, from what a checkpoint and a step take here, and from the MTBF: how many steps between checkpoints lose the
-# least time? (Does the restart matter?)
+# **Predict**, from what a checkpoint and a step take here, and from the MTBF: how many steps between checkpoints does
+# the simulation find best? (Does the restart matter?)
 
 # %% id="measure-predict"
 hpclab.predict("faults.every", ..., "steps between checkpoints")
@@ -200,8 +200,8 @@ hpclab.came("faults.every", every[middle.argmin()])
 # %% [markdown] id="measure-explain"
 # **Explain.** The left end pays for saving, the right end for failures (each costs a restart, too, but as much at any
 # interval, so it moves no minimum), and the valley between is wide: half or twice
-# the best interval costs little more. One measurement is one roll of the dice, so don't expect it on the line. If it
-# lies above the band, that is bad luck, one draw in twenty, or something took time that the simulation leaves out, such
+# the best interval costs little more. The four measurements share one roll of the dice (`seed=4`), so don't expect
+# them on the line. If they lie above the band, that is bad luck, one draw in twenty, or something took time that the simulation leaves out, such
 # as a busy disk, or the slower first steps after a restart. Young's formula (1974) gives the bottom: `sqrt(2 * save * MTBF)`. Daly (2006) adds terms that
 # matter when saving takes a good part of the MTBF.
 #

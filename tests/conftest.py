@@ -1,4 +1,5 @@
 import collections
+import functools
 import itertools
 import os
 import signal
@@ -7,6 +8,7 @@ import tempfile
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import cloudpickle
 import psutil
@@ -19,8 +21,13 @@ try:
     import fcntl
 except ImportError:  # Windows: one test at a time
     fcntl = None
+try:
+    from xdist.scheduler import LoadFileScheduling
+except ImportError:  # one test at a time
+    LoadFileScheduling = object
 
 SHARED, ROOM = pytest.StashKey[tempfile.TemporaryDirectory](), pytest.StashKey["Room"]()
+ALONE = "alone"
 LONGEST = (
     *("notebooks", "strategies", "browser", "training", "gang", "recovery", "queues", "exercises", "slurm", "grading"),
     *("gangs", "hosts", "readme", "debugging", "wheel"),
@@ -83,10 +90,29 @@ def pytest_unconfigure(config):
         config.stash[SHARED].cleanup()
 
 
+class Scheduling(LoadFileScheduling):
+    """A worker takes all tests of a file; but one of them takes all that are marked "alone", before the others.
+
+    Each that came in its file's turn would wait until the other worker has ended its own test, for minutes at worst.
+    """
+
+    @functools.cached_property
+    def alone(self):
+        return {*Path(self.config.stash[SHARED].name, ALONE).read_text("utf-8").splitlines()}
+
+    def _split_scope(self, nodeid):
+        return ALONE if nodeid in self.alone else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
     """Run tests marked "alone" while no other worker runs any; to wait for that is no part of their time."""
-    alone, more = (bool(some and some.get_closest_marker("alone")) for some in (item, nextitem))
+    alone, more = (bool(some and some.get_closest_marker(ALONE)) for some in (item, nextitem))
     room = item.config.stash.get(ROOM, None)
     if room:
         room.enter(alone)
@@ -156,9 +182,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{seconds.total():7.0f}  all {len(seconds)} files, as if one after the other")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    if worker := getattr(config, "workerinput", None):
+        items.sort(key=lambda item: item.get_closest_marker(ALONE) is None)
+        alone = [item.nodeid for item in items if item.get_closest_marker(ALONE)]
+        Path(worker["room"], ALONE).write_text("\n".join(alone), "utf-8")  # the scheduler hears names, no marks
 
 
 def pytest_collection_finish(session):

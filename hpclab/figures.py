@@ -96,12 +96,12 @@ def finish(ax: Axes, rows: list[dict], xlabel: str, ylabel: str, series: Sequenc
     """
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
-    ax.grid(alpha=0.3)
+    ax.grid(color="0.6", alpha=0.4)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(provenance(rows), fontsize="x-small", color="0.35", loc="right")
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False)
+        ax.legend(edgecolor="0.85")  # framed: its own marks are no measurements
     if isinstance(ax.figure, Figure):
         title = _("{y} against {x}", y=ylabel, x=xlabel) if ylabel else xlabel
         ax.figure.series[ax] = (f"{title} ({provenance(rows)})", *series)

@@ -96,7 +96,7 @@ def against(rows: list[dict], ceiling: dict) -> list[dict]:
     return [
         {
             "name": row["name"],
-            "flop a byte": row["intensity"],
+            "flop a byte": f"{row['intensity']:.2f}",
             "left of the ridge": "yes" if row["intensity"] < ceiling["ridge"] else "no",
             "share of its roof": f"{row['flops_per_s'] / roof(row['intensity'], ceiling):.0%}",
         }

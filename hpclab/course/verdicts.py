@@ -13,6 +13,7 @@ from hpclab.language import translate as _
 from hpclab.pages import html
 
 RESULT = (
+    '<style>[data-jp-theme-light="false"] .hpclab-result > span { filter: brightness(2) }</style>'
     '<div class="hpclab-result" role="status" data-status="{{ result.status }}" '
     'style="border-left: 5px solid {{ colour }}; padding: 4px 10px">'
     '<span aria-hidden="true" style="color: {{ colour }}">{{ symbol }}</span> '

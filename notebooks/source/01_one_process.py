@@ -197,7 +197,7 @@ hpclab.predict("one-process.threads", ..., "times as fast")
 # %% id="levers-do"
 threads = hpclab.machine.cpus()
 switches = {
-    f"threads: {threads}": {"threads": threads},
+    f"{threads} threads": {"threads": threads},
     "channels last": {"channels_last": True},
     "bf16": {"bf16": True},
     "keep memory": {"keep_memory": True},

@@ -23,8 +23,8 @@ DIGITS = 4
 """Of the largest number of a column; the others have as many decimals."""
 MOST_DECIMALS = 6
 """More zeros than that nobody counts: such columns have exponents."""
-WHOLE = 20
-"""Longest cell that stays on one line: a number with its interval breaks at its hyphen otherwise."""
+WHOLE = 24
+"""Longest cell that stays on one line: a number with its interval would break."""
 GROUPED = 10_000
 """Whole numbers from here on have commas; years and seeds have none."""
 UNITS = ((r"_per_s$", " a second"), (r"_(s|h|ms)$", r" (\1)"), (r"_mb$", " (MB)"), ("_", " "))

@@ -333,18 +333,20 @@ def progress(runs: list[list[dict]]) -> None:
 
 
 def pictures(batch: np.ndarray, titles: Sequence[str]) -> None:
-    """Show grey pictures side by side, each below its title.
+    """Show grey pictures, four side by side, each below its title.
 
     Parameters
     ----------
     batch : ndarray, shape (k, 1, height, width)
     titles : sequence of str, length k
     """
-    _shown, axes = figures.subplots(1, len(titles), size=(1.25 * len(titles), 1.7))
-    for ax, picture, title in zip(axes, batch, titles, strict=True):
+    rows = -(-len(titles) // 4)
+    _shown, axes = figures.subplots(rows, min(4, len(titles)), size=(6.4, 1.9 * rows))
+    for ax in np.ravel(axes):
+        ax.axis("off")
+    for ax, picture, title in zip(np.ravel(axes), batch, titles, strict=False):  # the last row may have fewer
         ax.imshow(picture[0], cmap="gray_r")
         ax.set_title(title, fontsize="small")
-        ax.axis("off")
         figures.set_font(ax)
 
 

@@ -220,7 +220,7 @@ hpclab.came("autoencoder.forgotten", 100 * missing["forgotten"] if sent["forgott
 #
 # ## What it rebuilds
 #
-# An epoch by ddp on the machine's own network, and pictures that it hasn't seen; below them, what it makes of them.
+# An epoch by ddp on the machine's own network, and pictures that it hasn't seen; below each, what it makes of it.
 
 # %% id="rebuild-do"
 fit = train("ddp", epochs=1)

@@ -292,6 +292,7 @@ def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) ->
     """
     ax = figures.axes(ax)
     jobs = sorted(jobs, key=lambda job: job["job"])[-JOBS:]
+    jobs.sort(key=_place)
     now = time.time() if now is None else now
     first = min((job["submitted_s"] for job in jobs), default=now)
     nodes = sorted({job["nodes"] for job in jobs if job["nodes"]})
@@ -312,11 +313,17 @@ def gantt(jobs: list[dict], ax: Axes | None = None, now: float | None = None) ->
     ax.set_yticks(range(len(jobs)), names, fontsize="small")
     ax.invert_yaxis()
     ax.set_xlim(left=0)
-    return finish(ax, jobs, _("seconds since the first was submitted"), _("job"), words)
+    return figures.legend_above(finish(ax, jobs, _("seconds since the first was submitted"), _("job"), words), 1)
+
+
+def _place(job: dict) -> tuple[int, int]:
+    """Of a job among others: tasks of an array by their numbers, of which Slurm gives the last one the array's own."""
+    array, _underscore, task = (job.get("array") or str(job["job"])).partition("_")
+    return int(array), int(task) if task.isdecimal() else -1
 
 
 def _ran(ax: Axes, line: int, start: float, end: float, job: dict, place: int) -> None:
-    """A bar for the time in which a job ran; its look says where."""
+    """A bar for the time in which a job ran; its look says where, and so does its label, with dots if it still runs."""
     style: dict[str, Any] = {
         "facecolor": COLOURS[place % len(COLOURS)],
         "hatch": HATCHES[place // len(COLOURS) % len(HATCHES)],
@@ -325,7 +332,7 @@ def _ran(ax: Axes, line: int, start: float, end: float, job: dict, place: int) -
     ax.barh(line, end - start, left=start, height=0.7, edgecolor="0.2", **style)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
     label: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": "small", "bbox": box}
-    ax.annotate(job["nodes"], (start, line), (4, 0), **label)
+    ax.annotate(job["nodes"] + (" ..." if job["ended_s"] is None else ""), (end, line), (4, 0), **label)
 
 
 def allreduce(rows: list[dict], fit: "LawFit | None" = None, ax: Axes | None = None) -> Axes:

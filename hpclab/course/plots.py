@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hpclab import figures
@@ -119,7 +120,7 @@ def schedule(rows: list[dict], ax: Axes | None = None) -> Axes:
     titles = {"compute": _("computing"), "wait": _("waiting"), "send": _("sending to"), "receive": _("receiving from")}
     lanes = {"compute": (-0.42, 0.36), "wait": (-0.42, 0.36), "send": (-0.04, 0.22), "receive": (0.2, 0.22)}
     last = max(row["start"] + row["steps"] for row in rows)
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.9}
+    edge = [withStroke(linewidth=2.5, foreground="white")]  # a box would hide short bars
     ax = figures.subplots(size=(8, 1.2 + 0.6 * len(ranks)))[1] if ax is None else ax
     for place, (action, title) in enumerate(titles.items()):
         style: dict[str, Any] = {
@@ -135,7 +136,7 @@ def schedule(rows: list[dict], ax: Axes | None = None) -> Axes:
             said = text.get(action, f"←{row.get('peer')}")
             if said and row["steps"] * 80 >= last * len(said):  # else it has no room
                 middle = row["start"] + row["steps"] / 2, row["rank"] + low + height / 2
-                ax.text(*middle, said, ha="center", va="center", fontsize="small", bbox=box)
+                ax.text(*middle, said, ha="center", va="center", fontsize="small", path_effects=edge)
     ax.set_yticks(ranks, [_("rank {rank}", rank=rank) for rank in ranks])
     ax.set_ylim(ranks[-1] + 0.5, ranks[0] - 0.5)
     ax.set_xlim(0, last)
@@ -249,7 +250,7 @@ def recovery(rows: list[dict], ax: Axes | None = None) -> Axes:
     }  # each is named once
     looks: dict[str, dict[str, Any]] = {
         "kept": look(0) | {"marker": ""},
-        "lost": look(1) | {"marker": "", "linewidth": 2.5},
+        "lost": look(1) | {"marker": "", "linewidth": 2.5, "linestyle": "-"},
         "failure": {"color": "black", "marker": "X", "linestyle": "none"},
     }
     words = []

@@ -41,9 +41,10 @@ RANKS, BATCH = 2, 8
 # %% id="data-do"
 talks = ragged.Talks()
 lengths = talks.lengths
-numbers = [int(np.quantile(lengths, part)) for part in (0, 0.25, 0.5, 0.75, 1)]
-print(f"{len(talks)} talks by {len(talks.classes)} speakers; frames: ", end="")
-print("least {}, a quarter below {}, half below {}, three quarters below {}, most {}".format(*numbers))
+names = ("least", "a quarter below", "half below", "three quarters below", "most")
+print(f"{len(talks)} talks by {len(talks.classes)} speakers; of frames:")
+for name, frames in zip(names, np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]), strict=True):
+    print(f"{name} {frames:.0f}")
 
 # %% [markdown] id="recurrent"
 # A recurrent network (RNN) reads a talk frame by frame, and keeps a *state*: some numbers, which each frame changes. After
@@ -72,7 +73,9 @@ hpclab.predict("rnn.frames", ..., "times as many frames")
 # %% id="frames-do"
 plan = random_plan(lengths, RANKS, BATCH, seed=0, epoch=0)
 frames = np.array([[lengths[batch].sum() for batch in batches] for batches in plan])  # (ranks, steps)
-hpclab.tables.Table({"step": step, "rank 0": a, "rank 1": b} for step, (a, b) in enumerate(frames.T[:6], 1))
+hpclab.tables.Table(
+    {"step": step, "frames of rank 0": a, "of rank 1": b} for step, (a, b) in enumerate(frames.T[:6], 1)
+)
 
 # %% id="frames-came"
 hpclab.came("rnn.frames", np.median(frames.max(0) / frames.min(0)))

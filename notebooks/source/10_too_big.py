@@ -196,7 +196,7 @@ hpclab.tables.Table(
         "gloo (MB)": round(row["sent_gloo_mb"], 1),
         "NCCL (MB)": round(row["sent_nccl_mb"], 1),
         "peak (MB)": round(row["peak_mb"]),
-        "by formula": round(sum(row[f"{part}_mb"] for part in needs.PARTS)),
+        "by formula (MB)": round(sum(row[f"{part}_mb"] for part in needs.PARTS)),
         "when": needs.advice(name),
     }
     for name, row in rows.items()
@@ -347,7 +347,11 @@ budgets = [144e6, 130e6, 80e6]  # for two ranks with two windows each
 choices = [choose(budget, 2, parameters, layers=8, width=256, batch=4, sequence=128) for budget in budgets]
 peaks = {name.replace(" ", ""): round(row["peak_mb"]) for name, row in rows.items()}
 hpclab.tables.Table(
-    {"budget (MB)": budget / 1e6, "your choice": str(choice), f"its peak above, {BATCH} windows": peaks.get(choice, "")}
+    {
+        "budget (MB)": budget / 1e6,
+        "your choice": str(choice),
+        f"its peak above, {BATCH} windows (MB)": peaks.get(choice, ""),
+    }
     for budget, choice in zip(budgets, choices, strict=True)
 )
 

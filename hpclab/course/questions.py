@@ -24,8 +24,8 @@ def statements(exercise_id: str) -> Callable[[Callable[[], Truths]], Callable[[]
             if believed := [letter for letter in sorted(chosen) if not truths[letter]]:
                 return failed(messages[believed[0]])
             if missing := sum(truths.values()) - len(chosen):
-                return failed(_("Everything you chose is true, but you missed {missing} more.", missing=missing))
-            return passed(_("These statements are true, and no others."))
+                return failed(_("Everything you chose is right, but you missed {missing} more.", missing=missing))
+            return passed(_("These, and no others."))
 
         return question
 

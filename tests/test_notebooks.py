@@ -369,7 +369,7 @@ def test_the_index_says_what_the_notebooks_say(language):
 
 def test_the_path_of_90_minutes_takes_no_longer():
     """What it leaves out for later is headed so, in the notebooks whose first number of minutes is without it."""
-    minutes = 0
+    minutes, exercises = 0, []
     for path in SOURCES:
         if slug(path.stem) in logbook.SHORT:
             first, *cells = (cell.source for cell in build.student(path).cells if cell.cell_type == "markdown")
@@ -377,7 +377,10 @@ def test_the_path_of_90_minutes_takes_no_longer():
             later = [cell for cell in cells if re.search(r"^##+ For later: ", cell, re.MULTILINE)]
             assert bool(later) == ("with the parts *for later*" in said[2])
             minutes += int(said[1])
+            after = "\n".join(cell.source for cell in build.student(path).cells).partition("## For later: ")[2]
+            exercises += re.findall(r'hpclab\.check\("(\S+)"', after)
     assert 0 < minutes <= 90
+    assert sorted(exercises) == sorted(logbook.LATER)
 
 
 def test_text_names_no_notebook_that_is_not_there():

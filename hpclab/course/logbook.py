@@ -26,6 +26,8 @@ KINDS = ({"exercise", "day"}, {"prediction", "value", "unit", "written"}, {"resu
 """What lines hold."""
 SHORT = ("start", "cnn", "scaling")
 """Notebooks of the path of 90 minutes."""
+LATER = ("cnn.learning_rate", "cnn.quiz_batch", "scaling.quiz_timeline")
+"""Their exercises in parts headed *For later*, which that path leaves out."""
 DAY = (*SHORT, "one-process", "ddp-from-scratch", "queues", "faults")
 """Notebooks of the path of one day; a term takes all."""
 _warned: set[str] = set()
@@ -62,9 +64,12 @@ class Progress:
 
     def paths(self) -> dict[str, list[dict]]:
         """Rows of each path through the course, by its name; the last one has all."""
-        named = {_("90 minutes"): SHORT, _("one day"): DAY}
-        chosen = {name: [row for row in self.rows if row["slug"] in slugs] for name, slugs in named.items()}
-        return chosen | {_("a term"): self.rows}
+        short, day = ([row for row in self.rows if row["slug"] in slugs] for slugs in (SHORT, DAY))
+        now = [
+            row | {kind: [name for name in row[kind] if name not in LATER] for kind in ("exercises", "done")}
+            for row in short
+        ]
+        return {_("90 minutes"): now, _("one day"): day, _("a term"): self.rows}
 
     def __repr__(self) -> str:
         tables = [self._path_rows(), self._notebook_rows(), *([self.predictions] if self.predictions else [])]

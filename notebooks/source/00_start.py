@@ -156,6 +156,8 @@ stage.run()
 # **Sooner, but not twice.** If you have two CPUs, look at *times as fast*. What keeps it below 2?
 #
 # - In each step the ranks wait for each other, and exchange 201 kB of gradients.
+# - If other programs use this machine, the table may show no difference, or threads that are *slower*: they wait for
+#   each other in every operation.
 # - Two busy CPUs share caches and memory, and also run this notebook, the scheduler and your browser.
 # - Your two "CPUs" may be one core. Cloud machines usually sell *hardware threads*: two of them share one core's
 #   arithmetic units, so the pair is far from twice as fast as one. `hpclab.doctor.examine()` says so if the machine

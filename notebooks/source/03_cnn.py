@@ -174,7 +174,7 @@ hpclab.came("cnn.same_loss", difference[-1])
 # ## Sooner
 #
 # Now the race, with a learning rate that learns: one rank; one process with all threads; two ranks. All three keep freed
-# memory (*one-process* shows why): a baseline without that switch would be slower, and make two ranks look better.
+# memory for their next step, as every rank here does.
 
 # %% id="sooner-do"
 race = hpclab.race(client, hpclab.models.CNN, "fashion_mnist", epochs=EPOCHS)
@@ -188,7 +188,8 @@ race.verdict()
 #
 # A race is one measurement, on a machine that others use too. A **sweep** runs each case several times, interleaved and in
 # shuffled order, so that a slow minute affects all cases alike. Each speed-up divides two runs of the *same* round: what
-# slowed both alike cancels. The interval is Student's, at 95 %, over the rounds. The first steps don't count: they allocate
+# slowed both alike cancels. The interval is Student's, at 95 %, over the rounds: of many such sweeps, 95 in a hundred would give
+# an interval that contains the true ratio. The first steps don't count: they allocate
 # memory, and prepare what later steps use again.
 
 # %% id="measure-do"
@@ -212,7 +213,8 @@ hpclab.tables.Table({"case": row["measure"], "times as fast as 1 rank": hpclab.r
 #   one core even share its arithmetic units.
 # - *Smaller batches*: half a batch doesn't always take half the time.
 #
-# An interval that contains 1 shows no difference. Few rounds make it wide, and rightly so. To claim more, measure more rounds. With one
+# An interval that contains 1 shows no difference. Few rounds make it wide, and so do other programs on this machine. To claim more,
+# measure more rounds: raise `repeats` above. With one
 # CPU, nothing here can be faster: the rows say *emulated*.
 
 # %% id="data-share"
@@ -257,10 +259,39 @@ def epoch_order(length, rank, ranks, seed, epoch):
 # %% id="order-check" points=2
 hpclab.check("cnn.order", epoch_order)
 
-# %% [markdown] id="rate"
-# ## Exercise: the learning rate
+# %% [markdown] id="quiz-interval"
+# ## Quiz
 #
-# You found a good learning rate for a batch of `base_batch` pictures on one process. Now `ranks` ranks take
+# ### State an interval
+#
+# Three variants of a program, each measured in six rounds beside the same baseline: the mean ratio, with its 95 % interval.
+# Which statements are true? Set `interval_answer` to the set of their letters.
+#
+# - a: At this level, A is faster than the baseline.
+# - b: B is exactly as fast as the baseline.
+# - c: At this level, C is faster than the baseline.
+# - d: The figure alone shows that A is faster than C.
+# - e: Of single rounds with C, 95 % have a ratio from 1.05 to 1.6.
+# - f: More rounds that scatter as much would, on average, give narrower intervals.
+
+# %% id="quiz-interval-show"
+from hpclab.course import quizzes
+
+quizzes.show("cnn.quiz_interval")
+
+# %% id="quiz-interval-answer" exercise=true
+interval_answer = ...
+### BEGIN SOLUTION
+interval_answer = {"a", "c", "f"}
+### END SOLUTION
+
+# %% id="quiz-interval-check" points=1
+hpclab.check("cnn.quiz_interval", interval_answer)
+
+# %% [markdown] id="rate"
+# ## For later: the learning rate
+#
+# The path of 90 minutes goes on with the *summary* at the end. You found a good learning rate for a batch of `base_batch` pictures on one process. Now `ranks` ranks take
 # `batch_size` pictures *each*, so a step sees more pictures, and an epoch has fewer steps. If you leave the rate alone, the
 # weights move less far in an epoch: training looks slower, although each second does more.
 #
@@ -285,6 +316,22 @@ def scaled_lr(base_lr, base_batch, batch_size, ranks):
 
 # %% id="rate-check" points=2
 hpclab.check("cnn.learning_rate", scaled_lr)
+
+# %% [markdown] id="quiz-batch"
+# ### Quiz: steps and rate
+#
+# One process trained well by SGD with batches of 20 pictures and a learning rate of 0.1. Now 4 ranks take batches of 25
+# pictures *each*, from 40,000 pictures. How many steps are in an epoch, and which learning rate does the linear rule give?
+# Set `batch_answer` to the pair.
+
+# %% id="quiz-batch-answer" exercise=true
+batch_answer = ...
+### BEGIN SOLUTION
+batch_answer = (400, 0.5)
+### END SOLUTION
+
+# %% id="quiz-batch-check" points=1
+hpclab.check("cnn.quiz_batch", batch_answer)
 
 # %% [markdown] id="play"
 # ## For later: play
@@ -373,51 +420,6 @@ hpclab.came("cnn.deeper", deep_one / one)
 #
 # And batch norm? Each rank takes the means of its *own* pictures, so two ranks no longer train exactly as one does (see
 # above). `models.resnet.SyncBatchNorm` takes them over all ranks, for two more messages a layer and pass.
-
-# %% [markdown] id="quiz-interval"
-# ## Quiz
-#
-# ### State an interval
-#
-# Three variants of a program, each measured in six rounds beside the same baseline: the mean ratio, with its 95 % interval.
-# Which statements are true? Set `interval_answer` to the set of their letters.
-#
-# - a: At this level, A is faster than the baseline.
-# - b: B is exactly as fast as the baseline.
-# - c: At this level, C is faster than the baseline.
-# - d: The figure alone shows that A is faster than C.
-# - e: Of single rounds with C, 95 % have a ratio from 1.05 to 1.6.
-# - f: More rounds that scatter as much would, on average, give narrower intervals.
-
-# %% id="quiz-interval-show"
-from hpclab.course import quizzes
-
-quizzes.show("cnn.quiz_interval")
-
-# %% id="quiz-interval-answer" exercise=true
-interval_answer = ...
-### BEGIN SOLUTION
-interval_answer = {"a", "c", "f"}
-### END SOLUTION
-
-# %% id="quiz-interval-check" points=1
-hpclab.check("cnn.quiz_interval", interval_answer)
-
-# %% [markdown] id="quiz-batch"
-# ### Steps and rate
-#
-# One process trained well by SGD with batches of 20 pictures and a learning rate of 0.1. Now 4 ranks take batches of 25
-# pictures *each*, from 40,000 pictures. How many steps are in an epoch, and which learning rate does the linear rule give?
-# Set `batch_answer` to the pair.
-
-# %% id="quiz-batch-answer" exercise=true
-batch_answer = ...
-### BEGIN SOLUTION
-batch_answer = (400, 0.5)
-### END SOLUTION
-
-# %% id="quiz-batch-check" points=1
-hpclab.check("cnn.quiz_batch", batch_answer)
 
 # %% id="close"
 client.close()

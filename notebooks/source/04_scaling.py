@@ -137,8 +137,11 @@ laws.choose(n, x)
 
 # %% [markdown] id="prove-explain"
 # **Not identifiable** is an answer, and often the only honest one. With only one and two workers, Amdahl's law
-# fits whatever the truth is, if two are once to twice as fast as one; and so would any other with a parameter to adjust. Up to 16, with little noise, the laws diverge: you can name one, and Amdahl's, fitted to data that follow another law, gives a
-# *tight and wrong* interval. A tight interval is no evidence for its law.
+# fits whatever the truth is, if two are once to twice as fast as one; and so would any other with a parameter to adjust.
+#
+# Now up to 16 workers, with little noise. The laws diverge, so one can be named. Look at sigma's interval by Amdahl's law,
+# which the data don't follow: it is *tight and wrong*. A tight interval is no evidence for its law. (`choose` also compares a
+# straight line, *linear*; AICc says how much worse than the law it names each other one is.)
 
 # %% id="prove-more"
 n = np.repeat([1, 2, 4, 8, 16], 3)
@@ -220,6 +223,8 @@ hpclab.check("scaling.quiz_regime", regime_answer)
 
 # %% [markdown] id="sweep-open"
 # ## For later: what `sweep` does
+#
+# The path of 90 minutes goes on with *Close* at the end.
 #
 # In each round it trains every case once, in shuffled order. It keeps one row per run: the samples
 # of the steps after the first, slow ones, divided by their seconds. A speed-up then divides two rows of the *same* round.

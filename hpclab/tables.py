@@ -23,7 +23,7 @@ DIGITS = 4
 """Of the largest number of a column; the others have as many decimals."""
 MOST_DECIMALS = 6
 """More zeros than that nobody counts: such columns have exponents."""
-WHOLE = 24
+WHOLE = 20
 """Longest cell that stays on one line: a number with its interval would break."""
 GROUPED = 10_000
 """Whole numbers from here on have commas; years and seeds have none."""

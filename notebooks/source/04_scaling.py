@@ -450,7 +450,7 @@ unsure = daint.forecast(10, link_error=0.3)
 ax = plots.law(daint.RECORDED, law, unsure)
 
 # %% id="beyond-table-do"
-display(daint.table({"10 Gb/s": daint.forecast(10), "10 Gb/s, unsure": unsure}, law))
+display(daint.table({"10 Gb/s": daint.forecast(10)}, law), daint.table({"10 Gb/s, unsure": unsure}))
 for speeds in ((4, 6.4), (8, 12)):
     display(daint.table({f"{speed} Gb/s": daint.forecast(speed) for speed in speeds}))
 
